@@ -1,0 +1,1 @@
+"""Allocation: which weights get more bits, or stay as they are."""

@@ -1,0 +1,46 @@
+"""Dense packing of small integer codes into 32-bit words.
+
+Element i of a row lies at bit `i * bits` of the row, least significant bit first, and may straddle two words;
+32 codes take exactly `bits` words. It is the layout of compressed-tensors from version 0.18 on, so that a
+portable export renames tensors and repacks nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def words(count: int, bits: int) -> int:
+    """How many 32-bit words hold `count` codes of `bits` bits."""
+    return -(-count * bits // 32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes [rows, cols] in 0 .. 2**bits - 1 (any integer dtype, bits 1 to 8) -> int32 [rows, words(cols, bits)]."""
+    rows, cols = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -cols % 32)).reshape(rows, -1, 32)
+    packed = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        value = padded[..., i].to(torch.int64)
+        packed[..., word] |= value << offset & 0xFFFFFFFF
+        if offset + bits > 32:
+            packed[..., word + 1] |= value >> (32 - offset)
+    packed = torch.where(packed >= 1 << 31, packed - (1 << 32), packed)  # the same 32 bits, as a signed word
+    return packed.reshape(rows, -1)[:, : words(cols, bits)].to(torch.int32).contiguous()
+
+
+def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """The inverse of `pack`: int32 [rows, words(cols, bits)] -> uint8 [rows, cols]."""
+    rows = packed.shape[0]
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits)
+    codes = torch.empty(rows, packed.shape[1], 32, dtype=torch.uint8, device=packed.device)
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        value = packed[..., word] >> offset
+        if offset + bits > 32:
+            # the shift above drags the sign along: keep only the bits that belong to this code
+            value = (value & ((1 << (32 - offset)) - 1)) | (packed[..., word + 1] << (32 - offset))
+        codes[..., i] = (value & ((1 << bits) - 1)).to(torch.uint8)
+    return codes.reshape(rows, -1)[:, :cols]

@@ -1,0 +1,180 @@
+"""Text -> rows of tokens, seeded and hashed. Sources: a local file (txt, jsonl), a Hub data set, the demo's generator.
+
+Calibration rows are non-overlapping windows of the text in seeded random order, each beginning with the BOS token
+where the tokenizer has one. Evaluation windows are the same cut, in order, over the whole text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.errors import CalibrationError, CheckpointError, HubError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and the name under which summaries and cards cite it."""
+
+    source: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token rows [1, length] and where they come from."""
+
+    source: str
+    rows: list[Tensor]
+    sha256: str
+    requested: int
+
+    @property
+    def seq_len(self) -> int:
+        return self.rows[0].shape[1]
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "source": self.source,
+            "samples": len(self.rows),
+            "seq_len": self.seq_len,
+            "tokens": sum(row.numel() for row in self.rows),
+            "sha256": self.sha256,
+        }
+
+
+def calibration_text(source: str | None, model: str) -> Text:
+    """The text that `--calibration` names; without it the demo's own for the demo, else WikiText-2 train."""
+    if source == DEMO or (source is None and model == DEMO):
+        from llmsqueeze.demo import stories
+
+        return Text("the demo's story generator", stories.calibration_text())
+    return read_text(source or WIKITEXT, split="train")
+
+
+def evaluation_text(source: str | None, model: str) -> Text:
+    """The text that `--text` names; without it the demo's own for the demo, else WikiText-2 test."""
+    if source == DEMO or (source is None and model == DEMO):
+        from llmsqueeze.demo import stories
+
+        return Text("the demo's story generator, evaluation seed", stories.evaluation_text())
+    return read_text(source or WIKITEXT, split="test")
+
+
+def read_text(source: str, split: str) -> Text:
+    """A local .txt or .jsonl file, or a Hub data set `owner/name[:config[:split]]`; CalibrationError, HubError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise CalibrationError(f"{source} is a folder; name a text file (.txt, .jsonl) or a Hub data set")
+    if path.exists():
+        return Text(path.name, _read_file(path))
+    if path.suffix in (".txt", ".jsonl", ".json", ".raw", ".md") or source.startswith((".", "/", "~")):
+        raise CalibrationError(f"there is no text file {source}")
+    name, _, rest = source.partition(":")
+    config, _, wanted = rest.partition(":")
+    return Text(
+        f"{name} {config} {wanted or split}".replace("  ", " "),
+        _read_hub(name, config or None, wanted or split),
+    )
+
+
+def _read_file(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not text: byte {error.start} is not UTF-8") from error
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error}") from error
+    if "\0" in content[:1_000_000]:
+        raise CalibrationError(f"{path} is not text: it holds NUL bytes")
+    if path.suffix == ".jsonl":
+        content = "\n\n".join(_jsonl_documents(path, content))
+    if not content.strip():
+        raise CalibrationError(f"{path} is empty")
+    return content
+
+
+def _jsonl_documents(path: Path, content: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise CalibrationError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            fields = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            raise CalibrationError(f"{path} line {number} has no 'text' field that is a string (it has: {fields})")
+        documents.append(record["text"])
+    return documents
+
+
+def _read_hub(name: str, config: str | None, split: str) -> str:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except (ConnectionError, FileNotFoundError, OSError) as error:
+        raise HubError(
+            f"the data set {name} is no local file and cannot be had from the Hub ({type(error).__name__}); "
+            "name a local text file with --calibration (for eval: --text)"
+        ) from error
+    except ValueError as error:
+        raise CalibrationError(f"the data set {name} cannot be used: {str(error).splitlines()[0]}") from error
+    if "text" not in rows.column_names:
+        raise CalibrationError(f"the data set {name} has no 'text' column (it has: {', '.join(rows.column_names)})")
+    return "\n\n".join(text for text in rows["text"] if text.strip())
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises CheckpointError if it has none that transformers can open."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} has no tokenizer that transformers can open: {reason}") from error
+    return tokenizer
+
+
+def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: bool = False) -> list[Tensor]:
+    """Non-overlapping rows [1, length] over the whole text, BOS first where there is one.
+
+    With `tail` the rest makes a shorter last row, else it is dropped. Raises CalibrationError if the text does not
+    fill one row (with `tail`: holds nothing to predict).
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    step = length - len(bos)
+    if len(ids) < (2 - len(bos) if tail else step):
+        raise CalibrationError(
+            f"{text.source} holds {len(ids)} tokens, too few for one sample of {length}; take a longer text or a "
+            "smaller --seq-len"
+        )
+    shortest = 2 - len(bos) if tail else step
+    return [torch.tensor([bos + ids[i : i + step]]) for i in range(0, len(ids) - shortest + 1, step)]
+
+
+def calibration_rows(
+    text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+) -> Calibration:
+    """`samples` rows drawn by seed (all there are, if fewer), hashed together with nothing but their tokens."""
+    rows = windows(text, tokenizer, seq_len)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
+    chosen = [rows[i] for i in order.tolist()]
+    digest = hashlib.sha256(b"".join(row.numpy().astype("<i8").tobytes() for row in chosen)).hexdigest()
+    return Calibration(text.source, chosen, digest, samples)

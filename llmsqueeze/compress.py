@@ -1,0 +1,337 @@
+"""The whole pipeline: plan, measure, allocate, then compress block by block and write each block as it ends.
+
+Two residual streams run along, the original model's and the compressed model's. Inside a block the fusion groups are
+compressed in the order they are called, each seeing the inputs that what was compressed before it produces.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import __version__, parts
+from llmsqueeze.activations import Spill
+from llmsqueeze.allocate import gwq
+from llmsqueeze.blocks import Walk
+from llmsqueeze.calibrate import Calibration, calibration_rows, calibration_text, load_tokenizer
+from llmsqueeze.checkpoint import SIDECAR, Output, check_writable, locate, open_checkpoint, output_folder
+from llmsqueeze.errors import RecipeError, UnsupportedError, nearest
+from llmsqueeze.formats import native
+from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
+from llmsqueeze.parts import Affine, Grid, Part, Sparse
+from llmsqueeze.plan import Plan, WeightPlan
+from llmsqueeze.profile import Profile, measure, rank_without_data
+from llmsqueeze.progress import Progress
+from llmsqueeze.quantize import QUANTIZERS
+from llmsqueeze.quantize.descent import corrected_target, row_error
+from llmsqueeze.recipe import Recipe
+from llmsqueeze.skeleton import Skeleton, build_skeleton
+
+SHARD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `quantize` reports; the JSON names are these."""
+
+    out: str
+    model: str
+    method: str
+    bits: int
+    bits_per_weight: float
+    nbytes: int
+    nbytes_original: int
+    outliers: int
+    calibration: dict[str, object] | None
+    seconds: float
+    peak_memory_mb: float
+    peak_device_memory_mb: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize(
+    model: str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Compresses `model` (a Hub id, a folder, or 'demo') into the folder `out`, which appears when all is written."""
+    start, progress = time.monotonic(), progress or Progress()
+    place = pick_device(device)
+    check_writable(out, overwrite)
+    path = locate(model, revision)
+    checkpoint = open_checkpoint(path)
+    skeleton = build_skeleton(checkpoint, trust_remote_code)
+    plan = base_plan(skeleton, recipe)
+    calibration = read_calibration(model, skeleton, recipe, progress, trust_remote_code)
+    outer = outer_shards(skeleton)
+    with (
+        output_folder(
+            out, len(outer) + len(skeleton.blocks), bytes_needed(skeleton, plan, recipe, calibration)
+        ) as output,
+        Spill(parent=output.partial) as spill,
+    ):
+        walk = Walk(skeleton, calibration.rows if calibration else [], spill, torch.float32, place)
+        inputs = walk.embed() if recipe.needs_text else None
+        profile = None
+        if recipe.outliers and recipe.needs_gradients:
+            assert inputs is not None
+            profile = measure(walk, inputs, plan, recipe, progress)
+        elif recipe.outliers:
+            profile = rank_without_data(skeleton, plan, recipe, place)
+        if profile is not None:
+            plan = gwq.allocate(plan, profile.candidates, recipe.outliers, recipe.outlier_scope)
+        for names in outer:
+            output.write_shard({name: checkpoint.read(skeleton.sources[name]) for name in names})
+        streams = Streams(
+            inputs if recipe.inputs in ("original", "corrected") else None,
+            inputs if recipe.inputs in ("sequential", "corrected") else None,
+        )
+        errors = compress_blocks(walk, streams, plan, profile, recipe, output, progress)
+        output.copy_rest(path)
+        output.write_json("config.json", checkpoint.config | {"quantization_config": native.quantization_config(plan)})
+        output.write_json(
+            SIDECAR,
+            sidecar(model, revision, path, recipe, calibration, plan, output.nbytes, checkpoint.nbytes, errors),
+        )
+    return Summary(
+        out=str(out),
+        model=model,
+        method=recipe.method,
+        bits=recipe.bits,
+        bits_per_weight=round(plan.bits_per_weight, 6),
+        nbytes=output.nbytes,
+        nbytes_original=checkpoint.nbytes,
+        outliers=sum(weight.outliers for weight in plan.weights.values()),
+        calibration=calibration.as_dict() if calibration else None,
+        seconds=round(time.monotonic() - start, 3),
+        peak_memory_mb=peak_memory_mb(),
+        peak_device_memory_mb=peak_device_memory_mb(),
+    )
+
+
+def compress_blocks(
+    walk: Walk,
+    streams: Streams,
+    plan: Plan,
+    profile: Profile | None,
+    recipe: Recipe,
+    output: Output,
+    progress: Progress,
+) -> dict[str, float]:
+    """Compresses and writes every block in turn; returns each weight's relative output error."""
+    skeleton, errors = walk.skeleton, {}
+    for index in progress.over(range(len(skeleton.blocks)), "compress", len(skeleton.blocks)):
+        linears = [name for name in skeleton.linears[index] if name in plan.weights]
+        shard: dict[str, Tensor] = {}
+        with walk.resident_block(index):
+            original = {name: skeleton.linear(name).weight.data for name in linears}
+            current = dict(original)
+            for names, moments in group_moments(walk, index, streams, original, current, recipe):
+                for name in [name for name in names if name in plan.weights]:
+                    planned, module = plan.weights[name], skeleton.linear(name)
+                    mask = None
+                    if planned.outliers:
+                        assert profile is not None
+                        mask = gwq.outlier_mask(profile.candidates[name], planned.outliers, planned.shape)
+                    weight = as_rows(module, original[name])
+                    made, dense, error = compress_weight(weight, planned, moments, mask, recipe)
+                    current[name] = as_rows(module, dense).contiguous()
+                    shard |= native.stored_tensors(name, made)
+                    errors[name] = error
+                    progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)
+            ahead = Streams(
+                advance(walk, index, streams.original, original),
+                advance(walk, index, streams.compressed, current),
+            )
+        for stream in {id(s): s for s in (streams.original, streams.compressed) if s is not None}.values():
+            stream.clear()
+        streams = ahead
+        kept = set(skeleton.names_in(skeleton.blocks[index])) - {f"{name}.weight" for name in linears}
+        shard |= {name: skeleton.checkpoint.read(skeleton.sources[name]) for name in sorted(kept)}
+        output.write_shard(shard)
+    return errors
+
+
+def group_moments(
+    walk: Walk,
+    index: int,
+    streams: Streams,
+    original: dict[str, Tensor],
+    current: dict[str, Tensor],
+    recipe: Recipe,
+) -> Any:
+    """The resident block's fusion groups with the moments of their inputs, each observed when its turn comes.
+
+    Linears that no sample reaches come last, with no moments.
+    """
+    names = walk.skeleton.linears[index]
+    stream = streams.original or streams.compressed
+    if not recipe.needs_moments or stream is None:
+        yield names, None
+        return
+    groups = fusion_groups(walk, index, stream.get(0, walk.device))
+    for group in groups:
+        if any(name in original for name in group.names):
+            yield group.names, observe(walk, index, group, streams, original, current)
+    reached = {name for group in groups for name in group.names}
+    yield [name for name in names if name not in reached], None
+
+
+def compress_weight(
+    weight: Tensor, planned: WeightPlan, moments: Moments | None, mask: Tensor | None, recipe: Recipe
+) -> tuple[list[Part], Tensor, float]:
+    """`weight` [rows, cols] (float32) -> its parts, their sum in float32, and the relative output error.
+
+    Without moments every input counts the same, so the error is the weight's own.
+    """
+    xtx = torch.eye(planned.shape[1], device=weight.device) if moments is None else moments.xtx
+    target = weight
+    if moments is not None and moments.drift is not None:
+        target = corrected_target(weight, xtx, moments.drift)
+    if mask is not None:
+        mask = mask.to(weight.device)
+        target = torch.where(mask, weight, target)
+    search = bool(recipe.search)
+    rounded = QUANTIZERS[planned.quantizer](target, planned.grid, planned.dtype, xtx, mask, search)
+    made: list[Part] = [Affine.from_codes(rounded.codes, rounded.scale, rounded.zero, planned.grid)]
+    if mask is not None:
+        made.append(Sparse.from_mask(mask, weight.to(planned.dtype)))
+    dense = parts.sum_of_parts(made)
+    error = row_error(weight - dense, xtx).sum() / row_error(weight, xtx).sum().clamp(min=1e-30)
+    return made, dense, float(error)
+
+
+def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
+    """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
+    names = [name for block in skeleton.linears for name in block]
+    skipped = set()
+    for pattern in recipe.skip:
+        matched = {name for name in names if fnmatch.fnmatch(name, pattern) or name.split(".")[-1] == pattern}
+        if not matched:
+            leaves = sorted({name.split(".")[-1] for name in names})
+            hint = nearest(pattern, [*leaves, *names])
+            raise RecipeError(f"skip pattern {pattern!r} matches no linear{hint or ';'} there are {', '.join(leaves)}")
+        skipped |= matched
+    grid = Grid(recipe.bits, recipe.group_size, recipe.symmetric)
+    assert recipe.quantizer is not None, "the recipe is resolved"
+    weights = {
+        name: WeightPlan(name, skeleton.shape(name), skeleton.dtype(name), recipe.quantizer, grid)
+        for name in names
+        if name not in skipped
+    }
+    if not weights:
+        raise RecipeError("skip leaves no linear to compress")
+    return Plan(weights)
+
+
+def read_calibration(
+    model: str, skeleton: Skeleton, recipe: Recipe, progress: Progress, trust_remote_code: bool
+) -> Calibration | None:
+    """The calibration rows, as long as the model's context allows; None where the method needs no text."""
+    if not recipe.needs_text:
+        return None
+    context = getattr(skeleton.model.config, "max_position_embeddings", None) or recipe.seq_len
+    tokenizer = load_tokenizer(skeleton.checkpoint.path, trust_remote_code)
+    text = calibration_text(recipe.calibration, model)
+    rows = calibration_rows(text, tokenizer, recipe.samples, min(recipe.seq_len, context), recipe.seed)
+    vocabulary, _ = skeleton.embedding_shape
+    if max(int(row.max()) for row in rows.rows) >= vocabulary:
+        raise UnsupportedError(
+            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}: they do not match"
+        )
+    if len(rows.rows) < recipe.samples:
+        progress.note(
+            f"the calibration text fills {len(rows.rows)} samples of {rows.seq_len} tokens, not {recipe.samples}"
+        )
+    return rows
+
+
+def outer_shards(skeleton: Skeleton) -> list[list[str]]:
+    """What lies outside the blocks (embeddings, norms, head), in runs of about a gigabyte."""
+    shards: list[list[str]] = []
+    room = 0
+    for name in skeleton.names_outside_blocks():
+        size = skeleton.checkpoint.tensors[skeleton.sources[name]].nbytes
+        if size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def bytes_needed(skeleton: Skeleton, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> int:
+    """Disk space for the result and, at the worst, for all activations of the run."""
+    total = sum(skeleton.checkpoint.tensors[source].nbytes for source in skeleton.sources.values())
+    dense = sum(weight.numel * weight.dtype.itemsize for weight in plan.weights.values())
+    outliers = round(recipe.outliers * plan.numel) * 8 + sum(4 * w.shape[0] for w in plan.weights.values())
+    activations = 0
+    if calibration is not None:
+        _, width = skeleton.embedding_shape
+        lists = 4 + (len(skeleton.blocks) if recipe.needs_gradients else 0)
+        activations = len(calibration.rows) * calibration.seq_len * width * 4 * lists
+    return total - dense + plan.nbytes + outliers + activations
+
+
+def sidecar(
+    model: str,
+    revision: str | None,
+    path: Path,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    plan: Plan,
+    nbytes: int,
+    nbytes_original: int,
+    errors: dict[str, float],
+) -> dict[str, Any]:
+    """What `llmsqueeze.json` records; no times and no local paths, so that equal runs give equal files."""
+    import transformers
+
+    local = Path(model).expanduser().is_dir()
+    settings = recipe.as_dict()
+    if recipe.calibration is not None and Path(recipe.calibration).expanduser().exists():
+        settings["calibration"] = Path(recipe.calibration).name
+    return {
+        "llmsqueeze_version": __version__,
+        "format_version": native.FORMAT_VERSION,
+        "model": path.absolute().name if local else model,
+        "revision": revision or (path.name if path.parent.name == "snapshots" else None),
+        "recipe": settings,
+        "calibration": calibration.as_dict() if calibration else None,
+        "bits_per_weight": round(plan.bits_per_weight, 6),
+        "quantized_weights": plan.numel,
+        "nbytes": nbytes,
+        "nbytes_original": nbytes_original,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "errors": {name: float(f"{error:.6g}") for name, error in errors.items()},
+    }
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU. Raises RecipeError for one that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"unknown device {device!r}; choose auto, cpu, cuda, or cuda:1 and so on") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {device!r} is not supported; choose auto, cpu or cuda")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen

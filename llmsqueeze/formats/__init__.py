@@ -1,0 +1,1 @@
+"""Formats: how compressed weights lie in files."""

@@ -1,0 +1,59 @@
+"""The native format: what `config.json` says of it, and how the parts' tensors are named.
+
+    "quantization_config": {
+      "quant_method": "llmsqueeze", "format_version": 1,
+      "weights": {"model.layers.0.mlp.up_proj": {"shape": [rows, cols], "parts": [
+          {"part": "affine", "bits": 3, "group_size": 128, "symmetric": true, "dtype": "bfloat16"},
+          {"part": "sparse", "count": 4521, "dtype": "bfloat16"}]}}}
+
+Tensor t of part i of a linear is `<linear>.parts.<i>.<t>`; the linear's bias keeps its name. parts.py defines the
+tensors of each kind. Readers refuse versions that they do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.parts import Part
+from llmsqueeze.plan import Plan
+
+METHOD = "llmsqueeze"
+FORMAT_VERSION = 1
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """What `config.json` holds under `quantization_config`."""
+    weights = {name: {"shape": list(w.shape), "parts": w.specs} for name, w in plan.weights.items()}
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "weights": weights}
+
+
+def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of a linear's parts under the names they have in the file."""
+    return {
+        f"{linear}.parts.{i}.{name}": tensor
+        for i, part in enumerate(weight_parts)
+        for name, tensor in part.tensors().items()
+    }
+
+
+def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """linear -> {"shape", "parts"} of a `quantization_config`; raises UnsupportedError for one we cannot read."""
+    version = config.get("format_version")
+    if config.get("quant_method") != METHOD or version != FORMAT_VERSION:
+        raise UnsupportedError(
+            f"quantization format {config.get('quant_method')!r} version {version!r} is not read by this version; "
+            f"it reads {METHOD!r} version {FORMAT_VERSION}"
+        )
+    entries = config.get("weights")
+    if not isinstance(entries, dict):
+        raise UnsupportedError("quantization_config lists no weights")
+    for name, entry in entries.items():
+        unknown = [spec.get("part") for spec in entry["parts"] if spec.get("part") not in parts.PARTS]
+        if unknown:
+            raise UnsupportedError(f"{name} holds a part of kind {unknown[0]!r}; known: {', '.join(parts.PARTS)}")
+    return entries

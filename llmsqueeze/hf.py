@@ -1,0 +1,137 @@
+"""Opening our folders with transformers: importing this module registers the `llmsqueeze` quantization method.
+
+After `import llmsqueeze.hf`, `AutoModelForCausalLM.from_pretrained(folder)` puts a `SumOfParts` layer where the file
+holds parts. The layer rebuilds its weight for every call and multiplies with it as nn.Linear would: the memory of the
+compressed model plus one dense weight. `model.dequantize()` turns the layers back into ordinary linears, for speed.
+Without the import, transformers warns of an unknown method and fills the weights that it misses with random values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmsqueeze import parts
+from llmsqueeze.checkpoint import locate, open_checkpoint
+from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError
+from llmsqueeze.formats import native
+from llmsqueeze.parts import Spec
+from llmsqueeze.skeleton import is_transposed, load_config
+
+
+def load(model: str, **kwargs: Any) -> PreTrainedModel:
+    """The model in a folder or Hub repository, or 'demo'; `kwargs` go to `from_pretrained`. Compressed or not.
+
+    Raises CheckpointError if the folder is damaged or any weight is missing, where transformers would only warn.
+    """
+    path = locate(model, kwargs.pop("revision", None))
+    checkpoint = open_checkpoint(path)
+    load_config(path, kwargs.get("trust_remote_code", False))
+    quantization = checkpoint.config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == native.METHOD:
+        native.weight_entries(quantization)
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        if isinstance(error.__cause__, SqueezeError):
+            raise error.__cause__ from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnsupportedError(f"transformers cannot open {model}: {reason}") from error
+    loaded, info = opened
+    lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if lost:
+        raise CheckpointError(f"{model} lacks {len(lost)} weights that its config asks for, among them {lost[0]}")
+    model_: PreTrainedModel = loaded.eval()
+    return model_
+
+
+class SumOfParts(nn.Module):
+    """A linear layer whose weight [rows, cols] is a sum of parts; their tensors are buffers `parts.<i>.<name>`."""
+
+    def __init__(self, shape: tuple[int, int], specs: Sequence[Spec], bias: bool, transposed: bool) -> None:
+        """Laid out empty, on the default device. `transposed`: it stands for a Conv1D."""
+        super().__init__()
+        self.shape, self.specs, self.transposed = shape, list(specs), transposed
+        self.out_features, self.in_features = shape
+        self.parts = nn.ModuleList()
+        for spec in specs:
+            holder = nn.Module()
+            for name, (size, dtype) in parts.layout(shape, spec).items():
+                holder.register_buffer(name, torch.empty(size, dtype=dtype))
+            self.parts.append(holder)
+        self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
+
+    def dense(self) -> Tensor:
+        """float32 [rows, cols]: the weight that the parts stand for."""
+        held = zip(self.specs, self.parts, strict=True)
+        return parts.sum_of_parts([parts.restore(self.shape, spec, dict(h.named_buffers())) for spec, h in held])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def as_linear(self, dtype: torch.dtype) -> nn.Module:
+        """The ordinary layer with the same weight."""
+        weight = nn.Parameter(self.dense().to(dtype), requires_grad=False)
+        make: Any = Conv1D if self.transposed else nn.Linear
+        with torch.device("meta"):
+            layer: Any = make(*self.shape) if self.transposed else make(*reversed(self.shape))
+        layer.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False) if self.transposed else weight
+        layer.bias = self.bias
+        linear: nn.Module = layer
+        return linear
+
+    def extra_repr(self) -> str:
+        kinds = ", ".join(f"{s['part']}{s.get('bits', '')}" for s in self.specs)
+        return f"in_features={self.in_features}, out_features={self.out_features}, parts=[{kinds}]"
+
+
+@register_quantization_config(native.METHOD)
+class LlmsqueezeConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native folder, as formats/native.py describes it."""
+
+    def __init__(self, format_version: int, weights: dict[str, Any], **_: Any) -> None:
+        self.quant_method: Any = native.METHOD  # transformers types it as its own closed enum
+        self.format_version = format_version
+        self.weights = weights
+
+
+@register_quantizer(native.METHOD)
+class LlmsqueezeQuantizer(HfQuantizer):
+    """Lays out the parts before transformers loads them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, entry in native.weight_entries(self.quantization_config.to_dict()).items():
+            try:
+                old: Any = model.get_submodule(name)
+            except AttributeError as error:
+                raise CheckpointError(f"quantization_config names {name}, which the model does not have") from error
+            with torch.device("meta"):
+                rows, cols = entry["shape"]
+                layer = SumOfParts((rows, cols), entry["parts"], old.bias is not None, is_transposed(old))
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias.to(old.bias.dtype), requires_grad=False)
+            model.set_submodule(name, layer)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SumOfParts):
+                model.set_submodule(name, module.as_linear(dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

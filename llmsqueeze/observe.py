@@ -1,0 +1,180 @@
+"""What a linear sees: which linears share an input tensor, and the second moments of that input.
+
+Linears that receive the same tensor object form a fusion group (q/k/v, gate/up): they are found by the identity of
+their input in a traced run, not by name, and share one second-moment matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.activations import Activations
+from llmsqueeze.blocks import Walk
+from llmsqueeze.skeleton import Skeleton, is_transposed
+
+
+@dataclass(frozen=True)
+class FusionGroup:
+    """Linears with one input, and how often each is called in one forward pass."""
+
+    names: tuple[str, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per token: xtx = mean of y y^T [cols, cols]; drift = mean of (x - y) y^T, or None where x is y.
+
+    y: the inputs that the linear will see; x: the original model's for the same tokens.
+    """
+
+    xtx: Tensor
+    drift: Tensor | None
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The residual streams at a block's input: the original model's and the compressed model's.
+
+    A recipe that needs only one of them leaves the other None; before the first block both are the same object.
+    """
+
+    original: Activations | None
+    compressed: Activations | None
+
+
+def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
+    """The linears of a resident block in the order they are first called with `hidden` [1, length, width]."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        walk.skeleton.module(name).register_forward_pre_hook(_note_input(seen.setdefault(name, [])))
+        for name in walk.skeleton.linears[index]
+    ]
+    order: list[str] = []
+    handles += [walk.skeleton.module(name).register_forward_pre_hook(_note_order(order, name)) for name in list(seen)]
+    try:
+        with torch.no_grad():
+            walk.run(index, 0, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in dict.fromkeys(order):
+        # the inputs are still referenced by `seen`, so equal ids mean one and the same tensor
+        groups.setdefault(tuple(id(tensor) for tensor in seen[name]), []).append(name)
+    return [FusionGroup(tuple(names), len(key)) for key, names in groups.items()]
+
+
+def observe(
+    walk: Walk,
+    index: int,
+    group: FusionGroup,
+    streams: Streams,
+    original: Mapping[str, Tensor],
+    current: Mapping[str, Tensor],
+) -> Moments:
+    """The moments of a fusion group's input over all samples.
+
+    `original` and `current` hold the block's weights as stored by the modules: before compression, and as they now are.
+    """
+    x_run = None if streams.original is None else _Capture(walk, index, group, original)
+    y_run = None if streams.compressed is None else _Capture(walk, index, group, current)
+    drifting = streams.original is not streams.compressed or any(
+        current[name] is not original[name] for name in current
+    )
+    both = x_run is not None and y_run is not None and drifting
+    xtx = drift = None
+    tokens = 0
+    for sample in range(len(walk.samples)):
+        y = _inputs(y_run or x_run, streams.compressed or streams.original, sample, walk.device)
+        if xtx is None:
+            xtx = torch.zeros(y.shape[1], y.shape[1], dtype=y.dtype, device=y.device)
+            drift = torch.zeros_like(xtx) if both else None
+        xtx.addmm_(y.T, y)
+        tokens += len(y)
+        if drift is not None:
+            x = _inputs(x_run, streams.original, sample, walk.device)
+            drift.addmm_((x - y).T, y)
+    assert xtx is not None, "there is at least one sample"
+    return Moments(xtx.div_(tokens), None if drift is None else drift.div_(tokens))
+
+
+def advance(walk: Walk, index: int, stream: Activations | None, weights: Mapping[str, Tensor]) -> Activations | None:
+    """The stream behind a resident block that computes with `weights`; the old stream is left as it is."""
+    if stream is None:
+        return None
+    outputs = Activations(walk.spill)
+    with using(walk.skeleton, weights), torch.no_grad():
+        for sample, hidden in enumerate(stream.each(walk.device)):
+            outputs.append(walk.run(index, sample, hidden))
+    return outputs
+
+
+@contextmanager
+def using(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The named linears compute with these weights, given as the modules store them."""
+    before = {name: skeleton.linear(name).weight for name in weights}
+    try:
+        for name, weight in weights.items():
+            skeleton.linear(name).weight = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for name, parameter in before.items():
+            skeleton.linear(name).weight = parameter
+
+
+def as_rows(module: nn.Module, stored: Tensor) -> Tensor:
+    """A linear's weight as [rows, cols] = [out_features, in_features], from how the module stores it, or back."""
+    return stored.T if is_transposed(module) else stored
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a block's forward pass once the group's inputs have been seen."""
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """Runs a block with given weights until a fusion group has seen its input."""
+
+    walk: Walk
+    index: int
+    group: FusionGroup
+    weights: Mapping[str, Tensor]
+
+    def __call__(self, sample: int, hidden: Tensor) -> Tensor:
+        """[tokens, cols]"""
+        seen: list[Tensor] = []
+
+        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].reshape(-1, args[0].shape[-1]))
+            if len(seen) == self.group.calls:
+                raise _Enough
+
+        handle = self.walk.skeleton.module(self.group.names[0]).register_forward_pre_hook(note)
+        try:
+            with using(self.walk.skeleton, self.weights), torch.no_grad():
+                self.walk.run(self.index, sample, hidden)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return torch.cat(seen)
+
+
+def _inputs(run: _Capture | None, stream: Activations | None, sample: int, device: torch.device) -> Tensor:
+    assert run is not None
+    assert stream is not None
+    return run(sample, stream.get(sample, device))
+
+
+def _note_input(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _module, args: seen.append(args[0])
+
+
+def _note_order(order: list[str], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _module, _args: order.append(name)

@@ -1,0 +1,231 @@
+"""A compressed weight is a sum of parts: W ~= sum(part.dense() for part in parts).
+
+Every part knows its tensors as they lie in the file (`tensors`), what is needed beside them to read it back
+(`spec`), and the shapes and dtypes of its tensors before any exists (`layout`), so that bytes are counted, never
+estimated, and a model can be laid out before its file is read. Weights are [rows, cols] = [out_features, in_features].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import bitpack
+
+Spec = dict[str, Any]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels a weight may take: `scale * (code - zero)`, code in 0 .. 2**bits - 1, per row and group of columns.
+
+    `group_size` columns share a scale; -1 means the whole row, and a row that the size does not divide ends in a
+    shorter group. Symmetric grids have the fixed zero 2**(bits - 1) (signed integer levels, as compressed-tensors
+    stores them; the scale may be negative), asymmetric ones an integer zero per group. Every grid has a level 0.
+    """
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = False
+
+    @property
+    def max_code(self) -> int:
+        return (1 << self.bits) - 1
+
+    def width(self, cols: int) -> int:
+        """Columns in a full group of a row of `cols`."""
+        return cols if self.group_size == -1 else min(self.group_size, cols)
+
+    def groups(self, cols: int) -> int:
+        return -(-cols // self.width(cols))
+
+    def slices(self, cols: int) -> list[slice]:
+        """The columns of each group."""
+        width = self.width(cols)
+        return [slice(start, min(start + width, cols)) for start in range(0, cols, width)]
+
+    def expand(self, per_group: Tensor, cols: int) -> Tensor:
+        """[rows, groups] -> [rows, cols], each value repeated over its group."""
+        return per_group.repeat_interleave(self.width(cols), dim=1)[:, :cols]
+
+
+class Part(Protocol):
+    """What every summand of a weight offers."""
+
+    kind: ClassVar[str]
+
+    def dense(self) -> Tensor:
+        """float32 [rows, cols]."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def spec(self) -> Spec: ...
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Integer codes on a grid. codes int32 [rows, words]; scale [rows, groups]; zero int32 [groups, words of rows]."""
+
+    kind: ClassVar[str] = "affine"
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    shape: tuple[int, int]
+    grid: Grid
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Affine:
+        """codes [rows, cols] and zero [rows, groups] as plain integers; scale [rows, groups] in its stored dtype."""
+        packed_zero = None if grid.symmetric else bitpack.pack(zero.T, grid.bits)
+        return cls(bitpack.pack(codes, grid.bits), scale, packed_zero, (codes.shape[0], codes.shape[1]), grid)
+
+    def dense(self) -> Tensor:
+        rows, cols = self.shape
+        levels = bitpack.unpack(self.codes, self.grid.bits, cols).float()
+        if self.zero is None:
+            levels -= 2 ** (self.grid.bits - 1)
+        else:
+            levels -= self.grid.expand(bitpack.unpack(self.zero, self.grid.bits, rows).T.float(), cols)
+        return levels.mul_(self.grid.expand(self.scale.float(), cols))
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored = {"codes": self.codes, "scale": self.scale}
+        return stored if self.zero is None else stored | {"zero": self.zero}
+
+    def spec(self) -> Spec:
+        return affine_spec(self.grid, self.scale.dtype)
+
+    @staticmethod
+    def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+        (rows, cols), grid = shape, spec_grid(spec)
+        layout: Layout = {
+            "codes": ((rows, bitpack.words(cols, grid.bits)), torch.int32),
+            "scale": ((rows, grid.groups(cols)), getattr(torch, spec["dtype"])),
+        }
+        if not grid.symmetric:
+            layout["zero"] = ((grid.groups(cols), bitpack.words(rows, grid.bits)), torch.int32)
+        return layout
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Affine:
+        return cls(tensors["codes"], tensors["scale"], tensors.get("zero"), shape, spec_grid(spec))
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Single weights at full precision, row by row: column index [count], how many in each row [rows], value [count].
+
+    Index and row counts are unsigned 16-bit numbers kept in int16 tensors (int32 for rows of more than 65 536
+    columns): 32 bits an outlier with its 16-bit value.
+    """
+
+    kind: ClassVar[str] = "sparse"
+    index: Tensor
+    row_count: Tensor
+    value: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, weight: Tensor) -> Sparse:
+        """The entries of `weight` [rows, cols] where the bool `mask` is set, in the weight's own dtype."""
+        rows, cols = weight.shape
+        dtype = _index_dtype(cols)
+        index, row_count = mask.nonzero()[:, 1], mask.sum(dim=1)
+        return cls(_wrap(index, dtype), _wrap(row_count, dtype), weight[mask], (rows, cols))
+
+    def dense(self) -> Tensor:
+        dense = torch.zeros(self.shape, dtype=torch.float32, device=self.value.device)
+        row = torch.arange(self.shape[0], device=dense.device).repeat_interleave(_unwrap(self.row_count))
+        dense[row, _unwrap(self.index)] = self.value.float()
+        return dense
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"index": self.index, "row_count": self.row_count, "value": self.value}
+
+    def spec(self) -> Spec:
+        return sparse_spec(len(self.value), self.value.dtype)
+
+    @staticmethod
+    def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+        (rows, cols), count = shape, spec["count"]
+        dtype = _index_dtype(cols)
+        value = getattr(torch, spec["dtype"])
+        return {"index": ((count,), dtype), "row_count": ((rows,), dtype), "value": ((count,), value)}
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Sparse:
+        return cls(tensors["index"], tensors["row_count"], tensors["value"], shape)
+
+
+PARTS: dict[str, type[Affine] | type[Sparse]] = {Affine.kind: Affine, Sparse.kind: Sparse}
+
+
+def affine_spec(grid: Grid, dtype: torch.dtype) -> Spec:
+    return {
+        "part": Affine.kind,
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "symmetric": grid.symmetric,
+        "dtype": dtype_name(dtype),
+    }
+
+
+def sparse_spec(count: int, dtype: torch.dtype) -> Spec:
+    return {"part": Sparse.kind, "count": count, "dtype": dtype_name(dtype)}
+
+
+def spec_grid(spec: Spec) -> Grid:
+    return Grid(spec["bits"], spec["group_size"], spec["symmetric"])
+
+
+def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+    """Tensor name -> (shape, dtype) of the part that `spec` describes, for a weight of `shape`."""
+    return PARTS[spec["part"]].layout(shape, spec)
+
+
+def restore(shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Part:
+    """The part that `spec` describes, from its stored tensors."""
+    return PARTS[spec["part"]].restore(shape, spec, tensors)
+
+
+def layout_nbytes(shape: tuple[int, int], specs: Sequence[Spec]) -> int:
+    """Bytes that parts of these specs take in the file, for a weight of `shape`."""
+    stored = (entry for spec in specs for entry in layout(shape, spec).values())
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in stored)
+
+
+def nbytes(parts: Sequence[Part]) -> int:
+    """Bytes that these parts take in the file."""
+    return sum(tensor.nbytes for part in parts for tensor in part.tensors().values())
+
+
+def sum_of_parts(parts: Sequence[Part]) -> Tensor:
+    """float32 [rows, cols]: the weight that the parts stand for."""
+    total = parts[0].dense()
+    for part in parts[1:]:
+        total += part.dense()
+    return total
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _index_dtype(cols: int) -> torch.dtype:
+    return torch.int16 if cols <= 1 << 16 else torch.int32
+
+
+def _wrap(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(torch.int32).to(dtype) if dtype == torch.int16 else values.to(dtype)
+
+
+def _unwrap(stored: Tensor) -> Tensor:
+    values = stored.to(torch.int64)
+    return values & 0xFFFF if stored.dtype == torch.int16 else values

@@ -1,0 +1,13 @@
+"""Quantizers: how one weight matrix is rounded, given the grid it may use.
+
+All have one signature: (weight [rows, cols] float32, grid, dtype of the scales, moments [cols, cols] or None, pinned
+bool [rows, cols] or None, search) -> Rounded.
+"""
+
+from __future__ import annotations
+
+from llmsqueeze.quantize.descent import descent
+from llmsqueeze.quantize.gptq import gptq
+from llmsqueeze.quantize.rtn import rtn
+
+QUANTIZERS = {"rtn": rtn, "gptq": gptq, "descent": descent}

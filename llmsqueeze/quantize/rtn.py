@@ -1,0 +1,44 @@
+"""RTN: round to nearest, the baseline that needs no data.
+
+    code[r, j] = clamp(round(W[r, j] / scale[r, g(j)] + zero[r, g(j)]), 0, 2**bits - 1)
+
+W [rows, cols]; g(j) the group of column j; scale and zero [rows, groups] from the range of the group, or searched
+(grids.py), with every column weighing the same where no second moments are given. Memory: one copy of W and its codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.grids import Rounded, encode, fit_group
+from llmsqueeze.parts import Grid
+
+
+def rtn(
+    weight: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    moments: Tensor | None = None,
+    pinned: Tensor | None = None,
+    search: bool = False,
+) -> Rounded:
+    """Rounds `weight` [rows, cols] (float32). Pinned entries (bool [rows, cols]) get the code of level 0.
+
+    `moments` [cols, cols] only weigh the scale search; `dtype` is the scales' in the file.
+    """
+    cols = weight.shape[1]
+    importance = torch.ones(cols, device=weight.device) if moments is None else moments.diagonal()
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    scales, zeros = [], []
+    for group in grid.slices(cols):
+        w = weight[:, group]
+        mask = None if pinned is None else pinned[:, group]
+        scale, zero = fit_group(w, importance[group] if search else None, grid, dtype, mask)
+        code = encode(w, scale[:, None], zero[:, None], grid)
+        if mask is not None:
+            code = torch.where(mask, zero[:, None], code)
+        codes[:, group] = code.to(torch.uint8)
+        scales.append(scale)
+        zeros.append(zero)
+    return Rounded(codes, torch.stack(scales, 1).to(dtype), torch.stack(zeros, 1).to(torch.uint8), grid)

@@ -1,0 +1,199 @@
+"""What a person at the terminal sees: progress on stderr, tables on stdout, 100 columns at most, colour on a terminal.
+
+When stderr is no terminal, progress is a plain line per compressed weight and per stage.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from llmsqueeze.progress import Progress
+
+WIDTH = 100
+STAGES = {
+    "forward": "forward, block by block",
+    "loss": "loss gradient, by sample",
+    "gradients": "weight gradients, block by block",
+    "compress": "compress, block by block",
+    "text": "perplexity, by batch",
+}
+
+
+def console(stderr: bool = False) -> Console:
+    """A console at most 100 columns wide; plain when it is not a terminal."""
+    made = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    made.width = min(made.width, WIDTH) if made.is_terminal else WIDTH
+    return made
+
+
+class TerminalProgress(Progress):
+    """Bars with the time left on a terminal, lines elsewhere; weights with a large error are marked."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = console(stderr=True)
+        self._quiet = quiet
+        self._bars: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._stage, self._total, self._done, self._began = "", 0, 0, time.monotonic()
+        if self._console.is_terminal and not quiet:
+            columns = (
+                TextColumn("{task.description:32}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bars = RichProgress(*columns, console=self._console)
+
+    def __enter__(self) -> TerminalProgress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        self._stage, self._total, self._done, self._began = STAGES.get(name, name), total, 0, time.monotonic()
+        if self._bars:
+            self._task = self._bars.add_task(self._stage, total=total)
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._bars and self._task is not None:
+            self._bars.advance(self._task)
+        elif not self._quiet and self._done in (1, self._total) and self._total:
+            spent = time.monotonic() - self._began
+            left = spent / self._done * (self._total - self._done)
+            self._say(f"{self._stage}: {self._done}/{self._total}, {spent:.0f} s, about {left:.0f} s left")
+
+    def weight(self, name: str, bits_per_weight: float, error: float) -> None:
+        alarm = "  <-- large" if error > 0.5 else ""
+        self._say(f"  {name:<58} {bits_per_weight:5.2f} bit   error {error:9.2e}{alarm}", "red" if alarm else None)
+
+    def note(self, text: str) -> None:
+        self._say(f"note: {text}", "yellow")
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        if not self._quiet:
+            self._console.print(text, style=style, markup=False)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.23 GB, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The end of a `quantize` run."""
+    calibration = summary["calibration"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("written to", summary["out"])
+    outliers = f", {summary['outliers']} outliers at 16 bits" if summary["outliers"] else ""
+    table.add_row("method", f"{summary['method']}, {summary['bits']}-bit codes{outliers}")
+    table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (everything stored for the quantized linears)")
+    ratio = summary["nbytes_original"] / summary["nbytes"]
+    table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({ratio:.2f}x smaller)")
+    if calibration is None:
+        table.add_row("calibration", "none needed")
+    else:
+        rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
+        table.add_row("calibration", f"{calibration['source']}, {rows}")
+    table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
+    if summary["peak_device_memory_mb"]:
+        table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
+    console().print(table)
+
+
+def print_evaluation(result: dict[str, Any]) -> None:
+    """Before, after, difference; or one column of scores where there is no baseline."""
+    baseline = result["baseline"]
+    out = console()
+    if result["text"]:
+        out.print(f"text: {result['text']}, {result['tokens']} tokens predicted in windows of {result['window']}")
+    table = Table(pad_edge=False)
+    table.add_column("")
+    for head in ("before", "after", "difference") if baseline else ("score",):
+        table.add_column(head, justify="right")
+    if result["perplexity"] is not None:
+        cells = [_with_error(result["perplexity"], result["perplexity_stderr"], 3)]
+        if baseline:
+            change = result["perplexity"] / baseline["perplexity"] - 1
+            before = _with_error(baseline["perplexity"], baseline["perplexity_stderr"], 3)
+            cells = [before, *cells, f"{100 * change:+.2f} % ± {100 * result['nll_difference_stderr']:.2f}"]
+        table.add_row("perplexity", *cells)
+    if result["kl_mean"] is not None:
+        table.add_row("KL to before, mean (nats)", "0", f"{result['kl_mean']:.4f}", "")
+        table.add_row("KL to before, 99th percentile", "0", f"{result['kl_p99']:.4f}", "")
+    for task, metrics in result["tasks"].items():
+        for metric in [name for name in metrics if not name.endswith("_stderr")]:
+            _task_row(table, task, metric, metrics, baseline["tasks"].get(task, {}) if baseline else None)
+    out.print(table)
+
+
+def _task_row(table: Table, task: str, metric: str, after: dict[str, float], before: dict[str, float] | None) -> None:
+    error = after.get(f"{metric}_stderr")
+    cells = [_with_error(after[metric], error, 4)]
+    if before is not None:
+        both = [before.get(f"{metric}_stderr"), error]
+        spread = sum(e**2 for e in both if e is not None) ** 0.5
+        cells = [
+            _with_error(before[metric], both[0], 4),
+            *cells,
+            f"{after[metric] - before[metric]:+.4f} ± {spread:.4f}",
+        ]
+    table.add_row(f"{task} {metric}", *cells)
+
+
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
+
+
+def print_contents(contents: dict[str, Any]) -> None:
+    """What `show` prints: one line for linears that differ only by their number."""
+    table = Table(pad_edge=False)
+    for head in ("linear", "holds"):
+        table.add_column(head, overflow="fold")
+    for head in ("", "bits/weight", "bytes"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in contents["rows"]:
+        table.add_row(
+            row["pattern"],
+            row["holds"],
+            f"x{row['count']}",
+            f"{row['bits_per_weight']:.3f}",
+            size(row["nbytes"]),
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        f"quantized linears: {contents['bits_per_weight']:.3f} bits per weight, everything stored for them counted"
+    )
+    before = f", was {size(contents['nbytes_original'])}" if contents["nbytes_original"] else ""
+    out.print(f"kept as they were: {size(contents['kept_nbytes'])}; all weights: {size(contents['nbytes'])}{before}")
+    if contents["model"]:
+        out.print(f"made from {contents['model']} by method {contents['method']}")
+
+
+def print_error(message: str) -> None:
+    console(stderr=True).print(f"error: {message}", style="red", markup=False, soft_wrap=not sys.stderr.isatty())

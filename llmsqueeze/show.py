@@ -1,0 +1,123 @@
+"""What a compressed folder holds, read from its config and the headers of its files."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmsqueeze import parts
+from llmsqueeze.checkpoint import Checkpoint, locate, open_checkpoint, read_sidecar
+from llmsqueeze.errors import CheckpointError, UnsupportedError
+from llmsqueeze.formats import native
+
+
+@dataclass(frozen=True)
+class Row:
+    """Linears that differ only by numbers in their names: how many, what they hold, their bytes."""
+
+    pattern: str
+    count: int
+    holds: str
+    weights: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.nbytes * 8 / self.weights
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A folder's linears, folded, and its bytes: `nbytes` of all tensors, `kept_nbytes` of what was not compressed."""
+
+    path: str
+    model: str | None
+    method: str | None
+    rows: list[Row]
+    nbytes: int
+    kept_nbytes: int
+    nbytes_original: int | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return sum(row.nbytes for row in self.rows) * 8 / sum(row.weights for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [asdict(row) | {"bits_per_weight": round(row.bits_per_weight, 6)} for row in self.rows]
+        return asdict(self) | {"bits_per_weight": round(self.bits_per_weight, 6), "rows": rows}
+
+
+def contents(folder: str) -> Contents:
+    """Reads the folder (or Hub repository). Raises UnsupportedError if llmsqueeze did not write it."""
+    path = locate(folder)
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config.get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != native.METHOD:
+        found = config.get("quant_method") if isinstance(config, dict) else "no quantization"
+        raise UnsupportedError(f"{folder} was not compressed by llmsqueeze (its config has {found})")
+    entries = native.weight_entries(config)
+    sizes = {name: _stored_nbytes(checkpoint, name, entry) for name, entry in entries.items()}
+    record = read_sidecar(path)
+    return Contents(
+        path=folder,
+        model=record.get("model"),
+        method=record.get("recipe", {}).get("method"),
+        rows=_fold(entries, sizes),
+        nbytes=checkpoint.nbytes,
+        kept_nbytes=checkpoint.nbytes - sum(sizes.values()),
+        nbytes_original=record.get("nbytes_original"),
+    )
+
+
+def _stored_nbytes(checkpoint: Checkpoint, name: str, entry: dict[str, Any]) -> int:
+    """Bytes of a linear's parts, after checking that the file holds what the config says."""
+    total = 0
+    for i, spec in enumerate(entry["parts"]):
+        for tensor, (shape, dtype) in parts.layout(tuple(entry["shape"]), spec).items():
+            stored = checkpoint.tensors.get(f"{name}.parts.{i}.{tensor}")
+            if stored is None:
+                raise CheckpointError(f"{checkpoint.path} lacks {name}.parts.{i}.{tensor}, which its config describes")
+            if stored.shape != shape or (stored.dtype != dtype and not dtype.is_floating_point):
+                raise CheckpointError(
+                    f"{name}.parts.{i}.{tensor} is {list(stored.shape)} {parts.dtype_name(stored.dtype)}, but its "
+                    f"config says {list(shape)} {parts.dtype_name(dtype)}"
+                )
+            total += stored.nbytes
+    return total
+
+
+def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, entry in entries.items():
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        grids = " + ".join(_describe(spec) for spec in entry["parts"] if spec["part"] == "affine")
+        groups.setdefault((pattern, grids), []).append(name)
+    return [
+        Row(
+            pattern,
+            len(names),
+            grids + _describe_outliers([entries[name] for name in names]),
+            sum(_numel(entries[name]) for name in names),
+            sum(sizes[name] for name in names),
+        )
+        for (pattern, grids), names in groups.items()
+    ]
+
+
+def _describe(spec: parts.Spec) -> str:
+    group = "row" if spec["group_size"] == -1 else f"g{spec['group_size']}"
+    return f"{spec['bits']} bit {group}{'' if spec['symmetric'] else ' asymmetric'}"
+
+
+def _describe_outliers(entries: list[dict[str, Any]]) -> str:
+    shares = [100 * sum(s["count"] for s in e["parts"] if s["part"] == "sparse") / _numel(e) for e in entries]
+    low, high = f"{min(shares):.2g}", f"{max(shares):.2g}"
+    if max(shares) == 0:
+        return ""
+    return f" + {low} % outliers" if low == high else f" + {low} to {high} % outliers"
+
+
+def _numel(entry: dict[str, Any]) -> int:
+    rows, cols = entry["shape"]
+    return int(rows * cols)

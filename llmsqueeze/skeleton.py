@@ -1,0 +1,250 @@
+"""The model without its weights: transformers' own modules on the meta device, filled a few at a time.
+
+Which checkpoint tensor belongs to which parameter is asked of transformers itself (it renames on loading), and
+decoder blocks and linears are found by their types, so no architecture is named anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device, and where its tensors come from.
+
+    `sources`: parameter or buffer name -> checkpoint tensor; `tied`: parameter -> the parameter it shares.
+    `blocks`: full module names of the decoder blocks, in order. `linears`: for each, the names of its linears.
+    """
+
+    model: PreTrainedModel
+    checkpoint: Checkpoint
+    sources: dict[str, str]
+    tied: dict[str, str]
+    blocks: list[str]
+    linears: list[list[str]]
+
+    def module(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name)
+
+    def linear(self, name: str) -> nn.Linear:
+        """A linear by name; Conv1D has the same attributes, its weight transposed."""
+        return cast(nn.Linear, self.model.get_submodule(name))
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """[vocabulary, width] of the input embeddings."""
+        rows, width = cast(nn.Embedding, self.model.get_input_embeddings()).weight.shape
+        return rows, width
+
+    def shape(self, linear: str) -> tuple[int, int]:
+        """[out_features, in_features] of a linear."""
+        rows, cols = self.checkpoint.tensors[self.sources[f"{linear}.weight"]].shape
+        return (cols, rows) if is_transposed(self.module(linear)) else (rows, cols)
+
+    def dtype(self, linear: str) -> torch.dtype:
+        """The dtype that a linear's weight is stored in."""
+        return self.checkpoint.tensors[self.sources[f"{linear}.weight"]].dtype
+
+    def names_in(self, module: str) -> list[str]:
+        """The stored parameters and buffers inside a module."""
+        return [name for name in self.sources if name.startswith(module + ".")]
+
+    def names_outside_blocks(self) -> list[str]:
+        return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]
+
+    @contextmanager
+    def resident(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+        """Within the context the named parameters and buffers are real, in `dtype`; afterwards they are meta again."""
+        names = list(names)
+        try:
+            for name in names:
+                tensor = self.checkpoint.read(self.sources[name])
+                if tensor.is_floating_point():
+                    tensor = tensor.to(dtype)
+                self._place(name, tensor.to(device))
+            yield
+        finally:
+            for name in names:
+                self._place(name, None)
+
+    def _place(self, name: str, tensor: Tensor | None) -> None:
+        targets = [name, *(alias for alias, source in self.tied.items() if source == name)]
+        parent, _, leaf = name.rpartition(".")
+        old = getattr(self.model.get_submodule(parent), leaf)
+        value = torch.empty_like(old, device=META) if tensor is None else tensor
+        if isinstance(old, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        for target in targets:
+            parent, _, leaf = target.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, value)
+
+
+def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the checkpoint's causal language model.
+
+    Raises UnsupportedError for what is no such model, CheckpointError for tensors that are missing or misshapen.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(checkpoint.path, trust_remote_code)
+    check_supported(checkpoint.config, config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        raise UnsupportedError(
+            f"transformers cannot build the model of {checkpoint.path}: {_first_line(error)}"
+        ) from error
+    model.eval()
+    sources = _sources(model, checkpoint)
+    tied = {alias: source for alias, source in model.all_tied_weights_keys.items() if alias not in sources}
+    _check_complete(model, checkpoint, sources, tied)
+    blocks = find_blocks(model)
+    linears = [find_linears(model, block) for block in blocks]
+    _check_linears(model, blocks, linears)
+    return Skeleton(model, checkpoint, sources, tied, blocks, linears)
+
+
+def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+        hint = "" if trust_remote_code else "; a model that brings its own code needs --trust-remote-code"
+        raise UnsupportedError(
+            f"transformers cannot read {path / 'config.json'}: {_first_line(error)}{hint}"
+        ) from error
+    return config
+
+
+def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None:
+    """Raises UnsupportedError for an already quantized model, an encoder, or a model with vision or audio."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    quantized = raw.get("quantization_config")
+    if isinstance(quantized, dict):
+        method = quantized.get("quant_method", "an unnamed method")
+        raise UnsupportedError(f"this model is already quantized (by {method}); start from the original weights")
+    if config.is_encoder_decoder:
+        raise UnsupportedError(f"{config.model_type} is an encoder-decoder model; only decoder-only models are handled")
+    others = [key for key in ("vision_config", "audio_config") if getattr(config, key, None) is not None]
+    if others:
+        raise UnsupportedError(
+            f"{config.model_type} is not a text-only model (its config has {others[0]}); only text decoders are handled"
+        )
+    architectures = config.architectures or []
+    foreign = [name for name in architectures if not name.endswith(("ForCausalLM", "LMHeadModel"))]
+    own_code = "auto_map" in raw
+    if (architectures and len(foreign) == len(architectures) and not own_code) or (
+        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code
+    ):
+        kind = foreign[0] if foreign else f"model type {config.model_type}"
+        raise UnsupportedError(
+            f"{kind} is not a causal language model; encoders, classifiers and vision are not handled"
+        )
+
+
+def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter or buffer -> checkpoint tensor, by the renaming that transformers applies on loading."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    sources: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        renamed, merges = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, merges = name, None
+        if renamed not in state:
+            continue
+        if merges is not None:
+            raise UnsupportedError(
+                f"transformers merges {name} with other tensors into {renamed} on loading (fused experts); "
+                "mixture-of-experts models are not handled yet"
+            )
+        sources[renamed] = name
+    return sources
+
+
+def _check_complete(
+    model: PreTrainedModel, checkpoint: Checkpoint, sources: Mapping[str, str], tied: Mapping[str, str]
+) -> None:
+    missing = [name for name in model.state_dict() if name not in sources and name not in tied]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{checkpoint.path} lacks the weight {missing[0]}{more}: is a shard missing or renamed?")
+    for name, tensor in model.state_dict().items():
+        stored = checkpoint.tensors[sources[tied.get(name, name)]]
+        if tuple(tensor.shape) != stored.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(stored.shape)} in {stored.file.name}, but config.json asks for "
+                f"{list(tensor.shape)}"
+            )
+        if stored.dtype.itemsize < 2 and stored.dtype.is_floating_point:
+            raise UnsupportedError(f"{name} is stored as {stored.dtype}: this model is already quantized")
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """The decoder blocks: the members of the longest module list of one class (of equals, the largest)."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
+    }
+    if not lists:
+        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks of one class")
+    # a list inside a block (experts) may be longer than the list of blocks: only outermost lists count
+    outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
+    name, members = max(
+        outermost.items(), key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters()))
+    )
+    return [f"{name}.{i}" for i in range(len(members))]
+
+
+def find_linears(model: nn.Module, block: str) -> list[str]:
+    """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D."""
+    inside = model.get_submodule(block).named_modules()
+    return [f"{block}.{name}" for name, module in inside if type(module) is nn.Linear or is_transposed(module)]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module is a linear that stores its weight as [in_features, out_features]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]) -> None:
+    for block, names in zip(blocks, linears, strict=True):
+        total = sum(p.numel() for p in model.get_submodule(block).parameters())
+        inside = sum(cast(nn.Linear, model.get_submodule(name)).weight.numel() for name in names)
+        if inside * 2 < total:
+            raise UnsupportedError(
+                f"only {100 * inside / max(total, 1):.0f} % of the weights of {block} are in linear layers: "
+                "mixture-of-experts and state-space blocks are not handled yet"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
