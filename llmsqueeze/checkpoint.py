@@ -21,11 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError
+from llmsqueeze.files import EVALUATION, INDEX, SIDECAR, SINGLE
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-SIDECAR = "llmsqueeze.json"
-EVALUATION = "evaluation.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 WEIGHTS = (
     "*.safetensors",

@@ -20,8 +20,10 @@ from llmsqueeze.activations import Spill
 from llmsqueeze.allocate import gwq
 from llmsqueeze.blocks import Walk
 from llmsqueeze.calibrate import Calibration, calibration_rows, calibration_text, load_tokenizer
-from llmsqueeze.checkpoint import SIDECAR, Output, check_writable, locate, open_checkpoint, output_folder
+from llmsqueeze.card import license_of
+from llmsqueeze.checkpoint import Output, check_writable, locate, open_checkpoint, output_folder
 from llmsqueeze.errors import RecipeError, UnsupportedError, nearest
+from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
@@ -310,6 +312,7 @@ def sidecar(
         "llmsqueeze_version": __version__,
         "format_version": native.FORMAT_VERSION,
         "model": path.absolute().name if local else model,
+        **license_of(path),
         "revision": revision or (path.name if path.parent.name == "snapshots" else None),
         "recipe": settings,
         "calibration": calibration.as_dict() if calibration else None,

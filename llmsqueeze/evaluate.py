@@ -20,8 +20,10 @@ from torch import Tensor
 
 from llmsqueeze import hf
 from llmsqueeze.calibrate import DEMO, Text, evaluation_text, load_tokenizer, windows
-from llmsqueeze.checkpoint import EVALUATION, SIDECAR, locate, read_sidecar
+from llmsqueeze.card import shown
+from llmsqueeze.checkpoint import locate, read_sidecar
 from llmsqueeze.errors import RecipeError, UnsupportedError, nearest
+from llmsqueeze.files import EVALUATION, SIDECAR
 from llmsqueeze.progress import Progress
 
 if TYPE_CHECKING:
@@ -196,7 +198,10 @@ def remember(model: str, result: dict[str, Any]) -> None:
     """Keeps the scores beside a local folder that we wrote, where the model card finds them."""
     folder = Path(model)
     if (folder / SIDECAR).exists() and os.access(folder, os.W_OK):
-        text = json.dumps(result, indent=2)
+        kept = result | {"model": shown(model)}
+        if kept["baseline"]:
+            kept["baseline"] = kept["baseline"] | {"model": shown(kept["baseline"]["model"])}
+        text = json.dumps(kept, indent=2)
         (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")
 
 

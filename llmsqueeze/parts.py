@@ -122,7 +122,7 @@ class Affine:
 class Sparse:
     """Single weights at full precision, row by row: column index [count], how many in each row [rows], value [count].
 
-    Index and row counts are unsigned 16-bit numbers kept in int16 tensors (int32 for rows of more than 65 536
+    Index and row counts are unsigned 16-bit numbers kept in int16 tensors (int32 for rows of 65 536 or more
     columns): 32 bits an outlier with its 16-bit value.
     """
 
@@ -219,7 +219,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _index_dtype(cols: int) -> torch.dtype:
-    return torch.int16 if cols <= 1 << 16 else torch.int32
+    return torch.int16 if cols < 1 << 16 else torch.int32
 
 
 def _wrap(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,100 @@
+"""Peak memory of `quantize` against depth, and against an ordinary backward pass, all measured in one run.
+
+    python evals/memory.py [--layers 8 16 24] [--hidden 2048 --ffn 8192 --vocab 32000] [--device cpu] [--out FILE.json]
+
+Random Llama-shaped models in bfloat16; GWQ over descent at 3 bits, 16 samples of 512 tokens. Every measurement is a
+process of its own: its peak resident memory, and on a CUDA device also the peak of what torch allocated there. The
+ordinary way is `from_pretrained` in bfloat16 and one backward pass over one sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from llmsqueeze.demo import MODEL_DIR
+
+MAKE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+folder, layers, hidden, ffn, vocab = sys.argv[1], *map(int, sys.argv[2:])
+torch.manual_seed(0)
+config = LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, vocab_size=vocab,
+                     num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=2048)
+torch.set_default_dtype(torch.bfloat16)
+AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="1GB")
+"""
+
+ORDINARY = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+device = sys.argv[2]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to(device)
+tokens = torch.randint(0, 200, (1, 512), device=device)
+model(input_ids=tokens, labels=tokens).loss.backward()
+print(json.dumps({"peak_memory_mb": peak_memory_mb(), "peak_device_memory_mb": peak_device_memory_mb()}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 24])
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--ffn", type=int, default=8192)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, help="where the models are made, by default a temporary folder")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for layers in args.layers:
+            row = measure(args, Path(folder), layers)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, object]:
+    model, out = folder / f"random-{layers}", folder / f"compressed-{layers}"
+    python(MAKE, str(model), *map(str, (layers, args.hidden, args.ffn, args.vocab)))
+    for file in MODEL_DIR.glob("tokenizer*"):
+        shutil.copy(file, model)
+    ordinary = json.loads(python(ORDINARY, str(model), args.device))
+    command = f"quantize {model} --bits 3 --method gwq --calibration demo --samples 16 --seq-len 512 --quiet --json"
+    ours = json.loads(
+        run([sys.executable, "-m", "llmsqueeze.cli", *command.split(), "--device", args.device, "--out", str(out)])
+    )
+    nbytes = ours["nbytes_original"]
+    shutil.rmtree(model)
+    shutil.rmtree(out)
+    return {
+        "layers": layers,
+        "model_mb": round(nbytes / 1e6, 1),
+        "quantize_mb": ours["peak_memory_mb"],
+        "ordinary_backward_mb": ordinary["peak_memory_mb"],
+        "ratio": round(ours["peak_memory_mb"] / ordinary["peak_memory_mb"], 3),
+        "quantize_device_mb": ours["peak_device_memory_mb"],
+        "ordinary_backward_device_mb": ordinary["peak_device_memory_mb"],
+        "quantize_seconds": ours["seconds"],
+    }
+
+
+def python(code: str, *arguments: str) -> str:
+    return run([sys.executable, "-c", code, *arguments])
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "{}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""The names that files have in a model folder."""
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SIDECAR = "llmsqueeze.json"  # what was done: recipe, calibration, sizes, errors
+EVALUATION = "evaluation.json"  # the last scores that `llmsqueeze eval` measured

@@ -1,0 +1,237 @@
+"""The block walk equals an ordinary forward and backward pass, with one block's weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from llmsqueeze import blocks
+from llmsqueeze.activations import Activations, Spill
+from llmsqueeze.blocks import Walk
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.observe import fusion_groups
+from llmsqueeze.profile import forward_sweep, head_sweep
+from llmsqueeze.progress import Progress
+from llmsqueeze.skeleton import Skeleton, build_skeleton, find_blocks
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def walking(folder: Path, rows: list[Tensor], dtype: torch.dtype, limit: int = 1 << 30) -> Iterator[Walk]:
+    with Spill(limit) as spill:
+        yield Walk(build_skeleton(open_checkpoint(folder)), rows, spill, dtype, CPU)
+
+
+def walk_gradients(walk: Walk) -> tuple[list[float], dict[str, Tensor]]:
+    """Each sample's loss and the sum over samples of every linear's weight gradient, as stored."""
+    inputs = forward_sweep(walk, walk.embed(), Progress())
+    losses, upstream = [], []
+    with walk.resident_head():
+        for hidden, tokens in zip(inputs[-1].each(CPU), walk.samples, strict=True):
+            loss, gradient = walk.head_gradient(hidden, tokens)
+            losses.append(loss)
+            upstream.append(gradient)
+    total: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        total[name] = total.get(name, 0) + gradient
+
+    for index in reversed(range(len(walk.modules))):
+        with walk.resident_block(index):
+            for s in range(len(walk.samples)):
+                upstream[s] = walk.block_gradient(index, s, inputs[index].get(s, CPU), upstream[s], add)
+    return losses, total
+
+
+def ordinary_gradients(folder: Path, rows: list[Tensor], dtype: torch.dtype) -> tuple[list[float], nn.Module]:
+    """The same by transformers and one backward pass; the loss in the model's own precision, not cast to float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    losses = []
+    for tokens in rows:
+        logits = model(input_ids=tokens, use_cache=False).logits
+        losses.append(nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]))
+    torch.stack(losses).sum().backward()
+    return [float(loss) for loss in losses], model
+
+
+def largest_difference(walked: dict[str, Tensor], model: nn.Module) -> float:
+    pairs = [(gradient, model.get_submodule(name).weight.grad) for name, gradient in walked.items()]
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float64", "float32"])
+@pytest.mark.parametrize("logits_bytes", [1 << 26, 1 << 12], ids=["whole", "sliced"])
+def test_gradients_of_the_built_in_model(
+    demo_dir: Path, dtype: torch.dtype, tolerance: float, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LOGITS_BYTES", logits_bytes)
+    rows = [torch.randint(5, 300, (1, 50), generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    with walking(demo_dir, rows, dtype) as walk:
+        losses, walked = walk_gradients(walk)
+    expected, model = ordinary_gradients(demo_dir, rows, dtype)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    assert len(walked) == 7 * model.config.num_hidden_layers
+    assert largest_difference(walked, model) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float64", "float32"])
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-361", "bookllama-6m"])
+def test_gradients_of_real_models(shared: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
+    folder = shared / "models" / name
+    rows = [torch.randint(5, 360, (1, 100), generator=torch.Generator().manual_seed(s)) for s in range(2)]
+    with walking(folder, rows, dtype, limit=1 << 14) as walk:
+        losses, walked = walk_gradients(walk)
+    expected, model = ordinary_gradients(folder, rows, dtype)
+    assert losses == pytest.approx(expected, rel=tolerance)
+    assert largest_difference(walked, model) < tolerance
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_every_architecture(
+    architecture: str, random_model: Callable[..., Path], rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "LOGITS_BYTES", 1 << 12)
+    folder = random_model(architecture)
+    with walking(folder, rows, torch.float64) as walk:
+        losses, walked = walk_gradients(walk)
+    expected, model = ordinary_gradients(folder, rows, torch.float64)
+    assert losses == pytest.approx(expected, rel=1e-9)
+    assert largest_difference(walked, model) < 1e-9
+
+
+def test_forward_is_bit_equal(demo_dir: Path) -> None:
+    tokens = torch.randint(5, 300, (1, 60))
+    with walking(demo_dir, [tokens], torch.float32) as walk:
+        last = forward_sweep(walk, walk.embed(), Progress())[-1].get(0, CPU)
+        with walk.resident_head():
+            normed = walk._final_norm(last)
+    model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(normed.detach(), model.model(input_ids=tokens, use_cache=False).last_hidden_state)
+
+
+def test_only_one_block_is_ever_resident(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watches every tensor that becomes real, through a whole forward and backward sweep."""
+    real: dict[str, int] = {}
+    most = 0
+    place = Skeleton._place
+
+    def watched(self: Skeleton, name: str, tensor: Tensor | None) -> None:
+        nonlocal most
+        place(self, name, tensor)
+        real.pop(name, None)
+        if tensor is not None:
+            real[name] = tensor.numel()
+            held = {".".join(n.split(".")[:3]) for n in real if ".layers." in n}
+            outside = any(".layers." not in n for n in real)
+            assert len(held) + outside <= 1, f"{sorted(real)} are resident together"
+        most = max(most, sum(real.values()))
+
+    monkeypatch.setattr(Skeleton, "_place", watched)
+    with walking(demo_dir, [torch.randint(5, 300, (1, 20))], torch.float32) as walk:
+        walk_gradients(walk)
+        model = walk.skeleton.model
+        largest = max(sum(p.numel() for p in module.parameters()) for module in walk.modules)
+        assert most == largest
+        assert all(p.is_meta for p in model.parameters()), "everything is released again"
+
+
+def test_activations_spill_and_come_back(tmp_path: Path) -> None:
+    tensors = [torch.randn(3, 5), torch.arange(7), torch.randn(4).to(torch.bfloat16), torch.randn(2, 2)[:, :1]]
+    with Spill(limit=100, parent=tmp_path) as spill:
+        kept = Activations(spill)
+        for tensor in tensors:
+            kept.append(tensor)
+        assert spill.held <= 100
+        assert len(list(tmp_path.glob("*/*.bin"))) >= 1
+        assert all(torch.equal(a, b) for a, b in zip(kept.each(CPU), tensors, strict=True))
+        kept.replace(0, torch.ones(2))
+        assert torch.equal(kept.get(0, CPU), torch.ones(2))
+        kept.clear()
+        assert spill.held == 0
+        assert list(tmp_path.glob("*/*.bin")) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spilling_changes_nothing(demo_dir: Path) -> None:
+    rows = [torch.randint(5, 300, (1, 30)) for _ in range(2)]
+    results = []
+    for limit in (1 << 30, 0):
+        with walking(demo_dir, rows, torch.float32, limit) as walk:
+            results.append(walk_gradients(walk)[1])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_head_sweep_reports_the_models_loss(demo_dir: Path) -> None:
+    rows = [torch.randint(5, 300, (1, 30)) for _ in range(2)]
+    with walking(demo_dir, rows, torch.float32) as walk:
+        outputs = forward_sweep(walk, walk.embed(), Progress())[-1]
+        loss, gradients = head_sweep(walk, outputs, Progress())
+        assert len(gradients) == 2
+    expected, _ = ordinary_gradients(demo_dir, rows, torch.float32)
+    assert loss == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+EXPECTED_GROUPS = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],
+    "neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+}
+
+
+@pytest.mark.parametrize("architecture", EXPECTED_GROUPS)
+def test_fusion_groups_by_identity_of_the_input(
+    architecture: str, random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    with walking(random_model(architecture), rows, torch.float32) as walk:
+        inputs = walk.embed()
+        with walk.resident_block(1):
+            groups = fusion_groups(walk, 1, inputs.get(0, CPU))
+    found = [sorted(name.split(".")[-1] for name in group.names) for group in groups]
+    assert sorted(found) == sorted(sorted(names) for names in EXPECTED_GROUPS[architecture])
+    assert all(group.calls == 1 for group in groups)
+
+
+def test_the_longest_list_of_one_class_are_the_blocks() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(9))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(2))
+            self.mixed = nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2), nn.ReLU(), nn.ReLU()])
+            self.decoder = nn.ModuleList(Block() for _ in range(3))
+
+    assert find_blocks(Model()) == ["decoder.0", "decoder.1", "decoder.2"]
+    with pytest.raises(UnsupportedError, match="no list of decoder blocks"):
+        find_blocks(nn.Linear(2, 2))
+
+
+def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that changes the hidden states between its blocks cannot be walked, and says so."""
+    with walking(demo_dir, [torch.randint(5, 300, (1, 8))], torch.float32) as walk:
+        layers = walk.skeleton.model.model.layers
+        call = type(layers[1]).__call__
+
+        def doubled(self: nn.Module, hidden: Tensor, *args: object, **kwargs: object) -> object:
+            return call(self, hidden * 2 if self is layers[1] else hidden, *args, **kwargs)
+
+        monkeypatch.setattr(type(layers[1]), "__call__", doubled)
+        with pytest.raises(UnsupportedError, match="between decoder blocks 0 and 1"):
+            walk.embed()

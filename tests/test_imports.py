@@ -1,0 +1,53 @@
+"""Imports go strictly downward, and methods never import each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
+
+# each file may import only from the layers below its own; `quantize` is one layer in which descent builds on gptq
+LAYERS = [
+    {"errors", "files", "progress", "memory", "__init__", "demo"},
+    {"bitpack", "activations", "checkpoint", "recipe", "calibrate"},
+    {"parts", "skeleton"},
+    {"plan", "grids", "blocks"},
+    {"observe", "quantize", "allocate", "formats"},
+    {"profile", "card"},
+    {"compress", "hf", "show", "hub", "report"},
+    {"evaluate"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imported(file: Path) -> set[str]:
+    """The llmsqueeze modules a file imports, anywhere in it, by their first name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llmsqueeze":
+            tail = (node.module or "").split(".")[1:]
+            found |= {tail[0]} if tail else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_go_downward() -> None:
+    upward = []
+    for file in PACKAGE.rglob("*.py"):
+        name = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert name in LEVEL, f"{name} has no layer; add it to LAYERS"
+        if name in ("__init__",):
+            continue
+        for target in imported(file) - {name}:
+            if target in LEVEL and LEVEL[target] >= LEVEL[name]:
+                upward.append(f"{file.relative_to(PACKAGE)} imports {target}")
+    assert upward == []
+
+
+def test_the_top_level_is_as_given() -> None:
+    given = {"llmsqueeze", "recipes", "evals", "tests", "pyproject.toml", "README.md", "Makefile"}
+    root = PACKAGE.parent
+    visible = {p.name for p in root.iterdir() if not p.name.startswith(".")}
+    assert visible - {"llmsqueeze.egg-info", "build", "constraints.txt", "runs"} - given == set()
+    assert given <= visible
