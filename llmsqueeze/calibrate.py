@@ -125,6 +125,10 @@ def _jsonl_documents(path: Path, content: str) -> list[str]:
 def _read_hub(name: str, config: str | None, split: str) -> str:
     import datasets
 
+    datasets.disable_progress_bars()
+    if not _hub_answers(name):
+        # what is cached still loads; anything else fails at once, not after half a minute of retries
+        datasets.config.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except (ConnectionError, FileNotFoundError, OSError) as error:
@@ -137,6 +141,23 @@ def _read_hub(name: str, config: str | None, split: str) -> str:
     if "text" not in rows.column_names:
         raise CalibrationError(f"the data set {name} has no 'text' column (it has: {', '.join(rows.column_names)})")
     return "\n\n".join(text for text in rows["text"] if text.strip())
+
+
+def _hub_answers(dataset: str) -> bool:
+    """Whether the Hub can be reached; raises CalibrationError if it does not know the data set, or withholds it."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(dataset, timeout=10)
+    except HFValidationError as error:
+        raise CalibrationError(f"{dataset} is neither a local text file nor the name of a Hub data set") from error
+    except HfHubHTTPError as error:
+        reason = str(error).splitlines()[0]
+        raise CalibrationError(f"the Hub has no data set {dataset} for you: {reason}") from error
+    except Exception:  # whatever the HTTP library of the day raises for no route, no name, a refusal, a time-out
+        return False
+    return True
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

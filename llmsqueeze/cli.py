@@ -208,17 +208,18 @@ def _print(result: dict[str, Any], as_json: bool, printer: Any) -> None:
 
 
 def _hush() -> None:
-    """transformers' and datasets' own bars and warnings would mix with ours."""
+    """The libraries' own bars and warnings would mix with ours."""
+    import logging as standard_logging
     import warnings
 
-    import datasets
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore")
+    for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator", "lm_eval.api.task"):
+        standard_logging.getLogger(name).setLevel(standard_logging.ERROR)
     quiet: Any = logging  # its functions are not annotated
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 @contextmanager

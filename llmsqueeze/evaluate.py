@@ -107,7 +107,8 @@ def evaluate(
         _score_text(opened, rows, result, device, progress)
     if task_objects:
         for item, score in zip(opened, scores, strict=True):
-            score.tasks = run_tasks(item.model, item.tokenizer, task_objects, include_path, limit, batch_size)
+            with progress.foreign("tasks"):
+                score.tasks = run_tasks(item.model, item.tokenizer, task_objects, include_path, limit, batch_size)
     return result
 
 

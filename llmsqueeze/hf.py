@@ -74,6 +74,13 @@ class SumOfParts(nn.Module):
         held = zip(self.specs, self.parts, strict=True)
         return parts.sum_of_parts([parts.restore(self.shape, spec, dict(h.named_buffers())) for spec, h in held])
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the scales' dtype, for code that looks at a linear's weight; made anew every time."""
+        made = self.dense().to(getattr(torch, self.specs[0]["dtype"]))
+        made._is_hf_initialized = True  # type: ignore[attr-defined]  # GPT-2 would draw it at random on loading
+        return made
+
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
 

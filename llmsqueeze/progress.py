@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,6 +24,14 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something the user should know."""
+
+    @contextmanager
+    def foreign(self, name: str) -> Iterator[None]:
+        """A stage in which another library reports on its own; without a terminal it is kept quiet."""
+        self.stage(name, 1)
+        with redirect_stderr(StringIO()):
+            yield
+        self.advance()
 
     def over(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
         """`items`, announced as a stage of `total` steps, each step done when the next is asked for."""

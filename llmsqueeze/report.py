@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +32,7 @@ STAGES = {
     "gradients": "weight gradients, block by block",
     "compress": "compress, block by block",
     "text": "perplexity, by batch",
+    "tasks": "tasks, by lm-eval",
 }
 
 
@@ -68,6 +71,17 @@ class TerminalProgress(Progress):
     def __exit__(self, *_: object) -> None:
         if self._bars:
             self._bars.stop()
+
+    @contextmanager
+    def foreign(self, name: str) -> Iterator[None]:
+        if not self._bars:
+            with super().foreign(name):
+                yield
+            return
+        self._bars.stop()
+        self._console.print(STAGES.get(name, name))
+        yield
+        self._bars.start()
 
     def stage(self, name: str, total: int) -> None:
         self._stage, self._total, self._done, self._began = STAGES.get(name, name), total, 0, time.monotonic()

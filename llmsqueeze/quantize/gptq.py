@@ -49,7 +49,7 @@ def gptq(
     zero = torch.empty_like(scale)
     width = grid.width(cols)
     for panel in panels(cols, width):
-        error = torch.zeros(rows, panel.stop - panel.start, device=w.device)
+        error = torch.zeros(rows, panel.stop - panel.start, dtype=w.dtype, device=w.device)
         for j in range(panel.start, panel.stop):
             g = j // width
             if j % width == 0:
