@@ -22,6 +22,7 @@ from llmsqueeze.blocks import Walk
 from llmsqueeze.calibrate import Calibration, calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.card import license_of
 from llmsqueeze.checkpoint import Output, check_writable, locate, open_checkpoint, output_folder
+from llmsqueeze.curvature import Curvature, row_error
 from llmsqueeze.errors import RecipeError, UnsupportedError, nearest
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native
@@ -32,7 +33,7 @@ from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.profile import Profile, measure, rank_without_data
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantize import QUANTIZERS
-from llmsqueeze.quantize.descent import corrected_target, row_error
+from llmsqueeze.quantize.descent import corrected_target
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.skeleton import Skeleton, build_skeleton
 
@@ -201,20 +202,20 @@ def compress_weight(
 
     Without moments every input counts the same, so the error is the weight's own.
     """
-    xtx = torch.eye(planned.shape[1], device=weight.device) if moments is None else moments.xtx
+    curvature = Curvature.flat(planned.shape[1], weight) if moments is None else moments.curvature
     target = weight
     if moments is not None and moments.drift is not None:
-        target = corrected_target(weight, xtx, moments.drift)
+        target = corrected_target(weight, curvature, moments.drift)
     if mask is not None:
         mask = mask.to(weight.device)
         target = torch.where(mask, weight, target)
     search = bool(recipe.search)
-    rounded = QUANTIZERS[planned.quantizer](target, planned.grid, planned.dtype, xtx, mask, search)
+    rounded = QUANTIZERS[planned.quantizer](target, planned.grid, planned.dtype, curvature, mask, search)
     made: list[Part] = [Affine.from_codes(rounded.codes, rounded.scale, rounded.zero, planned.grid)]
     if mask is not None:
         made.append(Sparse.from_mask(mask, weight.to(planned.dtype)))
     dense = parts.sum_of_parts(made)
-    error = row_error(weight - dense, xtx).sum() / row_error(weight, xtx).sum().clamp(min=1e-30)
+    error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
     return made, dense, float(error)
 
 

@@ -31,9 +31,9 @@ class Rounded:
     zero: Tensor
     grid: Grid
 
-    def levels(self) -> Tensor:
-        """float32 [rows, cols]: code - zero."""
-        return self.codes.float() - self.grid.expand(self.zero.float(), self.codes.shape[1])
+    def levels(self, rows: slice = slice(None)) -> Tensor:
+        """float32 [rows, cols]: code - zero, of all rows or some."""
+        return self.codes[rows].float() - self.grid.expand(self.zero[rows].float(), self.codes.shape[1])
 
     def dense(self) -> Tensor:
         """float32 [rows, cols]."""

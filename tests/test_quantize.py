@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.grids import fit_group, round_to, storable
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantize import QUANTIZERS
-from llmsqueeze.quantize.descent import _least_squares, corrected_target, descent, refit, row_error, sweep
-from llmsqueeze.quantize.gptq import damped, feedback_factor, gptq, panels
+from llmsqueeze.quantize.descent import corrected_target, descent, least_squares, normal_equations, refit, sweep
+from llmsqueeze.quantize.gptq import gptq, panels
 from llmsqueeze.quantize.rtn import rtn
 
 GRIDS = [Grid(b, g, s) for b in (2, 3, 4, 8) for g, s in ((16, True), (24, False), (-1, True), (200, False))]
@@ -34,6 +35,11 @@ def moments(generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.fixture
+def curvature(moments: torch.Tensor) -> Curvature:
+    return factorize(moments.clone())
+
+
+@pytest.fixture
 def pinned(generator: torch.Generator) -> torch.Tensor:
     return torch.rand(12, 300, generator=generator) < 0.03
 
@@ -42,15 +48,15 @@ def relative_error(weight: torch.Tensor, dense: torch.Tensor, moments: torch.Ten
     return float(row_error(weight - dense, moments).sum() / row_error(weight, moments).sum())
 
 
-def slow_gptq(weight, grid, dtype, moments, pinned=None, search=False):
+def slow_gptq(weight, grid, dtype, curvature, pinned=None, search=False):
     """Column by column, with no panels: every column's error goes to all later columns at once."""
-    upper = feedback_factor(moments)
+    upper = curvature.upper
     w = weight.clone()
     cols = w.shape[1]
     dense = torch.zeros_like(w)
     for group in grid.slices(cols):
         mask = None if pinned is None else pinned[:, group]
-        h = moments.diagonal()[group] if search else None
+        h = curvature.importance[group] if search else None
         scale, zero = fit_group(w[:, group], h, grid, dtype, mask)
         for j in range(group.start, group.stop):
             rounded = round_to(w[:, j], scale, zero, grid)
@@ -66,9 +72,9 @@ def slow_gptq(weight, grid, dtype, moments, pinned=None, search=False):
 @pytest.mark.parametrize("with_pinned", [False, True], ids=["", "outliers"])
 def test_gptq_equals_the_column_by_column_form(grid, search, with_pinned, weight, moments, pinned) -> None:
     pins = pinned if with_pinned else None
-    weight, moments = weight.double(), moments.double()  # so that no near-tie rounds differently
-    fast = gptq(weight, grid, torch.float32, moments, pins, search).dense().double()
-    slow = slow_gptq(weight, grid, torch.float32, moments, pins, search)
+    weight, curvature = weight.double(), factorize(moments.double())  # so that no near-tie rounds differently
+    fast = gptq(weight, grid, torch.float32, curvature, pins, search).dense().double()
+    slow = slow_gptq(weight, grid, torch.float32, curvature, pins, search)
     if pins is not None:
         assert (fast[pins] == 0).all(), "an outlier's code is the zero level"
         fast = torch.where(pins, weight, fast)
@@ -88,7 +94,7 @@ def test_panels_cover_every_column_once_and_respect_groups() -> None:
 
 @pytest.mark.parametrize("grid", [g for g in GRIDS if not g.symmetric], ids=str)
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_weights_on_the_grid_survive(quantizer: str, grid: Grid, moments: torch.Tensor) -> None:
+def test_weights_on_the_grid_survive(quantizer: str, grid: Grid, curvature: Curvature) -> None:
     """Integers already on the grid, spanning its range, come back unchanged."""
     make = torch.Generator().manual_seed(4)
     codes = torch.randint(0, grid.max_code + 1, (6, 300), generator=make)
@@ -96,15 +102,16 @@ def test_weights_on_the_grid_survive(quantizer: str, grid: Grid, moments: torch.
         codes[:, group.start] = 0
         codes[:, group.start + 1] = grid.max_code
     weight = (codes - 2 ** (grid.bits - 1)).float() * 0.125
-    rounded = QUANTIZERS[quantizer](weight, grid, torch.float32, moments, None, False)
+    rounded = QUANTIZERS[quantizer](weight, grid, torch.float32, curvature, None, False)
     assert torch.allclose(rounded.dense(), weight, atol=1e-6)
 
 
 @grids
-def test_each_quantizer_beats_the_one_before(grid: Grid, weight: torch.Tensor, moments: torch.Tensor) -> None:
-    H = damped(moments, 0.01)  # what gptq and descent minimise
+def test_each_quantizer_beats_the_one_before(grid: Grid, weight: torch.Tensor, curvature: Curvature) -> None:
     errors = [
-        relative_error(weight, QUANTIZERS[name](weight, grid, torch.float32, moments, None, True).dense(), H)
+        relative_error(
+            weight, QUANTIZERS[name](weight, grid, torch.float32, curvature, None, True).dense(), curvature.H
+        )
         for name in ("rtn", "gptq", "descent")
     ]
     assert errors[2] < min(errors[:2])
@@ -114,9 +121,9 @@ def test_each_quantizer_beats_the_one_before(grid: Grid, weight: torch.Tensor, m
 
 @grids
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_outliers_leave_the_range_and_are_the_zero_level(quantizer, grid, weight, moments, pinned) -> None:
+def test_outliers_leave_the_range_and_are_the_zero_level(quantizer, grid, weight, curvature, pinned) -> None:
     huge = torch.where(pinned, 100.0, weight)
-    rounded = QUANTIZERS[quantizer](huge, grid, torch.float32, moments, pinned, False)
+    rounded = QUANTIZERS[quantizer](huge, grid, torch.float32, curvature, pinned, False)
     assert (rounded.dense()[pinned] == 0).all()
     if quantizer == "rtn":
         plain = rtn(torch.where(pinned, 0.0, weight), grid, torch.float32)
@@ -162,34 +169,48 @@ def test_degenerate_weights_give_finite_results(quantizer: str) -> None:
     for weight in (torch.zeros(4, 40), torch.full((4, 40), 0.3), torch.randn(4, 1)):
         for moments in (torch.zeros(weight.shape[1], weight.shape[1]), torch.eye(weight.shape[1])):
             for grid in (Grid(2, 16, True), Grid(3, 16, False)):
-                dense = QUANTIZERS[quantizer](weight, grid, torch.float16, moments, None, True).dense()
+                curvature = factorize(moments.clone())
+                dense = QUANTIZERS[quantizer](weight, grid, torch.float16, curvature, None, True).dense()
                 assert bool(dense.isfinite().all())
                 assert (dense - weight).abs().max() <= weight.abs().max() + 1e-6
 
 
 def test_damping_grows_until_the_factor_exists(generator: torch.Generator) -> None:
-    """Two tokens for forty inputs, in float32 and off by rounding: not positive definite without damping."""
+    """Two tokens for forty inputs, off by more than rounding: not positive definite without growing damping."""
     x = torch.randn(2, 40, generator=generator)
     broken = x.T @ x - 0.05 * torch.eye(40)
-    upper = feedback_factor(broken)
-    assert bool(upper.isfinite().all())
-    assert torch.equal(upper, upper.triu())
+    curvature = factorize(broken.clone())
+    assert bool(curvature.upper.isfinite().all())
+    assert torch.equal(curvature.upper, curvature.upper.triu())
+    added = curvature.H - broken
+    assert torch.allclose(added, added.diagonal().mean() * torch.eye(40), atol=1e-5)
+    assert added.diagonal().mean() > 0.02 * broken.diagonal().mean(), "more than the usual damping"
     with pytest.raises(FloatingPointError):
-        feedback_factor(torch.full((3, 3), torch.nan))
+        factorize(torch.full((3, 3), torch.nan))
 
 
-def test_factor_is_the_root_of_the_damped_inverse(moments: torch.Tensor) -> None:
-    upper = feedback_factor(moments).double()
-    assert torch.allclose(upper.T @ upper @ damped(moments, 0.01).double(), torch.eye(300).double(), atol=1e-3)
+def test_the_factor_is_the_upper_root_of_the_inverse(moments: torch.Tensor) -> None:
+    curvature = factorize(moments.double())
+    upper = curvature.upper
+    assert torch.allclose(upper.T @ upper @ curvature.H, torch.eye(300).double(), atol=1e-9)
+    assert torch.equal(upper, upper.triu())
+    assert (upper.diagonal() > 0).all()
+
+
+def test_dead_columns_count_as_mean_ones(moments: torch.Tensor) -> None:
+    assert moments[7, 7] == 0
+    H = factorize(moments.clone()).H
+    alive = torch.arange(300) != 7
+    assert H[7, 7] == pytest.approx(float(moments.diagonal()[alive].mean()), rel=1e-5)
 
 
 @grids
 @pytest.mark.parametrize("with_pinned", [False, True], ids=["", "outliers"])
-def test_descent_never_raises_a_rows_error(grid, with_pinned, weight, moments, pinned) -> None:
+def test_descent_never_raises_a_rows_error(grid, with_pinned, weight, curvature, pinned) -> None:
     pins = pinned if with_pinned else None
     target = weight if pins is None else weight.masked_fill(pins, 0.0)
-    H = damped(moments, 0.01)
-    state = gptq(weight, grid, torch.bfloat16, moments, pins, True)
+    H = curvature.H
+    state = gptq(weight, grid, torch.bfloat16, curvature, pins, True)
     before = row_error(target - state.dense(), H)
     for step in (lambda s: refit(s, target, H), lambda s: sweep(s, target, H, pins)):
         state = step(state)
@@ -227,7 +248,8 @@ def test_refit_is_least_squares(group_size: int, generator: torch.Generator) -> 
     weight, x = torch.randn(4, 20, generator=generator), torch.randn(90, 20, generator=generator)
     grid = Grid(3, group_size, True)
     levels = rtn(weight, grid, torch.float32).levels()
-    scales = _least_squares(levels, weight, x.T @ x, grid)
+    A, b = normal_equations(levels, weight @ (x.T @ x), x.T @ x, grid)
+    scales = least_squares(A, b)
     for r in range(4):
         design = torch.stack([x[:, g] @ levels[r, g] for g in grid.slices(20)], dim=1)
         expected = torch.linalg.lstsq(design, (x @ weight[r])[:, None]).solution[:, 0]
@@ -238,11 +260,11 @@ def test_corrected_target_is_half_way_to_least_squares(generator: torch.Generato
     weight = torch.randn(6, 30, generator=generator)
     x = torch.randn(500, 30, generator=generator)
     y = x + 0.3 * torch.randn(500, 30, generator=generator)
-    moments, drift = y.T @ y / 500, (x - y).T @ y / 500
+    curvature, drift = factorize(y.T @ y / 500), (x - y).T @ y / 500
     best = torch.linalg.lstsq(y, x @ weight.T).solution.T
-    half = corrected_target(weight, moments, drift)
+    half = corrected_target(weight, curvature, drift)
     assert torch.allclose(half, (weight + best) / 2, atol=0.02)
-    full = corrected_target(weight, moments, drift, strength=1.0)
+    full = corrected_target(weight, curvature, drift, strength=1.0)
 
     def loss(w: torch.Tensor) -> float:
         return float((x @ weight.T - y @ w.T).square().mean())
@@ -254,8 +276,8 @@ def test_descent_on_the_corrected_target_follows_the_drifting_inputs(generator: 
     weight = torch.randn(6, 64, generator=generator)
     x = torch.randn(500, 64, generator=generator)
     y = 0.7 * x
-    moments, drift = y.T @ y / 500, (x - y).T @ y / 500
-    plain = descent(weight, Grid(4, 32), torch.float32, moments)
-    corrected = descent(corrected_target(weight, moments, drift), Grid(4, 32), torch.float32, moments)
+    curvature, drift = factorize(y.T @ y / 500), (x - y).T @ y / 500
+    plain = descent(weight, Grid(4, 32), torch.float32, curvature)
+    corrected = descent(corrected_target(weight, curvature, drift), Grid(4, 32), torch.float32, curvature)
     wanted = x @ weight.T
     assert (wanted - y @ corrected.dense().T).norm() < 0.7 * (wanted - y @ plain.dense().T).norm()

@@ -1,6 +1,6 @@
 """Quantizers: how one weight matrix is rounded, given the grid it may use.
 
-All have one signature: (weight [rows, cols] float32, grid, dtype of the scales, moments [cols, cols] or None, pinned
+All have one signature: (weight [rows, cols] float32, grid, dtype of the scales, curvature or None, pinned
 bool [rows, cols] or None, search) -> Rounded.
 """
 

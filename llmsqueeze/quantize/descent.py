@@ -1,21 +1,21 @@
 """Descent: GPTQ as the start, then coordinate descent over codes and scales under the full input second moments.
 
     minimise  (t - w) H (t - w)^T  for every row, w[j] = scale[g(j)] * (code[j] - zero[g(j)])
-    refit:    scale = A^-1 b,  A[g, h] = l_g H l_h^T,  b[g] = l_g H t^T,  l_g = (code - zero) inside group g, else 0
+    refit:    scale += A^-1 b,  A[g, h] = l_g H l_h^T,  b[g] = l_g H (t - w)^T,  l_g = code - zero in group g, else 0
     sweep:    for each column j: code[j] = the level nearest to w[j] + ((t - w) H)[j] / H[j, j]
 
-t [cols] one row of the target; H [cols, cols] damped by 0.01; three rounds of one refit and one sweep, then a last
-refit. A row keeps a refit only where its error does not rise; a sweep cannot raise it, for each step is the exact
-minimiser of one code. Pinned entries (outliers) are held at their exact value throughout.
+t [cols] one row of the target; H [cols, cols] the damped second moments of the inputs (curvature.py); three rounds
+of one refit and one sweep, then a last refit. A row keeps a refit only where its error falls; a sweep cannot raise
+it, for each step is the exact minimiser of one code. Pinned entries (outliers) are held at their exact value.
 
 The target is the weight corrected for the drift of its inputs (`corrected_target`): with X the original inputs of
 the linear and Y those that it will see behind the compressed weights before it,
 
-    T = W + 1/2 * W (X - Y)^T Y (Y^T Y + damp)^-1
+    T = W + 1/2 * W (X - Y)^T Y (Y^T Y + damp)^-1 = W + 1/2 * W D U^T U,  D = mean of (x - y) y^T
 
 which is half of the step to the least-squares answer to X W^T = Y T^T. The form of the correction is that of QEP
 (arXiv 2504.09629), half-strength as it measured best. Source of the rest: ours, after LNQ's alternation of scales
-and codes (arXiv 2505.07004). Memory beside W: the moments, one damped copy, and [rows, groups, groups] in slices.
+and codes (arXiv 2505.07004). Memory beside W: two copies of it, the curvature, and [rows, groups, groups] in slices.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from llmsqueeze.curvature import Curvature
 from llmsqueeze.grids import Rounded, storable
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantize.gptq import damped, gptq
+from llmsqueeze.quantize.gptq import gptq
 
 ROUNDS = 3
 PANEL = 128
-REFIT_BYTES = 1 << 28
+REFIT_BYTES = 1 << 27
 
 
 def descent(
     weight: Tensor,
     grid: Grid,
     dtype: torch.dtype,
-    moments: Tensor | None,
+    curvature: Curvature | None,
     pinned: Tensor | None = None,
     search: bool = True,
 ) -> Rounded:
     """Rounds the target `weight` [rows, cols] (float32); arguments and result as for `gptq`."""
-    assert moments is not None
-    rounded = gptq(weight, grid, dtype, moments, pinned, search)
-    H = damped(moments, 0.01)
+    assert curvature is not None
+    H = curvature.H
+    rounded = gptq(weight, grid, dtype, curvature, pinned, search)
     # pinned entries deliver their target exactly: for the rest they are zeros that stay zero
     target = weight if pinned is None else weight.masked_fill(pinned, 0.0)
     for _ in range(ROUNDS):
@@ -53,56 +54,60 @@ def descent(
     return refit(rounded, target, H)
 
 
-def corrected_target(weight: Tensor, moments: Tensor, drift: Tensor, strength: float = 0.5) -> Tensor:
-    """`weight` [rows, cols] corrected for `drift` = (X - Y)^T Y [cols, cols], scaled like `moments` = Y^T Y."""
-    damp = 0.01
-    while damp < 1e6:
-        lower, failed = torch.linalg.cholesky_ex(damped(moments, damp))
-        if not failed:
-            return weight + strength * torch.cholesky_solve((weight @ drift).T, lower).T
-        damp *= 10
-    raise FloatingPointError("the input second moments are not finite")
-
-
-def row_error(residual: Tensor, H: Tensor) -> Tensor:
-    """r H r^T for every row r of `residual` [rows, cols] -> [rows]."""
-    return (residual @ H).mul_(residual).sum(dim=1)
+def corrected_target(weight: Tensor, curvature: Curvature, drift: Tensor, strength: float = 0.5) -> Tensor:
+    """`weight` [rows, cols] corrected for `drift` = mean of (x - y) y^T [cols, cols] over the tokens."""
+    upper = curvature.upper
+    return torch.addmm(weight, (weight @ drift) @ upper.T, upper, alpha=strength)
 
 
 def refit(rounded: Rounded, target: Tensor, H: Tensor) -> Rounded:
     """Least-squares scales for the codes as they are; a row keeps its old ones where these would not be better."""
-    rows, cols = target.shape
-    grid, levels = rounded.grid, rounded.levels()
-    groups = grid.groups(cols)
+    groups = rounded.scale.shape[1]
     chunk = max(1, REFIT_BYTES // (4 * groups * groups))
-    solved = torch.cat(
-        [_least_squares(levels[i : i + chunk], target[i : i + chunk], H, grid) for i in range(0, rows, chunk)]
-    )
-    old = rounded.scale.float()
-    usable = solved.isfinite() & (solved != 0)
-    new = storable(torch.where(usable, solved, old), rounded.scale.dtype)
-    before = row_error(target - levels * grid.expand(old, cols), H)
-    after = row_error(target - levels * grid.expand(new, cols), H)
-    scale = torch.where((after < before)[:, None], new, old)
-    return replace(rounded, scale=scale.to(rounded.scale.dtype))
+    # solved for the change, from what is left: errors of a millionth of the weight would drown in the whole
+    pull = (target - rounded.dense()) @ H
+    made = []
+    for start in range(0, len(pull), chunk):
+        rows = slice(start, start + chunk)
+        A, b = normal_equations(rounded.levels(rows), pull[rows], H, rounded.grid)
+        made.append(_better_scale(rounded.scale[rows], A, b))
+    return replace(rounded, scale=torch.cat(made))
 
 
-def _least_squares(levels: Tensor, target: Tensor, H: Tensor, grid: Grid) -> Tensor:
-    """The scales [rows, groups] that minimise the rows' errors; zero where a group has no level but 0."""
+def _better_scale(old: Tensor, A: Tensor, b: Tensor) -> Tensor:
+    """`old` [rows, groups] changed by the solution of A s = b, in the rows where that lowers the error."""
+    before = old.float()
+    wished = before + least_squares(A, b)
+    after = storable(torch.where(wished.isfinite() & (wished != 0), wished, before), old.dtype)
+    change = after - before
+    gain = ((A @ change[:, :, None])[:, :, 0] - 2 * b).mul_(change).sum(dim=1)
+    return torch.where((gain < 0)[:, None], after, before).to(old.dtype)
+
+
+def normal_equations(levels: Tensor, pull: Tensor, H: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """A [rows, groups, groups] and b [rows, groups] of the refit: levels [rows, cols], pull = residual @ H."""
     rows, cols = levels.shape
     width, groups = grid.width(cols), grid.groups(cols)
 
-    def per_group(values: Tensor) -> Tensor:  # [rows, cols] -> [rows, groups]
-        padded = torch.nn.functional.pad(values, (0, groups * width - cols))
-        return padded.view(rows, groups, width).sum(dim=2)
+    def per_group(values: Tensor) -> Tensor:  # [rows, n] -> [rows, groups of n]
+        padded = torch.nn.functional.pad(values, (0, -values.shape[1] % width))
+        return padded.view(rows, -1, width).sum(dim=2)
 
-    b = per_group((target @ H).mul_(levels))
-    A = torch.stack([per_group((levels[:, g] @ H[g]).mul_(levels)) for g in grid.slices(cols)], dim=1)
+    A = torch.empty(rows, groups, groups, device=levels.device)
+    for i, group in enumerate(grid.slices(cols)):
+        # A is symmetric: the part from the diagonal on is enough
+        row = per_group((levels[:, group] @ H[group, group.start :]).mul_(levels[:, group.start :]))
+        A[:, i, i:] = row
+        A[:, i:, i] = row
+    return A, per_group(pull * levels)
+
+
+def least_squares(A: Tensor, b: Tensor) -> Tensor:
+    """The solution [rows, groups] of A s = b with a slight ridge; zero where a group has no level but 0."""
     diagonal = A.diagonal(dim1=1, dim2=2)
     ridge = 1e-6 * diagonal.mean(dim=1, keepdim=True) + torch.finfo(A.dtype).tiny
-    A = A + torch.diag_embed(torch.where(diagonal > 0, ridge, 1.0))
-    solution: Tensor = torch.linalg.solve_ex(A, b[:, :, None])[0]
-    return solution[:, :, 0]
+    solution: Tensor = torch.linalg.solve_ex(A + torch.diag_embed(torch.where(diagonal > 0, ridge, 1.0)), b)[0]
+    return solution
 
 
 def sweep(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:

@@ -3,17 +3,17 @@
 Columns are rounded in order; what each rounding leaves is spread over the columns still to come, so that the
 layer's output, not its weight, stays near:
 
-    U^T U = (H + damp * mean(diag H) * I)^-1,  U upper triangular
+    U^T U = H^-1,  U upper triangular
     e[:, j] = (w[:, j] - rounded[:, j]) / U[j, j];   w[:, k] -= e[:, j] * U[j, k]   for k > j
 
-W [rows, cols]; H [cols, cols] second moments of the inputs; the feedback is applied lazily, a panel of about 128
-columns at a time, which changes no result (the column-by-column form is the oracle in the tests). Scale and zero of a
-group are fitted when its first column comes up, to the weights as they then are.
+W [rows, cols]; H [cols, cols] damped second moments of the inputs (curvature.py); the feedback is applied lazily,
+a panel of about 128 columns at a time, which changes no result (the column-by-column form is the oracle in the
+tests). Scale and zero of a group are fitted when its first column comes up, to the weights as they then are.
 
 What differs from the paper: damping starts at 0.01 and grows tenfold until the factorisation succeeds; a column that
 was never active (H[j, j] = 0) is rounded to nearest, not set to zero; no activation order. Pinned entries (outliers)
 keep their exact value; the feedback that reached one flows on to the columns after it, as the exact minimiser wants.
-Memory beside W: three matrices [cols, cols] in float32 while the factor is made, one afterwards.
+Memory beside W: one copy of it, its codes, and the curvature.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmsqueeze.curvature import Curvature
 from llmsqueeze.grids import Rounded, encode, fit_group
 from llmsqueeze.parts import Grid
 
@@ -31,18 +32,17 @@ def gptq(
     weight: Tensor,
     grid: Grid,
     dtype: torch.dtype,
-    moments: Tensor | None,
+    curvature: Curvature | None,
     pinned: Tensor | None = None,
     search: bool = False,
 ) -> Rounded:
-    """Rounds `weight` [rows, cols] (float32) under `moments` [cols, cols]; pinned entries get the code of level 0.
+    """Rounds `weight` [rows, cols] (float32) under the curvature; pinned entries get the code of level 0.
 
-    `dtype` is the scales' in the file; with `search` they are searched under the diagonal of the moments.
+    `dtype` is the scales' in the file; with `search` they are searched under its diagonal.
     """
-    assert moments is not None
+    assert curvature is not None
     rows, cols = weight.shape
-    upper = feedback_factor(moments)
-    importance = moments.diagonal()
+    upper, importance = curvature.upper, curvature.importance
     w = weight.clone()
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scale = torch.empty(rows, grid.groups(cols), device=weight.device)
@@ -75,34 +75,3 @@ def panels(cols: int, width: int) -> list[slice]:
     step = PANEL // width * width if width <= PANEL else width
     starts = [s for group in range(0, cols, step) for s in range(group, min(group + step, cols), PANEL)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], cols], strict=True)]
-
-
-def damped(moments: Tensor, damp: float) -> Tensor:
-    """A copy of `moments` [cols, cols] with `damp` times the mean of the diagonal added to it.
-
-    Columns that were never active count as active ones of mean size, so that the matrix is invertible.
-    """
-    diagonal = moments.diagonal()
-    active = diagonal > 0
-    mean = diagonal[active].mean() if active.any() else torch.ones((), device=moments.device)
-    result = moments.clone()
-    result.diagonal().add_(torch.where(active, damp * mean, mean))
-    return result
-
-
-def feedback_factor(moments: Tensor, damp: float = 0.01) -> Tensor:
-    """U [cols, cols], upper triangular, U^T U = (H + damp I)^-1; the damping grows until that succeeds.
-
-    Raises FloatingPointError if it never does, which only moments that are not finite can cause.
-    """
-    while damp < 1e6:
-        lower, failed = torch.linalg.cholesky_ex(damped(moments, damp))
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return upper
-        damp *= 10
-    raise FloatingPointError("the input second moments are not finite")

@@ -3,7 +3,7 @@
     code[r, j] = clamp(round(W[r, j] / scale[r, g(j)] + zero[r, g(j)]), 0, 2**bits - 1)
 
 W [rows, cols]; g(j) the group of column j; scale and zero [rows, groups] from the range of the group, or searched
-(grids.py), with every column weighing the same where no second moments are given. Memory: one copy of W and its codes.
+(grids.py), with every column weighing the same where no curvature is given. Memory: one copy of W and its codes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmsqueeze.curvature import Curvature
 from llmsqueeze.grids import Rounded, encode, fit_group
 from llmsqueeze.parts import Grid
 
@@ -19,16 +20,16 @@ def rtn(
     weight: Tensor,
     grid: Grid,
     dtype: torch.dtype,
-    moments: Tensor | None = None,
+    curvature: Curvature | None = None,
     pinned: Tensor | None = None,
     search: bool = False,
 ) -> Rounded:
     """Rounds `weight` [rows, cols] (float32). Pinned entries (bool [rows, cols]) get the code of level 0.
 
-    `moments` [cols, cols] only weigh the scale search; `dtype` is the scales' in the file.
+    The curvature only weighs the scale search; `dtype` is the scales' in the file.
     """
     cols = weight.shape[1]
-    importance = torch.ones(cols, device=weight.device) if moments is None else moments.diagonal()
+    importance = torch.ones(cols, device=weight.device) if curvature is None else curvature.importance
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scales, zeros = [], []
     for group in grid.slices(cols):

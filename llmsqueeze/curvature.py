@@ -1,0 +1,66 @@
+"""The curvature of a linear's output error: the second moments of its inputs, damped, and their factor.
+
+    error of a row d:  d H d^T,  H = mean of y y^T over the tokens + damp * mean(diag) * I
+    feedback factor:   U^T U = H^-1,  U upper triangular
+
+With J the reversal of rows and columns and J H J = L L^T, the factor is U = J L^-1 J: one Cholesky and one triangular
+inverse, where inverting H first would take two and lose digits. It is made once for all linears that share an input.
+Symbols: y [cols] one input; H, U [cols, cols], float32. Memory: three such matrices while U is made, two afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMP = 0.01
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """H and U [cols, cols] as above."""
+
+    H: Tensor
+    upper: Tensor
+
+    @property
+    def importance(self) -> Tensor:
+        """[cols]: how much a squared error in each column costs by itself."""
+        return self.H.diagonal()
+
+    @classmethod
+    def flat(cls, cols: int, like: Tensor) -> Curvature:
+        """Every input counts the same: for linears whose inputs are not known."""
+        identity = torch.eye(cols, dtype=like.dtype, device=like.device)
+        return cls(identity, identity)
+
+
+def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
+    """Damps the second moments `xtx` [cols, cols] in place and factors them; the damping grows until that succeeds.
+
+    Columns that were never active count as active ones of mean size. Raises FloatingPointError if no damping helps,
+    which only moments that are not finite can cause.
+    """
+    diagonal = xtx.diagonal()
+    active = diagonal > 0
+    mean = diagonal[active].mean() if active.any() else torch.ones((), dtype=xtx.dtype, device=xtx.device)
+    diagonal.add_(torch.where(active, damp * mean, mean))
+    while damp < 1e6:
+        lower, failed = torch.linalg.cholesky_ex(xtx.flip(0, 1))
+        if not failed:
+            inverse = torch.eye(len(xtx), dtype=xtx.dtype, device=xtx.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            upper = inverse.flip(0, 1)
+            if bool(upper.isfinite().all()):
+                return Curvature(xtx, upper)
+        diagonal.add_(9 * damp * mean)  # ten times what was there
+        damp *= 10
+    raise FloatingPointError("the input second moments are not finite")
+
+
+def row_error(residual: Tensor, H: Tensor) -> Tensor:
+    """r H r^T for every row r of `residual` [rows, cols] -> [rows]."""
+    return (residual @ H).mul_(residual).sum(dim=1)
