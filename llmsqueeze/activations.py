@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DEFAULT_LIMIT = 256 << 20  # bytes
+DEFAULT_LIMIT = 128 << 20  # bytes
 
 
 class Spill:

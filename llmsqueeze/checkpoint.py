@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmsqueeze.curvature import all_finite
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError
 from llmsqueeze.files import EVALUATION, INDEX, SIDECAR, SINGLE
 
@@ -65,7 +66,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor as stored, after checking that it holds no NaN or Inf."""
         tensor = self.read_raw(name)
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
             kind = "NaN" if bool(tensor.isnan().any()) else "Inf"
             raise CheckpointError(
                 f"{name} in {self.tensors[name].file.name} holds {kind}; a damaged weight cannot be compressed: "

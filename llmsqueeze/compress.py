@@ -22,7 +22,7 @@ from llmsqueeze.blocks import Walk
 from llmsqueeze.calibrate import Calibration, calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.card import license_of
 from llmsqueeze.checkpoint import Output, check_writable, locate, open_checkpoint, output_folder
-from llmsqueeze.curvature import Curvature, row_error
+from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.errors import RecipeError, UnsupportedError, nearest
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native
@@ -38,6 +38,8 @@ from llmsqueeze.recipe import Recipe
 from llmsqueeze.skeleton import Skeleton, build_skeleton
 
 SHARD_BYTES = 1 << 30
+# rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
+ROUNDING_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,12 @@ def quantize(
             profile = rank_without_data(skeleton, plan, recipe, place)
         if profile is not None:
             plan = gwq.allocate(plan, profile.candidates, recipe.outliers, recipe.outlier_scope)
+            profile = profile.trimmed(plan)
         for names in outer:
             output.write_shard({name: checkpoint.read(skeleton.sources[name]) for name in names})
+        if inputs is not None and not recipe.needs_moments:
+            inputs.clear()
+            inputs = None
         streams = Streams(
             inputs if recipe.inputs in ("original", "corrected") else None,
             inputs if recipe.inputs in ("sequential", "corrected") else None,
@@ -145,14 +151,15 @@ def compress_blocks(
             original = {name: skeleton.linear(name).weight.data for name in linears}
             current = dict(original)
             for names, moments in group_moments(walk, index, streams, original, current, recipe):
-                for name in [name for name in names if name in plan.weights]:
+                group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
+                targets, curvature = group_targets(group, moments)
+                for name, target in targets.items():
                     planned, module = plan.weights[name], skeleton.linear(name)
                     mask = None
                     if planned.outliers:
                         assert profile is not None
                         mask = gwq.outlier_mask(profile.candidates[name], planned.outliers, planned.shape)
-                    weight = as_rows(module, original[name])
-                    made, dense, error = compress_weight(weight, planned, moments, mask, recipe)
+                    made, dense, error = compress_weight(group[name], target, planned, curvature, mask, recipe)
                     current[name] = as_rows(module, dense).contiguous()
                     shard |= native.stored_tensors(name, made)
                     errors[name] = error
@@ -183,7 +190,7 @@ def group_moments(
     Linears that no sample reaches come last, with no moments.
     """
     names = walk.skeleton.linears[index]
-    stream = streams.original or streams.compressed
+    stream = streams.compressed if streams.original is None else streams.original
     if not recipe.needs_moments or stream is None:
         yield names, None
         return
@@ -195,25 +202,58 @@ def group_moments(
     yield [name for name in names if name not in reached], None
 
 
-def compress_weight(
-    weight: Tensor, planned: WeightPlan, moments: Moments | None, mask: Tensor | None, recipe: Recipe
-) -> tuple[list[Part], Tensor, float]:
-    """`weight` [rows, cols] (float32) -> its parts, their sum in float32, and the relative output error.
+def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[dict[str, Tensor], Curvature | None]:
+    """What each linear of a fusion group is rounded towards [rows, cols], and the curvature it is rounded under.
 
-    Without moments every input counts the same, so the error is the weight's own.
+    The target is the weight, corrected for the drift of its inputs. Uses up the moments: they are as large as what
+    is made of them.
     """
-    curvature = Curvature.flat(planned.shape[1], weight) if moments is None else moments.curvature
-    target = weight
-    if moments is not None and moments.drift is not None:
-        target = corrected_target(weight, curvature, moments.drift)
+    if moments is None:
+        return group, None
+    pulls = {} if moments.drift is None else {name: weight @ moments.drift for name, weight in group.items()}
+    moments.drift = None
+    curvature = factorize(moments.xtx)
+    targets = {
+        name: corrected_target(weight, pulls.pop(name), curvature) if pulls else weight
+        for name, weight in group.items()
+    }
+    return targets, curvature
+
+
+def compress_weight(
+    weight: Tensor,
+    target: Tensor,
+    planned: WeightPlan,
+    curvature: Curvature | None,
+    mask: Tensor | None,
+    recipe: Recipe,
+) -> tuple[list[Part], Tensor, float]:
+    """`target` [rows, cols] (float32) -> its parts, their sum in float32, and the output error relative to `weight`.
+
+    Outliers (`mask`) keep their value in `weight`. Without curvature every input counts the same, so the error is the
+    weight's own.
+    """
+    curvature = curvature or Curvature.flat(planned.shape[1], weight)
+    stored = weight.to(planned.dtype)
     if mask is not None:
         mask = mask.to(weight.device)
         target = torch.where(mask, weight, target)
-    search = bool(recipe.search)
-    rounded = QUANTIZERS[planned.quantizer](target, planned.grid, planned.dtype, curvature, mask, search)
-    made: list[Part] = [Affine.from_codes(rounded.codes, rounded.scale, rounded.zero, planned.grid)]
+    step = max(1, ROUNDING_BYTES[weight.device.type] // (4 * planned.shape[1]))
+    rounded = [
+        QUANTIZERS[planned.quantizer](
+            target[rows],
+            planned.grid,
+            planned.dtype,
+            curvature,
+            None if mask is None else mask[rows],
+            bool(recipe.search),
+        )
+        for rows in (slice(start, start + step) for start in range(0, planned.shape[0], step))
+    ]
+    codes, scale, zero = (torch.cat([getattr(r, field) for r in rounded]) for field in ("codes", "scale", "zero"))
+    made: list[Part] = [Affine.from_codes(codes, scale, zero, planned.grid)]
     if mask is not None:
-        made.append(Sparse.from_mask(mask, weight.to(planned.dtype)))
+        made.append(Sparse.from_mask(mask, stored))
     dense = parts.sum_of_parts(made)
     error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
     return made, dense, float(error)

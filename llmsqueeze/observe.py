@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from llmsqueeze.activations import Activations
 from llmsqueeze.blocks import Walk
-from llmsqueeze.curvature import Curvature, factorize
 from llmsqueeze.skeleton import Skeleton, is_transposed
 
 
@@ -27,14 +26,14 @@ class FusionGroup:
     calls: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Moments:
-    """Per token: the curvature from the mean of y y^T; drift = mean of (x - y) y^T [cols, cols], None where x is y.
+    """Per token: xtx = mean of y y^T [cols, cols]; drift = mean of (x - y) y^T, or None where x is y.
 
     y: the inputs that the linear will see; x: the original model's for the same tokens.
     """
 
-    curvature: Curvature
+    xtx: Tensor
     drift: Tensor | None
 
 
@@ -102,7 +101,7 @@ def observe(
             x = _inputs(x_run, streams.original, sample, walk.device)
             drift.addmm_((x - y).T, y)
     assert xtx is not None, "there is at least one sample"
-    return Moments(factorize(xtx.div_(tokens)), None if drift is None else drift.div_(tokens))
+    return Moments(xtx.div_(tokens), None if drift is None else drift.div_(tokens))
 
 
 def advance(walk: Walk, index: int, stream: Activations | None, weights: Mapping[str, Tensor]) -> Activations | None:

@@ -28,6 +28,11 @@ class Profile:
     candidates: dict[str, gwq.Candidates]
     loss: float | None
 
+    def trimmed(self, plan: Plan) -> Profile:
+        """Only what the plan takes, so that little is held while blocks are compressed."""
+        taken = {name: gwq.first(found, plan.weights[name].outliers) for name, found in self.candidates.items()}
+        return Profile(taken, self.loss)
+
 
 def measure(walk: Walk, first_inputs: Activations, plan: Plan, recipe: Recipe, progress: Progress) -> Profile:
     """Ranks the weights of every planned linear by the recipe's gradient ranking; labels are the text itself."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ class Progress:
     def foreign(self, name: str) -> Iterator[None]:
         """A stage in which another library reports on its own; without a terminal it is kept quiet."""
         self.stage(name, 1)
-        with redirect_stderr(StringIO()):
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             yield
         self.advance()
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -80,7 +81,8 @@ class TerminalProgress(Progress):
             return
         self._bars.stop()
         self._console.print(STAGES.get(name, name))
-        yield
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            yield
         self._bars.start()
 
     def stage(self, name: str, total: int) -> None:
@@ -145,7 +147,7 @@ def print_evaluation(result: dict[str, Any]) -> None:
     out = console()
     if result["text"]:
         out.print(f"text: {result['text']}, {result['tokens']} tokens predicted in windows of {result['window']}")
-    table = Table(pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for head in ("before", "after", "difference") if baseline else ("score",):
         table.add_column(head, justify="right")
@@ -185,7 +187,7 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 def print_contents(contents: dict[str, Any]) -> None:
     """What `show` prints: one line for linears that differ only by their number."""
-    table = Table(pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for head in ("linear", "holds"):
         table.add_column(head, overflow="fold")
     for head in ("", "bits/weight", "bytes"):

@@ -158,9 +158,13 @@ def test_output_appears_only_when_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_nothing_is_left_when_it_fails(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), output_folder(tmp_path / "out", shards=1, needed=0) as output:
-        output.write_shard({"a": torch.ones(3)})
-        raise error
+    def fail() -> None:
+        with output_folder(tmp_path / "out", shards=1, needed=0) as output:
+            output.write_shard({"a": torch.ones(3)})
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,8 +187,12 @@ def test_too_little_disk_space_is_said_before_anything_is_written(tmp_path: Path
 
 
 def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="No space left"), output_folder(tmp_path / "out", 1, needed=0):
-        raise OSError(28, "No space left on device")
+    def fill() -> None:
+        with output_folder(tmp_path / "out", 1, needed=0):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left"):
+        fill()
 
 
 def test_what_may_be_overwritten(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from llmsqueeze import compress, parts
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.checkpoint import Output, open_checkpoint
-from llmsqueeze.compress import Summary, base_plan, compress_blocks, quantize
+from llmsqueeze.compress import Summary, base_plan, compress_blocks, compress_weight, quantize
 from llmsqueeze.curvature import factorize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import native
 from llmsqueeze.hf import SumOfParts
 from llmsqueeze.observe import FusionGroup, Moments, Streams, observe
-from llmsqueeze.plan import Plan
+from llmsqueeze.parts import Grid
+from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe, make_recipe
 from llmsqueeze.skeleton import build_skeleton, is_transposed
@@ -241,7 +242,6 @@ def test_an_interruption_leaves_nothing(
             raise error
         return compress_weight(*args)
 
-    compress_weight = compress.compress_weight
     monkeypatch.setattr(compress, "compress_weight", interrupted)
     with pytest.raises(error):
         run(tmp_path / "out", method="descent")
@@ -331,11 +331,11 @@ def test_moments_are_those_of_the_linears_inputs(
             only_x = observe(walk, 0, group, Streams(start, None), original, current)
             same = observe(walk, 0, group, Streams(start, start), original, dict(original))
     n = len(y)
-    assert torch.allclose(both.curvature.H, factorize(y.T @ y / n).H, atol=1e-4)
+    assert torch.allclose(both.xtx, y.T @ y / n, atol=1e-4)
     assert both.drift is not None
     assert torch.allclose(both.drift, (x - y).T @ y / n, atol=1e-4)
-    assert torch.equal(only_y.curvature.H, both.curvature.H)
-    assert torch.allclose(only_x.curvature.H, factorize(x.T @ x / n).H, atol=1e-4)
+    assert torch.equal(only_y.xtx, both.xtx)
+    assert torch.allclose(only_x.xtx, x.T @ x / n, atol=1e-4)
     assert only_y.drift is None
     assert only_x.drift is None
     assert same.drift is None, "before anything is compressed there is no drift"
@@ -347,13 +347,14 @@ def test_the_blocks_inputs_are_those_behind_the_compressed_blocks(
     """The moments seen while compressing block 1 are those in a model whose block 0 computes with its parts."""
     rows = [torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     seen: dict[str, Moments] = {}
-    compress_weight = compress.compress_weight
+    group_targets = compress.group_targets
 
-    def watched(weight: Tensor, planned: Any, moments: Any, *rest: Any) -> Any:
-        seen[planned.name] = moments
-        return compress_weight(weight, planned, moments, *rest)
+    def watched(group: dict[str, Tensor], moments: Moments | None) -> Any:
+        if moments is not None:
+            seen.update(dict.fromkeys(group, Moments(moments.xtx.clone(), moments.drift)))
+        return group_targets(group, moments)
 
-    monkeypatch.setattr(compress, "compress_weight", watched)
+    monkeypatch.setattr(compress, "group_targets", watched)
     _, plan, held = compress_random(demo_dir, rows, make_recipe({"bits": 2}))
     model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
     for name, planned in plan.weights.items():
@@ -366,9 +367,23 @@ def test_the_blocks_inputs_are_those_behind_the_compressed_blocks(
         for tokens in rows:
             model(tokens)
     y = torch.cat(inputs)
-    assert torch.allclose(seen[probe].curvature.H, factorize(y.T @ y / len(y)).H, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(seen[probe].xtx, y.T @ y / len(y), rtol=1e-3, atol=1e-4)
     assert seen[probe].drift is not None
     assert seen["model.layers.0.self_attn.q_proj"].drift is None
+
+
+def test_rows_are_rounded_independently(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight rounded a few rows at a time is the weight rounded whole."""
+    x = torch.randn(200, 48, generator=generator)
+    weight, curvature = torch.randn(10, 48, generator=generator), factorize(x.T @ x / 200)
+    recipe = make_recipe({"bits": 3, "group_size": 16})
+    planned = WeightPlan("w", (10, 48), torch.float16, "descent", Grid(3, 16))
+    mask = torch.rand(10, 48, generator=generator) < 0.05
+    dense = []
+    for limit in (1 << 30, 3 * 4 * 48):
+        monkeypatch.setitem(compress.ROUNDING_BYTES, "cpu", limit)
+        dense.append(compress_weight(weight, weight, planned, curvature, mask, recipe)[1])
+    assert torch.equal(*dense)
 
 
 def test_conv1d_is_handled_as_its_transpose(random_model: Callable[..., Path], rows: list[Tensor]) -> None:

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
 
 # each file may import only from the layers below its own; `quantize` is one layer in which descent builds on gptq
 LAYERS = [
-    {"errors", "files", "progress", "memory", "__init__", "demo"},
-    {"bitpack", "curvature", "activations", "checkpoint", "recipe", "calibrate"},
+    {"errors", "files", "progress", "memory", "curvature", "__init__", "demo"},
+    {"bitpack", "activations", "checkpoint", "recipe", "calibrate"},
     {"parts", "skeleton"},
     {"plan", "grids", "blocks"},
     {"observe", "quantize", "allocate", "formats"},

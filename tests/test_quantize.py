@@ -262,9 +262,9 @@ def test_corrected_target_is_half_way_to_least_squares(generator: torch.Generato
     y = x + 0.3 * torch.randn(500, 30, generator=generator)
     curvature, drift = factorize(y.T @ y / 500), (x - y).T @ y / 500
     best = torch.linalg.lstsq(y, x @ weight.T).solution.T
-    half = corrected_target(weight, curvature, drift)
+    half = corrected_target(weight, weight @ drift, curvature)
     assert torch.allclose(half, (weight + best) / 2, atol=0.02)
-    full = corrected_target(weight, curvature, drift, strength=1.0)
+    full = corrected_target(weight, weight @ drift, curvature, strength=1.0)
 
     def loss(w: torch.Tensor) -> float:
         return float((x @ weight.T - y @ w.T).square().mean())
@@ -278,6 +278,6 @@ def test_descent_on_the_corrected_target_follows_the_drifting_inputs(generator: 
     y = 0.7 * x
     curvature, drift = factorize(y.T @ y / 500), (x - y).T @ y / 500
     plain = descent(weight, Grid(4, 32), torch.float32, curvature)
-    corrected = descent(corrected_target(weight, curvature, drift), Grid(4, 32), torch.float32, curvature)
+    corrected = descent(corrected_target(weight, weight @ drift, curvature), Grid(4, 32), torch.float32, curvature)
     wanted = x @ weight.T
     assert (wanted - y @ corrected.dense().T).norm() < 0.7 * (wanted - y @ plain.dense().T).norm()

@@ -31,7 +31,7 @@ CANDIDATES = 0.02
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best-ranked weights of one matrix, best first: flat index int64 [k], score float32 [k]."""
+    """The best-ranked weights of one matrix, best first: flat index [k], int32 if that suffices; score float32 [k]."""
 
     index: Tensor
     score: Tensor
@@ -80,12 +80,18 @@ def best(scores: Tensor, count: int) -> Candidates:
     """The `count` highest scores; of equal ones the first in row order, so that the choice is the same everywhere."""
     flat = scores.reshape(-1)
     if count == 0:
-        return Candidates(torch.empty(0, dtype=torch.int64), torch.empty(0))
+        return Candidates(torch.empty(0, dtype=torch.int32), torch.empty(0))
     bar = flat.topk(count).values[-1]
     above, ties = (flat > bar).nonzero()[:, 0], (flat == bar).nonzero()[:, 0]
     index = torch.cat([above, ties[: count - len(above)]])
     order = torch.sort(flat[index], descending=True, stable=True).indices
-    return Candidates(index[order].cpu(), flat[index[order]].cpu())
+    narrow = torch.int32 if flat.numel() < 1 << 31 else torch.int64
+    return Candidates(index[order].to(narrow).cpu(), flat[index[order]].cpu())
+
+
+def first(candidates: Candidates, count: int) -> Candidates:
+    """The best `count` of the candidates, in memory of their own."""
+    return Candidates(candidates.index[:count].clone(), candidates.score[:0].clone())
 
 
 def allocate(plan: Plan, candidates: Mapping[str, Candidates], outliers: float, scope: str) -> Plan:
@@ -109,5 +115,5 @@ def _global_counts(plan: Plan, candidates: Mapping[str, Candidates], total: int)
 def outlier_mask(candidates: Candidates, count: int, shape: tuple[int, int]) -> Tensor:
     """bool [rows, cols]: the `count` best candidates."""
     mask = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
-    mask[candidates.index[:count]] = True
+    mask[candidates.index[:count].long()] = True
     return mask.view(shape)

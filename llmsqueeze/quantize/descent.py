@@ -54,10 +54,9 @@ def descent(
     return refit(rounded, target, H)
 
 
-def corrected_target(weight: Tensor, curvature: Curvature, drift: Tensor, strength: float = 0.5) -> Tensor:
-    """`weight` [rows, cols] corrected for `drift` = mean of (x - y) y^T [cols, cols] over the tokens."""
-    upper = curvature.upper
-    return torch.addmm(weight, (weight @ drift) @ upper.T, upper, alpha=strength)
+def corrected_target(weight: Tensor, pull: Tensor, curvature: Curvature, strength: float = 0.5) -> Tensor:
+    """`weight` [rows, cols] corrected for the drift of its inputs; `pull` = weight @ D, so that D can go before U."""
+    return torch.addmm(weight, pull @ curvature.upper.T, curvature.upper, alpha=strength)
 
 
 def refit(rounded: Rounded, target: Tensor, H: Tensor) -> Rounded:
