@@ -52,6 +52,10 @@ class Walk:
         self.dtype, self.device = dtype, device
         self.modules = [skeleton.module(name) for name in skeleton.blocks]
         self._calls: list[list[Call]] = []  # [sample][block]
+        for module in skeleton.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:  # computed when the model was built, such as rotary frequencies
+                    setattr(module, name, buffer.to(device))
         self._returns_tuple = False
 
     def resident_block(self, index: int) -> Any:

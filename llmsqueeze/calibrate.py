@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmsqueeze.errors import CalibrationError, CheckpointError, HubError
+from llmsqueeze.errors import CalibrationError, CheckpointError, HubError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,13 +92,15 @@ def read_text(source: str, split: str) -> Text:
 
 def _read_file(path: Path) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not text: byte {error.start} is not UTF-8") from error
     except OSError as error:
         raise CalibrationError(f"cannot read {path}: {error}") from error
     if "\0" in content[:1_000_000]:
         raise CalibrationError(f"{path} is not text: it holds NUL bytes")
+    if path.suffix == ".json":
+        raise CalibrationError(f"{path} is JSON; calibration text is plain text or .jsonl, a text field on every line")
     if path.suffix == ".jsonl":
         content = "\n\n".join(_jsonl_documents(path, content))
     if not content.strip():
@@ -108,7 +110,7 @@ def _read_file(path: Path) -> str:
 
 def _jsonl_documents(path: Path, content: str) -> list[str]:
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines would also cut at U+2028
         if not line.strip():
             continue
         try:
@@ -137,10 +139,13 @@ def _read_hub(name: str, config: str | None, split: str) -> str:
             "name a local text file with --calibration (for eval: --text)"
         ) from error
     except ValueError as error:
-        raise CalibrationError(f"the data set {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise CalibrationError(f"the data set {name} cannot be used: {first_line(error)}") from error
     if "text" not in rows.column_names:
         raise CalibrationError(f"the data set {name} has no 'text' column (it has: {', '.join(rows.column_names)})")
-    return "\n\n".join(text for text in rows["text"] if text.strip())
+    documents = [text for text in rows["text"] if isinstance(text, str)]
+    if all(text.endswith("\n") for text in documents if text):
+        return "".join(documents)  # lines of one text, as in WikiText
+    return "\n\n".join(text for text in documents if text.strip())
 
 
 def _hub_answers(dataset: str) -> bool:
@@ -153,8 +158,10 @@ def _hub_answers(dataset: str) -> bool:
     except HFValidationError as error:
         raise CalibrationError(f"{dataset} is neither a local text file nor the name of a Hub data set") from error
     except HfHubHTTPError as error:
-        reason = str(error).splitlines()[0]
-        raise CalibrationError(f"the Hub has no data set {dataset} for you: {reason}") from error
+        raise CalibrationError(
+            f"the Hub has no data set {dataset} that you may read ({type(error).__name__}); is the name right, and "
+            "does it need a login (hf auth login)?"
+        ) from error
     except Exception:  # whatever the HTTP library of the day raises for no route, no name, a refusal, a time-out
         return False
     return True
@@ -167,8 +174,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} has no tokenizer that transformers can open: {reason}") from error
+        raise CheckpointError(f"{path} has no tokenizer that transformers can open: {first_line(error)}") from error
     return tokenizer
 
 
@@ -194,6 +200,8 @@ def calibration_rows(
     text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
 ) -> Calibration:
     """`samples` rows drawn by seed (all there are, if fewer), hashed together with nothing but their tokens."""
+    # a text far longer than what is drawn from it would only cost time and memory to tokenize
+    text = Text(text.source, text.content[: max(1 << 24, 64 * samples * seq_len)])
     rows = windows(text, tokenizer, seq_len)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
     chosen = [rows[i] for i in order.tolist()]

@@ -160,8 +160,8 @@ def _what(sidecar: dict[str, Any]) -> str:
 
 _WARNING = """\
 > [!WARNING]
-> **IMPORT LLMSQUEEZE BEFORE YOU LOAD THIS MODEL.**
-> transformers alone does not know this format. Without `import llmsqueeze` it does not stop: it only prints a
+> **LOAD THIS MODEL WITH `llmsqueeze.load`, OR IMPORT `llmsqueeze.hf` FIRST.**
+> transformers alone does not know this format. Without `import llmsqueeze.hf` it does not stop: it only prints a
 > warning, fills the weights it misses with **RANDOM VALUES**, and the model then writes nonsense."""
 
 

@@ -1,40 +1,23 @@
-"""Reading a checkpoint lazily and writing one shard by shard.
+"""Reading a checkpoint lazily.
 
 A checkpoint is a folder with `config.json` and safetensors files, in one piece or sharded behind an index. Opening
 it reads headers only and finds what is missing, cut short, or outside the folder; tensors are read one at a time.
-Writing happens in a sibling `<name>.partial`, which takes the final name when everything is there.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze.curvature import all_finite
-from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError
-from llmsqueeze.files import EVALUATION, INDEX, SIDECAR, SINGLE
-
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin.index.json",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-)
-NOT_COPIED = (*PICKLES, *WEIGHTS, "config.json", "README.md", SIDECAR, EVALUATION, ".*")
+from llmsqueeze.errors import CheckpointError, UnsupportedError
+from llmsqueeze.files import INDEX, PICKLES, SIDECAR, SINGLE
 
 
 @dataclass(frozen=True)
@@ -93,10 +76,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = _read_json(path / "config.json", f"{path} has no config.json, so it is not a model folder")
     if "model_type" not in config and "quantization_config" not in config:
         raise CheckpointError(f"{path / 'config.json'} names no model_type, so it is not a transformers model")
-    if (path / INDEX).exists():
-        tensors = _indexed(path)
-    elif (path / SINGLE).exists():
+    if (path / SINGLE).exists():  # as transformers does, before any index
         tensors = _headers(path / SINGLE)
+    elif (path / INDEX).exists():
+        tensors = _indexed(path)
     else:
         raise CheckpointError(_no_weights(path))
     return Checkpoint(path, config, tensors)
@@ -122,15 +105,20 @@ def _read_json(file: Path, missing: str) -> dict[str, Any]:
 def _no_weights(path: Path) -> str:
     pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
     if pickles:
-        return (
-            f"{path} holds its weights only as pickle ({pickles[0]}), which can run code when opened, so it is not "
-            "read; convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained("
-            "new_folder) writes safetensors"
-        )
+        return pickled_only(str(path), pickles[0])
     others = sorted(file.name for file in path.glob("*.safetensors"))
     if others:
         return f"{path} has no {SINGLE} and no {INDEX}, only {', '.join(others[:3])}: was a file renamed or lost?"
     return f"{path} has no weights: {SINGLE} or {INDEX} is needed"
+
+
+def pickled_only(model: str, file: str) -> str:
+    """What to say of a model whose weights are only pickled."""
+    return (
+        f"{model} holds its weights only as pickle ({file}), which can run code when opened, so it is not read; "
+        "convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
+        "writes safetensors"
+    )
 
 
 def _indexed(path: Path) -> dict[str, Stored]:
@@ -180,117 +168,3 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-def locate(model: str, revision: str | None = None) -> Path:
-    """The local folder of `model`: the built-in `demo`, a folder, or a Hub id (downloaded into the Hub's cache).
-
-    Raises CheckpointError if there is no such folder, HubError if the Hub cannot be reached or refuses.
-    """
-    if model == "demo":
-        from llmsqueeze.demo import MODEL_DIR
-
-        return MODEL_DIR
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{model} is a file; name the model's folder, a Hub id such as owner/name, or 'demo'")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no folder {model}; name a local folder, a Hub id (owner/name), or 'demo'")
-    return _download(model, revision)
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(repo, revision=revision, ignore_patterns=["original/*", "*.gguf"])
-        )
-    except LocalEntryNotFoundError as error:
-        raise HubError(
-            f"there is no local folder {repo}, and the Hub cannot be reached for a model of that name: check the "
-            "spelling and the network, or name a local folder or 'demo'"
-        ) from error
-    except HfHubHTTPError as error:
-        raise HubError(f"the Hub does not give out {repo}: {str(error).splitlines()[0]}") from error
-    except HFValidationError as error:
-        raise CheckpointError(f"{repo} is neither a local folder nor a valid Hub id: {error}") from error
-    except (OSError, ValueError) as error:
-        raise HubError(f"cannot download {repo}: {error}") from error
-
-
-class Output:
-    """The folder under construction: shards as they come, the index at the end, then the final name."""
-
-    def __init__(self, path: Path, shards: int) -> None:
-        self.final = path
-        self.partial = path.with_name(path.name + ".partial")
-        self.shards = shards
-        self.weight_map: dict[str, str] = {}
-        self.nbytes = 0
-        self._written = 0
-
-    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the next of the announced number of shards."""
-        self._written += 1
-        name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
-        held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        save_file(held, self.partial / name, metadata={"format": "pt"})
-        self.weight_map.update(dict.fromkeys(held, name))
-        self.nbytes += sum(tensor.nbytes for tensor in held.values())
-
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        (self.partial / name).write_text(text + "\n", encoding="utf-8")
-
-    def copy_rest(self, source: Path) -> None:
-        """Tokenizer, generation config, licence, code: every file of the model that is not weights or config."""
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
-                shutil.copyfile(file, self.partial / file.name)
-
-    def finish(self) -> None:
-        assert self._written == self.shards, f"{self._written} of {self.shards} shards were written"
-        self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map})
-
-
-def check_writable(path: Path, overwrite: bool) -> None:
-    """Raises OutputError unless a new folder may be made at `path`."""
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
-    if path.is_file():
-        raise OutputError(f"{path} is a file; --out names a folder")
-    if path.exists() and any(path.iterdir()) and not (path / SIDECAR).exists():
-        raise OutputError(f"{path} was not written by llmsqueeze, so --overwrite leaves it alone; choose another --out")
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise OutputError(f"{parent} is not a folder, so {path} cannot be made")
-
-
-@contextmanager
-def output_folder(path: Path, shards: int, needed: int) -> Iterator[Output]:
-    """A folder that appears at `path` when the block ends without error, and not at all when it does not.
-
-    `needed` bytes must be free. A leftover `.partial` of an earlier run is replaced.
-    """
-    output = Output(path, shards)
-    try:
-        shutil.rmtree(output.partial, ignore_errors=True)
-        output.partial.mkdir(parents=True)
-        free = shutil.disk_usage(output.partial).free
-        if free < needed:
-            raise OutputError(f"{path} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on that disk")
-        yield output
-        output.finish()
-        replaced = path.with_name(path.name + ".replaced")
-        if path.exists():
-            path.rename(replaced)
-        output.partial.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
-    finally:
-        shutil.rmtree(output.partial, ignore_errors=True)

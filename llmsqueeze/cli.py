@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsqueeze import __version__
-from llmsqueeze.errors import RecipeError, SqueezeError
+from llmsqueeze.errors import RecipeError, SqueezeError, first_line
 
 app = typer.Typer(
     name="llmsqueeze",
@@ -103,7 +103,7 @@ def quantize(
         }
         given = {key: value for key, value in options.items() if value is not None}
         wanted = make_recipe((read_recipe(recipe) if recipe else {}) | given)
-        folder = out or Path(f"{Path(model.rstrip('/')).name}-{wanted.bits}bit")
+        folder = out or Path(f"{Path(model).expanduser().resolve().name}-{wanted.bits}bit")
 
         from llmsqueeze import compress, report
 
@@ -168,7 +168,8 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             ).as_dict()
-        evaluation.remember(model, result)
+        if limit is None:
+            evaluation.remember(model, result)
         _print(result, as_json, report.print_evaluation)
 
 
@@ -246,14 +247,15 @@ def _friendly(debug: bool) -> Iterator[None]:
 
 
 def _unexpected(error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if _out_of_memory(error):
         return f"out of memory: {reason}; fewer or shorter samples (--samples, --seq-len) or --device cpu need less"
     return f"unexpected {type(error).__name__}: {reason}; this is a defect, run again with --debug to see where"
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    kinds = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kinds or "can't allocate memory" in str(error)
 
 
 def _fail(message: str, code: int) -> None:

@@ -6,7 +6,6 @@ compressed in the order they are called, each seeing the inputs that what was co
 
 from __future__ import annotations
 
-import fnmatch
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,21 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze import __version__, parts
+from llmsqueeze import parts, record
 from llmsqueeze.activations import Spill
 from llmsqueeze.allocate import gwq
 from llmsqueeze.blocks import Walk
-from llmsqueeze.calibrate import Calibration, calibration_rows, calibration_text, load_tokenizer
-from llmsqueeze.card import license_of
-from llmsqueeze.checkpoint import Output, check_writable, locate, open_checkpoint, output_folder
+from llmsqueeze.calibrate import DEMO, Calibration, calibration_rows, calibration_text, load_tokenizer
+from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.curvature import Curvature, factorize, row_error
-from llmsqueeze.errors import RecipeError, UnsupportedError, nearest
+from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native
+from llmsqueeze.locate import locate
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
-from llmsqueeze.parts import Affine, Grid, Part, Sparse
-from llmsqueeze.plan import Plan, WeightPlan
+from llmsqueeze.output import Output, check_writable, output_folder
+from llmsqueeze.parts import Affine, Part, Sparse
+from llmsqueeze.plan import Plan, WeightPlan, base_plan
 from llmsqueeze.profile import Profile, measure, rank_without_data
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantize import QUANTIZERS
@@ -76,6 +76,8 @@ def quantize(
 ) -> Summary:
     """Compresses `model` (a Hub id, a folder, or 'demo') into the folder `out`, which appears when all is written."""
     start, progress = time.monotonic(), progress or Progress()
+    if revision is not None and (model == DEMO or Path(model).expanduser().is_dir()):
+        raise RecipeError(f"--revision {revision} goes with a Hub id, and {model} is a local folder")
     place = pick_device(device)
     check_writable(out, overwrite)
     path = locate(model, revision)
@@ -84,22 +86,21 @@ def quantize(
     plan = base_plan(skeleton, recipe)
     calibration = read_calibration(model, skeleton, recipe, progress, trust_remote_code)
     outer = outer_shards(skeleton)
+    shards = len(outer) + len(skeleton.blocks)
     with (
-        output_folder(
-            out, len(outer) + len(skeleton.blocks), bytes_needed(skeleton, plan, recipe, calibration)
-        ) as output,
+        output_folder(out, shards, bytes_needed(skeleton, plan, recipe, calibration), overwrite) as output,
         Spill(parent=output.partial) as spill,
     ):
         walk = Walk(skeleton, calibration.rows if calibration else [], spill, torch.float32, place)
         inputs = walk.embed() if recipe.needs_text else None
         profile = None
-        if recipe.outliers and recipe.needs_gradients:
+        if recipe.outlier_fraction and recipe.needs_gradients:
             assert inputs is not None
             profile = measure(walk, inputs, plan, recipe, progress)
-        elif recipe.outliers:
+        elif recipe.outlier_fraction:
             profile = rank_without_data(skeleton, plan, recipe, place)
         if profile is not None:
-            plan = gwq.allocate(plan, profile.candidates, recipe.outliers, recipe.outlier_scope)
+            plan = gwq.allocate(plan, profile.candidates, recipe.outlier_fraction, recipe.outlier_scope)
             profile = profile.trimmed(plan)
         for names in outer:
             output.write_shard({name: checkpoint.read(skeleton.sources[name]) for name in names})
@@ -113,10 +114,9 @@ def quantize(
         errors = compress_blocks(walk, streams, plan, profile, recipe, output, progress)
         output.copy_rest(path)
         output.write_json("config.json", checkpoint.config | {"quantization_config": native.quantization_config(plan)})
-        output.write_json(
-            SIDECAR,
-            sidecar(model, revision, path, recipe, calibration, plan, output.nbytes, checkpoint.nbytes, errors),
-        )
+        result = record.outcome(plan, output.nbytes, checkpoint.nbytes, errors)
+        made = record.provenance(model, path, revision) | record.settings(recipe, calibration)
+        output.write_json(SIDECAR, made | result)
     return Summary(
         out=str(out),
         model=model,
@@ -129,7 +129,7 @@ def quantize(
         calibration=calibration.as_dict() if calibration else None,
         seconds=round(time.monotonic() - start, 3),
         peak_memory_mb=peak_memory_mb(),
-        peak_device_memory_mb=peak_device_memory_mb(),
+        peak_device_memory_mb=peak_device_memory_mb(str(place)),
     )
 
 
@@ -164,10 +164,12 @@ def compress_blocks(
                     shard |= native.stored_tensors(name, made)
                     errors[name] = error
                     progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)
-            ahead = Streams(
-                advance(walk, index, streams.original, original),
-                advance(walk, index, streams.compressed, current),
-            )
+            ahead = Streams(None, None)
+            if index + 1 < len(skeleton.blocks):
+                ahead = Streams(
+                    advance(walk, index, streams.original, original),
+                    advance(walk, index, streams.compressed, current),
+                )
         for stream in {id(s): s for s in (streams.original, streams.compressed) if s is not None}.values():
             stream.clear()
         streams = ahead
@@ -259,29 +261,6 @@ def compress_weight(
     return made, dense, float(error)
 
 
-def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
-    """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
-    names = [name for block in skeleton.linears for name in block]
-    skipped = set()
-    for pattern in recipe.skip:
-        matched = {name for name in names if fnmatch.fnmatch(name, pattern) or name.split(".")[-1] == pattern}
-        if not matched:
-            leaves = sorted({name.split(".")[-1] for name in names})
-            hint = nearest(pattern, [*leaves, *names])
-            raise RecipeError(f"skip pattern {pattern!r} matches no linear{hint or ';'} there are {', '.join(leaves)}")
-        skipped |= matched
-    grid = Grid(recipe.bits, recipe.group_size, recipe.symmetric)
-    assert recipe.quantizer is not None, "the recipe is resolved"
-    weights = {
-        name: WeightPlan(name, skeleton.shape(name), skeleton.dtype(name), recipe.quantizer, grid)
-        for name in names
-        if name not in skipped
-    }
-    if not weights:
-        raise RecipeError("skip leaves no linear to compress")
-    return Plan(weights)
-
-
 def read_calibration(
     model: str, skeleton: Skeleton, recipe: Recipe, progress: Progress, trust_remote_code: bool
 ) -> Calibration | None:
@@ -322,48 +301,13 @@ def bytes_needed(skeleton: Skeleton, plan: Plan, recipe: Recipe, calibration: Ca
     """Disk space for the result and, at the worst, for all activations of the run."""
     total = sum(skeleton.checkpoint.tensors[source].nbytes for source in skeleton.sources.values())
     dense = sum(weight.numel * weight.dtype.itemsize for weight in plan.weights.values())
-    outliers = round(recipe.outliers * plan.numel) * 8 + sum(4 * w.shape[0] for w in plan.weights.values())
+    outliers = round(recipe.outlier_fraction * plan.numel) * 8 + sum(4 * w.shape[0] for w in plan.weights.values())
     activations = 0
     if calibration is not None:
         _, width = skeleton.embedding_shape
         lists = 4 + (len(skeleton.blocks) if recipe.needs_gradients else 0)
         activations = len(calibration.rows) * calibration.seq_len * width * 4 * lists
     return total - dense + plan.nbytes + outliers + activations
-
-
-def sidecar(
-    model: str,
-    revision: str | None,
-    path: Path,
-    recipe: Recipe,
-    calibration: Calibration | None,
-    plan: Plan,
-    nbytes: int,
-    nbytes_original: int,
-    errors: dict[str, float],
-) -> dict[str, Any]:
-    """What `llmsqueeze.json` records; no times and no local paths, so that equal runs give equal files."""
-    import transformers
-
-    local = Path(model).expanduser().is_dir()
-    settings = recipe.as_dict()
-    if recipe.calibration is not None and Path(recipe.calibration).expanduser().exists():
-        settings["calibration"] = Path(recipe.calibration).name
-    return {
-        "llmsqueeze_version": __version__,
-        "format_version": native.FORMAT_VERSION,
-        "model": path.absolute().name if local else model,
-        **license_of(path),
-        "revision": revision or (path.name if path.parent.name == "snapshots" else None),
-        "recipe": settings,
-        "calibration": calibration.as_dict() if calibration else None,
-        "bits_per_weight": round(plan.bits_per_weight, 6),
-        "quantized_weights": plan.numel,
-        "nbytes": nbytes,
-        "nbytes_original": nbytes_original,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "errors": {name: float(f"{error:.6g}") for name, error in errors.items()},
-    }
 
 
 def pick_device(device: str) -> torch.device:

@@ -45,6 +45,11 @@ class HubError(SqueezeError):
     """The Hub cannot be reached, or refuses the request."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to its first line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `choices`, or nothing when none is close."""
     match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)

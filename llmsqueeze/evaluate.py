@@ -20,10 +20,11 @@ from torch import Tensor
 
 from llmsqueeze import hf
 from llmsqueeze.calibrate import DEMO, Text, evaluation_text, load_tokenizer, windows
-from llmsqueeze.card import shown
-from llmsqueeze.checkpoint import locate, read_sidecar
-from llmsqueeze.errors import RecipeError, UnsupportedError, nearest
+from llmsqueeze.card import read_json, shown
+from llmsqueeze.checkpoint import read_sidecar
+from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line, nearest
 from llmsqueeze.files import EVALUATION, SIDECAR
+from llmsqueeze.locate import locate
 from llmsqueeze.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096
 DEFAULT_WINDOW = 2048
-KL_CHUNK = 512  # tokens whose distributions are compared at a time
+CHUNK = 512  # tokens whose distributions exist in float32 at a time
 
 
 @dataclass
@@ -129,7 +130,7 @@ def _score_text(
         logits = [_logits(item.model, batch.to(device)) for item in opened]
         labels = batch.to(device)[:, 1:]
         for i, values in enumerate(logits):
-            losses = torch.nn.functional.cross_entropy(values.flatten(0, 1).float(), labels.flatten(), reduction="none")
+            losses = token_losses(values.flatten(0, 1), labels.flatten())
             nll[i] += losses.view(labels.shape).cpu().double().unbind()
         if len(opened) > 1:
             kl.append(divergence(logits[1].flatten(0, 1), logits[0].flatten(0, 1)).cpu())
@@ -164,12 +165,18 @@ def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return logits[:, :-1]
 
 
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(label) in nats per row of logits [tokens, vocabulary] -> float32 [tokens]."""
+    parts = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in parts])
+
+
 def divergence(reference: Tensor, other: Tensor) -> Tensor:
     """KL(reference || other) in nats per row of logits [tokens, vocabulary] -> float32 [tokens]."""
     parts = []
-    for start in range(0, len(reference), KL_CHUNK):
-        p = reference[start : start + KL_CHUNK].float().log_softmax(-1)
-        q = other[start : start + KL_CHUNK].float().log_softmax(-1)
+    for start in range(0, len(reference), CHUNK):
+        p = reference[start : start + CHUNK].float().log_softmax(-1)
+        q = other[start : start + CHUNK].float().log_softmax(-1)
         parts.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
     return torch.cat(parts)
 
@@ -196,14 +203,24 @@ def choose_text(model: str, source: str | None, wanted: bool) -> Text | None:
 
 
 def remember(model: str, result: dict[str, Any]) -> None:
-    """Keeps the scores beside a local folder that we wrote, where the model card finds them."""
+    """Keeps the scores beside a local folder that we wrote, where the model card finds them, with earlier tasks'."""
     folder = Path(model)
     if (folder / SIDECAR).exists() and os.access(folder, os.W_OK):
-        kept = result | {"model": shown(model)}
-        if kept["baseline"]:
-            kept["baseline"] = kept["baseline"] | {"model": shown(kept["baseline"]["model"])}
+        before = read_json(folder / EVALUATION) if (folder / EVALUATION).exists() else {}
+        kept = _merged(before, result | {"model": shown(model)})
+        if result["baseline"]:
+            baseline = result["baseline"] | {"model": shown(result["baseline"]["model"])}
+            kept["baseline"] = _merged(before.get("baseline") or {}, baseline)
         text = json.dumps(kept, indent=2)
         (folder / EVALUATION).write_text(text + "\n", encoding="utf-8")
+
+
+def _merged(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """`after`, with what it did not measure taken from `before`."""
+    measured = {key: value for key, value in after.items() if value is not None and key != "tasks"}
+    if after.get("perplexity") is None:
+        measured = {key: value for key, value in measured.items() if key not in ("tokens", "baseline")}
+    return after | before | measured | {"tasks": before.get("tasks", {}) | after["tasks"]}
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None) -> list[Any]:
@@ -241,15 +258,19 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    outcome = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=tasks,
-        limit=limit,
-        task_manager=_task_manager(include_path),
-        bootstrap_iters=0 if limit == 1 else 1000,
-        log_samples=False,
-        verbosity="ERROR",
-    )
+    try:
+        outcome = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=tasks,
+            limit=limit,
+            task_manager=_task_manager(include_path),
+            bootstrap_iters=0 if limit == 1 else 1000,
+            log_samples=False,
+            verbosity="ERROR",
+        )
+    except (OSError, ImportError) as error:  # its data cannot be had, or it needs a package
+        names = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
+        raise HubError(f"lm-eval cannot run {names}: {first_line(error)}") from error
     results: dict[str, dict[str, Any]] = outcome["results"]
     return {name: _metrics(values) for name, values in results.items()}
 
@@ -260,5 +281,6 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         metric, comma, filtered = key.partition(",")
         if comma and isinstance(value, (int, float)) and not isinstance(value, bool):
-            metrics[metric if filtered == "none" else f"{metric}_{filtered}"] = float(value)
+            base, stderr = metric.removesuffix("_stderr"), "_stderr" if metric.endswith("_stderr") else ""
+            metrics[f"{base}{'' if filtered == 'none' else '_' + filtered}{stderr}"] = float(value)
     return metrics

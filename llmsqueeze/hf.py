@@ -20,9 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmsqueeze import parts
-from llmsqueeze.checkpoint import locate, open_checkpoint
-from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, first_line
 from llmsqueeze.formats import native
+from llmsqueeze.locate import locate
 from llmsqueeze.parts import Spec
 from llmsqueeze.skeleton import is_transposed, load_config
 
@@ -43,8 +44,7 @@ def load(model: str, **kwargs: Any) -> PreTrainedModel:
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         if isinstance(error.__cause__, SqueezeError):
             raise error.__cause__ from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedError(f"transformers cannot open {model}: {reason}") from error
+        raise UnsupportedError(f"transformers cannot open {model}: {first_line(error)}") from error
     loaded, info = opened
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:

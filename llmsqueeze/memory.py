@@ -15,8 +15,10 @@ def peak_memory_mb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def peak_device_memory_mb() -> float:
-    """The most memory that tensors ever held on the CUDA device, in MB; 0 without one."""
+def peak_device_memory_mb(device: str = "cuda") -> float:
+    """The most memory that tensors ever held on a CUDA device, in MB; 0 for any other."""
     import torch
 
-    return round(torch.cuda.max_memory_allocated() / 1e6, 1) if torch.cuda.is_available() else 0.0
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return 0.0
+    return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)

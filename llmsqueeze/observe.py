@@ -95,6 +95,8 @@ def observe(
         if xtx is None:
             xtx = torch.zeros(y.shape[1], y.shape[1], dtype=y.dtype, device=y.device)
             drift = torch.zeros_like(xtx) if both else None
+        if not len(y):
+            continue  # nothing of this sample reaches the group
         xtx.addmm_(y.T, y)
         tokens += len(y)
         if drift is not None:

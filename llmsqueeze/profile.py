@@ -114,8 +114,8 @@ def rank_block(
         error = None
         if recipe.outlier_ranking == "gradient-error":
             error = weight - rtn(weight, planned.grid, planned.dtype).dense()
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + index * 1009 + position)
+        generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + index * 1009 + position) % (1 << 63))
         scores = gwq.score(weight, statistic, error, recipe.outlier_ranking, generator)
-        count = gwq.candidate_count(planned.numel, recipe.outliers, recipe.outlier_scope)
+        count = gwq.candidate_count(planned.numel, recipe.outlier_fraction, recipe.outlier_scope)
         result[name] = gwq.best(scores, count)
     return result

@@ -36,9 +36,9 @@ class Recipe:
     """How to compress a model.
 
     bits: width of a code, 2 to 8. group_size: columns that share a scale, -1 for whole rows. outliers: fraction of
-    the weights that `gwq` keeps at 16 bits. inputs: whose inputs a linear is fitted to: the original model's, those
-    behind the compressed blocks before it, or the latter with the target corrected for the drift. search: whether
-    scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
+    the weights that `gwq` keeps as they are (1 %). inputs: whose inputs a linear is fitted to: the original model's,
+    those behind the compressed blocks before it, or the latter with the target corrected for the drift. search:
+    whether scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
     """
 
     method: str = "descent"
@@ -46,7 +46,7 @@ class Recipe:
     group_size: int = 128
     symmetric: bool = True
     quantizer: str | None = None
-    outliers: float = 0.01
+    outliers: float | None = None
     outlier_ranking: str = "gradient"
     outlier_scope: str = "layer"
     inputs: str | None = None
@@ -64,14 +64,20 @@ class Recipe:
             raise RecipeError(
                 f"quantizer {quantizer!r} goes with method gwq; method {self.method} is its own quantizer"
             )
+        if self.method != "gwq" and self.outliers:
+            raise RecipeError(f"outliers go with method gwq, not with {self.method}")
         inputs = {"rtn": "original", "gptq": "sequential", "descent": "corrected"}[quantizer]
         return dataclasses.replace(
             self,
             quantizer=quantizer,
             inputs=self.inputs or inputs,
             search=quantizer == "descent" if self.search is None else self.search,
-            outliers=self.outliers if self.method == "gwq" else 0.0,
+            outliers=(0.01 if self.outliers is None else self.outliers) if self.method == "gwq" else 0.0,
         )
+
+    @property
+    def outlier_fraction(self) -> float:
+        return self.outliers or 0.0
 
     @property
     def needs_moments(self) -> bool:
@@ -79,7 +85,7 @@ class Recipe:
 
     @property
     def needs_gradients(self) -> bool:
-        return self.outliers > 0 and self.outlier_ranking in NEEDS_GRADIENTS
+        return self.outlier_fraction > 0 and self.outlier_ranking in NEEDS_GRADIENTS
 
     @property
     def needs_text(self) -> bool:

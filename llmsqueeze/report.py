@@ -125,7 +125,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     calibration = summary["calibration"]
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("written to", summary["out"])
-    outliers = f", {summary['outliers']} outliers at 16 bits" if summary["outliers"] else ""
+    outliers = f", {summary['outliers']} outliers kept as they were" if summary["outliers"] else ""
     table.add_row("method", f"{summary['method']}, {summary['bits']}-bit codes{outliers}")
     table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (everything stored for the quantized linears)")
     ratio = summary["nbytes_original"] / summary["nbytes"]

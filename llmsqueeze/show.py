@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmsqueeze import parts
-from llmsqueeze.checkpoint import Checkpoint, locate, open_checkpoint, read_sidecar
+from llmsqueeze.checkpoint import Checkpoint, open_checkpoint, read_sidecar
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.formats import native
+from llmsqueeze.locate import locate
 
 
 @dataclass(frozen=True)

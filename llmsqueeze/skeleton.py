@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.errors import CheckpointError, UnsupportedError
+from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -110,11 +110,11 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         raise UnsupportedError(
-            f"transformers cannot build the model of {checkpoint.path}: {_first_line(error)}"
+            f"transformers cannot build the model of {checkpoint.path}: {first_line(error)}"
         ) from error
     model.eval()
     sources = _sources(model, checkpoint)
-    tied = {alias: source for alias, source in model.all_tied_weights_keys.items() if alias not in sources}
+    tied = _tied(model, sources)
     _check_complete(model, checkpoint, sources, tied)
     blocks = find_blocks(model)
     linears = [find_linears(model, block) for block in blocks]
@@ -129,9 +129,7 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
         hint = "" if trust_remote_code else "; a model that brings its own code needs --trust-remote-code"
-        raise UnsupportedError(
-            f"transformers cannot read {path / 'config.json'}: {_first_line(error)}{hint}"
-        ) from error
+        raise UnsupportedError(f"transformers cannot read {path / 'config.json'}: {first_line(error)}{hint}") from error
     return config
 
 
@@ -187,6 +185,17 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     return sources
 
 
+def _tied(model: PreTrainedModel, sources: Mapping[str, str]) -> dict[str, str]:
+    """Parameter that the checkpoint lacks -> the stored one that it shares; a tie may be stored under either name."""
+    tied = {}
+    for alias, source in model.all_tied_weights_keys.items():
+        if alias not in sources and source in sources:
+            tied[alias] = source
+        elif source not in sources and alias in sources:
+            tied[source] = alias
+    return tied
+
+
 def _check_complete(
     model: PreTrainedModel, checkpoint: Checkpoint, sources: Mapping[str, str], tied: Mapping[str, str]
 ) -> None:
@@ -225,7 +234,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 def find_linears(model: nn.Module, block: str) -> list[str]:
     """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D."""
     inside = model.get_submodule(block).named_modules()
-    return [f"{block}.{name}" for name, module in inside if type(module) is nn.Linear or is_transposed(module)]
+    return [f"{block}.{name}" for name, module in inside if isinstance(module, nn.Linear) or is_transposed(module)]
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -244,7 +253,3 @@ def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]
                 f"only {100 * inside / max(total, 1):.0f} % of the weights of {block} are in linear layers: "
                 "mixture-of-experts and state-space blocks are not handled yet"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmsqueeze.checkpoint import check_writable, locate, open_checkpoint, output_folder
+from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.files import INDEX, SIDECAR, SINGLE
+from llmsqueeze.locate import locate
+from llmsqueeze.output import OWNER, check_writable, output_folder
 
 
 @pytest.fixture
@@ -174,10 +176,42 @@ def test_a_failed_replacement_keeps_the_old_result(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), output_folder(tmp_path / "out", shards=0, needed=0):
         raise RuntimeError
     assert json.loads((tmp_path / "out" / SIDECAR).read_text()) == {"run": 1}
-    with output_folder(tmp_path / "out", shards=0, needed=0) as output:
+    with output_folder(tmp_path / "out", shards=0, needed=0, overwrite=True) as output:
         output.write_json(SIDECAR, {"run": 2})
     assert json.loads((tmp_path / "out" / SIDECAR).read_text()) == {"run": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    def meanwhile() -> None:
+        with output_folder(tmp_path / "out", shards=0, needed=0):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine.txt").write_text("kept")
+
+    with pytest.raises(OutputError, match="exists already"):
+        meanwhile()
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+
+
+def test_a_partial_folder_in_the_way(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+
+    def write() -> None:
+        with output_folder(tmp_path / "out", shards=0, needed=0) as output:
+            output.write_json(SIDECAR, {})
+
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="was not made by llmsqueeze"):
+        write()
+    assert (partial / "thesis.tex").exists()
+    (partial / OWNER).write_text("1")  # the first process is always alive, and never this one
+    with pytest.raises(OutputError, match=r"another run \(process 1\) is writing"):
+        write()
+    (partial / OWNER).write_text("4194999")  # beyond the largest process number: dead for certain
+    write()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert OWNER not in [p.name for p in (tmp_path / "out").iterdir()]
 
 
 def test_too_little_disk_space_is_said_before_anything_is_written(tmp_path: Path) -> None:

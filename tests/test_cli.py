@@ -79,7 +79,7 @@ def test_eval_json(compressed: Path) -> None:
     assert 0 < result["kl_mean"] < result["kl_p99"]
     assert result["tokens"] == result["baseline"]["tokens"] > 0
     assert {"acc", "acc_stderr"} <= set(result["tasks"]["demo_stories"])
-    assert json.loads((compressed / "evaluation.json").read_text())["perplexity"] == result["perplexity"]
+    assert not (compressed / "evaluation.json").exists(), "scores of a limited run are not for the card"
 
 
 def test_show(compressed: Path) -> None:

@@ -19,15 +19,16 @@ import llmsqueeze
 from llmsqueeze import compress, parts
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.blocks import Walk
-from llmsqueeze.checkpoint import Output, open_checkpoint
-from llmsqueeze.compress import Summary, base_plan, compress_blocks, compress_weight, quantize
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.compress import Summary, compress_blocks, compress_weight, quantize
 from llmsqueeze.curvature import factorize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import native
 from llmsqueeze.hf import SumOfParts
 from llmsqueeze.observe import FusionGroup, Moments, Streams, observe
+from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, WeightPlan
+from llmsqueeze.plan import Plan, WeightPlan, base_plan
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe, make_recipe
 from llmsqueeze.skeleton import build_skeleton, is_transposed

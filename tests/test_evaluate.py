@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.calibrate import Text, evaluation_text, load_tokenizer
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError, UnsupportedError
-from llmsqueeze.evaluate import _metrics, divergence, evaluate, find_tasks
+from llmsqueeze.evaluate import _metrics, divergence, evaluate, find_tasks, remember
 from llmsqueeze.recipe import make_recipe
 
 
@@ -95,6 +95,35 @@ def test_the_demos_task_shows_what_two_bits_cost(tmp_path: Path) -> None:
     assert after < before - 0.1
 
 
+def test_scores_are_remembered_beside_the_folder(tmp_path: Path) -> None:
+    """Later runs add what they measured; local paths are cut to their last component."""
+    (tmp_path / "llmsqueeze.json").write_text("{}")
+    text = {
+        "model": str(tmp_path),
+        "perplexity": 3.0,
+        "tokens": 9,
+        "tasks": {},
+        "baseline": {"model": "/a/b", "perplexity": 2.0, "tokens": 9, "tasks": {}},
+    }
+    tasks = {"model": str(tmp_path), "perplexity": None, "tokens": 0, "tasks": {"t": {"acc": 1.0}}, "baseline": None}
+    remember(str(tmp_path), text)
+    remember(str(tmp_path), tasks)
+    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    assert kept["perplexity"] == 3.0
+    assert kept["tokens"] == 9
+    assert kept["tasks"] == {"t": {"acc": 1.0}}
+    assert kept["baseline"]["perplexity"] == 2.0
+    assert kept["baseline"]["model"] == "b"
+    assert "/" not in kept["model"]
+
+
 def test_metric_names() -> None:
-    raw = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 0.2, "name": "x", "exact,none": "N/A"}
-    assert _metrics(raw) == {"acc": 0.5, "acc_stderr": 0.1, "em_strict": 0.2}
+    raw = {
+        "alias": "x",
+        "acc,none": 0.5,
+        "acc_stderr,none": 0.1,
+        "em,strict": 0.2,
+        "em_stderr,strict": 0.3,
+        "e,none": "N/A",
+    }
+    assert _metrics(raw) == {"acc": 0.5, "acc_stderr": 0.1, "em_strict": 0.2, "em_strict_stderr": 0.3}

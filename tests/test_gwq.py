@@ -68,9 +68,17 @@ def test_global_scope_takes_the_best_of_all(plan: Plan, generator: torch.Generat
 
 
 def test_layer_scope_takes_its_share_of_each(plan: Plan) -> None:
-    made = gwq.allocate(plan, {}, 0.05, "layer")
+    candidates = {name: gwq.best(torch.rand(weight.shape), 100) for name, weight in plan.weights.items()}
+    made = gwq.allocate(plan, candidates, 0.05, "layer")
     assert {n: w.outliers for n, w in made.weights.items()} == {"a": 10, "b": 60}
     assert made.nbytes - plan.nbytes == 70 * 4 + (10 + 30) * 2
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_linear_that_no_sample_reached_gets_none(plan: Plan, scope: str) -> None:
+    made = gwq.allocate(plan, {"a": gwq.best(torch.rand(10, 20), 100)}, 0.05, scope)
+    assert made.weights["b"].outliers == 0
+    assert made.weights["a"].outliers == (10 if scope == "layer" else 70)
 
 
 def test_candidates_leave_room_for_what_is_asked() -> None:

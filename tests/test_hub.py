@@ -245,7 +245,7 @@ def test_card_without_scores_gives_the_command_that_makes_them(folder: Path, sco
 
 def test_card_warns_loudly_and_its_snippets_are_python(folder: Path) -> None:
     card = model_card(folder, "me/small")
-    assert "> [!WARNING]\n> **IMPORT LLMSQUEEZE" in card
+    assert "> [!WARNING]\n> **LOAD THIS MODEL WITH `llmsqueeze.load`, OR IMPORT `llmsqueeze.hf` FIRST.**" in card
     assert "**RANDOM VALUES**" in card
     assert "pip install llmsqueeze" in card
     ours, plain = code_blocks(card, "python")

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
 # each file may import only from the layers below its own; `quantize` is one layer in which descent builds on gptq
 LAYERS = [
     {"errors", "files", "progress", "memory", "curvature", "__init__", "demo"},
-    {"bitpack", "activations", "checkpoint", "recipe", "calibrate"},
-    {"parts", "skeleton"},
+    {"bitpack", "activations", "checkpoint", "recipe", "calibrate", "output", "card"},
+    {"parts", "skeleton", "locate"},
     {"plan", "grids", "blocks"},
     {"observe", "quantize", "allocate", "formats"},
-    {"profile", "card"},
+    {"profile", "record"},
     {"compress", "hf", "show", "hub", "report"},
     {"evaluate"},
     {"cli"},

@@ -97,19 +97,23 @@ def first(candidates: Candidates, count: int) -> Candidates:
 def allocate(plan: Plan, candidates: Mapping[str, Candidates], outliers: float, scope: str) -> Plan:
     """`plan` with the number of outliers of each weight: the top fraction per matrix, or over all of them."""
     if scope == "layer":
-        counts = {name: round(outliers * weight.numel) for name, weight in plan.weights.items()}
+        # a linear that no sample reached has no candidates
+        counts = {
+            name: min(round(outliers * weight.numel), len(candidates[name].index)) if name in candidates else 0
+            for name, weight in plan.weights.items()
+        }
     else:
         counts = _global_counts(plan, candidates, round(outliers * plan.numel))
     return Plan({name: replace(weight, outliers=counts[name]) for name, weight in plan.weights.items()})
 
 
 def _global_counts(plan: Plan, candidates: Mapping[str, Candidates], total: int) -> dict[str, int]:
-    names = list(plan.weights)
+    names = [name for name in plan.weights if name in candidates]
     scores = torch.cat([candidates[name].score for name in names])
     owner = torch.cat([torch.full((len(candidates[name].score),), i) for i, name in enumerate(names)])
     taken = torch.sort(scores, descending=True, stable=True).indices[:total]
     counts = torch.bincount(owner[taken], minlength=len(names)).tolist()
-    return dict(zip(names, counts, strict=True))
+    return dict.fromkeys(plan.weights, 0) | dict(zip(names, counts, strict=True))
 
 
 def outlier_mask(candidates: Candidates, count: int, shape: tuple[int, int]) -> Tensor:

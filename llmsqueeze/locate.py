@@ -1,0 +1,73 @@
+"""Finding the model that the user names: the built-in one, a local folder, or a Hub repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmsqueeze.checkpoint import pickled_only
+from llmsqueeze.errors import CheckpointError, HubError, first_line
+from llmsqueeze.files import OTHER_WEIGHTS, PICKLES
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The local folder of `model`: the built-in `demo`, a folder, or a Hub id (downloaded into the Hub's cache).
+
+    Raises CheckpointError if there is no such folder, HubError if the Hub cannot be reached or refuses.
+    """
+    if model == "demo":
+        from llmsqueeze.demo import MODEL_DIR
+
+        return MODEL_DIR
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; name the model's folder, a Hub id such as owner/name, or 'demo'")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no folder {model}; name a local folder, a Hub id (owner/name), or 'demo'")
+    return _download(model, revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        _check_listing(repo, revision)
+        ignored = [*PICKLES, *OTHER_WEIGHTS, "original/*", "consolidated*", "onnx/*"]
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, ignore_patterns=ignored))
+    except errors.LocalEntryNotFoundError as error:
+        raise HubError(
+            f"there is no local folder {repo}, and the Hub cannot be reached for a model of that name: check the "
+            "spelling and the network, or name a local folder or 'demo'"
+        ) from error
+    except errors.GatedRepoError as error:
+        raise HubError(f"{repo} is gated: accept its licence on its page, then log in with `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{repo} has no revision {revision}; name a branch, tag or commit of it") from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"there is no local folder {repo}, and the Hub has no model of that name that you may read: check the "
+            "spelling, or log in with `hf auth login` if it is private"
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{repo} is neither a local folder nor a valid Hub id: {error}") from error
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(f"cannot download {repo}: {first_line(error)}") from error
+
+
+def _check_listing(repo: str, revision: str | None) -> None:
+    """Raises CheckpointError for a repository whose weights are only pickled, before anything large is fetched."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings
+    except (HfHubHTTPError, HFValidationError):
+        raise
+    except Exception:  # no network, whatever the HTTP library calls that: what is cached may still do
+        return
+    listed = [sibling.rfilename for sibling in siblings or []]
+    pickled = [name for name in listed if any(Path(name).match(pattern) for pattern in PICKLES)]
+    if pickled and not any(name.endswith(".safetensors") for name in listed):
+        raise CheckpointError(pickled_only(repo, pickled[0]))

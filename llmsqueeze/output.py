@@ -1,0 +1,160 @@
+"""Writing a model folder, shard by shard.
+
+It grows in a sibling `<name>.partial`, which takes the final name when everything is there. A run that fails removes
+it; one that was killed leaves it to the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmsqueeze.errors import OutputError
+from llmsqueeze.files import EVALUATION, INDEX, OTHER_WEIGHTS, PICKLES, SIDECAR, TEMPLATES
+
+OWNER = ".owner"  # in a .partial: the process that writes it
+NOT_COPIED = (
+    *PICKLES,
+    *OTHER_WEIGHTS,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "README.md",
+    SIDECAR,
+    EVALUATION,
+    ".*",
+)
+
+
+class Output:
+    """The folder under construction: shards as they come, the index at the end, then the final name."""
+
+    def __init__(self, path: Path, shards: int) -> None:
+        self.final = path
+        self.partial = path.with_name(path.name + ".partial")
+        self.shards = shards
+        self.weight_map: dict[str, str] = {}
+        self.nbytes = 0
+        self._written = 0
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the next of the announced number of shards."""
+        self._written += 1
+        name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
+        held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+        save_file(held, self.partial / name, metadata={"format": "pt"})
+        self.weight_map.update(dict.fromkeys(held, name))
+        self.nbytes += sum(tensor.nbytes for tensor in held.values())
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        (self.partial / name).write_text(text + "\n", encoding="utf-8")
+
+    def copy_rest(self, source: Path) -> None:
+        """Tokenizer, generation config, licence, code: every file of the model that is not weights or config."""
+        for file in sorted(source.iterdir()):
+            if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
+                shutil.copyfile(file, self.partial / file.name)
+        if (source / TEMPLATES).is_dir():
+            shutil.copytree(source / TEMPLATES, self.partial / TEMPLATES)
+
+    def finish(self) -> None:
+        assert self._written == self.shards, f"{self._written} of {self.shards} shards were written"
+        self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map})
+
+
+def check_writable(path: Path, overwrite: bool) -> None:
+    """Raises OutputError unless a new folder may be made at `path`."""
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+    if path.is_file():
+        raise OutputError(f"{path} is a file; --out names a folder")
+    if path.exists() and any(path.iterdir()) and not (path / SIDECAR).exists():
+        raise OutputError(f"{path} was not written by llmsqueeze, so --overwrite leaves it alone; choose another --out")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is not a folder, so {path} cannot be made")
+
+
+@contextmanager
+def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False) -> Iterator[Output]:
+    """A folder that appears at `path` when the block ends without error, and not at all when it does not.
+
+    `needed` bytes must be free. A `.partial` left behind by a run that was killed is replaced. What is at `path` by the
+    end is replaced only with `overwrite`, and put back if its successor cannot take the name.
+    """
+    output = Output(path, shards)
+    mine = False
+    try:
+        _clear_leftover(output.partial)
+        output.partial.mkdir(parents=True)
+        mine = True
+        _write_owner(output.partial)
+        free = shutil.disk_usage(output.partial).free
+        if free < needed:
+            raise OutputError(
+                f"{path} needs {needed / 1e9:.2f} GB while it is made (activations included; fewer or shorter samples "
+                f"need less), and {free / 1e9:.2f} GB are free on that disk"
+            )
+        yield output
+        output.finish()
+        (output.partial / OWNER).unlink()
+        check_writable(path, overwrite)
+        _take_name(output.partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+    finally:
+        if mine:
+            shutil.rmtree(output.partial, ignore_errors=True)
+
+
+def _clear_leftover(partial: Path) -> None:
+    """Removes the `.partial` of a run that is dead; raises OutputError if it belongs to a living one or to the user."""
+    if not partial.exists():
+        return
+    try:
+        owner = int((partial / OWNER).read_text())
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{partial} is in the way and was not made by llmsqueeze; remove or rename it") from error
+    if owner != os.getpid() and _alive(owner):
+        raise OutputError(f"another run (process {owner}) is writing {partial}; wait for it, or choose another --out")
+    shutil.rmtree(partial)
+
+
+def _write_owner(partial: Path) -> None:
+    (partial / OWNER).write_text(str(os.getpid()))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.replaced-", dir=path.parent))
+    path.rename(aside / path.name)
+    try:
+        partial.rename(path)
+    except OSError:
+        (aside / path.name).rename(path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

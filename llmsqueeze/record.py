@@ -1,0 +1,50 @@
+"""What `llmsqueeze.json` records of a run, beside the weights: no times and no local paths, so that equal runs give
+equal files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsqueeze import __version__
+from llmsqueeze.calibrate import Calibration
+from llmsqueeze.card import license_of
+from llmsqueeze.formats import native
+from llmsqueeze.plan import Plan
+from llmsqueeze.recipe import Recipe
+
+
+def provenance(model: str, path: Path, revision: str | None) -> dict[str, Any]:
+    """Which model it was: the name the user gave, or a folder's last component; its commit and licence where known."""
+    local = Path(model).expanduser().is_dir()
+    commit = path.name if path.parent.name == "snapshots" else None
+    return {"model": path.absolute().name if local else model, "revision": commit or revision, **license_of(path)}
+
+
+def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
+    """How it was compressed, enough to do it again."""
+    import transformers
+
+    values = recipe.as_dict()
+    if recipe.calibration is not None and Path(recipe.calibration).expanduser().exists():
+        values["calibration"] = Path(recipe.calibration).name
+    return {
+        "recipe": values,
+        "calibration": calibration.as_dict() if calibration else None,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def outcome(plan: Plan, nbytes: int, nbytes_original: int, errors: dict[str, float]) -> dict[str, Any]:
+    """What came of it: sizes in bytes, and each weight's relative output error."""
+    return {
+        "llmsqueeze_version": __version__,
+        "format_version": native.FORMAT_VERSION,
+        "bits_per_weight": round(plan.bits_per_weight, 6),
+        "quantized_weights": plan.numel,
+        "nbytes": nbytes,
+        "nbytes_original": nbytes_original,
+        "errors": {name: float(f"{error:.6g}") for name, error in errors.items()},
+    }
