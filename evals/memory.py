@@ -5,6 +5,9 @@
 Random Llama-shaped models in bfloat16; GWQ over descent at 3 bits, 16 samples of 512 tokens. Every measurement is a
 process of its own: its peak resident memory, and on a CUDA device also the peak of what torch allocated there. The
 ordinary way is `from_pretrained` in bfloat16 and one backward pass over one sample.
+
+A whole run takes minutes per block on a few cores. `--stop-after N` interrupts `quantize` when N blocks are written and
+reports the peak until then: the measuring sweeps are over by that time, and all blocks have the same shape.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from llmsqueeze.demo import MODEL_DIR
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where the models are made, by default a temporary folder")
+    parser.add_argument("--stop-after", type=int, metavar="N", help="interrupt quantize after N blocks")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
@@ -68,15 +74,18 @@ def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, ob
     for file in MODEL_DIR.glob("tokenizer*"):
         shutil.copy(file, model)
     ordinary = json.loads(python(ORDINARY, str(model), args.device))
-    command = f"quantize {model} --bits 3 --method gwq --calibration demo --samples 16 --seq-len 512 --quiet --json"
-    ours = json.loads(
-        run([sys.executable, "-m", "llmsqueeze.cli", *command.split(), "--device", args.device, "--out", str(out)])
+    print(f"{layers} layers, ordinary: {ordinary}", file=sys.stderr, flush=True)
+    nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    options = (
+        f"--bits 3 --method gwq --calibration demo --samples 16 --seq-len 512 --device {args.device} --quiet --json"
     )
-    nbytes = ours["nbytes_original"]
+    command = [sys.executable, "-m", "llmsqueeze.cli", "quantize", str(model), *options.split(), "--out", str(out)]
+    ours = json.loads(run(command)) if args.stop_after is None else run_until(command, out, args.stop_after)
     shutil.rmtree(model)
-    shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)
     return {
         "layers": layers,
+        "blocks_compressed": layers if args.stop_after is None else args.stop_after,
         "model_mb": round(nbytes / 1e6, 1),
         "quantize_mb": ours["peak_memory_mb"],
         "ordinary_backward_mb": ordinary["peak_memory_mb"],
@@ -85,6 +94,24 @@ def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, ob
         "ordinary_backward_device_mb": ordinary["peak_device_memory_mb"],
         "quantize_seconds": ours["seconds"],
     }
+
+
+def run_until(command: list[str], out: Path, blocks: int) -> dict[str, float]:
+    """Runs quantize until it has written `blocks` blocks, and reads the kernel's account of its peak (Linux)."""
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            written = [
+                f for f in out.with_name(out.name + ".partial").glob("model-*") if not f.name.startswith("model-00001")
+            ]
+            if len(written) >= blocks:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                process.send_signal(signal.SIGINT)
+                peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+                seconds = round(time.monotonic() - start, 1)
+                return {"peak_memory_mb": round(peak * 1024 / 1e6, 1), "peak_device_memory_mb": 0.0, "seconds": seconds}
+            time.sleep(0.5)
+    raise RuntimeError(f"quantize ended before {blocks} blocks were written")
 
 
 def python(code: str, *arguments: str) -> str:

@@ -7,7 +7,6 @@ to its last component: `shown`.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
-from llmsqueeze.files import EVALUATION, SIDECAR
+from llmsqueeze.files import EVALUATION, SIDECAR, read_json, read_json_if_there
 
 MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file anew. -->"
 SCORES = {"perplexity": "Perplexity", "kl_mean": "KL divergence, mean", "kl_p99": "KL, 99th percentile"}
@@ -85,17 +84,6 @@ def read_sidecar(directory: Path) -> dict[str, Any]:
     if wrong := [key for key, kind in NEEDED.items() if not isinstance(sidecar.get(key), kind)]:
         raise CheckpointError(f"'{path}' has no usable {', '.join(wrong)}; run `llmsqueeze quantize` again to write it")
     return sidecar
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises CheckpointError when the file cannot be read as one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"'{path}' holds a {type(value).__name__}; a JSON object is expected")
-    return value
 
 
 def shown(value: Any) -> Any:
@@ -217,7 +205,7 @@ def human_bytes(count: int) -> str:
 def _scores(directory: Path, sidecar: dict[str, Any], name: str) -> str:
     """The table of scores before and after, or the command that measures what is not known."""
     path = directory / EVALUATION
-    evaluation = read_json(path) if path.is_file() else {}
+    evaluation = read_json_if_there(path)
     command = shlex.join(["llmsqueeze", "eval", name, "--baseline", str(shown(sidecar["model"]))])
     rows = _score_rows(evaluation)
     if not rows:

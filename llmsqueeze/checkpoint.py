@@ -6,7 +6,6 @@ it reads headers only and finds what is missing, cut short, or outside the folde
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from llmsqueeze.curvature import all_finite
 from llmsqueeze.errors import CheckpointError, UnsupportedError
-from llmsqueeze.files import INDEX, PICKLES, SIDECAR, SINGLE
+from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError for a missing, damaged or pickle-only checkpoint and for files outside the folder.
     """
-    config = _read_json(path / "config.json", f"{path} has no config.json, so it is not a model folder")
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} has no config.json, so it is not a model folder")
+    config = read_json(path / "config.json")
     if "model_type" not in config and "quantization_config" not in config:
         raise CheckpointError(f"{path / 'config.json'} names no model_type, so it is not a transformers model")
     if (path / SINGLE).exists():  # as transformers does, before any index
@@ -83,23 +84,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     else:
         raise CheckpointError(_no_weights(path))
     return Checkpoint(path, config, tensors)
-
-
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """What `llmsqueeze.json` in the folder records; empty if there is none."""
-    return _read_json(path / SIDECAR, "") if (path / SIDECAR).exists() else {}
-
-
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(missing) from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds {type(value).__name__}, not a JSON object")
-    return value
 
 
 def _no_weights(path: Path) -> str:
@@ -122,7 +106,7 @@ def pickled_only(model: str, file: str) -> str:
 
 
 def _indexed(path: Path) -> dict[str, Stored]:
-    index = _read_json(path / INDEX, "")
+    index = read_json(path / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path / INDEX} has no weight_map of tensor names to files")

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from llmsqueeze import hf
 from llmsqueeze.calibrate import DEMO, Text, evaluation_text, load_tokenizer, windows
-from llmsqueeze.card import read_json, shown
-from llmsqueeze.checkpoint import read_sidecar
+from llmsqueeze.card import shown
 from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line, nearest
-from llmsqueeze.files import EVALUATION, SIDECAR
+from llmsqueeze.files import EVALUATION, SIDECAR, read_json_if_there
 from llmsqueeze.locate import locate
 from llmsqueeze.progress import Progress
 
@@ -196,7 +195,7 @@ def choose_text(model: str, source: str | None, wanted: bool) -> Text | None:
 
     None if no text is `wanted` and none comes for free.
     """
-    made_from = read_sidecar(Path(model)).get("model") if Path(model).is_dir() else model
+    made_from = read_json_if_there(Path(model) / SIDECAR).get("model") if Path(model).is_dir() else model
     if not wanted and DEMO not in (model, made_from):
         return None
     return evaluation_text(source, DEMO if made_from == DEMO else model)
@@ -206,7 +205,7 @@ def remember(model: str, result: dict[str, Any]) -> None:
     """Keeps the scores beside a local folder that we wrote, where the model card finds them, with earlier tasks'."""
     folder = Path(model)
     if (folder / SIDECAR).exists() and os.access(folder, os.W_OK):
-        before = read_json(folder / EVALUATION) if (folder / EVALUATION).exists() else {}
+        before = read_json_if_there(folder / EVALUATION)
         kept = _merged(before, result | {"model": shown(model)})
         if result["baseline"]:
             baseline = result["baseline"] | {"model": shown(result["baseline"]["model"])}

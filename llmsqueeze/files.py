@@ -1,4 +1,12 @@
-"""The names that files have in a model folder."""
+"""The names that files have in a model folder, and how its JSON is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmsqueeze.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -8,3 +16,19 @@ TEMPLATES = "additional_chat_templates"
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 OTHER_WEIGHTS = ("*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.npz", "*.mlmodel")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; raises CheckpointError when the file cannot be read as one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"'{path}' holds a {type(value).__name__}; a JSON object is expected")
+    return value
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """As `read_json`, but empty for a file that does not exist."""
+    return read_json(path) if path.exists() else {}

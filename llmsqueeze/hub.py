@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from llmsqueeze.card import MARK, model_card, read_json, read_sidecar
+from llmsqueeze.card import MARK, model_card, read_sidecar
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError, nearest
-from llmsqueeze.files import EVALUATION, INDEX, SIDECAR
+from llmsqueeze.files import EVALUATION, INDEX, SIDECAR, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

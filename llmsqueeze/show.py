@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmsqueeze import parts
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint, read_sidecar
+from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import CheckpointError, UnsupportedError
+from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import native
 from llmsqueeze.locate import locate
 
@@ -59,7 +60,7 @@ def contents(folder: str) -> Contents:
         raise UnsupportedError(f"{folder} was not compressed by llmsqueeze (its config has {found})")
     entries = native.weight_entries(config)
     sizes = {name: _stored_nbytes(checkpoint, name, entry) for name, entry in entries.items()}
-    record = read_sidecar(path)
+    record = read_json_if_there(path / SIDECAR)
     return Contents(
         path=folder,
         model=record.get("model"),

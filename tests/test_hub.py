@@ -369,7 +369,7 @@ def break_index_outside(folder: Path) -> None:
     [
         (break_sidecar, UnsupportedError, "has no llmsqueeze.json"),
         (break_sidecar_key, CheckpointError, "bits_per_weight, quantized_weights, nbytes, nbytes_original"),
-        (break_sidecar_json, CheckpointError, "cannot be read as JSON"),
+        (break_sidecar_json, CheckpointError, "is not readable JSON"),
         (break_method, UnsupportedError, "quant_method 'gptq'"),
         (break_config, CheckpointError, "has no config.json"),
         (break_shard, CheckpointError, f"lacks {SHARDS[1]}: 1 of the 2 files"),

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
 
 # each file may import only from the layers below its own; `quantize` is one layer in which descent builds on gptq
 LAYERS = [
-    {"errors", "files", "progress", "memory", "curvature", "__init__", "demo"},
+    {"errors", "__init__", "demo"},
+    {"files", "progress", "memory", "curvature"},
     {"bitpack", "activations", "checkpoint", "recipe", "calibrate", "output", "card"},
     {"parts", "skeleton", "locate"},
     {"plan", "grids", "blocks"},
