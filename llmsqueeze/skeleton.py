@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
+from llmsqueeze.memory import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -82,6 +83,7 @@ class Skeleton:
         finally:
             for name in names:
                 self._place(name, None)
+            give_back()
 
     def _place(self, name: str, tensor: Tensor | None) -> None:
         targets = [name, *(alias for alias, source in self.tied.items() if source == name)]
