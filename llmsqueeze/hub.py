@@ -78,7 +78,7 @@ def check_folder(directory: Path) -> list[str]:
     if name.endswith(".partial"):
         raise UnsupportedError(
             f"'{directory}' is the unfinished output of `llmsqueeze quantize`; run that command again to "
-            f"finish it, then push '{name.removesuffix('.partial')}'"
+            f"make it whole, then push '{name.removesuffix('.partial')}'"
         )
     read_sidecar(directory)
     config = directory / "config.json"
