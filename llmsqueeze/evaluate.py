@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -258,15 +259,17 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     try:
-        outcome = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=tasks,
-            limit=limit,
-            task_manager=_task_manager(include_path),
-            bootstrap_iters=0 if limit == 1 else 1000,
-            log_samples=False,
-            verbosity="ERROR",
-        )
+        # it asks git for its own commit, which complains on stderr wherever there is no checkout
+        with mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True):
+            outcome = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=tasks,
+                limit=limit,
+                task_manager=_task_manager(include_path),
+                bootstrap_iters=0 if limit == 1 else 1000,
+                log_samples=False,
+                verbosity="ERROR",
+            )
     except (OSError, ImportError) as error:  # its data cannot be had, or it needs a package
         names = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
         raise HubError(f"lm-eval cannot run {names}: {first_line(error)}") from error
