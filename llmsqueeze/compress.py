@@ -25,7 +25,7 @@ from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native
 from llmsqueeze.locate import locate
-from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.output import Output, check_writable, output_folder
 from llmsqueeze.parts import Affine, Part, Sparse
@@ -78,6 +78,7 @@ def quantize(
     start, progress = time.monotonic(), progress or Progress()
     if revision is not None and (model == DEMO or Path(model).expanduser().is_dir()):
         raise RecipeError(f"--revision {revision} goes with a Hub id, and {model} is a local folder")
+    keep_little()
     place = pick_device(device)
     check_writable(out, overwrite)
     path = locate(model, revision)
@@ -143,40 +144,62 @@ def compress_blocks(
     progress: Progress,
 ) -> dict[str, float]:
     """Compresses and writes every block in turn; returns each weight's relative output error."""
-    skeleton, errors = walk.skeleton, {}
+    skeleton = walk.skeleton
+    errors: dict[str, float] = {}
     for index in progress.over(range(len(skeleton.blocks)), "compress", len(skeleton.blocks)):
         linears = [name for name in skeleton.linears[index] if name in plan.weights]
-        shard: dict[str, Tensor] = {}
         with walk.resident_block(index):
             original = {name: skeleton.linear(name).weight.data for name in linears}
-            current = dict(original)
-            for names, moments in group_moments(walk, index, streams, original, current, recipe):
-                group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
-                targets, curvature = group_targets(group, moments)
-                for name, target in targets.items():
-                    planned, module = plan.weights[name], skeleton.linear(name)
-                    mask = None
-                    if planned.outliers:
-                        assert profile is not None
-                        mask = gwq.outlier_mask(profile.candidates[name], planned.outliers, planned.shape)
-                    made, dense, error = compress_weight(group[name], target, planned, curvature, mask, recipe)
-                    current[name] = as_rows(module, dense).contiguous()
-                    shard |= native.stored_tensors(name, made)
-                    errors[name] = error
-                    progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)
+            made, current = compress_block(walk, index, streams, original, plan, profile, recipe, progress)
             ahead = Streams(None, None)
             if index + 1 < len(skeleton.blocks):
                 ahead = Streams(
                     advance(walk, index, streams.original, original),
                     advance(walk, index, streams.compressed, current),
                 )
+            del original, current  # or the next block would be loaded beside them
         for stream in {id(s): s for s in (streams.original, streams.compressed) if s is not None}.values():
             stream.clear()
         streams = ahead
+        shard: dict[str, Tensor] = {}
+        for name, (weight_parts, error) in made.items():
+            shard |= native.stored_tensors(name, weight_parts)
+            errors[name] = error
         kept = set(skeleton.names_in(skeleton.blocks[index])) - {f"{name}.weight" for name in linears}
         shard |= {name: skeleton.checkpoint.read(skeleton.sources[name]) for name in sorted(kept)}
         output.write_shard(shard)
     return errors
+
+
+def compress_block(
+    walk: Walk,
+    index: int,
+    streams: Streams,
+    original: dict[str, Tensor],
+    plan: Plan,
+    profile: Profile | None,
+    recipe: Recipe,
+    progress: Progress,
+) -> tuple[dict[str, tuple[list[Part], float]], dict[str, Tensor]]:
+    """A resident block's linears, fusion group by fusion group: their parts and errors, and the weights they now have.
+
+    `original` holds the weights as the modules store them, and so does what is returned.
+    """
+    skeleton, current = walk.skeleton, dict(original)
+    result: dict[str, tuple[list[Part], float]] = {}
+    for names, moments in group_moments(walk, index, streams, original, current, recipe):
+        group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
+        targets, curvature = group_targets(group, moments)
+        for name, target in targets.items():
+            planned, mask = plan.weights[name], None
+            if planned.outliers:
+                assert profile is not None
+                mask = gwq.outlier_mask(profile.candidates[name], planned.outliers, planned.shape)
+            made, dense, error = compress_weight(group[name], target, planned, curvature, mask, recipe)
+            current[name] = as_rows(skeleton.module(name), dense).contiguous()
+            result[name] = made, error
+            progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)
+    return result, current
 
 
 def group_moments(

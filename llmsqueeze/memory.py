@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import sys
 
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+
 
 def peak_memory_mb() -> float:
     """The most memory that the process ever held, in MB (10**6 bytes); 0 where the platform does not tell."""
@@ -17,11 +19,17 @@ def peak_memory_mb() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
 
 
-def give_back() -> None:
-    """Returns freed memory to the system, where the C library can (glibc keeps it otherwise, in pieces).
+def keep_little() -> None:
+    """Asks the C library (glibc) to return every freed megabyte at once, where it would keep up to 32 in pieces.
 
     What outlives a block lies between what does not; without this, a long run holds more and more that nobody uses.
     """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def give_back() -> None:
+    """Returns what is free in the C library's heap to the system (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
