@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts, record
-from llmsqueeze.activations import Spill
+from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.allocate import gwq
 from llmsqueeze.blocks import Walk
 from llmsqueeze.calibrate import DEMO, Calibration, calibration_rows, calibration_text, load_tokenizer
@@ -94,24 +94,13 @@ def quantize(
     ):
         walk = Walk(skeleton, calibration.rows if calibration else [], spill, torch.float32, place)
         inputs = walk.embed() if recipe.needs_text else None
-        profile = None
-        if recipe.outlier_fraction and recipe.needs_gradients:
-            assert inputs is not None
-            profile = measure(walk, inputs, plan, recipe, progress)
-        elif recipe.outlier_fraction:
-            profile = rank_without_data(skeleton, plan, recipe, place)
+        profile = outlier_profile(walk, inputs, plan, recipe, progress)
         if profile is not None:
             plan = gwq.allocate(plan, profile.candidates, recipe.outlier_fraction, recipe.outlier_scope)
             profile = profile.trimmed(plan)
         for names in outer:
             output.write_shard({name: checkpoint.read(skeleton.sources[name]) for name in names})
-        if inputs is not None and not recipe.needs_moments:
-            inputs.clear()
-            inputs = None
-        streams = Streams(
-            inputs if recipe.inputs in ("original", "corrected") else None,
-            inputs if recipe.inputs in ("sequential", "corrected") else None,
-        )
+        streams = needed_streams(inputs, recipe)
         errors = compress_blocks(walk, streams, plan, profile, recipe, output, progress)
         output.copy_rest(path)
         output.write_json("config.json", checkpoint.config | {"quantization_config": native.quantization_config(plan)})
@@ -131,6 +120,29 @@ def quantize(
         seconds=round(time.monotonic() - start, 3),
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=peak_device_memory_mb(str(place)),
+    )
+
+
+def outlier_profile(
+    walk: Walk, inputs: Activations | None, plan: Plan, recipe: Recipe, progress: Progress
+) -> Profile | None:
+    """The ranking that the recipe asks for, measured where it needs gradients; None where no outliers are kept."""
+    if not recipe.outlier_fraction:
+        return None
+    if not recipe.needs_gradients:
+        return rank_without_data(walk.skeleton, plan, recipe, walk.device)
+    assert inputs is not None
+    return measure(walk, inputs, plan, recipe, progress)
+
+
+def needed_streams(inputs: Activations | None, recipe: Recipe) -> Streams:
+    """The residual streams that the recipe's moments come from; what nobody needs is released."""
+    if inputs is not None and not recipe.needs_moments:
+        inputs.clear()
+        inputs = None
+    return Streams(
+        inputs if recipe.inputs in ("original", "corrected") else None,
+        inputs if recipe.inputs in ("sequential", "corrected") else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""How much memory the process has needed so far."""
+"""How much memory the process has needed so far, and how it is kept from holding what it has freed."""
 
 from __future__ import annotations
 
