@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -106,7 +105,7 @@ def run_until(command: list[str], out: Path, blocks: int) -> dict[str, float]:
             ]
             if len(written) >= blocks:
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                process.send_signal(signal.SIGINT)
+                process.kill()  # SIGINT is ignored by what a shell started in the background
                 peak = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
                 seconds = round(time.monotonic() - start, 1)
                 return {"peak_memory_mb": round(peak * 1024 / 1e6, 1), "peak_device_memory_mb": 0.0, "seconds": seconds}
