@@ -7,7 +7,7 @@ their input in a traced run, not by name, and share one second-moment matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -159,10 +159,8 @@ class _Capture:
 
         handle = self.walk.skeleton.module(self.group.names[0]).register_forward_pre_hook(note)
         try:
-            with using(self.walk.skeleton, self.weights), torch.no_grad():
+            with suppress(_Enough), using(self.walk.skeleton, self.weights), torch.no_grad():
                 self.walk.run(self.index, sample, hidden)
-        except _Enough:
-            pass
         finally:
             handle.remove()
         return torch.cat(seen)
