@@ -18,7 +18,7 @@ from llmsqueeze.calibrate import evaluation_text
 from llmsqueeze.cli import _hush as hush
 from llmsqueeze.compress import quantize
 from llmsqueeze.evaluate import evaluate
-from llmsqueeze.recipe import make_recipe
+from llmsqueeze.recipes import make_recipe
 
 GWQ = {"method": "gwq", "outlier_scope": "global", "outlier_ranking": "gradient-weight"}
 PAPER = {"method": "gwq", "outlier_scope": "layer", "outlier_ranking": "gradient"}

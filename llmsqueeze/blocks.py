@@ -27,6 +27,7 @@ from llmsqueeze.skeleton import Skeleton
 LOGITS_BYTES = 64 << 20  # the size of one slice of logits
 
 OnGradient = Callable[[str, Tensor], None]
+OnLinear = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass
@@ -84,11 +85,12 @@ class Walk:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def head_gradient(self, hidden: Tensor, tokens: Tensor) -> tuple[float, Tensor]:
+    def head_gradient(self, hidden: Tensor, tokens: Tensor, draw: Tensor | None = None) -> tuple[float, Tensor]:
         """Mean next-token loss (nats) of `tokens` [1, length] and its gradient at `hidden`, the last block's output.
 
-        Call inside `resident_head`. Two passes over slices of the vocabulary: one for the normaliser, one for the
-        gradient.
+        With `draw` [length - 1], uniform in [0, 1), the gradient is that of the loss on labels which the model itself
+        draws, one number each; the loss is the text's all the same. Call inside `resident_head`. Two passes over
+        slices of the vocabulary: one for the normaliser, one for the gradient.
         """
         head = self._head()
         hidden = hidden.detach().requires_grad_(True)
@@ -105,9 +107,12 @@ class Walk:
                 inside = (labels >= part.start) & (labels < part.stop)
                 picked[inside] = logits[inside, labels[inside] - part.start]
         gradient = torch.zeros_like(x)
+        drawing = None if draw is None else _Drawing(draw.to(log_z), slices[-1].stop - 1)
         for part in slices:
             logits = self._logits(head, x, part)
             upstream = (logits.detach()[0] - log_z[:, None]).exp_()
+            if drawing is not None:
+                labels = drawing.over(upstream, part)
             inside = ((labels >= part.start) & (labels < part.stop)).nonzero()[:, 0]
             upstream[inside, labels[inside] - part.start] -= 1.0
             gradient += torch.autograd.grad(logits, x, upstream[None] / labels.numel())[0]
@@ -116,18 +121,28 @@ class Walk:
         return float((log_z - picked).mean()), at_hidden
 
     def block_gradient(
-        self, index: int, sample: int, hidden: Tensor, upstream: Tensor, on_gradient: OnGradient
+        self,
+        index: int,
+        sample: int,
+        hidden: Tensor,
+        upstream: Tensor,
+        on_gradient: OnGradient | None = None,
+        on_linear: OnLinear | None = None,
     ) -> Tensor:
         """Runs block `index` again from `hidden` and returns the gradient there, given that at its output.
 
         `on_gradient(linear, gradient)` gets each linear's weight gradient as stored, [rows, cols] or transposed for
-        Conv1D, and must not keep it. The weights must be resident.
+        Conv1D; `on_linear(linear, x, gradient)` its input [1, length, cols] and the gradient at its output. Neither may
+        keep what it gets. The weights must be resident.
         """
         hidden = hidden.detach().requires_grad_(True)
         handles = []
         for name in self.skeleton.linears[index]:
-            weight = self.skeleton.linear(name).weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(_hand_over(name, on_gradient)))
+            if on_gradient is not None:
+                weight = self.skeleton.linear(name).weight.requires_grad_(True)
+                handles.append(weight.register_post_accumulate_grad_hook(_hand_over(name, on_gradient)))
+            if on_linear is not None:
+                handles.append(self.skeleton.module(name).register_forward_hook(_watch(name, on_linear)))
         try:
             with torch.enable_grad():
                 self.run(index, sample, hidden).backward(upstream)
@@ -295,6 +310,34 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del module.forward
+
+
+class _Drawing:
+    """Draws a label for every position by inverting its distribution, a slice of the vocabulary at a time."""
+
+    def __init__(self, draw: Tensor, last: int) -> None:
+        """`draw` [positions] in [0, 1); `last` is the label where rounding leaves a number above all of the sum."""
+        self.draw, self.below = draw, torch.zeros_like(draw)
+        self.labels = torch.full(draw.shape, last, dtype=torch.int64, device=draw.device)
+        self.open = torch.ones_like(draw, dtype=torch.bool)
+
+    def over(self, probability: Tensor, part: slice) -> Tensor:
+        """The labels [positions] as far as known; those beyond the slices seen so far lie behind them."""
+        reached = probability.cumsum(dim=1).add_(self.below[:, None])
+        here = self.open & (reached[:, -1] > self.draw)
+        index = (reached <= self.draw[:, None]).sum(dim=1).clamp(max=probability.shape[1] - 1)
+        self.labels = torch.where(here, part.start + index, self.labels)
+        self.open &= ~here
+        self.below = reached[:, -1].clone()
+        return self.labels
+
+
+def _watch(name: str, on_linear: OnLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        output.register_hook(lambda gradient: on_linear(name, x, gradient))
+
+    return hook
 
 
 def _hand_over(name: str, on_gradient: OnGradient) -> Callable[[Tensor], None]:

@@ -17,6 +17,7 @@ import typer
 
 from llmsqueeze import __version__
 from llmsqueeze.errors import RecipeError, SqueezeError, first_line
+from llmsqueeze.options import settings_of, takes_recipe
 
 app = typer.Typer(
     name="llmsqueeze",
@@ -32,6 +33,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
 
 
@@ -51,32 +53,16 @@ def _root(
 
 
 @app.command()
+@takes_recipe
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    bits: Annotated[int | None, typer.Option(help="Width of a code, 2 to 8. [3]")] = None,
-    method: Annotated[str | None, typer.Option(help="descent, gwq, gptq or rtn. [descent]")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1: whole rows. [128]")] = None,
-    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Grid. [symmetric]")] = None,
-    quantizer: Annotated[str | None, typer.Option(help="For gwq: descent, gptq or rtn. [descent]")] = None,
-    outliers: Annotated[float | None, typer.Option(help="For gwq: fraction kept at 16 bits. [0.01]")] = None,
-    outlier_ranking: Annotated[
-        str | None,
-        typer.Option(help="gradient, gradient-weight, gradient-error, magnitude or random. [gradient]"),
-    ] = None,
-    outlier_scope: Annotated[str | None, typer.Option(help="layer (per matrix) or global. [layer]")] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text file (txt, jsonl) or Hub data set name[:config[:split]]. [WikiText-2 train]"),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration samples. [128]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sample, at most the context. [2048]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of whatever is random. [0]")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave alone; repeatable.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with these settings; options win over it.")] = None,
+    given: dict[str, Any],
+    plan: Annotated[Path | None, typer.Option(help="A plan.yaml that `llmsqueeze plan` wrote, edited or not.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measurements that `llmsqueeze plan` wrote.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. [./<model>-<bits>bit]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     device: Device = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    revision: Revision = None,
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -84,42 +70,76 @@ def quantize(
 ) -> None:
     """Compress MODEL into a folder that transformers opens."""
     with _friendly(debug):
-        from llmsqueeze.recipe import make_recipe, read_recipe
+        settings = settings_of(given)
 
-        options = {
-            "bits": bits,
-            "method": method,
-            "group_size": group_size,
-            "symmetric": symmetric,
-            "quantizer": quantizer,
-            "outliers": outliers,
-            "outlier_ranking": outlier_ranking,
-            "outlier_scope": outlier_scope,
-            "calibration": calibration,
-            "samples": samples,
-            "seq_len": seq_len,
-            "seed": seed,
-            "skip": skip or None,
-        }
-        given = {key: value for key, value in options.items() if value is not None}
-        wanted = make_recipe((read_recipe(recipe) if recipe else {}) | given)
-        folder = out or Path(f"{Path(model).expanduser().resolve().name}-{wanted.bits}bit")
-
-        from llmsqueeze import compress, report
+        from llmsqueeze import report
+        from llmsqueeze.prepare import Source
+        from llmsqueeze.verbs import quantize_as_asked
 
         _hush()
         with report.TerminalProgress(quiet) as progress:
-            summary = compress.quantize(
-                model,
-                wanted,
-                folder,
+            summary = quantize_as_asked(
+                Source(model, revision, trust_remote_code),
+                settings,
+                out,
+                plan=plan,
+                profile=profile,
                 device=device,
                 overwrite=overwrite,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
                 progress=progress,
-            ).as_dict()
+            )
         _print(summary, as_json, report.print_summary)
+
+
+@app.command("plan")
+@takes_recipe
+def make_plan(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    given: dict[str, Any],
+    weights: Annotated[
+        str, typer.Option(help="all, or none: sizes alone, from config.json, with the same widths everywhere.")
+    ] = "all",
+    trial: Annotated[bool, typer.Option(help="Compress one block to predict time and memory.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for plan and profile. [./<model>-plan]")] = None,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Decide what MODEL's weights become within a budget; measure, print, write plan.yaml; compress nothing."""
+    with _friendly(debug):
+        settings = settings_of(given)
+        if weights not in ("all", "none"):
+            raise RecipeError(f"unknown weights {weights!r}; choose all or none")
+
+        from llmsqueeze import report
+        from llmsqueeze.planning import plan as plan_model
+        from llmsqueeze.prepare import Source
+
+        _hush()
+        with report.TerminalProgress(quiet) as progress:
+            result = plan_model(
+                Source(model, revision, trust_remote_code),
+                settings,
+                out,
+                device=device,
+                weights=weights == "all",
+                trial=trial,
+                progress=progress,
+            )
+        _print(result, as_json, report.print_plan)
+
+
+@app.command()
+def recipes(as_json: Json = False, debug: Debug = False) -> None:
+    """List the recipes that come along; `--recipe NAME` uses one."""
+    with _friendly(debug):
+        from llmsqueeze import report
+        from llmsqueeze.recipes import describe_recipes
+
+        _print({"recipes": describe_recipes()}, as_json, report.print_recipes)
 
 
 @app.command("eval")
@@ -151,7 +171,7 @@ def evaluate(
 
         from llmsqueeze import evaluate as evaluation
         from llmsqueeze import report
-        from llmsqueeze.compress import pick_device
+        from llmsqueeze.prepare import pick_device
 
         _hush()
         with report.TerminalProgress(quiet) as progress:

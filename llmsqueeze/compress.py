@@ -7,6 +7,7 @@ compressed in the order they are called, each seeing the inputs that what was co
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,42 +19,37 @@ from llmsqueeze import parts, record
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.allocate import gwq
 from llmsqueeze.blocks import Walk
-from llmsqueeze.calibrate import DEMO, Calibration, calibration_rows, calibration_text, load_tokenizer
-from llmsqueeze.checkpoint import open_checkpoint
-from llmsqueeze.curvature import Curvature, factorize, row_error
-from llmsqueeze.errors import RecipeError, UnsupportedError
+from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native
-from llmsqueeze.locate import locate
+from llmsqueeze.measure import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.output import Output, check_writable, output_folder
-from llmsqueeze.parts import Affine, Part, Sparse
-from llmsqueeze.plan import Plan, WeightPlan, base_plan
-from llmsqueeze.profile import Profile, measure, rank_without_data
+from llmsqueeze.parts import Part
+from llmsqueeze.prepare import Job, Source, pick_device, prepare
+from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.quantize import QUANTIZERS
-from llmsqueeze.quantize.descent import corrected_target
 from llmsqueeze.recipe import Recipe
-from llmsqueeze.skeleton import Skeleton, build_skeleton
+from llmsqueeze.rounding import compress_weight, group_targets
+from llmsqueeze.skeleton import Skeleton
 
 SHARD_BYTES = 1 << 30
-# rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
-ROUNDING_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `quantize` reports; the JSON names are these."""
+    """What `quantize` reports; the JSON names are these. `bits`: mean width of the codes."""
 
     out: str
     model: str
     method: str
-    bits: int
+    bits: float
     bits_per_weight: float
     nbytes: int
     nbytes_original: int
     outliers: int
+    predicted_loss_increase: float | None
     calibration: dict[str, object] | None
     seconds: float
     peak_memory_mb: float
@@ -64,75 +60,75 @@ class Summary:
 
 
 def quantize(
-    model: str,
+    source: Source | str,
     recipe: Recipe,
     out: Path,
     *,
     device: str = "auto",
     overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    decided: Decision | None = None,
+    profile: Profile | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Compresses `model` (a Hub id, a folder, or 'demo') into the folder `out`, which appears when all is written."""
+    """Compresses a model into the folder `out`, which appears when all is written.
+
+    `decided`: a plan made before; `profile`: measurements made before, which serve the recipe. What is not given is
+    made here.
+    """
     start, progress = time.monotonic(), progress or Progress()
-    if revision is not None and (model == DEMO or Path(model).expanduser().is_dir()):
-        raise RecipeError(f"--revision {revision} goes with a Hub id, and {model} is a local folder")
     keep_little()
     place = pick_device(device)
     check_writable(out, overwrite)
-    path = locate(model, revision)
-    checkpoint = open_checkpoint(path)
-    skeleton = build_skeleton(checkpoint, trust_remote_code)
-    plan = base_plan(skeleton, recipe)
-    calibration = read_calibration(model, skeleton, recipe, progress, trust_remote_code)
-    outer = outer_shards(skeleton)
-    shards = len(outer) + len(skeleton.blocks)
+    job = prepare(Source(source) if isinstance(source, str) else source, recipe, progress)
+    outer = outer_shards(job.skeleton)
+    shards = len(outer) + len(job.skeleton.blocks)
     with (
-        output_folder(out, shards, bytes_needed(skeleton, plan, recipe, calibration), overwrite) as output,
+        output_folder(out, shards, bytes_needed(job, recipe, decided), overwrite) as output,
         Spill(parent=output.partial) as spill,
     ):
-        walk = Walk(skeleton, calibration.rows if calibration else [], spill, torch.float32, place)
+        walk = Walk(job.skeleton, job.calibration.rows if job.calibration else [], spill, torch.float32, place)
         inputs = walk.embed() if recipe.needs_text else None
-        profile = outlier_profile(walk, inputs, plan, recipe, progress)
-        if profile is not None:
-            plan = gwq.allocate(plan, profile.candidates, recipe.outlier_fraction, recipe.outlier_scope)
-            profile = profile.trimmed(plan)
+        decided = decided or measure_and_decide(walk, inputs, job, recipe, profile, progress)
         for names in outer:
-            output.write_shard({name: checkpoint.read(skeleton.sources[name]) for name in names})
-        streams = needed_streams(inputs, recipe)
-        errors = compress_blocks(walk, streams, plan, profile, recipe, output, progress)
-        output.copy_rest(path)
-        output.write_json("config.json", checkpoint.config | {"quantization_config": native.quantization_config(plan)})
-        result = record.outcome(plan, output.nbytes, checkpoint.nbytes, errors)
-        made = record.provenance(model, path, revision) | record.settings(recipe, calibration)
-        output.write_json(SIDECAR, made | result)
+            output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
+        errors = compress_blocks(walk, needed_streams(inputs, recipe), decided, recipe, output, progress)
+        write_rest(output, job, recipe, decided, errors)
+    plan = decided.plan
     return Summary(
         out=str(out),
-        model=model,
+        model=job.source.model,
         method=recipe.method,
-        bits=recipe.bits,
+        bits=round(plan.code_bits, 6),
         bits_per_weight=round(plan.bits_per_weight, 6),
         nbytes=output.nbytes,
-        nbytes_original=checkpoint.nbytes,
-        outliers=sum(weight.outliers for weight in plan.weights.values()),
-        calibration=calibration.as_dict() if calibration else None,
+        nbytes_original=job.checkpoint.nbytes,
+        outliers=sum(weight.kept for weight in plan.weights.values()),
+        predicted_loss_increase=decided.predicted,
+        calibration=job.calibration.as_dict() if job.calibration else None,
         seconds=round(time.monotonic() - start, 3),
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=peak_device_memory_mb(str(place)),
     )
 
 
-def outlier_profile(
-    walk: Walk, inputs: Activations | None, plan: Plan, recipe: Recipe, progress: Progress
-) -> Profile | None:
-    """The ranking that the recipe asks for, measured where it needs gradients; None where no outliers are kept."""
-    if not recipe.outlier_fraction:
-        return None
-    if not recipe.needs_gradients:
-        return rank_without_data(walk.skeleton, plan, recipe, walk.device)
-    assert inputs is not None
-    return measure(walk, inputs, plan, recipe, progress)
+def measure_and_decide(
+    walk: Walk, inputs: Activations | None, job: Job, recipe: Recipe, profile: Profile | None, progress: Progress
+) -> Decision:
+    """What to do with every linear, from a profile that is there or measured now."""
+    # a budget that cannot be met is said before anything is measured
+    target = target_nbytes(recipe, job.plan.numel, job.kept_nbytes, job.checkpoint.nbytes)
+    profile = profile or measure(walk, inputs, job.plan, recipe, wanted_by(recipe), progress)
+    return decide(job.plan, profile, recipe, job.skeleton.linears, target)
+
+
+def write_rest(output: Output, job: Job, recipe: Recipe, decided: Decision, errors: dict[str, float]) -> None:
+    """Everything in the folder beside the shards."""
+    output.copy_rest(job.path)
+    config = job.checkpoint.config | {"quantization_config": native.quantization_config(decided.plan)}
+    output.write_json("config.json", config)
+    result = record.outcome(decided, output.nbytes, job.checkpoint.nbytes, errors)
+    made = record.provenance(job.source, job.path) | record.settings(recipe, job.calibration)
+    output.write_json(SIDECAR, made | result)
 
 
 def needed_streams(inputs: Activations | None, recipe: Recipe) -> Streams:
@@ -149,20 +145,19 @@ def needed_streams(inputs: Activations | None, recipe: Recipe) -> Streams:
 def compress_blocks(
     walk: Walk,
     streams: Streams,
-    plan: Plan,
-    profile: Profile | None,
+    decided: Decision,
     recipe: Recipe,
     output: Output,
     progress: Progress,
 ) -> dict[str, float]:
     """Compresses and writes every block in turn; returns each weight's relative output error."""
-    skeleton = walk.skeleton
+    skeleton, plan = walk.skeleton, decided.plan
     errors: dict[str, float] = {}
     for index in progress.over(range(len(skeleton.blocks)), "compress", len(skeleton.blocks)):
         linears = [name for name in skeleton.linears[index] if name in plan.weights]
         with walk.resident_block(index):
             original = {name: skeleton.linear(name).weight.data for name in linears}
-            made, current = compress_block(walk, index, streams, original, plan, profile, recipe, progress)
+            made, current = compress_block(walk, index, streams, original, decided, recipe, progress)
             ahead = Streams(None, None)
             if index + 1 < len(skeleton.blocks):
                 ahead = Streams(
@@ -188,8 +183,7 @@ def compress_block(
     index: int,
     streams: Streams,
     original: dict[str, Tensor],
-    plan: Plan,
-    profile: Profile | None,
+    decided: Decision,
     recipe: Recipe,
     progress: Progress,
 ) -> tuple[dict[str, tuple[list[Part], float]], dict[str, Tensor]]:
@@ -203,11 +197,10 @@ def compress_block(
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
         targets, curvature = group_targets(group, moments)
         for name, target in targets.items():
-            planned, mask = plan.weights[name], None
+            planned, score, mask = decided.plan.weights[name], decided.scores.get(name), None
             if planned.outliers:
-                assert profile is not None
-                mask = gwq.outlier_mask(profile.candidates[name], planned.outliers, planned.shape)
-            made, dense, error = compress_weight(group[name], target, planned, curvature, mask, recipe)
+                mask = gwq.outlier_mask(decided.candidates[name], planned.outliers, planned.shape)
+            made, dense, error = compress_weight(group[name], target, planned, curvature, mask, score, recipe)
             current[name] = as_rows(skeleton.module(name), dense).contiguous()
             result[name] = made, error
             progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)
@@ -221,7 +214,7 @@ def group_moments(
     original: dict[str, Tensor],
     current: dict[str, Tensor],
     recipe: Recipe,
-) -> Any:
+) -> Iterator[tuple[Sequence[str], Moments | None]]:
     """The resident block's fusion groups with the moments of their inputs, each observed when its turn comes.
 
     Linears that no sample reaches come last, with no moments.
@@ -239,85 +232,6 @@ def group_moments(
     yield [name for name in names if name not in reached], None
 
 
-def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[dict[str, Tensor], Curvature | None]:
-    """What each linear of a fusion group is rounded towards [rows, cols], and the curvature it is rounded under.
-
-    The target is the weight, corrected for the drift of its inputs. Uses up the moments: they are as large as what
-    is made of them.
-    """
-    if moments is None:
-        return group, None
-    pulls = {} if moments.drift is None else {name: weight @ moments.drift for name, weight in group.items()}
-    moments.drift = None
-    curvature = factorize(moments.xtx)
-    targets = {
-        name: corrected_target(weight, pulls.pop(name), curvature) if pulls else weight
-        for name, weight in group.items()
-    }
-    return targets, curvature
-
-
-def compress_weight(
-    weight: Tensor,
-    target: Tensor,
-    planned: WeightPlan,
-    curvature: Curvature | None,
-    mask: Tensor | None,
-    recipe: Recipe,
-) -> tuple[list[Part], Tensor, float]:
-    """`target` [rows, cols] (float32) -> its parts, their sum in float32, and the output error relative to `weight`.
-
-    Outliers (`mask`) keep their value in `weight`. Without curvature every input counts the same, so the error is the
-    weight's own.
-    """
-    curvature = curvature or Curvature.flat(planned.shape[1], weight)
-    stored = weight.to(planned.dtype)
-    if mask is not None:
-        mask = mask.to(weight.device)
-        target = torch.where(mask, weight, target)
-    step = max(1, ROUNDING_BYTES[weight.device.type] // (4 * planned.shape[1]))
-    rounded = [
-        QUANTIZERS[planned.quantizer](
-            target[rows],
-            planned.grid,
-            planned.dtype,
-            curvature,
-            None if mask is None else mask[rows],
-            bool(recipe.search),
-        )
-        for rows in (slice(start, start + step) for start in range(0, planned.shape[0], step))
-    ]
-    codes, scale, zero = (torch.cat([getattr(r, field) for r in rounded]) for field in ("codes", "scale", "zero"))
-    made: list[Part] = [Affine.from_codes(codes, scale, zero, planned.grid)]
-    if mask is not None:
-        made.append(Sparse.from_mask(mask, stored))
-    dense = parts.sum_of_parts(made)
-    error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
-    return made, dense, float(error)
-
-
-def read_calibration(
-    model: str, skeleton: Skeleton, recipe: Recipe, progress: Progress, trust_remote_code: bool
-) -> Calibration | None:
-    """The calibration rows, as long as the model's context allows; None where the method needs no text."""
-    if not recipe.needs_text:
-        return None
-    context = getattr(skeleton.model.config, "max_position_embeddings", None) or recipe.seq_len
-    tokenizer = load_tokenizer(skeleton.checkpoint.path, trust_remote_code)
-    text = calibration_text(recipe.calibration, model)
-    rows = calibration_rows(text, tokenizer, recipe.samples, min(recipe.seq_len, context), recipe.seed)
-    vocabulary, _ = skeleton.embedding_shape
-    if max(int(row.max()) for row in rows.rows) >= vocabulary:
-        raise UnsupportedError(
-            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}: they do not match"
-        )
-    if len(rows.rows) < recipe.samples:
-        progress.note(
-            f"the calibration text fills {len(rows.rows)} samples of {rows.seq_len} tokens, not {recipe.samples}"
-        )
-    return rows
-
-
 def outer_shards(skeleton: Skeleton) -> list[list[str]]:
     """What lies outside the blocks (embeddings, norms, head), in runs of about a gigabyte."""
     shards: list[list[str]] = []
@@ -332,29 +246,19 @@ def outer_shards(skeleton: Skeleton) -> list[list[str]]:
     return shards
 
 
-def bytes_needed(skeleton: Skeleton, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> int:
+def bytes_needed(job: Job, recipe: Recipe, decided: Decision | None) -> int:
     """Disk space for the result and, at the worst, for all activations of the run."""
-    total = sum(skeleton.checkpoint.tensors[source].nbytes for source in skeleton.sources.values())
-    dense = sum(weight.numel * weight.dtype.itemsize for weight in plan.weights.values())
+    plan, linears = job.plan, job.plan.nbytes
     outliers = round(recipe.outlier_fraction * plan.numel) * 8 + sum(4 * w.shape[0] for w in plan.weights.values())
+    if decided is not None:
+        linears, outliers = decided.plan.nbytes, 0
+    elif recipe.size is not None:
+        linears = recipe.size - job.kept_nbytes
+    elif recipe.method in ("auto", "layerwise", "mixllm"):
+        linears = int(plan.numel * (recipe.average_bits or recipe.high_bits or 8) / 8)
     activations = 0
-    if calibration is not None:
-        _, width = skeleton.embedding_shape
-        lists = 4 + (len(skeleton.blocks) if recipe.needs_gradients else 0)
-        activations = len(calibration.rows) * calibration.seq_len * width * 4 * lists
-    return total - dense + plan.nbytes + outliers + activations
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU. Raises RecipeError for one that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise RecipeError(f"unknown device {device!r}; choose auto, cpu, cuda, or cuda:1 and so on") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device {device!r} is not supported; choose auto, cpu or cuda")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
-    return chosen
+    if job.calibration is not None:
+        _, width = job.skeleton.embedding_shape
+        lists = 4 + (len(job.skeleton.blocks) if recipe.needs_gradients and decided is None else 0)
+        activations = len(job.calibration.rows) * job.calibration.seq_len * width * 4 * lists
+    return job.kept_nbytes + max(0, linears) + outliers + activations

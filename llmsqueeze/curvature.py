@@ -20,10 +20,11 @@ DAMP = 0.01
 
 @dataclass(frozen=True)
 class Curvature:
-    """H and U [cols, cols] as above."""
+    """H and U [cols, cols] as above; `damping` [cols] is what was added to the diagonal of the moments."""
 
     H: Tensor
     upper: Tensor
+    damping: Tensor
 
     @property
     def importance(self) -> Tensor:
@@ -34,7 +35,11 @@ class Curvature:
     def flat(cls, cols: int, like: Tensor) -> Curvature:
         """Every input counts the same: for linears whose inputs are not known."""
         identity = torch.eye(cols, dtype=like.dtype, device=like.device)
-        return cls(identity, identity)
+        return cls(identity, identity, torch.zeros(cols, dtype=like.dtype, device=like.device))
+
+    def output_error(self, residual: Tensor) -> Tensor:
+        """[rows]: the mean squared output error of each row of `residual` [rows, cols], without the damping's share."""
+        return (row_error(residual, self.H) - residual.square() @ self.damping).clamp_(min=0)
 
 
 def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
@@ -46,6 +51,7 @@ def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
     diagonal = xtx.diagonal()
     active = diagonal > 0
     mean = diagonal[active].mean() if active.any() else torch.ones((), dtype=xtx.dtype, device=xtx.device)
+    before = diagonal.clone()
     diagonal.add_(torch.where(active, damp * mean, mean))
     while damp < 1e6:
         lower, failed = torch.linalg.cholesky_ex(xtx.flip(0, 1))
@@ -55,7 +61,7 @@ def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
             del lower
             upper = inverse.flip(0, 1)
             if all_finite(upper):
-                return Curvature(xtx, upper)
+                return Curvature(xtx, upper, diagonal - before)
         diagonal.add_(9 * damp * mean)  # ten times what was there
         damp *= 10
     raise FloatingPointError("the input second moments are not finite")

@@ -2,9 +2,10 @@
 
     asymmetric: scale = ratio * (max - min) / (2**bits - 1), zero = round(-min / range * (2**bits - 1))
     symmetric:  scale = +- ratio * absmax * 2 / (2**bits - 1), zero = 2**(bits - 1)
+    half:       scale = ratio * absmax * 2 / (2**bits - 1), zero = (2**bits - 1) / 2; for one bit ratio * 2 * mean |w|
 
-The range always includes 0, so that every grid has a level 0 (outliers are pinned to it, and a dead row stays
-dead). Searching tries 29 ratios from 1.05 down to 0.35 and keeps, per row, the one with the least
+The range always includes 0, so that every grid but a half one has a level 0 (outliers are pinned to it); a dead row
+stays dead, or next to it. Searching tries 29 ratios from 1.05 down to 0.35 and keeps, per row, the one with the least
 `sum_j h[j] * (w[j] - rounded[j])**2`, h the mean squared input of column j; a symmetric grid is tried with both signs,
 for its levels are one-sided. The scale is rounded to the dtype it is stored in before anything is rounded with it.
 Symbols: w [rows, width] one group of columns; h [width]; scale, zero [rows].
@@ -24,7 +25,7 @@ RATIOS = [1.05 - 0.7 * i / 28 for i in range(29)]
 
 @dataclass(frozen=True)
 class Rounded:
-    """A rounded weight: codes, zero uint8 [rows, cols], [rows, groups]; scale [rows, groups] in its stored dtype."""
+    """A rounded weight: codes uint8 [rows, cols]; scale [rows, groups] in its stored dtype; zero float32 likewise."""
 
     codes: Tensor
     scale: Tensor
@@ -33,7 +34,7 @@ class Rounded:
 
     def levels(self, rows: slice = slice(None)) -> Tensor:
         """float32 [rows, cols]: code - zero, of all rows or some."""
-        return self.codes[rows].float() - self.grid.expand(self.zero[rows].float(), self.codes.shape[1])
+        return self.codes[rows].float() - self.grid.expand(self.zero[rows], self.codes.shape[1])
 
     def dense(self) -> Tensor:
         """float32 [rows, cols]."""
@@ -52,8 +53,14 @@ def fit_group(
     low, high = w.amin(dim=1).clamp(max=0), w.amax(dim=1).clamp(min=0)
     if grid.symmetric:
         base = torch.maximum(-low, high) * 2 / grid.max_code
-        zero = torch.full_like(base, 2 ** (grid.bits - 1))
+        zero = torch.full_like(base, grid.fixed_zero)
         signs = [1.0, -1.0]
+        if grid.half:
+            if grid.bits == 1:
+                weights = torch.ones_like(w[0]) if h is None else h
+                base = w.abs().mv(weights) * 2 / weights.sum().clamp(min=torch.finfo(w.dtype).tiny)
+            # without a level 0, what is zero should become next to nothing
+            base, signs = base.clamp(min=torch.finfo(base.dtype).tiny), [1.0]
     else:
         base = (high - low) / grid.max_code
         zero = torch.where(base > 0, torch.round(-low / base), 0.0).nan_to_num(0.0).clamp(0, grid.max_code)

@@ -27,16 +27,29 @@ class Grid:
 
     `group_size` columns share a scale; -1 means the whole row, and a row that the size does not divide ends in a
     shorter group. Symmetric grids have the fixed zero 2**(bits - 1) (signed integer levels, as compressed-tensors
-    stores them; the scale may be negative), asymmetric ones an integer zero per group. Every grid has a level 0.
+    stores them; the scale may be negative) or, if `half`, (2**bits - 1) / 2: levels +-1/2, +-3/2 and so on, none at 0.
+    Asymmetric ones have an integer zero per group. A grid of one bit is always a half one.
     """
 
     bits: int
     group_size: int = 128
     symmetric: bool = False
+    half: bool = False
 
     @property
     def max_code(self) -> int:
         return (1 << self.bits) - 1
+
+    @property
+    def fixed_zero(self) -> float:
+        """The zero of a symmetric grid."""
+        return self.max_code / 2 if self.half else 2.0 ** (self.bits - 1)
+
+    def __str__(self) -> str:
+        """As tables and plans write it: '3 bit g128', '1 bit row half', '4 bit g128 asymmetric'."""
+        group = "row" if self.group_size == -1 else f"g{self.group_size}"
+        kind = " half" if self.half else "" if self.symmetric else " asymmetric"
+        return f"{self.bits} bit {group}{kind}"
 
     def width(self, cols: int) -> int:
         """Columns in a full group of a row of `cols`."""
@@ -71,51 +84,70 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Affine:
-    """Integer codes on a grid. codes int32 [rows, words]; scale [rows, groups]; zero int32 [groups, words of rows]."""
+    """Integer codes on a grid, of all rows of the weight or of some; the other rows are zeros.
+
+    codes int32 [held, words]; scale [held, groups]; zero int32 [groups, words of held]; rows int32 [words of rows], one
+    bit a row, set for the `held` rows that are here, or None for all of them.
+    """
 
     kind: ClassVar[str] = "affine"
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    rows: Tensor | None
     shape: tuple[int, int]
     grid: Grid
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Affine:
-        """codes [rows, cols] and zero [rows, groups] as plain integers; scale [rows, groups] in its stored dtype."""
-        packed_zero = None if grid.symmetric else bitpack.pack(zero.T, grid.bits)
-        return cls(bitpack.pack(codes, grid.bits), scale, packed_zero, (codes.shape[0], codes.shape[1]), grid)
+    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, rows: Tensor | None = None) -> Affine:
+        """codes [held, cols] and zero [held, groups] as plain integers; scale [held, groups] in its stored dtype.
+
+        `rows` bool [rows] marks the rows that these are, in their order.
+        """
+        packed_zero = None if grid.symmetric else bitpack.pack(zero.T.to(torch.uint8), grid.bits)
+        packed_rows = None if rows is None else bitpack.pack(rows[None].to(torch.uint8), 1)[0]
+        shape = (len(codes) if rows is None else len(rows), codes.shape[1])
+        return cls(bitpack.pack(codes, grid.bits), scale, packed_zero, packed_rows, shape, grid)
 
     def dense(self) -> Tensor:
-        rows, cols = self.shape
+        held, cols = len(self.codes), self.shape[1]
         levels = bitpack.unpack(self.codes, self.grid.bits, cols).float()
         if self.zero is None:
-            levels -= 2 ** (self.grid.bits - 1)
+            levels -= self.grid.fixed_zero
         else:
-            levels -= self.grid.expand(bitpack.unpack(self.zero, self.grid.bits, rows).T.float(), cols)
-        return levels.mul_(self.grid.expand(self.scale.float(), cols))
+            levels -= self.grid.expand(bitpack.unpack(self.zero, self.grid.bits, held).T.float(), cols)
+        levels.mul_(self.grid.expand(self.scale.float(), cols))
+        if self.rows is None:
+            return levels
+        dense = torch.zeros(self.shape, device=levels.device)
+        dense[bitpack.unpack(self.rows[None], 1, self.shape[0])[0].bool()] = levels
+        return dense
 
     def tensors(self) -> dict[str, Tensor]:
-        stored = {"codes": self.codes, "scale": self.scale}
-        return stored if self.zero is None else stored | {"zero": self.zero}
+        stored = {"codes": self.codes, "scale": self.scale, "zero": self.zero, "rows": self.rows}
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     def spec(self) -> Spec:
-        return affine_spec(self.grid, self.scale.dtype)
+        return affine_spec(self.grid, self.scale.dtype, None if self.rows is None else len(self.codes))
 
     @staticmethod
     def layout(shape: tuple[int, int], spec: Spec) -> Layout:
         (rows, cols), grid = shape, spec_grid(spec)
+        held = spec.get("rows", rows)
         layout: Layout = {
-            "codes": ((rows, bitpack.words(cols, grid.bits)), torch.int32),
-            "scale": ((rows, grid.groups(cols)), getattr(torch, spec["dtype"])),
+            "codes": ((held, bitpack.words(cols, grid.bits)), torch.int32),
+            "scale": ((held, grid.groups(cols)), getattr(torch, spec["dtype"])),
         }
         if not grid.symmetric:
-            layout["zero"] = ((grid.groups(cols), bitpack.words(rows, grid.bits)), torch.int32)
+            layout["zero"] = ((grid.groups(cols), bitpack.words(held, grid.bits)), torch.int32)
+        if "rows" in spec:
+            layout["rows"] = ((bitpack.words(rows, 1),), torch.int32)
         return layout
 
     @classmethod
     def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Affine:
-        return cls(tensors["codes"], tensors["scale"], tensors.get("zero"), shape, spec_grid(spec))
+        zero, rows = tensors.get("zero"), tensors.get("rows")
+        return cls(tensors["codes"], tensors["scale"], zero, rows, shape, spec_grid(spec))
 
 
 @dataclass(frozen=True)
@@ -167,14 +199,18 @@ class Sparse:
 PARTS: dict[str, type[Affine] | type[Sparse]] = {Affine.kind: Affine, Sparse.kind: Sparse}
 
 
-def affine_spec(grid: Grid, dtype: torch.dtype) -> Spec:
-    return {
+def affine_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec:
+    """`rows`: how many of the weight's rows the part holds, None for all."""
+    spec: Spec = {
         "part": Affine.kind,
         "bits": grid.bits,
         "group_size": grid.group_size,
         "symmetric": grid.symmetric,
         "dtype": dtype_name(dtype),
     }
+    if grid.half:
+        spec["half"] = True
+    return spec if rows is None else spec | {"rows": rows}
 
 
 def sparse_spec(count: int, dtype: torch.dtype) -> Spec:
@@ -182,7 +218,7 @@ def sparse_spec(count: int, dtype: torch.dtype) -> Spec:
 
 
 def spec_grid(spec: Spec) -> Grid:
-    return Grid(spec["bits"], spec["group_size"], spec["symmetric"])
+    return Grid(spec["bits"], spec["group_size"], spec["symmetric"], spec.get("half", False))
 
 
 def layout(shape: tuple[int, int], spec: Spec) -> Layout:

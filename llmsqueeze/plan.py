@@ -1,13 +1,15 @@
-"""What was decided: for every linear its quantizer, grid and number of outliers, with the bytes that costs exactly.
+"""What was decided: for every linear its quantizer, grids and number of outliers, with the bytes that costs exactly.
 
-Decisions are counts; which weights the outliers are is in the profile. `specs` is the same description that the file
-carries, so planned bytes and written bytes cannot differ.
+Decisions are counts: how many rows of a linear have which grid. Which rows they are follows from a ranking of the rows
+(the first grid takes the best-ranked ones), as the outliers follow from theirs. `specs` is the same description that
+the file carries, so planned bytes and written bytes cannot differ.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,14 +21,30 @@ from llmsqueeze.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
+class Rows:
+    """How many rows of a linear are on a grid, and how many weights of each of them stay as they are."""
+
+    grid: Grid
+    count: int
+    outliers: int = 0
+
+
+Grids = tuple[Rows, ...]
+
+
+@dataclass(frozen=True)
 class WeightPlan:
-    """One linear: shape [rows, cols], the dtype its scales and outliers are stored in, and what it becomes."""
+    """One linear: shape [rows, cols], the dtype its scales and outliers are stored in, and what it becomes.
+
+    grids: how many rows are on which grid, the best-ranked rows first. outliers: how many weights stay as they are
+    by a ranking of single weights (GWQ's), over those that `grids` give to rows.
+    """
 
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype
     quantizer: str
-    grid: Grid
+    grids: Grids
     outliers: int = 0
 
     @property
@@ -34,13 +52,52 @@ class WeightPlan:
         return self.shape[0] * self.shape[1]
 
     @property
+    def grid(self) -> Grid:
+        """The grid of most rows."""
+        return max(self.grids, key=lambda rows: rows.count).grid
+
+    @property
+    def mixed(self) -> bool:
+        return len(self.grids) > 1
+
+    @property
+    def code_bits(self) -> float:
+        """Mean width of the codes."""
+        return sum(rows.grid.bits * rows.count for rows in self.grids) / self.shape[0]
+
+    @property
+    def kept(self) -> int:
+        """All weights that stay as they are."""
+        return self.outliers + sum(rows.count * rows.outliers for rows in self.grids)
+
+    @property
     def specs(self) -> list[Spec]:
-        affine = parts.affine_spec(self.grid, self.dtype)
-        return [affine, parts.sparse_spec(self.outliers, self.dtype)] if self.outliers else [affine]
+        mixed = len(self.by_grid) > 1
+        specs = [parts.affine_spec(grid, self.dtype, n if mixed else None) for grid, n in self.by_grid.items()]
+        return [*specs, parts.sparse_spec(self.kept, self.dtype)] if self.kept else specs
+
+    @property
+    def by_grid(self) -> dict[Grid, int]:
+        """How many rows each grid has, in the order of `grids`."""
+        counts: dict[Grid, int] = {}
+        for rows in self.grids:
+            counts[rows.grid] = counts.get(rows.grid, 0) + rows.count
+        return counts
 
     @property
     def nbytes(self) -> int:
         return parts.layout_nbytes(self.shape, self.specs)
+
+    def on(self, *grids: Rows) -> WeightPlan:
+        """The same linear with these grids; those without rows are left out, neighbours that agree are joined."""
+        joined: list[Rows] = []
+        for rows in grids:
+            if joined and replace(joined[-1], count=rows.count) == rows:
+                joined[-1] = replace(rows, count=joined[-1].count + rows.count)
+            elif rows.count:
+                joined.append(rows)
+        assert sum(rows.count for rows in joined) == self.shape[0], "every row has one grid"
+        return replace(self, grids=tuple(joined))
 
 
 @dataclass(frozen=True)
@@ -62,6 +119,20 @@ class Plan:
         """Everything stored for the quantized linears, in bits, per weight of theirs."""
         return self.nbytes * 8 / self.numel
 
+    @property
+    def code_bits(self) -> float:
+        """Mean width of the codes."""
+        return sum(weight.code_bits * weight.numel for weight in self.weights.values()) / self.numel
+
+    @property
+    def mixed(self) -> bool:
+        """Whether any linear has rows on different grids."""
+        return any(weight.mixed for weight in self.weights.values())
+
+    def on(self, grids: Mapping[str, Grids]) -> Plan:
+        """The same linears, those named with other grids."""
+        return Plan({n: w.on(*grids[n]) if n in grids else w for n, w in self.weights.items()})
+
 
 def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
@@ -74,13 +145,21 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             hint = nearest(pattern, [*leaves, *names])
             raise RecipeError(f"skip pattern {pattern!r} matches no linear{hint or ';'} there are {', '.join(leaves)}")
         skipped |= matched
-    grid = Grid(recipe.bits, recipe.group_size, recipe.symmetric)
-    assert recipe.quantizer is not None, "the recipe is resolved"
-    weights = {
-        name: WeightPlan(name, skeleton.shape(name), skeleton.dtype(name), recipe.quantizer, grid)
-        for name in names
-        if name not in skipped
-    }
+    grid = recipe_grid(recipe, recipe.code_bits)
+    assert recipe.quantizer is not None, "the recipe is filled in"
+    weights = {}
+    for name in names:
+        if name not in skipped:
+            shape = skeleton.shape(name)
+            rows = Rows(grid, shape[0])
+            weights[name] = WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, (rows,))
     if not weights:
         raise RecipeError("skip leaves no linear to compress")
     return Plan(weights)
+
+
+def recipe_grid(recipe: Recipe, bits: int) -> Grid:
+    """The recipe's grid at another width; one bit has half-integer levels only."""
+    assert recipe.symmetric is not None, "the recipe is filled in"
+    half = recipe.symmetric and (recipe.levels == "half" or bits == 1)
+    return Grid(bits, recipe.group_size, recipe.symmetric, half)

@@ -1,121 +1,172 @@
-"""Measuring the original model: which weights matter, by one forward and one backward sweep of the block walk.
+"""What was measured of a model: small, durable, and good for every budget. measure.py makes it.
 
-Per block, each linear's weight gradients are reduced sample by sample while the block is resident; what survives is
-the order of the top candidates per matrix. No gradient of a whole model, or even of a whole block, ever exists.
+The file is safetensors: `<linear>.costs` [options, rows], `<linear>.row_gradient` [rows], `<linear>.salience` [widths,
+rows], `<linear>.outliers` [k] (flat index, best first) with `<linear>.outlier_scores`; its metadata hold the rest as
+JSON, with what the profile is of: the model's files (size, time and SHA-256), the calibration tokens, the settings.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsqueeze.activations import Activations
-from llmsqueeze.allocate import gwq
-from llmsqueeze.blocks import Walk
+from llmsqueeze.allocate.gwq import Candidates, first
+from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan
-from llmsqueeze.progress import Progress
-from llmsqueeze.quantize.rtn import rtn
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.skeleton import Skeleton, is_transposed
+from llmsqueeze.price import Option
+
+VERSION = 1
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Per linear its outlier candidates, best first; `loss`: mean next-token loss (nats) of the original model."""
+    """Measurements of a model; what was not asked for is empty.
 
-    candidates: dict[str, gwq.Candidates]
-    loss: float | None
+    loss: mean next-token loss (nats) on the calibration text. costs: linear -> [options, rows], predicted loss increase
+    in nats per token. salience: linear -> [widths, rows] (MixLLM's). candidates: outliers by GWQ's ranking. lim, zd:
+    per block. groups: the fusion groups.
+    """
+
+    loss: float | None = None
+    options: tuple[Option, ...] = ()
+    salience_widths: tuple[int, ...] = ()
+    costs: dict[str, Tensor] = field(default_factory=dict)
+    row_gradient: dict[str, Tensor] = field(default_factory=dict)
+    salience: dict[str, Tensor] = field(default_factory=dict)
+    candidates: dict[str, Candidates] = field(default_factory=dict)
+    lim: tuple[float, ...] = ()
+    zd: tuple[float, ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     def trimmed(self, plan: Plan) -> Profile:
-        """Only what the plan takes, so that little is held while blocks are compressed."""
-        taken = {name: gwq.first(found, plan.weights[name].outliers) for name, found in self.candidates.items()}
-        return Profile(taken, self.loss)
+        """Only the outliers that the plan takes, so that little is held while blocks are compressed."""
+        taken = {name: first(found, plan.weights[name].outliers) for name, found in self.candidates.items()}
+        return replace(self, candidates=taken)
+
+    def row_scores(self, importance: str, width: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """linear -> float32 [rows], higher is more important: by `cost`, `salience` (at `width` bits), or a control."""
+        if importance == "cost":
+            tiny = torch.finfo(torch.float32).tiny
+            # rows keep their order at every width, nearly: the geometric mean over the options decides
+            return {name: cost.clamp(min=tiny).log().mean(dim=0) for name, cost in self.costs.items()}
+        if importance in ("salience", "reverse"):
+            at = self.salience_widths.index(width or self.salience_widths[0])
+            sign = -1 if importance == "reverse" else 1
+            return {name: sign * salience[at] for name, salience in self.salience.items()}
+        raise AssertionError(importance)
+
+    def predicted(self, plan: Plan, rows: Mapping[str, Tensor]) -> float | None:
+        """Loss increase (nats per token) that the costs promise for `plan`, its rows ranked by `rows` (scores).
+
+        None where the plan has options without a price.
+        """
+        total = 0.0
+        for name, weight in plan.weights.items():
+            if name not in self.costs:
+                continue
+            order = row_order(rows[name]) if weight.mixed else torch.arange(weight.shape[0])
+            start = 0
+            for part in weight.grids:
+                priced = enumerate(self.options)
+                at = [i for i, o in priced if o.grid == part.grid and o.kept(weight.shape[1]) == part.outliers]
+                if not at:
+                    return None
+                taken = order[start : start + part.count]
+                total += float(self.costs[name][at[0], taken].double().sum())
+                start += part.count
+        return total
 
 
-def measure(walk: Walk, first_inputs: Activations, plan: Plan, recipe: Recipe, progress: Progress) -> Profile:
-    """Ranks the weights of every planned linear by the recipe's gradient ranking; labels are the text itself."""
-    inputs = forward_sweep(walk, first_inputs, progress)
-    loss, gradients = head_sweep(walk, inputs.pop(), progress)
-    blocks = walk.skeleton.blocks
-    candidates: dict[str, gwq.Candidates] = {}
-    progress.stage("gradients", len(blocks))
-    for index in reversed(range(len(blocks))):
-        statistics: dict[str, Tensor] = {}
-
-        def reduce(name: str, gradient: Tensor, statistics: dict[str, Tensor] = statistics) -> None:
-            if name in plan.weights:
-                statistics[name] = gwq.accumulate(statistics.get(name), gradient, recipe.outlier_ranking)
-
-        with walk.resident_block(index):
-            for sample in range(len(walk.samples)):
-                hidden = inputs[index].get(sample, walk.device)
-                upstream = gradients.get(sample, walk.device)
-                gradients.replace(sample, walk.block_gradient(index, sample, hidden, upstream, reduce))
-            candidates |= rank_block(walk.skeleton, index, statistics, plan, recipe)
-        if index:  # the first block's inputs belong to the caller
-            inputs[index].clear()
-        progress.advance()
-    gradients.clear()
-    return Profile(candidates, loss)
+def row_order(score: Tensor) -> Tensor:
+    """Row numbers, the highest score first; of equal ones the first in the weight."""
+    return torch.sort(score, descending=True, stable=True).indices
 
 
-def rank_without_data(skeleton: Skeleton, plan: Plan, recipe: Recipe, device: torch.device) -> Profile:
-    """The profile for rankings that need no gradient: magnitude and random."""
-    candidates: dict[str, gwq.Candidates] = {}
-    for index, block in enumerate(skeleton.blocks):
-        with skeleton.resident(skeleton.names_in(block), torch.float32, device):
-            candidates |= rank_block(skeleton, index, {}, plan, recipe)
-    return Profile(candidates, None)
+def random_scores(plan: Plan, seed: int) -> dict[str, Tensor]:
+    """Scores without merit, by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(weight.shape[0], generator=generator) for name, weight in plan.weights.items()}
 
 
-def forward_sweep(walk: Walk, first_inputs: Activations, progress: Progress) -> list[Activations]:
-    """The input of every block, and the output of the last, for every sample."""
-    inputs = [first_inputs]
-    for index in progress.over(range(len(walk.modules)), "forward", len(walk.modules)):
-        outputs = Activations(walk.spill)
-        with walk.resident_block(index), torch.no_grad():
-            for sample, hidden in enumerate(inputs[-1].each(walk.device)):
-                outputs.append(walk.run(index, sample, hidden))
-        inputs.append(outputs)
-    return inputs
+def save(profile: Profile, path: Path) -> None:
+    """Writes the profile as safetensors."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for kind in ("costs", "row_gradient", "salience"):
+        tensors |= {f"{name}.{kind}": values.contiguous() for name, values in getattr(profile, kind).items()}
+    for name, found in profile.candidates.items():
+        tensors |= {f"{name}.outliers": found.index, f"{name}.outlier_scores": found.score}
+    about = {
+        "version": VERSION,
+        "loss": profile.loss,
+        "options": [_option_fields(option) for option in profile.options],
+        "salience_widths": profile.salience_widths,
+        "lim": profile.lim,
+        "zd": profile.zd,
+        "groups": profile.groups,
+        "source": profile.source,
+    }
+    save_file(tensors, path, metadata={"llmsqueeze_profile": json.dumps(about)})
 
 
-def head_sweep(walk: Walk, outputs: Activations, progress: Progress) -> tuple[float, Activations]:
-    """Mean loss over the samples, and per sample the gradient of its loss at the last block's output."""
-    gradients = Activations(walk.spill)
-    losses = []
-    with walk.resident_head():
-        pairs = zip(outputs.each(walk.device), walk.samples, strict=True)
-        for hidden, tokens in progress.over(pairs, "loss", len(walk.samples)):
-            loss, gradient = walk.head_gradient(hidden, tokens)
-            losses.append(loss)
-            gradients.append(gradient)
-    outputs.clear()
-    return sum(losses) / len(losses), gradients
+def load(path: Path) -> Profile:
+    """Reads a profile. Raises CheckpointError for a file that is none, or of another version."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("llmsqueeze_profile", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no profile {path}; `llmsqueeze plan` writes one") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no profile: {error}") from error
+    if about.get("version") != VERSION:
+        raise CheckpointError(f"{path} is a profile of version {about.get('version')}; this version reads {VERSION}")
+
+    def of(kind: str) -> dict[str, Tensor]:
+        return {n.removesuffix(f".{kind}"): t for n, t in tensors.items() if n.endswith(f".{kind}")}
+
+    index, score = of("outliers"), of("outlier_scores")
+    return Profile(
+        loss=about["loss"],
+        options=tuple(Option(Grid(*grid), share) for grid, share in about["options"]),
+        salience_widths=tuple(about["salience_widths"]),
+        costs=of("costs"),
+        row_gradient=of("row_gradient"),
+        salience=of("salience"),
+        candidates={name: Candidates(index[name], score[name]) for name in index},
+        lim=tuple(about["lim"]),
+        zd=tuple(about["zd"]),
+        groups=tuple(tuple(names) for names in about["groups"]),
+        source=about["source"],
+    )
 
 
-def rank_block(
-    skeleton: Skeleton, index: int, statistics: dict[str, Tensor], plan: Plan, recipe: Recipe
-) -> dict[str, gwq.Candidates]:
-    """The outlier candidates of the planned linears of a resident block; uses up `statistics`."""
-    result = {}
-    for position, name in enumerate(skeleton.linears[index]):
-        if name not in plan.weights:
-            continue
-        planned = plan.weights[name]
-        module = skeleton.linear(name)
-        weight, statistic = module.weight.detach(), statistics.pop(name, None)
-        if is_transposed(module):
-            weight, statistic = weight.T, None if statistic is None else statistic.T
-        if statistic is None and recipe.needs_gradients:
-            continue  # a linear that no sample reached
-        error = None
-        if recipe.outlier_ranking == "gradient-error":
-            error = weight - rtn(weight, planned.grid, planned.dtype).dense()
-        generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + index * 1009 + position) % (1 << 63))
-        scores = gwq.score(weight, statistic, error, recipe.outlier_ranking, generator)
-        count = gwq.candidate_count(planned.numel, recipe.outlier_fraction, recipe.outlier_scope)
-        result[name] = gwq.best(scores, count)
-    return result
+def lacks(profile: Profile, source: Mapping[str, Any], options: Sequence[Option]) -> str | None:
+    """What a stored profile has been measured differently, in words; None if it serves."""
+    for key, wanted in source.items():
+        found = profile.source.get(key)
+        if key != "files" and found != wanted:
+            return f"{key.replace('_', ' ')} {_short(found)}, not {_short(wanted)}"
+    missing = [str(option) for option in options if option not in profile.options]
+    return f"no costs for {missing[0]}" if missing else None
+
+
+def _option_fields(option: Option) -> tuple[tuple[int, int, bool, bool], float]:
+    grid = option.grid
+    return (grid.bits, grid.group_size, grid.symmetric, grid.half), option.outliers
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."

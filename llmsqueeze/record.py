@@ -11,16 +11,18 @@ import torch
 from llmsqueeze import __version__
 from llmsqueeze.calibrate import Calibration
 from llmsqueeze.card import license_of
+from llmsqueeze.decide import Decision
 from llmsqueeze.formats import native
-from llmsqueeze.plan import Plan
+from llmsqueeze.prepare import Source
 from llmsqueeze.recipe import Recipe
 
 
-def provenance(model: str, path: Path, revision: str | None) -> dict[str, Any]:
+def provenance(source: Source, path: Path) -> dict[str, Any]:
     """Which model it was: the name the user gave, or a folder's last component; its commit and licence where known."""
-    local = Path(model).expanduser().is_dir()
+    local = Path(source.model).expanduser().is_dir()
     commit = path.name if path.parent.name == "snapshots" else None
-    return {"model": path.absolute().name if local else model, "revision": commit or revision, **license_of(path)}
+    name = path.absolute().name if local else source.model
+    return {"model": name, "revision": commit or source.revision, **license_of(path)}
 
 
 def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
@@ -37,12 +39,15 @@ def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
     }
 
 
-def outcome(plan: Plan, nbytes: int, nbytes_original: int, errors: dict[str, float]) -> dict[str, Any]:
+def outcome(decided: Decision, nbytes: int, nbytes_original: int, errors: dict[str, float]) -> dict[str, Any]:
     """What came of it: sizes in bytes, and each weight's relative output error."""
+    plan = decided.plan
     return {
         "llmsqueeze_version": __version__,
         "format_version": native.FORMAT_VERSION,
+        "code_bits": round(plan.code_bits, 6),
         "bits_per_weight": round(plan.bits_per_weight, 6),
+        "predicted_loss_increase": decided.predicted,
         "quantized_weights": plan.numel,
         "nbytes": nbytes,
         "nbytes_original": nbytes_original,

@@ -17,9 +17,10 @@ from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.measure import forward_sweep, head_sweep
 from llmsqueeze.observe import fusion_groups
-from llmsqueeze.profile import forward_sweep, head_sweep
 from llmsqueeze.progress import Progress
+from llmsqueeze.recipes import make_recipe
 from llmsqueeze.skeleton import Skeleton, build_skeleton, find_blocks
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def walking(folder: Path, rows: list[Tensor], dtype: torch.dtype, limit: int = 1
 
 def walk_gradients(walk: Walk) -> tuple[list[float], dict[str, Tensor]]:
     """Each sample's loss and the sum over samples of every linear's weight gradient, as stored."""
-    inputs = forward_sweep(walk, walk.embed(), Progress())
+    inputs = forward_sweep(walk, walk.embed(), Progress())[0]
     losses, upstream = [], []
     with walk.resident_head():
         for hidden, tokens in zip(inputs[-1].each(CPU), walk.samples, strict=True):
@@ -114,7 +115,7 @@ def test_gradients_of_every_architecture(
 def test_forward_is_bit_equal(demo_dir: Path) -> None:
     tokens = torch.randint(5, 300, (1, 60))
     with walking(demo_dir, [tokens], torch.float32) as walk:
-        last = forward_sweep(walk, walk.embed(), Progress())[-1].get(0, CPU)
+        last = forward_sweep(walk, walk.embed(), Progress())[0][-1].get(0, CPU)
         with walk.resident_head():
             normed = walk._final_norm(last)
     model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
@@ -177,8 +178,8 @@ def test_spilling_changes_nothing(demo_dir: Path) -> None:
 def test_head_sweep_reports_the_models_loss(demo_dir: Path) -> None:
     rows = [torch.randint(5, 300, (1, 30)) for _ in range(2)]
     with walking(demo_dir, rows, torch.float32) as walk:
-        outputs = forward_sweep(walk, walk.embed(), Progress())[-1]
-        loss, gradients = head_sweep(walk, outputs, Progress())
+        outputs = forward_sweep(walk, walk.embed(), Progress())[0][-1]
+        loss, gradients = head_sweep(walk, outputs, make_recipe({"labels": "text"}), Progress())
         assert len(gradients) == 2
     expected, _ = ordinary_gradients(demo_dir, rows, torch.float32)
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-5)

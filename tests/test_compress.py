@@ -16,21 +16,24 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmsqueeze
-from llmsqueeze import compress, parts
+from llmsqueeze import compress, parts, rounding
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.checkpoint import open_checkpoint
-from llmsqueeze.compress import Summary, compress_blocks, compress_weight, quantize
+from llmsqueeze.compress import Summary, compress_blocks, quantize
 from llmsqueeze.curvature import factorize
+from llmsqueeze.decide import Decision
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import native
 from llmsqueeze.hf import SumOfParts
 from llmsqueeze.observe import FusionGroup, Moments, Streams, observe
 from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, WeightPlan, base_plan
+from llmsqueeze.plan import Plan, Rows, WeightPlan, base_plan
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe, make_recipe
+from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipes import make_recipe
+from llmsqueeze.rounding import compress_weight
 from llmsqueeze.skeleton import build_skeleton, is_transposed
 
 CPU = torch.device("cpu")
@@ -266,7 +269,7 @@ def compress_random(folder: Path, rows: list[Tensor], recipe: Recipe) -> tuple[W
     with Spill() as spill:
         walk = Walk(skeleton, rows, spill, torch.float32, CPU)
         inputs = walk.embed()
-        compress_blocks(walk, Streams(inputs, inputs), plan, None, recipe, output, Progress())
+        compress_blocks(walk, Streams(inputs, inputs), Decision(plan), recipe, output, Progress())
     return walk, plan, output.held
 
 
@@ -378,12 +381,12 @@ def test_rows_are_rounded_independently(generator: torch.Generator, monkeypatch:
     x = torch.randn(200, 48, generator=generator)
     weight, curvature = torch.randn(10, 48, generator=generator), factorize(x.T @ x / 200)
     recipe = make_recipe({"bits": 3, "group_size": 16})
-    planned = WeightPlan("w", (10, 48), torch.float16, "descent", Grid(3, 16))
+    planned = WeightPlan("w", (10, 48), torch.float16, "descent", (Rows(Grid(3, 16), 10),))
     mask = torch.rand(10, 48, generator=generator) < 0.05
     dense = []
     for limit in (1 << 30, 3 * 4 * 48):
-        monkeypatch.setitem(compress.ROUNDING_BYTES, "cpu", limit)
-        dense.append(compress_weight(weight, weight, planned, curvature, mask, recipe)[1])
+        monkeypatch.setitem(rounding.ROUNDING_BYTES, "cpu", limit)
+        dense.append(compress_weight(weight, weight, planned, curvature, mask, None, recipe)[1])
     assert torch.equal(*dense)
 
 

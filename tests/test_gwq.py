@@ -7,7 +7,7 @@ import torch
 
 from llmsqueeze.allocate import gwq
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, WeightPlan
+from llmsqueeze.plan import Plan, Rows, WeightPlan
 
 
 def ranked(
@@ -54,7 +54,7 @@ def test_best_equals_a_full_sort(generator: torch.Generator) -> None:
 @pytest.fixture
 def plan() -> Plan:
     names = {"a": (10, 20), "b": (30, 40)}
-    return Plan({n: WeightPlan(n, s, torch.float16, "rtn", Grid(3)) for n, s in names.items()})
+    return Plan({n: WeightPlan(n, s, torch.float16, "rtn", (Rows(Grid(3), s[0]),)) for n, s in names.items()})
 
 
 def test_global_scope_takes_the_best_of_all(plan: Plan, generator: torch.Generator) -> None:

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from llmsqueeze.card import human_bytes, model_card, shown
 from llmsqueeze.errors import CheckpointError, HubError, SqueezeError, UnsupportedError
 from llmsqueeze.hub import check_folder, check_repo_id, files_to_upload
-from llmsqueeze.recipe import make_recipe
+from llmsqueeze.recipes import make_recipe
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "dummy-token-4711"

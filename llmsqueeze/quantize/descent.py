@@ -113,7 +113,7 @@ def sweep(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) ->
     """One pass of coordinate descent over the codes, column by column; a panel's gradient is made when it comes up."""
     grid, cols = rounded.grid, target.shape[1]
     scale = grid.expand(rounded.scale.float(), cols)
-    zero = grid.expand(rounded.zero.float(), cols)
+    zero = grid.expand(rounded.zero, cols)
     codes = rounded.codes.float()
     residual = target - (codes - zero) * scale
     for start in range(0, cols, PANEL):

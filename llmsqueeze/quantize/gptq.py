@@ -41,6 +41,7 @@ def gptq(
     `dtype` is the scales' in the file; with `search` they are searched under its diagonal.
     """
     assert curvature is not None
+    assert pinned is None or not grid.half, "outliers are pinned to level 0"
     rows, cols = weight.shape
     upper, importance = curvature.upper, curvature.importance
     w = weight.clone()
@@ -67,7 +68,7 @@ def gptq(
             w[:, j + 1 : panel.stop] -= torch.outer(e, upper[j, j + 1 : panel.stop])
             error[:, j - panel.start] = e
         w[:, panel.stop :] -= error @ upper[panel, panel.stop :]
-    return Rounded(codes, scale.to(dtype), zero.to(torch.uint8), grid)
+    return Rounded(codes, scale.to(dtype), zero, grid)
 
 
 def panels(cols: int, width: int) -> list[slice]:

@@ -42,4 +42,4 @@ def rtn(
         codes[:, group] = code.to(torch.uint8)
         scales.append(scale)
         zeros.append(zero)
-    return Rounded(codes, torch.stack(scales, 1).to(dtype), torch.stack(zeros, 1).to(torch.uint8), grid)
+    return Rounded(codes, torch.stack(scales, 1).to(dtype), torch.stack(zeros, 1), grid)

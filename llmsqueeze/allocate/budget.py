@@ -1,0 +1,219 @@
+"""The budget: one greedy over the whole model that buys, byte by byte, the largest fall in predicted loss.
+
+    minimise  sum_u cost[u, o(u)]   subject to   sum_u bytes[u, o(u)] <= budget
+
+u is a row, a linear or a fusion group; o(u) its option (price.py): a grid, and a share of weights that stay as they
+are. For every unit the options on the lower convex hull of (bytes, cost) are kept; going up a hull, every further
+byte buys less. All steps up all hulls, sorted by what a byte buys, are taken in turn until the budget is spent: that
+is the Lagrangian solution, optimal for the bytes it takes. What is left of the budget goes to later steps that fit.
+
+Costs are all of one kind, nats per token, or the sum would mean nothing. Source: ours; the rule itself is Fox's
+marginal analysis (1966), known from rate-distortion theory. Memory: 16 bytes per row and step.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.plan import Plan, Rows, WeightPlan
+from llmsqueeze.price import Option
+
+
+@dataclass(frozen=True)
+class Units:
+    """What gets an option of its own, for linears that share theirs: cost [options, units], bytes [options]."""
+
+    names: tuple[str, ...]
+    cost: Tensor
+    nbytes: Tensor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps up the hulls: which unit [n], from and to which option (counted by size), what a byte buys, how many."""
+
+    unit: Tensor
+    start: Tensor
+    to: Tensor
+    slope: Tensor
+    nbytes: Tensor
+
+
+def allocate(
+    plan: Plan,
+    costs: Mapping[str, Tensor],
+    options: Sequence[Option],
+    target: int,
+    granularity: str,
+    groups: Sequence[Sequence[str]],
+) -> Plan:
+    """`plan` with the options that buy most within `target` bytes.
+
+    `costs`: name -> [options, rows]; `groups`: the fusion groups. Raises RecipeError where nothing fits.
+    """
+    units = make_units(plan, costs, options, granularity, groups)
+    order = [torch.argsort(unit.nbytes, stable=True) for unit in units]
+    sizes = [unit.nbytes[rank] for unit, rank in zip(units, order, strict=True)]
+    counts = [unit.cost.shape[1] for unit in units]
+    found = [hull_steps(u.cost[rank], size) for u, rank, size in zip(units, order, sizes, strict=True)]
+    steps = best_first(found, counts)
+
+    def plan_at(state: Tensor) -> Plan:
+        grids = {}
+        for unit, rank, part in zip(units, order, state.split(counts), strict=True):
+            chosen = rank[part]
+            for name in unit.names:
+                grids[name] = row_counts(plan.weights[name], chosen, options)
+        return plan.on(grids)
+
+    def state_at(cut: int) -> Tensor:
+        state = torch.zeros(sum(counts), dtype=torch.int64)
+        return state.scatter_reduce_(0, steps.unit[:cut], steps.to[:cut], "amax")
+
+    smallest = plan_at(state_at(0))
+    if smallest.nbytes > target:
+        raise RecipeError(
+            f"the budget is {8 * target / plan.numel:.3f} bits per weight, {target} bytes; the smallest plan takes "
+            f"{smallest.bits_per_weight:.3f}, {smallest.nbytes} bytes, everything counted"
+        )
+    low, high = 0, len(steps.unit)
+    while low < high:  # bytes grow with the cut, but for a word of row marks here and there
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if plan_at(state_at(middle)).nbytes <= target else (low, middle - 1)
+    return spend_rest(state_at(low), steps, low, plan_at, target)
+
+
+def spend_rest(state: Tensor, steps: Steps, cut: int, plan_at: Callable[[Tensor], Plan], target: int) -> Plan:
+    """What the steps from `cut` on can still buy: the first that fits, then the next, until none does."""
+    plan = plan_at(state)
+    unit, start, to, nbytes = (column[cut:] for column in (steps.unit, steps.start, steps.to, steps.nbytes))
+    refused = torch.zeros(len(unit), dtype=torch.bool)
+    while True:
+        fitting = ~refused & (nbytes <= target - plan.nbytes) & (start == state[unit])
+        if not fitting.any():
+            return plan
+        first = int(fitting.int().argmax())
+        before = int(state[unit[first]])
+        state[unit[first]] = to[first]
+        candidate = plan_at(state)
+        if candidate.nbytes <= target:
+            plan = candidate
+        else:  # a row mark more than the step itself takes
+            state[unit[first]] = before
+            refused[first] = True
+
+
+def make_units(
+    plan: Plan,
+    costs: Mapping[str, Tensor],
+    options: Sequence[Option],
+    granularity: str,
+    groups: Sequence[Sequence[str]],
+) -> list[Units]:
+    """The units of the planned linears that have costs. Linears that no fusion group names stand alone."""
+
+    def sizes(name: str) -> Tensor:
+        weight = plan.weights[name]
+        return torch.tensor([row_nbytes(weight, option) for option in options], dtype=torch.float64)
+
+    known = [name for name in plan.weights if name in costs]
+    if granularity == "row":
+        return [Units((name,), costs[name].double(), sizes(name)) for name in known]
+    shared = [tuple(names) for names in groups] if granularity == "group" else []
+    alone = [(name,) for name in known if not any(name in names for names in shared)]
+    result = []
+    for names in [*shared, *alone]:
+        held = [name for name in names if name in costs and name in plan.weights]
+        if held:
+            cost = torch.stack([costs[name].double().sum(dim=1) for name in held]).sum(dim=0)
+            nbytes = torch.stack([sizes(name) * plan.weights[name].shape[0] for name in held]).sum(dim=0)
+            result.append(Units(tuple(held), cost[:, None], nbytes))
+    return result
+
+
+def row_nbytes(weight: WeightPlan, option: Option) -> float:
+    """Bytes that one row takes, and its share of what rows share."""
+    rows, cols = weight.shape
+    specs = [parts.affine_spec(option.grid, weight.dtype)]
+    if option.kept(cols):
+        specs.append(parts.sparse_spec(rows * option.kept(cols), weight.dtype))
+    return parts.layout_nbytes(weight.shape, specs) / rows
+
+
+def row_counts(weight: WeightPlan, chosen: Tensor, options: Sequence[Option]) -> tuple[Rows, ...]:
+    """How many rows have which option, those with the most bytes first; `chosen` [rows], or [1] for all rows."""
+    counts = torch.bincount(chosen, minlength=len(options)) * (weight.shape[0] // len(chosen))
+    used = [i for i in range(len(options)) if counts[i]]
+    used.sort(key=lambda i: -row_nbytes(weight, options[i]))
+    return tuple(Rows(options[i].grid, int(counts[i]), options[i].kept(weight.shape[1])) for i in used)
+
+
+def hull_steps(cost: Tensor, nbytes: Tensor) -> Steps:
+    """Steps up the lower convex hull of every unit, from the smallest option; cost [options, units], nbytes sorted."""
+    options, units = cost.shape
+    current = torch.zeros(units, dtype=torch.int64)
+    found: list[tuple[Tensor, ...]] = []
+    for _ in range(options - 1):
+        here = cost.gather(0, current[None])
+        width = nbytes[:, None] - nbytes[current][None]
+        slope = torch.where(width > 0, (here - cost) / width.clamp(min=1e-12), -torch.inf)
+        best, to = slope.max(dim=0)
+        going = (best > 0).nonzero()[:, 0]
+        if not len(going):
+            break
+        found.append((going, current[going], to[going], best[going], width.gather(0, to[None])[0, going]))
+        current[going] = to[going]
+    if not found:
+        whole, real = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
+        return Steps(whole, whole, whole, real, real)
+    return Steps(*(torch.cat(column) for column in zip(*found, strict=True)))
+
+
+def best_first(found: Sequence[Steps], counts: Sequence[int]) -> Steps:
+    """All steps with their units numbered through, sorted by what a byte buys; the steps of a unit stay in turn."""
+    first = [sum(counts[:i]) for i in range(len(counts))]
+    columns = [
+        (one.unit + offset, one.start, one.to, one.slope, one.nbytes) for one, offset in zip(found, first, strict=True)
+    ]
+    together = [torch.cat(column) for column in zip(*columns, strict=True)]
+    order = torch.sort(together[3], descending=True, stable=True).indices
+    return Steps(*(column[order] for column in together))
+
+
+def uniform(plan: Plan, options: Sequence[Option], target: int) -> Plan:
+    """The control: the same two neighbouring widths in every linear, the same share of its rows on the wider one.
+
+    Raises RecipeError where the narrowest does not fit.
+    """
+    ladder = sorted(options, key=lambda option: option.grid.bits)
+
+    def mixed(lower: Option, upper: Option, share: float) -> Plan:
+        def split(weight: WeightPlan) -> tuple[Rows, ...]:
+            rows, cols = weight.shape
+            count = int(share * rows + 1e-9)
+            return Rows(upper.grid, count, upper.kept(cols)), Rows(lower.grid, rows - count, lower.kept(cols))
+
+        return plan.on({name: split(weight) for name, weight in plan.weights.items()})
+
+    best = mixed(ladder[0], ladder[0], 0.0)
+    if best.nbytes > target:
+        raise RecipeError(
+            f"the budget is {8 * target / plan.numel:.3f} bits per weight; with every row at {ladder[0].grid.bits} "
+            f"bits it takes {best.bits_per_weight:.3f}, everything counted"
+        )
+    for lower, upper in itertools.pairwise(ladder):
+        shares = [i / 4096 for i in range(4097)]
+        fitting = bisect.bisect_right(shares, target, key=lambda share: mixed(lower, upper, share).nbytes)
+        if fitting:
+            best = mixed(lower, upper, shares[fitting - 1])
+        if fitting < len(shares):
+            break
+    return best

@@ -1,0 +1,76 @@
+"""Layer-wise importance: "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer
+Bit-Levels" (arXiv 2406.17415): the important decoder blocks get the high of two widths.
+
+    LIM_i = -mean over tokens of cos(h_i, h_i+1)      h_i [width] the input of block i; more is more important
+    ZD_i  = share of block i's weights with z > 1     z = (w - mean) / std over the block; less is more important
+
+What differs from the paper: cosines are taken per token, so that tokens with massive activations do not decide alone,
+and at the block itself, so that the final norm is not in the last one; a ZD is over all weights of a block's linears
+together. Orders without merit are there as controls: random, reverse (of LIM), first, last, both-ends.
+Memory: nothing beyond the walk's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.parts import Grid
+from llmsqueeze.plan import Plan, Rows
+
+
+def similarity(before: Tensor, after: Tensor) -> float:
+    """Mean over the tokens of the cosine between a block's input and output [1, length, width]."""
+    return float(torch.nn.functional.cosine_similarity(before, after, dim=-1).mean())
+
+
+def zd(weights: Sequence[Tensor]) -> float:
+    """Share of all these weights that lie more than one standard deviation above their common mean."""
+    count = sum(weight.numel() for weight in weights)
+    mean = sum(float(weight.double().sum()) for weight in weights) / count
+    variance = sum(float((weight.double() - mean).square_().sum()) for weight in weights) / count
+    return sum(int((weight > mean + variance**0.5).sum()) for weight in weights) / count
+
+
+def order_blocks(importance: str, count: int, lim: Sequence[float], zd: Sequence[float], seed: int) -> list[int]:
+    """Block numbers, the most important first; ties in the order of the model."""
+    numbers = range(count)
+    if importance == "lim":
+        return sorted(numbers, key=lambda i: -lim[i])
+    if importance == "reverse":
+        return sorted(numbers, key=lambda i: lim[i])
+    if importance == "zd":
+        return sorted(numbers, key=lambda i: zd[i])
+    if importance == "first":
+        return list(numbers)
+    if importance == "last":
+        return list(reversed(numbers))
+    if importance == "both-ends":
+        return sorted(numbers, key=lambda i: min(i, count - 1 - i))
+    assert importance == "random"
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def allocate(
+    plan: Plan, blocks: Sequence[Sequence[str]], order: Sequence[int], high: Grid, low: Grid, target: int
+) -> Plan:
+    """`plan` with every linear on `low`, but those of the first blocks in `order` on `high` while it stays within
+    `target` bytes. Raises RecipeError if even the low width does not fit."""
+
+    def on(names: Sequence[str], grid: Grid, plan: Plan) -> Plan:
+        return plan.on({n: (Rows(grid, plan.weights[n].shape[0]),) for n in names if n in plan.weights})
+
+    plan = on(list(plan.weights), low, plan)
+    if plan.nbytes > target:
+        raise RecipeError(
+            f"the budget is {8 * target / plan.numel:.3f} bits per weight; with every block at {low.bits} bits it "
+            f"takes {plan.bits_per_weight:.3f}, everything counted: choose more, or a smaller --low-bits"
+        )
+    for index in order:
+        candidate = on(blocks[index], high, plan)
+        if candidate.nbytes <= target:
+            plan = candidate
+    return plan

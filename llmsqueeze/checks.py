@@ -1,0 +1,151 @@
+"""Checks of single settings: (key, value as YAML or the command line gives it) -> the value to keep, or RecipeError."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from llmsqueeze.errors import RecipeError
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def spoken(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+    """A check for whole numbers from `low` to `high`."""
+
+    def check(key: str, value: Any) -> int:
+        allowed = f"a whole number from {low}" + (f" to {high}" if high is not None else "")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RecipeError(f"{spoken(key)} must be {allowed}, not {value!r}")
+        if value < low or (high is not None and value > high):
+            raise RecipeError(f"{spoken(key)} is {value}; it must be {allowed}")
+        return value
+
+    return check
+
+
+def number(low: float, high: float) -> Callable[[str, Any], float]:
+    """A check for numbers from `low` to `high`."""
+
+    def check(key: str, value: Any) -> float:
+        if not _is_number(value) or not low <= value <= high:
+            raise RecipeError(f"{spoken(key)} is {value!r}; it must be a number from {low:g} to {high:g}")
+        return float(value)
+
+    return check
+
+
+def budget(key: str, value: Any) -> float:
+    """Bits: whole ones stay whole numbers, for a width is one."""
+    if not _is_number(value) or not 1 <= value <= 8:
+        raise RecipeError(f"{spoken(key)} is {value!r}; it must be a number from 1 to 8 (a width is whole, from 2)")
+    return int(value) if value == int(value) else float(value)
+
+
+def nbytes(key: str, value: Any) -> int:
+    """A number of bytes: 4GB, 900 MB, 3.5GiB, or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+    unit = match[2].upper() if match else ""
+    if isinstance(value, bool) or not match or (unit and unit not in UNITS):
+        raise RecipeError(f"{spoken(key)} is {value!r}; write it as 4GB, 900MB or 3.5GiB, or as a number of bytes")
+    count = int(float(match[1]) * UNITS[unit or "B"])
+    if not count:
+        raise RecipeError(f"{spoken(key)} is {value!r}; it must be more than nothing")
+    return count
+
+
+def group_size(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
+        raise RecipeError(f"{spoken(key)} is {value!r}; it must be a positive number of columns, or -1 for whole rows")
+    return value
+
+
+def fraction(high: float) -> Callable[[str, Any], float]:
+    """A check for fractions up to `high`."""
+
+    def check(key: str, value: Any) -> float:
+        if not _is_number(value) or not 0 <= value <= high:
+            raise RecipeError(
+                f"{spoken(key)} is {value!r}; it must be a fraction from 0 to {high:g}, such as 0.01 for 1 %"
+            )
+        return float(value)
+
+    return check
+
+
+def mix(key: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """Width -> fraction of the rows, as a mapping or as '6:0.1,4:0.6'; widest first."""
+    pairs: Any = value
+    if isinstance(value, str):
+        pairs = dict(item.partition(":")[::2] for item in value.split(",") if item.strip())
+    if not isinstance(pairs, dict) or not pairs:
+        raise RecipeError(f"{spoken(key)} is {value!r}; write width:fraction pairs, such as 6:0.1,4:0.6")
+    try:
+        found = {int(width): float(share) for width, share in pairs.items()}
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{spoken(key)} is {value!r}; write width:fraction pairs, such as 6:0.1,4:0.6") from error
+    for width, share in found.items():
+        whole(2, 8)(f"{key} width", width)
+        fraction(1.0)(f"{key} fraction", share)
+    if sum(found.values()) > 1 + 1e-9:
+        raise RecipeError(f"{spoken(key)} gives away {sum(found.values()):g} of the rows; at most 1 is there")
+    return tuple(sorted(found.items(), reverse=True))
+
+
+def widths(key: str, value: Any) -> tuple[int, ...]:
+    """Widths as a list or as '2,3,4'."""
+    items = value.split(",") if isinstance(value, str) else value
+    try:
+        found = sorted({int(item) for item in items})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{spoken(key)} is {value!r}; write widths from 1 to 8, such as 2,3,4") from error
+    if not found or found[0] < 1 or found[-1] > 8:
+        raise RecipeError(f"{spoken(key)} is {value!r}; write widths from 1 to 8, such as 2,3,4")
+    return tuple(found)
+
+
+def group_sizes(key: str, value: Any) -> tuple[int, ...]:
+    """Group sizes as a list or as '64,128'."""
+    items = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(sorted({group_size(key, int(item)) for item in items}))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{spoken(key)} is {value!r}; write numbers of columns, such as 64,128") from error
+
+
+def shares(key: str, value: Any) -> tuple[float, ...]:
+    """Fractions as a list or as '0.005,0.01'."""
+    items = value.split(",") if isinstance(value, str) else value
+    try:
+        return tuple(sorted({fraction(0.5)(key, float(item)) for item in items} - {0.0}))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{spoken(key)} is {value!r}; write fractions, such as 0.005,0.01") from error
+
+
+def boolean(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RecipeError(f"{spoken(key)} must be true or false, not {value!r}")
+    return value
+
+
+def text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise RecipeError(f"{spoken(key)} must be the name of a file or data set, not {value!r}")
+    return value
+
+
+def patterns(key: str, value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        raise RecipeError(f"{spoken(key)} must be a list of name patterns such as '*.o_proj', not {value!r}")
+    return tuple(items)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

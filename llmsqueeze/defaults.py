@@ -1,0 +1,172 @@
+"""What a method implies for the settings that the user left open, and which settings contradict each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.recipe import IMPORTANCE, QUANTIZERS, Recipe
+
+PLAIN = (*QUANTIZERS, "gwq")
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+INPUTS = {"rtn": "original", "gptq": "sequential", "descent": "corrected"}
+
+
+def fill_in(recipe: Recipe) -> Recipe:
+    """`recipe` with every open setting decided by its method. Raises RecipeError for contradictions, all at once."""
+    wrong = list(contradictions(recipe))
+    if wrong:
+        raise RecipeError("\n       ".join(wrong))
+    quantizer = recipe.quantizer or (recipe.method if recipe.method in QUANTIZERS else "descent")
+    filled: dict[str, Any] = {
+        "quantizer": quantizer,
+        "inputs": recipe.inputs or INPUTS[quantizer],
+        "search": quantizer == "descent" if recipe.search is None else recipe.search,
+        "outliers": (0.01 if recipe.method == "gwq" else 0.0) if recipe.outliers is None else recipe.outliers,
+        "labels": recipe.labels or ("model" if recipe.method == "auto" else "text"),
+        "symmetric": recipe.method != "mixllm" if recipe.symmetric is None else recipe.symmetric,
+    }
+    own = {"auto": _auto, "layerwise": _layerwise, "mixllm": _mixllm}.get(recipe.method, _plain)
+    return dataclasses.replace(recipe, **filled, **own(dataclasses.replace(recipe, **filled)))
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return {"bits": recipe.bits or 3, "levels": recipe.levels or "integer"}
+
+
+def _layerwise(recipe: Recipe) -> dict[str, Any]:
+    bits = None if recipe.size else recipe.bits or 3
+    # the paper's two widths, unless more than four bits are wanted
+    low, high = (4, 8) if bits is not None and bits > 4.3 else (2, 4)
+    return {
+        "bits": bits,
+        "levels": recipe.levels or "integer",
+        "importance": recipe.importance or "lim",
+        "high_bits": recipe.high_bits or max(high, recipe.low_bits or 0),
+        "low_bits": recipe.low_bits or min(low, recipe.high_bits or low),
+    }
+
+
+def _mixllm(recipe: Recipe) -> dict[str, Any]:
+    by_bytes = recipe.size is not None or (recipe.bits is not None and recipe.bits != int(recipe.bits))
+    low = recipe.low_bits or int(recipe.bits or 4)
+    high = recipe.high_bits or 8
+    rows = recipe.mix or ((high, 0.10 if recipe.high_fraction is None else recipe.high_fraction),)
+    return {
+        "bits": recipe.bits if by_bytes else None,
+        "levels": "integer",
+        "importance": recipe.importance or "salience",
+        "low_bits": low,
+        "high_bits": rows[0][0] if recipe.mix else high,
+        "high_fraction": None if by_bytes else rows[0][1],
+        "mix": None if by_bytes else rows,
+    }
+
+
+def _auto(recipe: Recipe) -> dict[str, Any]:
+    # a grid that outliers are pinned to needs a level 0, and so does what compressed-tensors stores
+    integer = recipe.portable or bool(recipe.outliers) or not recipe.symmetric
+    levels = recipe.levels or ("integer" if integer else "half")
+    granularity = recipe.granularity or ("group" if recipe.portable else "row")
+    widths = recipe.widths or WIDTHS
+    if levels == "integer":
+        widths = tuple(width for width in widths if width > 1)
+    return {
+        "levels": levels,
+        "granularity": granularity,
+        "widths": widths,
+        "importance": recipe.importance or "cost",
+    }
+
+
+def contradictions(recipe: Recipe) -> Iterator[str]:
+    """One sentence for every pair of settings that cannot both hold."""
+    method = recipe.method
+    yield from _about_method(recipe)
+    yield from _about_budget(recipe)
+    if recipe.importance and method in IMPORTANCE and recipe.importance not in IMPORTANCE[method]:
+        hint = nearest(recipe.importance, IMPORTANCE[method])
+        known = ", ".join(IMPORTANCE[method])
+        yield f"importance {recipe.importance!r} does not go with method {method}{hint or ';'} it knows {known}"
+    low, high = recipe.low_bits, recipe.high_bits
+    if low is not None and high is not None and low >= high:
+        yield f"low bits {low} is not below high bits {high}"
+    if recipe.levels == "half" and recipe.symmetric is False:
+        yield "levels half contradicts asymmetric: half-integer levels are symmetric ones"
+    if recipe.levels == "half" and recipe.outliers:
+        yield f"levels half contradicts outliers {recipe.outliers:g}: outliers are pinned to level 0"
+    if recipe.levels == "integer" and recipe.widths == (1,):
+        yield "levels integer contradicts widths 1: one bit has half-integer levels only"
+
+
+def _about_method(recipe: Recipe) -> Iterator[str]:
+    method = recipe.method
+    if method in QUANTIZERS and recipe.quantizer not in (None, method):
+        yield f"quantizer {recipe.quantizer!r} contradicts method {method}, which is its own quantizer"
+    if method in QUANTIZERS and recipe.outliers:
+        yield f"outliers {recipe.outliers:g} contradict method {method}; they go with gwq, layerwise, mixllm and auto"
+    belongs = {
+        "importance": tuple(IMPORTANCE),
+        "size": tuple(IMPORTANCE),
+        "high_bits": ("layerwise", "mixllm"),
+        "low_bits": ("layerwise", "mixllm"),
+        "high_fraction": ("mixllm",),
+        "mix": ("mixllm",),
+        "granularity": ("auto",),
+        "widths": ("auto",),
+        "group_sizes": ("auto",),
+        "row_outliers": ("auto",),
+        "max_ppl_increase": ("auto",),
+        "max_kl": ("auto",),
+    }
+    for key, methods in belongs.items():
+        if getattr(recipe, key) is not None and method not in methods:
+            yield f"{key.replace('_', ' ')} goes with method {' or '.join(methods)}, not with {method}"
+    if recipe.row_outliers and recipe.outliers:
+        yield f"row outliers contradict outliers {recipe.outliers:g}: the allocator chooses them, or a ranking does"
+    if recipe.portable:
+        yield from _about_portable(recipe)
+
+
+def _about_portable(recipe: Recipe) -> Iterator[str]:
+    if recipe.method in ("mixllm", "gwq"):
+        yield f"portable contradicts method {recipe.method}: no other runtime opens what it makes"
+    if recipe.outliers or recipe.row_outliers:
+        yield "portable contradicts outliers: no other runtime opens them"
+    if recipe.granularity in ("row", "linear"):
+        yield f"portable contradicts per {recipe.granularity}: runtimes want one width per fusion group"
+    if recipe.symmetric is False:
+        yield "portable contradicts asymmetric: transformers does not open it"
+    if recipe.levels == "half":
+        yield "portable contradicts levels half: compressed-tensors has integer levels"
+    if recipe.widths and recipe.widths[0] == 1:
+        yield "portable contradicts width 1: compressed-tensors has 2 to 8"
+
+
+def _about_budget(recipe: Recipe) -> Iterator[str]:
+    method, bits = recipe.method, recipe.bits
+    named = [
+        f"{key.replace('_', ' ')} {getattr(recipe, key):g}"
+        for key in ("bits", "size", "max_ppl_increase", "max_kl")
+        if getattr(recipe, key) is not None
+    ]
+    if method == "auto":
+        if len(named) > 1:
+            yield f"{named[0]} contradicts {named[1]}: name one budget"
+        if not named and not recipe.mix:
+            yield "method auto wants a budget: bits 2.7, size 4GB, max ppl increase 0.02 or max kl 0.05"
+    elif bits is not None and recipe.size is not None:
+        yield f"{named[0]} contradicts {named[1]}: name one budget"
+    if bits is None:
+        return
+    fractional = bits != int(bits)
+    if method in PLAIN and (fractional or bits < 2):
+        yield f"bits {bits:g} is no width that method {method} has (2 to 8); fractional ones go with method auto"
+    if method == "mixllm" and recipe.mix and fractional:
+        yield f"mix contradicts bits {bits:g}: the fractions of rows are the budget, or the bits are"
+    if method == "mixllm" and recipe.high_fraction is not None and fractional:
+        yield f"high fraction {recipe.high_fraction:g} contradicts bits {bits:g}: one of them is the budget"
+    if method == "mixllm" and not fractional and recipe.low_bits not in (None, bits):
+        yield f"bits {bits:g} contradicts low bits {recipe.low_bits}: both name the width of the low rows"

@@ -1,0 +1,109 @@
+"""The options of a recipe on the command line, the same for every command that takes one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from llmsqueeze.errors import RecipeError
+
+Text = str | None
+Whole = int | None
+Real = float | None
+Flag = bool | None
+
+OPTIONS: dict[str, Any] = {
+    "bits": Annotated[Real, typer.Option(help="Width of a code, 2 to 8; for auto and layerwise the average. [3]")],
+    "size": Annotated[Text, typer.Option(help="Budget for all weights, embeddings included: 4GB, 900MB.")],
+    "method": Annotated[
+        Text, typer.Option(help="descent, gwq, layerwise, mixllm, auto, gptq or rtn. [descent; auto with a budget]")
+    ],
+    "group_size": Annotated[Whole, typer.Option(help="Columns that share a scale; -1: whole rows. [128]")],
+    "symmetric": Annotated[Flag, typer.Option("--symmetric/--asymmetric", help="Grid. [symmetric]")],
+    "levels": Annotated[Text, typer.Option(help="integer or half (half-integer, no zero). [integer; half for auto]")],
+    "quantizer": Annotated[
+        Text, typer.Option(help="For gwq, layerwise, mixllm, auto: descent, gptq or rtn. [descent]")
+    ],
+    "outliers": Annotated[Real, typer.Option(help="Fraction kept at 16 bits by GWQ's ranking. [gwq 0.01, else 0]")],
+    "outlier_ranking": Annotated[
+        Text, typer.Option(help="gradient, gradient-weight, gradient-error, magnitude or random. [gradient]")
+    ],
+    "outlier_scope": Annotated[Text, typer.Option(help="layer (per matrix) or global. [layer]")],
+    "importance": Annotated[
+        Text,
+        typer.Option(
+            help="layerwise: lim, zd, random, reverse, first, last, both-ends. mixllm: salience, cost, random, "
+            "reverse. auto: cost, uniform. [the first]"
+        ),
+    ],
+    "high_bits": Annotated[Whole, typer.Option(help="Width of important blocks (layerwise) or rows (mixllm). [4; 8]")],
+    "low_bits": Annotated[Whole, typer.Option(help="Width of the others. [2; 4]")],
+    "high_fraction": Annotated[Real, typer.Option(help="For mixllm: share of rows at the high width. [0.10]")],
+    "mix": Annotated[Text, typer.Option(help="For mixllm: shares of rows at several widths, such as 6:0.1,4:0.6.")],
+    "per_row": Annotated[bool, typer.Option("--per-row", help="auto gives every row its own width. [default]")],
+    "per_linear": Annotated[bool, typer.Option("--per-linear", help="auto gives every linear its own width.")],
+    "per_group": Annotated[bool, typer.Option("--per-group", help="auto gives every fusion group its own width.")],
+    "widths": Annotated[Text, typer.Option(help="Widths that auto may give. [1,2,3,4,5,6,8]")],
+    "group_sizes": Annotated[Text, typer.Option(help="Group sizes that auto may give. [--group-size]")],
+    "row_outliers": Annotated[Text, typer.Option(help="Shares of a row that auto may keep at 16 bits, such as 0.01.")],
+    "portable": Annotated[
+        Flag, typer.Option("--portable", help="Only what compressed-tensors can hold; implies --per-group.")
+    ],
+    "labels": Annotated[
+        Text, typer.Option(help="Labels of the measured loss: model (drawn from it) or text. [auto model, else text]")
+    ],
+    "max_ppl_increase": Annotated[
+        Real, typer.Option(help="The smallest result whose perplexity rises by at most this share, such as 0.02.")
+    ],
+    "max_kl": Annotated[Real, typer.Option(help="The smallest result whose mean KL (nats) is at most this.")],
+    "calibration": Annotated[
+        Text, typer.Option(help="Text file (txt, jsonl) or Hub data set name[:config[:split]]. [WikiText-2 train]")
+    ],
+    "samples": Annotated[Whole, typer.Option(help="Calibration samples. [128]")],
+    "seq_len": Annotated[Whole, typer.Option(help="Tokens per sample, at most the context. [2048]")],
+    "seed": Annotated[Whole, typer.Option(help="Seed of whatever is random. [0]")],
+    "skip": Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave alone; repeatable.")],
+    "recipe": Annotated[Text, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options win.")],
+}
+FLAGS = ("per_row", "per_linear", "per_group")
+
+
+def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(model, given, ...)` as a command with the options above, whose values it gets as the dict `given`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, keyword, default=False if name in FLAGS else None, annotation=kind)
+        for name, kind in OPTIONS.items()
+    ]
+    first, rest = own[0], [p.replace(kind=keyword) for p in own[1:]]
+
+    def wrapped(model: str, **arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in OPTIONS}
+        command(model, given, **arguments)
+
+    signature = inspect.Signature([first, *options, *rest])
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    return wrapped
+
+
+def settings_of(given: dict[str, Any]) -> dict[str, Any]:
+    """Recipe settings from the options as they were given, over those of the recipe that they name."""
+    from llmsqueeze.recipes import find_recipe, read_recipe
+
+    named = [name for name in FLAGS if given[name]]
+    if len(named) > 1:
+        spoken = " contradicts ".join(f"--{name.replace('_', '-')}" for name in named[:2])
+        raise RecipeError(f"{spoken}: what gets a width of its own?")
+    settings = {
+        key: value for key, value in given.items() if value not in (None, []) and key not in (*FLAGS, "recipe")
+    }
+    if named:
+        settings["granularity"] = named[0].removeprefix("per_")
+    base = read_recipe(find_recipe(given["recipe"])) if given["recipe"] else {}
+    return base | settings

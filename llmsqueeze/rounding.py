@@ -1,0 +1,129 @@
+"""One weight matrix: its target, its rows on their grids, its outliers -> its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.curvature import Curvature, factorize, row_error
+from llmsqueeze.observe import Moments
+from llmsqueeze.parts import Affine, Grid, Part, Sparse
+from llmsqueeze.plan import Rows, WeightPlan
+from llmsqueeze.price import row_outliers
+from llmsqueeze.profile import row_order
+from llmsqueeze.quantize import QUANTIZERS
+from llmsqueeze.quantize.descent import corrected_target
+from llmsqueeze.recipe import Recipe
+
+# rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
+ROUNDING_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
+
+
+def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[dict[str, Tensor], Curvature | None]:
+    """What each linear of a fusion group is rounded towards [rows, cols], and the curvature it is rounded under.
+
+    The target is the weight, corrected for the drift of its inputs. Uses up the moments: they are as large as what
+    is made of them.
+    """
+    if moments is None:
+        return group, None
+    pulls = {} if moments.drift is None else {name: weight @ moments.drift for name, weight in group.items()}
+    moments.drift = None
+    curvature = factorize(moments.xtx)
+    targets = {
+        name: corrected_target(weight, pulls.pop(name), curvature) if pulls else weight
+        for name, weight in group.items()
+    }
+    return targets, curvature
+
+
+def compress_weight(
+    weight: Tensor,
+    target: Tensor,
+    planned: WeightPlan,
+    curvature: Curvature | None,
+    mask: Tensor | None,
+    score: Tensor | None,
+    recipe: Recipe,
+) -> tuple[list[Part], Tensor, float]:
+    """`target` [rows, cols] (float32) -> its parts, their sum in float32, and the output error relative to `weight`.
+
+    `score` [rows] says which rows the plan's counts mean, the highest first. Outliers (`mask`, and those that the plan
+    gives to rows) keep their value in `weight`. Without curvature every input counts the same, so the error is the
+    weight's own.
+    """
+    curvature = curvature or Curvature.flat(planned.shape[1], weight)
+    stored = weight.to(planned.dtype)
+    held = rows_of(planned, score, weight.device)
+    mask = _all_outliers(weight, curvature, held, None if mask is None else mask.to(weight.device))
+    if mask is not None:
+        target = torch.where(mask, weight, target)
+    made: list[Part] = []
+    for grid in planned.by_grid:
+        chosen = [rows for part, rows in held if part.grid == grid]
+        on = torch.stack(chosen).any(dim=0) if len(planned.by_grid) > 1 else None
+        made.append(_round(target, planned, grid, curvature, mask, on, recipe))
+    if mask is not None:
+        made.append(Sparse.from_mask(mask, stored))
+    dense = parts.sum_of_parts(made)
+    error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
+    return made, dense, float(error)
+
+
+def rows_of(planned: WeightPlan, score: Tensor | None, device: torch.device) -> list[tuple[Rows, Tensor]]:
+    """Which rows (bool [rows]) each of the plan's counts means."""
+    if not planned.mixed:
+        return [(planned.grids[0], torch.ones(planned.shape[0], dtype=torch.bool, device=device))]
+    assert score is not None, "rows on different grids need a ranking"
+    order, start = row_order(score).to(device), 0
+    found = []
+    for rows in planned.grids:
+        chosen = torch.zeros(planned.shape[0], dtype=torch.bool, device=device)
+        chosen[order[start : start + rows.count]] = True
+        found.append((rows, chosen))
+        start += rows.count
+    return found
+
+
+def _all_outliers(
+    weight: Tensor, curvature: Curvature, held: Sequence[tuple[Rows, Tensor]], mask: Tensor | None
+) -> Tensor | None:
+    """`mask` [rows, cols] with the outliers of single rows added; None where there are none."""
+    for rows, chosen in held:
+        if rows.outliers:
+            mask = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask
+            mask[chosen] |= row_outliers(weight[chosen], curvature, rows.outliers)
+    return mask
+
+
+def _round(
+    target: Tensor,
+    planned: WeightPlan,
+    grid: Grid,
+    curvature: Curvature,
+    mask: Tensor | None,
+    on: Tensor | None,
+    recipe: Recipe,
+) -> Affine:
+    """The rows `on` (None: all) of `target` on one grid, some at a time."""
+    if on is not None:
+        target, mask = target[on], None if mask is None else mask[on]
+    if mask is not None and not mask.any():
+        mask = None  # rows on a grid without a level 0 have none
+    step = max(1, ROUNDING_BYTES[target.device.type] // (4 * planned.shape[1]))
+    rounded = [
+        QUANTIZERS[planned.quantizer](
+            target[rows],
+            grid,
+            planned.dtype,
+            curvature,
+            None if mask is None else mask[rows],
+            bool(recipe.search),
+        )
+        for rows in (slice(start, start + step) for start in range(0, len(target), step))
+    ]
+    codes, scale, zero = (torch.cat([getattr(r, field) for r in rounded]) for field in ("codes", "scale", "zero"))
+    return Affine.from_codes(codes, scale, zero, grid, on)
