@@ -47,23 +47,28 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every such script takes."""
     parser.add_argument("model")
     parser.add_argument("calibration")
     parser.add_argument("text")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--out", type=Path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     hush()
     results = []
     for bits in args.bits:
         for name in args.rows:
-            row = measure(args, bits, name, ROWS[name])
+            row = measure(args, name, {"bits": bits, **ROWS[name]})
             results.append(row)
             print(
                 f"{bits} bit  {name:32} {row['bits_per_weight']:6.3f} bpw  ppl {row['perplexity']:9.4f}  "
@@ -74,10 +79,9 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, bits: int, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    recipe = make_recipe(
-        {"bits": bits, "calibration": args.calibration, "samples": args.samples, "seq_len": args.window, **settings}
-    )
+def measure(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One real `quantize` and `eval`."""
+    recipe = make_recipe({"calibration": args.calibration, "samples": args.samples, "seq_len": args.window, **settings})
     with tempfile.TemporaryDirectory() as folder:
         summary = quantize(args.model, recipe, Path(folder) / "model")
         text = evaluation_text(args.text, args.model)
@@ -85,14 +89,14 @@ def measure(args: argparse.Namespace, bits: int, name: str, settings: dict[str, 
     scores = {
         key: result.as_dict()[key] for key in ("perplexity", "kl_mean", "nll_difference", "nll_difference_stderr")
     }
-    original = result.baseline.perplexity if result.baseline else None
     return {
         "model": Path(args.model).name,
         "row": name,
-        "bits": bits,
+        "bits": settings.get("bits"),
         "bits_per_weight": summary.bits_per_weight,
         "nbytes": summary.nbytes,
-        "perplexity_original": original,
+        "predicted_loss_increase": summary.predicted_loss_increase,
+        "perplexity_original": result.baseline.perplexity if result.baseline else None,
         **scores,
         "seconds": summary.seconds,
     }

@@ -34,12 +34,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token rows [1, length] and where they come from."""
+    """Token rows [1, length] and where they come from; `held_back` are others of the same text."""
 
     source: str
     rows: list[Tensor]
     sha256: str
     requested: int
+    held_back: list[Tensor]
 
     @property
     def seq_len(self) -> int:
@@ -197,13 +198,17 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: b
 
 
 def calibration_rows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int
+    text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, held_back: int = 0
 ) -> Calibration:
-    """`samples` rows drawn by seed (all there are, if fewer), hashed together with nothing but their tokens."""
+    """`samples` rows drawn by seed (all there are, if fewer), hashed together with nothing but their tokens.
+
+    The next `held_back` rows in that order, as far as there are any, are kept apart to measure on.
+    """
     # a text far longer than what is drawn from it would only cost time and memory to tokenize
-    text = Text(text.source, text.content[: max(1 << 24, 64 * samples * seq_len)])
+    text = Text(text.source, text.content[: max(1 << 24, 64 * (samples + held_back) * seq_len)])
     rows = windows(text, tokenizer, seq_len)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
-    chosen = [rows[i] for i in order.tolist()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [rows[i] for i in order[:samples]]
     digest = hashlib.sha256(b"".join(row.numpy().astype("<i8").tobytes() for row in chosen)).hexdigest()
-    return Calibration(text.source, chosen, digest, samples)
+    apart = [rows[i] for i in order[samples : samples + held_back]]
+    return Calibration(text.source, chosen, digest, samples, apart)

@@ -183,7 +183,8 @@ def _sizes(directory: Path, sidecar: dict[str, Any]) -> str:
     quantization = read_json(directory / "config.json").get("quantization_config") or {}
     rows = [
         ("All weights", human_bytes(before), human_bytes(after) + share),
-        ("Bits per weight", "", f"{sidecar['bits_per_weight']:.2f}"),
+        ("Bits per weight, everything counted", "", f"{sidecar['bits_per_weight']:.2f}"),
+        *([("Bits per code, on average", "", f"{sidecar['code_bits']:.2f}")] if "code_bits" in sidecar else []),
         ("Quantized linear layers", "", f"{len(quantization.get('weights') or {}):,}"),
     ]
     return (

@@ -72,11 +72,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError for a missing, damaged or pickle-only checkpoint and for files outside the folder.
     """
-    if not (path / "config.json").exists():
-        raise CheckpointError(f"{path} has no config.json, so it is not a model folder")
-    config = read_json(path / "config.json")
-    if "model_type" not in config and "quantization_config" not in config:
-        raise CheckpointError(f"{path / 'config.json'} names no model_type, so it is not a transformers model")
+    config = read_config(path)
     if (path / SINGLE).exists():  # as transformers does, before any index
         tensors = _headers(path / SINGLE)
     elif (path / INDEX).exists():
@@ -84,6 +80,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     else:
         raise CheckpointError(_no_weights(path))
     return Checkpoint(path, config, tensors)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The folder's `config.json`. Raises CheckpointError if there is none, or none of a model."""
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} has no config.json, so it is not a model folder")
+    config = read_json(path / "config.json")
+    if "model_type" not in config and "quantization_config" not in config:
+        raise CheckpointError(f"{path / 'config.json'} names no model_type, so it is not a transformers model")
+    return config
 
 
 def _no_weights(path: Path) -> str:

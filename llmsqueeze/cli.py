@@ -74,11 +74,11 @@ def quantize(
 
         from llmsqueeze import report
         from llmsqueeze.prepare import Source
-        from llmsqueeze.verbs import quantize_as_asked
+        from llmsqueeze.run import quantize as quantize_model
 
         _hush()
         with report.TerminalProgress(quiet) as progress:
-            summary = quantize_as_asked(
+            summary = quantize_model(
                 Source(model, revision, trust_remote_code),
                 settings,
                 out,

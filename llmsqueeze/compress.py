@@ -149,11 +149,13 @@ def compress_blocks(
     recipe: Recipe,
     output: Output,
     progress: Progress,
+    count: int | None = None,
 ) -> dict[str, float]:
-    """Compresses and writes every block in turn; returns each weight's relative output error."""
+    """Compresses and writes every block in turn, or the first `count`; returns each weight's relative output error."""
     skeleton, plan = walk.skeleton, decided.plan
     errors: dict[str, float] = {}
-    for index in progress.over(range(len(skeleton.blocks)), "compress", len(skeleton.blocks)):
+    indices = range(len(skeleton.blocks))[:count]
+    for index in progress.over(indices, "compress", len(indices)):
         linears = [name for name in skeleton.linears[index] if name in plan.weights]
         with walk.resident_block(index):
             original = {name: skeleton.linear(name).weight.data for name in linears}
@@ -197,10 +199,10 @@ def compress_block(
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
         targets, curvature = group_targets(group, moments)
         for name, target in targets.items():
-            planned, score, mask = decided.plan.weights[name], decided.scores.get(name), None
+            planned, chosen, mask = decided.plan.weights[name], decided.chosen.get(name), None
             if planned.outliers:
                 mask = gwq.outlier_mask(decided.candidates[name], planned.outliers, planned.shape)
-            made, dense, error = compress_weight(group[name], target, planned, curvature, mask, score, recipe)
+            made, dense, error = compress_weight(group[name], target, planned, curvature, mask, chosen, recipe)
             current[name] = as_rows(skeleton.module(name), dense).contiguous()
             result[name] = made, error
             progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from llmsqueeze.allocate import budget, gwq, layerwise, mixllm
+from llmsqueeze.allocate import budget, gwq, layerwise, mixllm, rows
 from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure import Wanted
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, recipe_grid
 from llmsqueeze.price import Option
-from llmsqueeze.profile import Profile, random_scores
+from llmsqueeze.profile import Profile
 from llmsqueeze.recipe import Recipe
 
 
@@ -26,12 +26,12 @@ from llmsqueeze.recipe import Recipe
 class Decision:
     """What will be done with every linear.
 
-    scores: linear -> [rows], which rows the plan's counts mean; empty where no linear is mixed. candidates: which
-    weights its outliers are. predicted: loss increase in nats per token, where there are costs that promise one.
+    chosen: linear -> [rows], which of its grids a row is on, for every mixed linear. candidates: which weights its
+    outliers are. predicted: loss increase in nats per token, where there are costs that promise one.
     """
 
     plan: Plan
-    scores: Mapping[str, Tensor] = field(default_factory=dict)
+    chosen: Mapping[str, Tensor] = field(default_factory=dict)
     candidates: Mapping[str, Candidates] = field(default_factory=dict)
     predicted: float | None = None
 
@@ -67,15 +67,47 @@ def decide(
     """What to do with every planned linear. `target`: bytes they may take, where the recipe has a budget."""
     if recipe.outlier_fraction:
         plan = gwq.allocate(plan, profile.candidates, recipe.outlier_fraction, recipe.outlier_scope)
-    decision = Decision(plan)
     if recipe.method == "layerwise":
-        decision = Decision(_layerwise(plan, profile, recipe, blocks, target))
+        plan = _layerwise(plan, profile, recipe, blocks, target)
     elif recipe.method == "mixllm":
-        decision = _mixllm(plan, profile, recipe, target)
+        plan = _mixllm(plan, profile, recipe, target)
     elif recipe.method == "auto":
         assert target is not None, "method auto has a budget"
-        decision = _auto(plan, profile, recipe, target)
-    return replace(decision, candidates=profile.trimmed(decision.plan).candidates)
+        plan = _auto(plan, profile, recipe, target)
+    return with_rows(plan, profile, recipe)
+
+
+def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:
+    """The decision that a plan's counts stand for: which rows, which outliers, and what the costs promise."""
+    chosen: dict[str, Tensor] = {}
+    if plan.mixed and recipe.method == "auto" and recipe.importance == "cost":
+        chosen = rows.by_cost(plan, _costs_on_grids(plan, profile), profile.cost_scores())
+    elif plan.mixed:
+        chosen = rows.by_score(plan, row_scores(plan, profile, recipe))
+    candidates = profile.trimmed(plan).candidates
+    predicted = profile.predicted(plan, chosen) if profile.costs else None
+    return Decision(plan, chosen, candidates, predicted)
+
+
+def row_scores(plan: Plan, profile: Profile, recipe: Recipe) -> dict[str, Tensor]:
+    """linear -> [rows]: how important the recipe takes each row to be, the same over the whole model."""
+    if recipe.importance == "cost":
+        return profile.cost_scores()
+    if recipe.importance == "salience":
+        return profile.salience_scores(recipe.code_bits)
+    if recipe.importance == "reverse":
+        return {name: -score for name, score in profile.salience_scores(recipe.code_bits).items()}
+    return rows.random_scores(plan, recipe.seed)
+
+
+def _costs_on_grids(plan: Plan, profile: Profile) -> dict[str, Tensor | None]:
+    """Costs [grids, rows] of every linear on the grids that it has; None where one has no price."""
+    found: dict[str, Tensor | None] = {}
+    for name, weight in plan.weights.items():
+        at = [profile.option_of(part, weight.shape[1]) for part in weight.grids]
+        priced = name in profile.costs and None not in at
+        found[name] = profile.costs[name][at] if priced else None
+    return found
 
 
 def target_nbytes(recipe: Recipe, numel: int, kept_nbytes: int, nbytes_original: int) -> int | None:
@@ -111,20 +143,15 @@ def _layerwise(
     return layerwise.allocate(plan, blocks, order, high, low, target)
 
 
-def _mixllm(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) -> Decision:
+def _mixllm(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) -> Plan:
     assert recipe.high_bits is not None
-    assert recipe.importance is not None
-    if recipe.importance == "random":
-        scores = random_scores(plan, recipe.seed)
-    else:
-        scores = profile.row_scores(recipe.importance, recipe.code_bits)
+    scores = row_scores(plan, profile, recipe)
     low = recipe_grid(recipe, recipe.code_bits)
     if recipe.mix is not None:
         mix = [(_mixllm_grid(recipe, width), share) for width, share in recipe.mix]
-        return Decision(mixllm.allocate(plan, scores, mix, low), scores)
+        return mixllm.allocate(plan, scores, mix, low)
     assert target is not None
-    high = _mixllm_grid(recipe, recipe.high_bits)
-    return Decision(mixllm.allocate_bytes(plan, scores, high, low, target), scores)
+    return mixllm.allocate_bytes(plan, scores, _mixllm_grid(recipe, recipe.high_bits), low, target)
 
 
 def _mixllm_grid(recipe: Recipe, width: int) -> Grid:
@@ -132,15 +159,11 @@ def _mixllm_grid(recipe: Recipe, width: int) -> Grid:
     return Grid(width, recipe.group_size, symmetric=width == 8 or bool(recipe.symmetric))
 
 
-def _auto(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> Decision:
+def _auto(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> Plan:
     options = options_of(recipe)
     if recipe.importance == "uniform":
-        scores = random_scores(plan, recipe.seed)
-        found = budget.uniform(plan, [option for option in options if not option.outliers], target)
-        return Decision(found, scores, predicted=profile.predicted(found, scores) if profile.costs else None)
+        return budget.uniform(plan, [option for option in options if not option.outliers], target)
     assert recipe.granularity is not None
     at = [profile.options.index(option) for option in options]
     costs = {name: cost[at] for name, cost in profile.costs.items()}
-    scores = profile.row_scores("cost")
-    found = budget.allocate(plan, costs, options, target, recipe.granularity, profile.groups)
-    return Decision(found, scores, predicted=profile.predicted(found, scores))
+    return budget.allocate(plan, costs, options, target, recipe.granularity, profile.groups)

@@ -113,6 +113,21 @@ def evaluate(
     return result
 
 
+def evaluate_rows(
+    model: str,
+    baseline: str,
+    rows: list[Tensor],
+    device: torch.device,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> Evaluation:
+    """Perplexity and KL of `model` against `baseline` on token rows [1, length]."""
+    opened = [_open(name, device, trust_remote_code) for name in (model, baseline)]
+    result = Evaluation(Scores(model), Scores(baseline), None, rows[0].shape[1])
+    _score_text(opened, rows, result, device, progress)
+    return result
+
+
 def _open(name: str, device: torch.device, trust_remote_code: bool) -> _Opened:
     loaded = hf.load(name, trust_remote_code=trust_remote_code, device_map={"": device})
     return _Opened(name, loaded, load_tokenizer(locate(name), trust_remote_code))

@@ -9,8 +9,10 @@ from llmsqueeze.errors import CheckpointError, HubError, first_line
 from llmsqueeze.files import OTHER_WEIGHTS, PICKLES
 
 
-def locate(model: str, revision: str | None = None) -> Path:
+def locate(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of `model`: the built-in `demo`, a folder, or a Hub id (downloaded into the Hub's cache).
+
+    Without `weights` the download is everything else.
 
     Raises CheckpointError if there is no such folder, HubError if the Hub cannot be reached or refuses.
     """
@@ -25,16 +27,17 @@ def locate(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"{model} is a file; name the model's folder, a Hub id such as owner/name, or 'demo'")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no folder {model}; name a local folder, a Hub id (owner/name), or 'demo'")
-    return _download(model, revision)
+    return _download(model, revision, weights)
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         _check_listing(repo, revision)
         ignored = [*PICKLES, *OTHER_WEIGHTS, "original/*", "consolidated*", "onnx/*"]
+        ignored += [] if weights else ["*.safetensors"]
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, ignore_patterns=ignored))
     except errors.LocalEntryNotFoundError as error:
         raise HubError(

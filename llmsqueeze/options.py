@@ -100,9 +100,7 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
     if len(named) > 1:
         spoken = " contradicts ".join(f"--{name.replace('_', '-')}" for name in named[:2])
         raise RecipeError(f"{spoken}: what gets a width of its own?")
-    settings = {
-        key: value for key, value in given.items() if value not in (None, []) and key not in (*FLAGS, "recipe")
-    }
+    settings = {key: value for key, value in given.items() if value not in (None, []) and key not in (*FLAGS, "recipe")}
     if named:
         settings["granularity"] = named[0].removeprefix("per_")
     base = read_recipe(find_recipe(given["recipe"])) if given["recipe"] else {}

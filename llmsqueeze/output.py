@@ -94,28 +94,42 @@ def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False)
     end is replaced only with `overwrite`, and put back if its successor cannot take the name.
     """
     output = Output(path, shards)
-    mine = False
     try:
-        _clear_leftover(output.partial)
-        output.partial.mkdir(parents=True)
-        mine = True
-        _write_owner(output.partial)
-        free = shutil.disk_usage(output.partial).free
-        if free < needed:
-            raise OutputError(
-                f"{path} needs {needed / 1e9:.2f} GB while it is made (activations included; fewer or shorter samples "
-                f"need less), and {free / 1e9:.2f} GB are free on that disk"
-            )
-        yield output
-        output.finish()
-        (output.partial / OWNER).unlink()
-        check_writable(path, overwrite)
-        _take_name(output.partial, path)
+        with partial_folder(path) as partial:
+            free = shutil.disk_usage(partial).free
+            if free < needed:
+                raise OutputError(
+                    f"{path} needs {needed / 1e9:.2f} GB while it is made (activations included; fewer or shorter "
+                    f"samples need less), and {free / 1e9:.2f} GB are free on that disk"
+                )
+            yield output
+            output.finish()
+            publish(partial, path, overwrite)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path}: {error}") from error
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """`<path>.partial`, marked as this process's, removed at the end unless it was renamed.
+
+    One left behind by a run that was killed is replaced; OutputError if it is anybody else's.
+    """
+    partial = path.with_name(path.name + ".partial")
+    _clear_leftover(partial)
+    partial.mkdir(parents=True)
+    try:
+        _write_owner(partial)
+        yield partial
     finally:
-        if mine:
-            shutil.rmtree(output.partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(folder: Path, path: Path, overwrite: bool) -> None:
+    """Gives a finished folder its final name; what is there is replaced only with `overwrite`."""
+    (folder / OWNER).unlink(missing_ok=True)
+    check_writable(path, overwrite)
+    _take_name(folder, path)
 
 
 def _clear_leftover(partial: Path) -> None:

@@ -14,7 +14,7 @@ from llmsqueeze.locate import locate
 from llmsqueeze.plan import Plan, base_plan
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe
-from llmsqueeze.skeleton import Skeleton, build_skeleton
+from llmsqueeze.skeleton import Skeleton, build_skeleton, imagine_checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,39 @@ class Job:
         return sum(self.checkpoint.tensors[name].nbytes for name in names)
 
 
-def prepare(source: Source, recipe: Recipe, progress: Progress, text: bool | None = None) -> Job:
-    """Finds and lays out the model; reads the calibration text if the recipe needs one, or as `text` says."""
+def prepare(
+    source: Source,
+    recipe: Recipe,
+    progress: Progress,
+    text: bool | None = None,
+    weights: bool = True,
+    held_back: int = 0,
+) -> Job:
+    """Finds and lays out the model; reads the calibration text if the recipe needs one, or as `text` says.
+
+    Without `weights` only the model's configuration has to be there. `held_back`: samples to keep for measuring.
+    """
     local = source.model == DEMO or Path(source.model).expanduser().is_dir()
     if source.revision is not None and local:
         raise RecipeError(f"--revision {source.revision} goes with a Hub id, and {source.model} is a local folder")
-    path = locate(source.model, source.revision)
-    checkpoint = open_checkpoint(path)
+    path = locate(source.model, source.revision, weights)
+    checkpoint = open_checkpoint(path) if weights else imagine_checkpoint(path, source.trust_remote_code)
     skeleton = build_skeleton(checkpoint, source.trust_remote_code)
     plan = base_plan(skeleton, recipe)
     calibration = None
     if recipe.needs_text if text is None else text:
-        calibration = read_calibration(source, skeleton, recipe, progress)
+        calibration = read_calibration(source, skeleton, recipe, progress, held_back)
     return Job(source, path, checkpoint, skeleton, plan, calibration)
 
 
-def read_calibration(source: Source, skeleton: Skeleton, recipe: Recipe, progress: Progress) -> Calibration:
+def read_calibration(
+    source: Source, skeleton: Skeleton, recipe: Recipe, progress: Progress, held_back: int = 0
+) -> Calibration:
     """The calibration rows, as long as the model's context allows."""
     context = getattr(skeleton.model.config, "max_position_embeddings", None) or recipe.seq_len
     tokenizer = load_tokenizer(skeleton.checkpoint.path, source.trust_remote_code)
     text = calibration_text(recipe.calibration, source.model)
-    rows = calibration_rows(text, tokenizer, recipe.samples, min(recipe.seq_len, context), recipe.seed)
+    rows = calibration_rows(text, tokenizer, recipe.samples, min(recipe.seq_len, context), recipe.seed, held_back)
     vocabulary, _ = skeleton.embedding_shape
     if max(int(row.max()) for row in rows.rows) >= vocabulary:
         raise UnsupportedError(

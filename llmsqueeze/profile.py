@@ -19,7 +19,7 @@ from torch import Tensor
 from llmsqueeze.allocate.gwq import Candidates, first
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan
+from llmsqueeze.plan import Plan, Rows
 from llmsqueeze.price import Option
 
 VERSION = 1
@@ -51,49 +51,39 @@ class Profile:
         taken = {name: first(found, plan.weights[name].outliers) for name, found in self.candidates.items()}
         return replace(self, candidates=taken)
 
-    def row_scores(self, importance: str, width: int | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """linear -> float32 [rows], higher is more important: by `cost`, `salience` (at `width` bits), or a control."""
-        if importance == "cost":
-            tiny = torch.finfo(torch.float32).tiny
-            # rows keep their order at every width, nearly: the geometric mean over the options decides
-            return {name: cost.clamp(min=tiny).log().mean(dim=0) for name, cost in self.costs.items()}
-        if importance in ("salience", "reverse"):
-            at = self.salience_widths.index(width or self.salience_widths[0])
-            sign = -1 if importance == "reverse" else 1
-            return {name: sign * salience[at] for name, salience in self.salience.items()}
-        raise AssertionError(importance)
+    def salience_scores(self, width: int) -> dict[str, Tensor]:
+        """linear -> [rows], MixLLM's salience where the low rows have this width."""
+        at = self.salience_widths.index(width)
+        return {name: salience[at] for name, salience in self.salience.items()}
 
-    def predicted(self, plan: Plan, rows: Mapping[str, Tensor]) -> float | None:
-        """Loss increase (nats per token) that the costs promise for `plan`, its rows ranked by `rows` (scores).
+    def cost_scores(self) -> dict[str, Tensor]:
+        """linear -> [rows], one number for what a row costs at any width: the geometric mean over the options."""
+        tiny = torch.finfo(torch.float32).tiny
+        return {name: cost.clamp(min=tiny).log().mean(dim=0) for name, cost in self.costs.items()}
 
-        None where the plan has options without a price.
+    def option_of(self, rows: Rows, cols: int) -> int | None:
+        """The number of the option that some rows of `cols` weights have, None if it has no price."""
+        for i, option in enumerate(self.options):
+            if option.grid == rows.grid and option.kept(cols) == rows.outliers:
+                return i
+        return None
+
+    def predicted(self, plan: Plan, chosen: Mapping[str, Tensor]) -> float | None:
+        """Loss increase (nats per token) that the costs promise for `plan`; None where an option has no price.
+
+        `chosen`: linear -> [rows], which of its `grids` a row is on; linears on one grid may be left out.
         """
         total = 0.0
         for name, weight in plan.weights.items():
             if name not in self.costs:
                 continue
-            order = row_order(rows[name]) if weight.mixed else torch.arange(weight.shape[0])
-            start = 0
-            for part in weight.grids:
-                priced = enumerate(self.options)
-                at = [i for i, o in priced if o.grid == part.grid and o.kept(weight.shape[1]) == part.outliers]
-                if not at:
-                    return None
-                taken = order[start : start + part.count]
-                total += float(self.costs[name][at[0], taken].double().sum())
-                start += part.count
+            options = [self.option_of(rows, weight.shape[1]) for rows in weight.grids]
+            if None in options:
+                return None
+            held = chosen[name] if weight.mixed else torch.zeros(weight.shape[0], dtype=torch.int64)
+            rows = torch.arange(weight.shape[0])
+            total += float(self.costs[name][torch.tensor(options)[held], rows].double().sum())
         return total
-
-
-def row_order(score: Tensor) -> Tensor:
-    """Row numbers, the highest score first; of equal ones the first in the weight."""
-    return torch.sort(score, descending=True, stable=True).indices
-
-
-def random_scores(plan: Plan, seed: int) -> dict[str, Tensor]:
-    """Scores without merit, by seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(weight.shape[0], generator=generator) for name, weight in plan.weights.items()}
 
 
 def save(profile: Profile, path: Path) -> None:

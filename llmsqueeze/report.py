@@ -5,6 +5,9 @@ When stderr is no terminal, progress is a plain line per compressed weight and p
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +33,8 @@ WIDTH = 100
 STAGES = {
     "forward": "forward, block by block",
     "loss": "loss gradient, by sample",
+    "weights": "weights, block by block",
+    "trial": "trial of one block",
     "gradients": "weight gradients, block by block",
     "compress": "compress, block by block",
     "text": "perplexity, by batch",
@@ -126,10 +131,15 @@ def print_summary(summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("written to", summary["out"])
     outliers = f", {summary['outliers']} outliers kept as they were" if summary["outliers"] else ""
-    table.add_row("method", f"{summary['method']}, {summary['bits']}-bit codes{outliers}")
+    table.add_row("method", f"{summary['method']}, codes of {width(summary['bits'])} bits{outliers}")
     table.add_row("bits per weight", f"{summary['bits_per_weight']:.3f} (everything stored for the quantized linears)")
     ratio = summary["nbytes_original"] / summary["nbytes"]
     table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({ratio:.2f}x smaller)")
+    if summary["predicted_loss_increase"] is not None:
+        table.add_row("predicted", promise(summary["predicted_loss_increase"]))
+    if "rounds" in summary:
+        found = f"perplexity {100 * summary['perplexity_increase']:+.2f} %, KL {summary['kl_mean']:.4f}"
+        table.add_row("on held-back text", f"{found} (measured, {len(summary['rounds'])} sizes tried)")
     if calibration is None:
         table.add_row("calibration", "none needed")
     else:
@@ -138,6 +148,62 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     if summary["peak_device_memory_mb"]:
         table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
+    console().print(table)
+
+
+def width(bits: float) -> str:
+    """Mean width of codes: '3', '2.21'."""
+    return f"{bits:.3g}" if bits == int(bits) else f"{bits:.2f} (mean)"
+
+
+def promise(loss: float) -> str:
+    """A predicted loss increase, for people."""
+    return f"loss +{loss:.4f} nats per token, perplexity {100 * math.expm1(loss):+.2f} %"
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """What `plan` decided: kinds of linear, widths as shares of their rows, bytes, predicted loss."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("linear", overflow="fold")
+    table.add_column("% of rows on 1 2 ... 8 bits", no_wrap=True)
+    for head in ("bits/weight", "bytes", "loss"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in plan["rows"]:
+        shares = " ".join(
+            f"{100 * row['rows'][str(bits)]:3.0f}" if str(bits) in row["rows"] else "  ." for bits in range(1, 9)
+        )
+        kept = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
+        loss = row["predicted_loss_increase"]
+        table.add_row(
+            f"{row['pattern']} x{row['count']}",
+            shares + kept,
+            f"{row['bits_per_weight']:.3f}",
+            size(row["nbytes"]),
+            "" if loss is None else f"{loss:.2e}",
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        f"{plan['bits_per_weight']:.3f} bits per weight, everything counted, for codes of {width(plan['bits'])} bits; "
+        f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
+    )
+    if plan["predicted_loss_increase"] is not None:
+        before = math.exp(min(plan["loss"], 700.0))
+        after = math.exp(min(plan["loss"] + plan["predicted_loss_increase"], 700.0))
+        said = f"on the calibration text {before:.3f} -> {after:.3f}"
+        out.print(f"predicted: {promise(plan['predicted_loss_increase'])} ({said})")
+    if plan["predicted_seconds"] is not None:
+        memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
+        out.print(f"predicted for quantize --plan: {plan['predicted_seconds']:.0f} s, peak memory {memory}")
+    next_command = shlex.join(["llmsqueeze", "quantize", plan["given"], "--plan", f"{plan['out']}/plan.yaml"])
+    out.print(f"written to {plan['out']}; next: {next_command}", soft_wrap=True)
+
+
+def print_recipes(found: dict[str, Any]) -> None:
+    """The recipes that come along, a line each."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for recipe in found["recipes"]:
+        table.add_row(recipe["name"], recipe["purpose"])
     console().print(table)
 
 
@@ -203,12 +269,17 @@ def print_contents(contents: dict[str, Any]) -> None:
     out = console()
     out.print(table)
     out.print(
-        f"quantized linears: {contents['bits_per_weight']:.3f} bits per weight, everything stored for them counted"
+        f"quantized linears: {contents['bits_per_weight']:.3f} bits per weight, everything stored for them counted; "
+        f"codes of {width(contents['bits'])} bits"
     )
     before = f", was {size(contents['nbytes_original'])}" if contents["nbytes_original"] else ""
     out.print(f"kept as they were: {size(contents['kept_nbytes'])}; all weights: {size(contents['nbytes'])}{before}")
     if contents["model"]:
         out.print(f"made from {contents['model']} by method {contents['method']}")
+    if contents["recipe"]:
+        out.print("recipe.yaml that makes it again (llmsqueeze quantize MODEL --recipe recipe.yaml):")
+        for key, value in contents["recipe"].items():
+            out.print(f"    {key}: {json.dumps(value)}", soft_wrap=True, markup=False)
 
 
 def print_error(message: str) -> None:

@@ -13,7 +13,6 @@ from llmsqueeze.observe import Moments
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.price import row_outliers
-from llmsqueeze.profile import row_order
 from llmsqueeze.quantize import QUANTIZERS
 from llmsqueeze.quantize.descent import corrected_target
 from llmsqueeze.recipe import Recipe
@@ -46,25 +45,25 @@ def compress_weight(
     planned: WeightPlan,
     curvature: Curvature | None,
     mask: Tensor | None,
-    score: Tensor | None,
+    chosen: Tensor | None,
     recipe: Recipe,
 ) -> tuple[list[Part], Tensor, float]:
     """`target` [rows, cols] (float32) -> its parts, their sum in float32, and the output error relative to `weight`.
 
-    `score` [rows] says which rows the plan's counts mean, the highest first. Outliers (`mask`, and those that the plan
-    gives to rows) keep their value in `weight`. Without curvature every input counts the same, so the error is the
-    weight's own.
+    `chosen` [rows] says which of the plan's grids a row is on, where there are several. Outliers (`mask`, and those
+    that the plan gives to rows) keep their value in `weight`. Without curvature every input counts the same, so the
+    error is the weight's own.
     """
     curvature = curvature or Curvature.flat(planned.shape[1], weight)
     stored = weight.to(planned.dtype)
-    held = rows_of(planned, score, weight.device)
+    held = rows_of(planned, chosen, weight.device)
     mask = _all_outliers(weight, curvature, held, None if mask is None else mask.to(weight.device))
     if mask is not None:
         target = torch.where(mask, weight, target)
     made: list[Part] = []
     for grid in planned.by_grid:
-        chosen = [rows for part, rows in held if part.grid == grid]
-        on = torch.stack(chosen).any(dim=0) if len(planned.by_grid) > 1 else None
+        on_grid = [rows for part, rows in held if part.grid == grid]
+        on = torch.stack(on_grid).any(dim=0) if len(planned.by_grid) > 1 else None
         made.append(_round(target, planned, grid, curvature, mask, on, recipe))
     if mask is not None:
         made.append(Sparse.from_mask(mask, stored))
@@ -73,19 +72,12 @@ def compress_weight(
     return made, dense, float(error)
 
 
-def rows_of(planned: WeightPlan, score: Tensor | None, device: torch.device) -> list[tuple[Rows, Tensor]]:
+def rows_of(planned: WeightPlan, chosen: Tensor | None, device: torch.device) -> list[tuple[Rows, Tensor]]:
     """Which rows (bool [rows]) each of the plan's counts means."""
     if not planned.mixed:
         return [(planned.grids[0], torch.ones(planned.shape[0], dtype=torch.bool, device=device))]
-    assert score is not None, "rows on different grids need a ranking"
-    order, start = row_order(score).to(device), 0
-    found = []
-    for rows in planned.grids:
-        chosen = torch.zeros(planned.shape[0], dtype=torch.bool, device=device)
-        chosen[order[start : start + rows.count]] = True
-        found.append((rows, chosen))
-        start += rows.count
-    return found
+    assert chosen is not None, "rows on different grids need a choice"
+    return [(rows, (chosen == i).to(device)) for i, rows in enumerate(planned.grids)]
 
 
 def _all_outliers(

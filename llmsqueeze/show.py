@@ -31,11 +31,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Contents:
-    """A folder's linears, folded, and its bytes: `nbytes` of all tensors, `kept_nbytes` of what was not compressed."""
+    """A folder's linears, folded, and its bytes: `nbytes` of all tensors, `kept_nbytes` of what was not compressed.
+
+    `bits`: mean width of the codes. `recipe`: what makes the folder again.
+    """
 
     path: str
     model: str | None
     method: str | None
+    bits: float
+    recipe: dict[str, Any]
     rows: list[Row]
     nbytes: int
     kept_nbytes: int
@@ -65,11 +70,27 @@ def contents(folder: str) -> Contents:
         path=folder,
         model=record.get("model"),
         method=record.get("recipe", {}).get("method"),
+        bits=round(_code_bits(entries), 6),
+        recipe=asked(record.get("recipe", {})),
         rows=_fold(entries, sizes),
         nbytes=checkpoint.nbytes,
         kept_nbytes=checkpoint.nbytes - sum(sizes.values()),
         nbytes_original=record.get("nbytes_original"),
     )
+
+
+def asked(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a stored recipe that say something."""
+    return {key: value for key, value in recipe.items() if value not in (None, [], False)}
+
+
+def _code_bits(entries: dict[str, Any]) -> float:
+    """Mean width of the codes over all weights."""
+    total = 0
+    for entry in entries.values():
+        rows, cols = entry["shape"]
+        total += sum(s["bits"] * s.get("rows", rows) * cols for s in entry["parts"] if s["part"] == "affine")
+    return total / sum(_numel(entry) for entry in entries.values())
 
 
 def _stored_nbytes(checkpoint: Checkpoint, name: str, entry: dict[str, Any]) -> int:
@@ -93,13 +114,15 @@ def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, entry in entries.items():
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-        grids = " + ".join(_describe(spec) for spec in entry["parts"] if spec["part"] == "affine")
+        mixed = any("rows" in spec for spec in entry["parts"])
+        grids = "" if mixed else " + ".join(_describe(spec) for spec in entry["parts"] if spec["part"] == "affine")
         groups.setdefault((pattern, grids), []).append(name)
     return [
         Row(
             pattern,
             len(names),
-            grids + _describe_outliers([entries[name] for name in names]),
+            (grids or _describe_mix([entries[name] for name in names]))
+            + _describe_outliers([entries[name] for name in names]),
             sum(_numel(entries[name]) for name in names),
             sum(sizes[name] for name in names),
         )
@@ -108,8 +131,24 @@ def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
 
 
 def _describe(spec: parts.Spec) -> str:
-    group = "row" if spec["group_size"] == -1 else f"g{spec['group_size']}"
-    return f"{spec['bits']} bit {group}{'' if spec['symmetric'] else ' asymmetric'}"
+    return str(parts.spec_grid(spec))
+
+
+def _describe_mix(entries: list[dict[str, Any]]) -> str:
+    """'12 % 4 bit, 88 % 3 bit g128': shares of the rows of linears whose rows are on different grids."""
+    counts: dict[parts.Grid, int] = {}
+    for entry in entries:
+        for spec in entry["parts"]:
+            if spec["part"] == "affine":
+                grid = parts.spec_grid(spec)
+                counts[grid] = counts.get(grid, 0) + spec.get("rows", entry["shape"][0])
+    total = sum(counts.values())
+    ordered = sorted(counts, key=lambda grid: -grid.bits)
+    same = len({str(grid).partition(" bit ")[2] for grid in ordered}) == 1
+    tail = str(ordered[0]).partition(" bit ")[2]
+    names = [f"{grid.bits} bit" if same else str(grid) for grid in ordered]
+    shares = ", ".join(f"{100 * counts[g] / total:.3g} % {name}" for g, name in zip(ordered, names, strict=True))
+    return f"rows {shares}{' ' + tail if same else ''}"
 
 
 def _describe_outliers(entries: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.checkpoint import Checkpoint, Stored, read_config
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.memory import give_back
 
@@ -122,6 +122,28 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     linears = [find_linears(model, block) for block in blocks]
     _check_linears(model, blocks, linears)
     return Skeleton(model, checkpoint, sources, tied, blocks, linears)
+
+
+def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoint:
+    """The checkpoint that the folder's `config.json` describes, as if its weights were there; none can be read.
+
+    Tensors have the dtype that the config names, bfloat16 without one.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    raw = read_config(path)
+    config = load_config(path, trust_remote_code)
+    check_supported(raw, config)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        raise UnsupportedError(f"transformers cannot build the model of {path}: {first_line(error)}") from error
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    held = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    stored = {name: Stored(path, tuple(tensor.shape), dtype) for name, tensor in held.items()}
+    return Checkpoint(path, raw, stored)
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:

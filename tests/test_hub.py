@@ -195,7 +195,7 @@ def test_card_states_the_sizes(folder: Path) -> None:
         "4.10 GB (4,100,000,000 bytes) (25.5 % of the original)",
     )
     assert f"| All weights | {original} | {ours} |" in card
-    assert "| Bits per weight |  | 3.41 |" in card
+    assert "| Bits per weight, everything counted |  | 3.41 |" in card
     assert "| Quantized linear layers |  | 2 |" in card
     assert "everything stored for the 6,979,321,856 weights" in card
 

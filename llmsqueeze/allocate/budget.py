@@ -188,6 +188,25 @@ def best_first(found: Sequence[Steps], counts: Sequence[int]) -> Steps:
     return Steps(*(column[order] for column in together))
 
 
+def ladder(
+    plan: Plan,
+    costs: Mapping[str, Tensor],
+    options: Sequence[Option],
+    granularity: str,
+    groups: Sequence[Sequence[str]],
+) -> list[tuple[float, float]]:
+    """Bytes and predicted cost after every step of the greedy, from the smallest plan on; row marks are not counted."""
+    units = make_units(plan, costs, options, granularity, groups)
+    order = [torch.argsort(unit.nbytes, stable=True) for unit in units]
+    found = [hull_steps(unit.cost[rank], unit.nbytes[rank]) for unit, rank in zip(units, order, strict=True)]
+    steps = best_first(found, [unit.cost.shape[1] for unit in units])
+    nbytes = sum(float(unit.nbytes[rank[0]]) * unit.cost.shape[1] for unit, rank in zip(units, order, strict=True))
+    start = sum(float(unit.cost[rank[0]].sum()) for unit, rank in zip(units, order, strict=True))
+    sizes = nbytes + torch.cat([torch.zeros(1, dtype=torch.float64), steps.nbytes.cumsum(0)])
+    falls = torch.cat([torch.zeros(1, dtype=torch.float64), (steps.slope * steps.nbytes).cumsum(0)])
+    return list(zip(sizes.tolist(), (start - falls).tolist(), strict=True))
+
+
 def uniform(plan: Plan, options: Sequence[Option], target: int) -> Plan:
     """The control: the same two neighbouring widths in every linear, the same share of its rows on the wider one.
 

@@ -1,0 +1,51 @@
+"""Which rows the plan's counts mean: for every mixed linear the number of the grid [rows] that each row is on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.plan import Plan, WeightPlan
+
+
+def by_score(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows with the highest scores [rows] get a linear's first grid, and so on; of equal ones the first."""
+    return {
+        name: _deal(weight, torch.sort(scores[name], descending=True, stable=True).indices)
+        for name, weight in plan.weights.items()
+        if weight.mixed
+    }
+
+
+def by_cost(plan: Plan, costs: Mapping[str, Tensor | None], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A grid goes to the rows that would lose most on the next one: cost [grids, rows] of each linear's grids, in turn.
+
+    Where a linear has no costs (None), `scores` decide. With the counts of a Lagrangian solution these are its rows,
+    as long as a row's costs are convex in the bytes.
+    """
+    chosen = by_score(plan, scores)
+    for name in chosen:
+        cost, weight = costs[name], plan.weights[name]
+        if cost is None:
+            continue
+        held = torch.full((weight.shape[0],), len(weight.grids) - 1)
+        for i, rows in enumerate(weight.grids[:-1]):
+            gain = torch.where(held == len(weight.grids) - 1, (cost[i + 1] - cost[i]).double(), -torch.inf)
+            held[torch.sort(gain, descending=True, stable=True).indices[: rows.count]] = i
+        chosen[name] = held
+    return chosen
+
+
+def random_scores(plan: Plan, seed: int) -> dict[str, Tensor]:
+    """Scores without merit, by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(weight.shape[0], generator=generator) for name, weight in plan.weights.items()}
+
+
+def _deal(weight: WeightPlan, order: Tensor) -> Tensor:
+    counts = torch.tensor([rows.count for rows in weight.grids])
+    held = torch.empty(weight.shape[0], dtype=torch.int64)
+    held[order] = torch.arange(len(counts)).repeat_interleave(counts)
+    return held

@@ -1,0 +1,68 @@
+"""What a plan promises, as rows of a table and points of a curve."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from llmsqueeze.allocate import budget
+from llmsqueeze.decide import Decision, options_of
+from llmsqueeze.plan import Plan, WeightPlan
+from llmsqueeze.profile import Profile
+from llmsqueeze.recipe import Recipe
+
+POINTS = 200
+
+
+def table(decided: Decision, blocks: Sequence[Sequence[str]], profile: Profile) -> list[dict[str, Any]]:
+    """One row per kind of linear, its blocks folded together: widths, outliers, bytes, predicted cost.
+
+    `high_share`: share of rows above the narrowest width of the whole plan.
+    """
+    narrowest = min(rows.grid.bits for weight in decided.plan.weights.values() for rows in weight.grids)
+    folded: dict[str, list[WeightPlan]] = {}
+    for names in blocks:
+        for name in names:
+            if name in decided.plan.weights:
+                pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+                folded.setdefault(pattern, []).append(decided.plan.weights[name])
+    return [_row(pattern, weights, decided, profile, narrowest) for pattern, weights in folded.items()]
+
+
+def _row(
+    pattern: str, weights: list[WeightPlan], decided: Decision, profile: Profile, narrowest: int
+) -> dict[str, Any]:
+    counts: dict[int, int] = {}
+    for weight in weights:
+        for rows in weight.grids:
+            counts[rows.grid.bits] = counts.get(rows.grid.bits, 0) + rows.count
+    total, numel = sum(counts.values()), sum(weight.numel for weight in weights)
+    part = Plan({weight.name: weight for weight in weights})
+    return {
+        "pattern": pattern,
+        "count": len(weights),
+        "rows": {str(bits): counts[bits] / total for bits in sorted(counts)},
+        "high_share": sum(n for bits, n in counts.items() if bits > narrowest) / total,
+        "outliers": sum(weight.kept for weight in weights) / numel,
+        "nbytes": part.nbytes,
+        "bits_per_weight": round(part.bits_per_weight, 6),
+        "predicted_loss_increase": profile.predicted(part, decided.chosen) if profile.costs else None,
+    }
+
+
+def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, float]]:
+    """(bits per weight, predicted loss increase) from the smallest plan to the largest; [] without costs."""
+    if recipe.method != "auto" or recipe.importance != "cost":
+        return []
+    assert recipe.granularity is not None
+    options = options_of(recipe)
+    at = [profile.options.index(option) for option in options]
+    costs = {name: cost[at] for name, cost in profile.costs.items()}
+    ladder = budget.ladder(plan, costs, options, recipe.granularity, profile.groups)
+    sizes = torch.tensor([nbytes for nbytes, _ in ladder])
+    wanted = torch.linspace(float(sizes[0]), float(sizes[-1]), POINTS, dtype=sizes.dtype)
+    at = torch.searchsorted(sizes, wanted).clamp(max=len(ladder) - 1).unique().tolist()
+    return [(8 * ladder[i][0] / plan.numel, ladder[i][1]) for i in at]

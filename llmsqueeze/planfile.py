@@ -1,0 +1,162 @@
+"""Plans as YAML: readable, diffable, editable.
+
+    llmsqueeze_plan: 1
+    model: babyllama-361
+    weights_sha256: 3f2c...           which weights it is for
+    rows_by: cost                     the ranking that says which rows the counts mean, the first grid the best ones
+    profile: profile.safetensors      where that ranking is
+    recipe: {...}
+    weights:
+      model.layers.0.mlp.up_proj: 3 bit g128
+      model.layers.0.self_attn.q_proj: {4 bit g128 half: 20, 3 bit g128 half: 108}
+      model.layers.0.mlp.down_proj: {3 bit g128 + 2 outliers: 128, outliers: 512}
+
+`+ 2 outliers` are those of every row, `outliers` those of the linear by GWQ's ranking. A linear that the plan leaves
+out stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.parts import Grid
+from llmsqueeze.plan import Plan, Rows, WeightPlan
+from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipes import make_recipe
+
+VERSION = 1
+PLAN, PROFILE = "plan.yaml", "profile.safetensors"
+GRID = re.compile(
+    r"(?P<bits>\d+) bit (?P<group>row|g\d+)(?P<kind> half| asymmetric)?(?: \+ (?P<outliers>\d+) outliers)?"
+)
+HEAD = """\
+# What llmsqueeze makes of every linear: how many of its rows are on which grid, the most important rows first.
+# Edit it and run: llmsqueeze quantize {model} --plan {file}
+"""
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan as read: its recipe, and what it says of every linear, not yet checked against a model."""
+
+    path: Path
+    recipe: Recipe
+    profile: Path | None
+    weights_sha256: str | None
+    entries: Mapping[str, Any]
+
+
+def write_plan(
+    path: Path, plan: Plan, recipe: Recipe, about: Mapping[str, Any], rows_by: str | None, profile: str | None
+) -> None:
+    """Writes the plan; `about` holds what is said of it besides (model, fingerprint, predictions)."""
+    import yaml
+
+    settings = {key: value for key, value in recipe.as_dict().items() if value not in (None, [], False)}
+    content = {
+        "llmsqueeze_plan": VERSION,
+        **about,
+        "rows_by": rows_by,
+        "profile": profile,
+        "recipe": settings,
+        "weights": {name: entry(weight) for name, weight in plan.weights.items()},
+    }
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    path.write_text(HEAD.format(model=about["model"], file=path.name) + text, encoding="utf-8")
+
+
+def entry(weight: WeightPlan) -> Any:
+    """One linear as the file has it."""
+    if not weight.mixed and not weight.outliers:
+        return rows_name(weight.grids[0])
+    counts: dict[str, int] = {}
+    for rows in weight.grids:
+        counts[rows_name(rows)] = counts.get(rows_name(rows), 0) + rows.count
+    return counts | ({"outliers": weight.outliers} if weight.outliers else {})
+
+
+def rows_name(rows: Rows) -> str:
+    """'3 bit g128 half', '3 bit g128 + 2 outliers'."""
+    return str(rows.grid) + (f" + {rows.outliers} outliers" if rows.outliers else "")
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Reads a plan file. Raises RecipeError for one that is missing, damaged, or of another version."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no plan file {path}; `llmsqueeze plan` writes one") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or content.get("llmsqueeze_plan") != VERSION:
+        raise RecipeError(f"{path} is no plan of version {VERSION}: `llmsqueeze plan` writes one")
+    weights, recipe = content.get("weights"), content.get("recipe")
+    if not isinstance(weights, dict) or not weights or not isinstance(recipe, dict):
+        raise RecipeError(f"{path} lacks its recipe or its weights")
+    stored = content.get("profile")
+    return PlanFile(
+        path=path,
+        recipe=make_recipe(recipe),
+        profile=path.parent / stored if stored else None,
+        weights_sha256=content.get("weights_sha256"),
+        entries=weights,
+    )
+
+
+def plan_of(file: PlanFile, base: Plan) -> Plan:
+    """The plan for the linears of `base` that it names. Raises RecipeError, naming all that is wrong."""
+    wrong: list[str] = []
+    made: dict[str, WeightPlan] = {}
+    for name in file.entries:
+        if name not in base.weights:
+            wrong.append(f"{file.path} names {name}, which the model does not have{nearest(name, base.weights)}")
+    for name, weight in base.weights.items():
+        if name in file.entries:
+            try:
+                made[name] = _weight(weight, file.entries[name])
+            except RecipeError as error:
+                wrong.append(f"{file.path}, {name}: {error}")
+    if wrong:
+        more = f"\n       and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise RecipeError("\n       ".join(wrong[:5]) + more)
+    return Plan(made)
+
+
+def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
+    counts = {found: weight.shape[0]} if isinstance(found, str) else dict(found) if isinstance(found, dict) else None
+    if not counts:
+        raise RecipeError(f"{found!r} is neither a grid such as '3 bit g128' nor a mapping of grids to rows")
+    outliers = counts.pop("outliers", 0)
+    for what, count in (*counts.items(), ("outliers", outliers)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise RecipeError(f"{what}: {count!r} is no number of rows")
+    total = sum(counts.values())
+    if total != weight.shape[0]:
+        raise RecipeError(f"its grids have {total} rows, the linear has {weight.shape[0]}")
+    if outliers > weight.numel:
+        raise RecipeError(f"{outliers} outliers are more than its {weight.numel} weights")
+    return replace(weight.on(*(_rows(text, count) for text, count in counts.items())), outliers=outliers)
+
+
+def _rows(text: Any, count: int) -> Rows:
+    match = GRID.fullmatch(str(text))
+    if not match:
+        raise RecipeError(f"{text!r} is no grid; write '3 bit g128', '2 bit row half' or '4 bit g64 asymmetric'")
+    bits, kind = int(match["bits"]), (match["kind"] or "").strip()
+    low = 1 if kind == "half" else 2
+    if not low <= bits <= 8:
+        raise RecipeError(f"{text!r}: no quantizer has that width; {low} to 8 bits are there")
+    size = -1 if match["group"] == "row" else int(match["group"][1:])
+    if size == 0:
+        raise RecipeError(f"{text!r}: a group has at least one column")
+    outliers = int(match["outliers"] or 0)
+    if outliers and kind == "half":
+        raise RecipeError(f"{text!r}: outliers want a grid with a level 0, which a half one lacks")
+    return Rows(Grid(bits, size, kind != "asymmetric", kind == "half"), count, outliers)

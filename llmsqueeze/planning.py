@@ -1,0 +1,89 @@
+"""The verb `plan`: measure (or find what was measured), decide, predict, and write it all down. Compresses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmsqueeze import pictures
+from llmsqueeze.decide import Decision, decide, target_nbytes
+from llmsqueeze.errors import OutputError, RecipeError
+from llmsqueeze.outlook import curve, table
+from llmsqueeze.planfile import PLAN, PROFILE, write_plan
+from llmsqueeze.prepare import Job, Source, pick_device, prepare
+from llmsqueeze.profile import Profile
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipes import make_recipe
+from llmsqueeze.reuse import rows_by, stored_or_measured
+from llmsqueeze.trial import run_trial
+
+
+def plan(
+    source: Source,
+    settings: Mapping[str, Any],
+    out: Path | None,
+    *,
+    device: str = "auto",
+    weights: bool = True,
+    trial: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures (or reads what was measured), decides, predicts, and writes plan, profile and pictures into `out`.
+
+    Without `weights` sizes come from `config.json` alone, and every linear gets the same widths. Returns what the
+    command prints. A profile in `out` that serves is reused.
+    """
+    progress = progress or Progress()
+    recipe = make_recipe({"method": "auto", **settings})
+    if recipe.bounded:
+        raise RecipeError("a bound on quality is found by compressing and measuring: use it with `llmsqueeze quantize`")
+    if not weights:
+        recipe = make_recipe({**recipe.as_dict(), "importance": "uniform"})
+    folder = out or Path(f"{Path(source.model).expanduser().resolve().name}-plan")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error}") from error
+    place = pick_device(device)
+    job = prepare(source, recipe, progress, text=weights, weights=weights)
+    target = target_nbytes(recipe, job.plan.numel, job.kept_nbytes, job.checkpoint.nbytes)
+    profile = stored_or_measured(job, recipe, folder / PROFILE, place, progress) if weights else Profile()
+    decided = decide(job.plan, profile, recipe, job.skeleton.linears, target)
+    about = {
+        "model": Path(source.model).name if Path(source.model).is_dir() else source.model,
+        "weights_sha256": profile.source.get("weights"),
+        "bits_per_weight": round(decided.plan.bits_per_weight, 6),
+        "nbytes": job.kept_nbytes + decided.plan.nbytes,
+        "predicted_loss_increase": decided.predicted,
+    }
+    stored = PROFILE if weights else None
+    write_plan(folder / PLAN, decided.plan, recipe, about, rows_by(recipe), stored)
+    points = curve(job.plan, recipe, profile)
+    draw(folder, job, decided, points, progress)
+    predicted = run_trial(job, folder / PLAN, place, progress) if trial and weights else {}
+    return about | {
+        "given": source.model,
+        "out": str(folder),
+        "method": recipe.method,
+        "bits": round(decided.plan.code_bits, 6),
+        "nbytes_original": job.checkpoint.nbytes,
+        "loss": profile.loss,
+        "rows": table(decided, job.skeleton.linears, profile),
+        "curve": points,
+        "predicted_seconds": predicted.get("seconds"),
+        "predicted_peak_memory_mb": predicted.get("peak_memory_mb"),
+    }
+
+
+def draw(folder: Path, job: Job, decided: Decision, points: list[tuple[float, float]], progress: Progress) -> None:
+    """The plan as a heat map, and where it lies on the curve of cost against bytes."""
+    if not pictures.available():
+        progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
+        return
+    bits = {name: 8 * weight.nbytes / weight.numel for name, weight in decided.plan.weights.items()}
+    title = f"{job.path.name}: {decided.plan.bits_per_weight:.3f} bits per weight"
+    pictures.write(pictures.heat_map(bits, job.skeleton.linears, title), folder / "plan")
+    if decided.predicted is not None and points:
+        chosen = (decided.plan.bits_per_weight, decided.predicted)
+        pictures.write(pictures.cost_curve(points, chosen, title), folder / "cost")

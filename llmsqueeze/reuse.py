@@ -1,0 +1,107 @@
+"""Plans and profiles made before: found, checked against the model, and measured anew where they do not serve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsqueeze import __version__
+from llmsqueeze.activations import Spill
+from llmsqueeze.blocks import Walk
+from llmsqueeze.decide import Decision, options_of, wanted_by, with_rows
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.fingerprint import file_digests, weights_digest
+from llmsqueeze.measure import Wanted, measure
+from llmsqueeze.planfile import PLAN, PlanFile, plan_of, read_plan
+from llmsqueeze.prepare import Job
+from llmsqueeze.profile import Profile, lacks, load, save
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe import Recipe
+
+SALIENCE_WIDTHS = (2, 3, 4)
+
+
+def rows_by(recipe: Recipe) -> str | None:
+    """The ranking behind the counts of rows; None where linears are not mixed."""
+    if recipe.method == "mixllm":
+        return recipe.importance
+    if recipe.method == "auto":
+        return "cost" if recipe.importance == "cost" else "random"
+    return None
+
+
+def source_of(job: Job, recipe: Recipe, known: Profile | None = None) -> dict[str, Any]:
+    """What a profile of this job and recipe is of; files that `known` has seen are not read again."""
+    assert job.calibration is not None
+    files = file_digests(job.checkpoint, known.source.get("files") if known else None)
+    return {
+        "files": files,
+        "weights": weights_digest(files),
+        "calibration": job.calibration.sha256,
+        "seed": recipe.seed,
+        "labels": recipe.labels,
+        "quantizer": recipe.quantizer,
+        "search": recipe.search,
+        "skip": list(recipe.skip),
+        "outliers": [recipe.outlier_fraction, recipe.outlier_ranking, recipe.outlier_scope],
+        "llmsqueeze": __version__,
+    }
+
+
+def stored_or_measured(job: Job, recipe: Recipe, path: Path, place: torch.device, progress: Progress) -> Profile:
+    """The profile at `path` if it serves, else a new one, which is then written there."""
+    options = options_of(recipe) if recipe.method == "auto" else ()
+    if path.exists():
+        known = load(path)
+        reason = lacks(known, source_of(job, recipe, known), options)
+        if reason is None:
+            return known
+        progress.note(f"{path} does not serve ({reason}); measuring again")
+    wanted = wanted_by(recipe)
+    everything = Wanted(options, SALIENCE_WIDTHS, wanted.outliers, lim=True, zd=True)
+    if recipe.needs_salience and recipe.code_bits not in SALIENCE_WIDTHS:
+        everything = replace(everything, salience=(*SALIENCE_WIDTHS, recipe.code_bits))
+    assert job.calibration is not None
+    with Spill(parent=path.parent) as spill:
+        walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, place)
+        profile = measure(walk, walk.embed(), job.plan, recipe, everything, progress)
+    profile = replace(profile, source=source_of(job, recipe))
+    save(profile, path)
+    return profile
+
+
+def given_profile(job: Job, recipe: Recipe, path: Path) -> Profile:
+    """The profile that the user names. Raises RecipeError if it is of something else than the recipe wants."""
+    profile = load(path)
+    wanted = wanted_by(recipe)
+    reason = lacks(profile, source_of(job, recipe, profile), wanted.options)
+    missing = [width for width in wanted.salience if width not in profile.salience_widths]
+    if reason is None and missing:
+        reason = f"no salience at {missing[0]} bits"
+    if reason is not None:
+        raise RecipeError(f"the profile {path} does not serve: {reason}; leave --profile out to measure anew")
+    return profile
+
+
+def given_plan(job: Job, file: PlanFile) -> Decision:
+    """The decision in a plan file, checked against the model. Raises RecipeError where it is for another."""
+    found = plan_of(file, job.plan)
+    profile = load(file.profile) if file.profile is not None else Profile()
+    if file.weights_sha256 is not None:
+        files = file_digests(job.checkpoint, profile.source.get("files"))
+        if weights_digest(files) != file.weights_sha256:
+            raise RecipeError(f"{file.path} is a plan for other weights than those of {job.source.model}")
+    if file.profile is not None and profile.source.get("weights") != file.weights_sha256:
+        raise RecipeError(f"{file.path} and {file.profile} are for different weights")
+    ranked = found.mixed and rows_by(file.recipe) not in (None, "random")
+    if file.profile is None and (ranked or any(weight.outliers for weight in found.weights.values())):
+        raise RecipeError(f"{file.path} names no profile, which would say which rows or weights its counts mean")
+    return with_rows(found, profile, file.recipe)
+
+
+def open_plan(path: Path) -> PlanFile:
+    """`read_plan`, for a file or the folder that `llmsqueeze plan` wrote."""
+    return read_plan(path / PLAN if path.is_dir() else path)

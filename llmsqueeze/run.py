@@ -1,0 +1,69 @@
+"""The verb `quantize`: from what was asked for, with a plan or a profile made before, to one run or a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmsqueeze import compress
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.output import check_writable
+from llmsqueeze.prepare import Source, prepare
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipes import make_recipe
+from llmsqueeze.reuse import given_plan, given_profile, open_plan
+from llmsqueeze.search import smallest_within
+
+
+def quantize(
+    source: Source,
+    settings: Mapping[str, Any],
+    out: Path | None,
+    *,
+    plan: Path | None = None,
+    profile: Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compresses as the command says; returns its summary."""
+    progress = progress or Progress()
+    decided = measured = None
+    if plan is not None:
+        if contradiction := next((key for key in (*settings, *(["profile"] if profile else []))), None):
+            raise RecipeError(f"--plan contradicts --{contradiction.replace('_', '-')}: the plan has its own recipe")
+        file = open_plan(plan)
+        recipe = file.recipe
+        check_writable(out or folder_name(source, recipe), overwrite)
+        decided = given_plan(prepare(source, recipe, progress, text=False), file)
+    else:
+        recipe = make_recipe(settings)
+    folder = out or folder_name(source, recipe)
+    check_writable(folder, overwrite)
+    if profile is not None:
+        measured = given_profile(prepare(source, recipe, progress, text=True), recipe, profile)
+    if recipe.bounded:
+        return smallest_within(source, recipe, folder, measured, device, overwrite, progress)
+    summary = compress.quantize(
+        source,
+        recipe,
+        folder,
+        device=device,
+        overwrite=overwrite,
+        decided=decided,
+        profile=measured,
+        progress=progress,
+    )
+    return summary.as_dict()
+
+
+def folder_name(source: Source, recipe: Recipe) -> Path:
+    """`<model>-3bit`, or what else the budget is called."""
+    name = Path(source.model).expanduser().resolve().name
+    if recipe.size is not None:
+        return Path(f"{name}-{recipe.size / 1e9:.3g}GB")
+    if recipe.bounded:
+        return Path(f"{name}-smallest")
+    return Path(f"{name}-{recipe.bits or recipe.code_bits:g}bit")

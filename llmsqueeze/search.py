@@ -1,0 +1,184 @@
+"""The smallest result within a bound on quality: compress, measure on held-back text, move along the allocator's order.
+
+The predicted curve says where to begin and, scaled by what was measured last, where to go on; the bracket between a
+result that keeps the bound and one that breaks it halves at worst. What is returned was measured, not assumed.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsqueeze import compress
+from llmsqueeze.activations import Spill
+from llmsqueeze.blocks import Walk
+from llmsqueeze.decide import wanted_by
+from llmsqueeze.errors import CalibrationError, RecipeError
+from llmsqueeze.evaluate import evaluate_rows
+from llmsqueeze.measure import measure
+from llmsqueeze.outlook import curve
+from llmsqueeze.output import partial_folder, publish
+from llmsqueeze.prepare import Job, Source, pick_device, prepare
+from llmsqueeze.profile import Profile
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe import Recipe
+
+HELD_BACK, FEWEST = 64, 4
+WIDTH = 0.02  # of the bracket that is narrow enough, in bits per weight
+ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Round:
+    """One size tried: its bits per weight, the loss predicted, and what was measured against the bound."""
+
+    bits: float
+    predicted: float
+    loss_increase: float
+    perplexity_increase: float
+    kl_mean: float
+    measured: float
+    kept: bool
+
+
+def smallest_within(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    profile: Profile | None,
+    device: str,
+    overwrite: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compresses to the smallest size that keeps the recipe's bound; returns the summary, with every round."""
+    job = prepare(source, recipe, progress, held_back=HELD_BACK)
+    assert job.calibration is not None
+    if len(job.calibration.held_back) < FEWEST:
+        raise CalibrationError(
+            f"a bound is measured on calibration text held back, at least {FEWEST} samples; the text fills only "
+            f"{len(job.calibration.rows) + len(job.calibration.held_back)}: use fewer --samples or a longer text"
+        )
+    with partial_folder(out) as folder:
+        search = _Search(source, recipe, job, folder, device, progress, profile)
+        rounds = bisect(search.attempt, search.points, search.bound)
+        kept = [one for one in rounds if one.kept]
+        if not kept:
+            least = min(rounds, key=lambda one: one.measured)
+            raise RecipeError(
+                f"no plan keeps within the bound: the best, of {least.bits:.3f} bits per weight, measures "
+                f"{least.measured:.4g} on held-back text"
+            )
+        publish(search.best, out, overwrite)
+    chosen = min(kept, key=lambda one: one.bits)
+    return search.summary | {
+        "out": str(out),
+        "perplexity_increase": chosen.perplexity_increase,
+        "kl_mean": chosen.kl_mean,
+        "rounds": [asdict(one) for one in rounds],
+    }
+
+
+class _Search:
+    """Compresses to a size and measures it; keeps the smallest folder that is within the bound."""
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        job: Job,
+        folder: Path,
+        device: str,
+        progress: Progress,
+        profile: Profile | None,
+    ) -> None:
+        self.source, self.recipe, self.job, self.folder = source, recipe, job, folder
+        self.device, self.progress = device, progress
+        self.profile = profile or self._measured()
+        self.points = curve(job.plan, recipe, self.profile)
+        self.best, self.best_bits = folder / "best", math.inf
+        self.summary: dict[str, Any] = {}
+
+    @property
+    def bound(self) -> float:
+        """The bound, of the KL or of the relative rise of the perplexity; either is about the rise of the loss."""
+        return self.recipe.max_kl or self.recipe.max_ppl_increase or 0.0
+
+    def attempt(self, bits: float) -> Round:
+        """Compresses to an average of `bits` and measures."""
+        sized = replace(self.recipe, max_ppl_increase=None, max_kl=None, bits=bits)
+        made = self.folder / "tried"
+        summary = compress.quantize(
+            self.source, sized, made, device=self.device, overwrite=True, profile=self.profile, progress=self.progress
+        )
+        assert self.job.calibration is not None
+        rows = self.job.calibration.held_back
+        trust = self.source.trust_remote_code
+        place = pick_device(self.device)
+        found = evaluate_rows(str(made), str(self.job.path), rows, place, trust, self.progress)
+        assert found.nll_difference is not None
+        assert found.scores.kl_mean is not None
+        increase, kl = math.expm1(found.nll_difference), found.scores.kl_mean
+        measured = increase if self.recipe.max_kl is None else kl
+        kept, spent = measured <= self.bound, summary.bits_per_weight
+        said = f"{'within' if kept else 'beyond'} {self.bound:g}"
+        self.progress.note(f"{spent:.3f} bits per weight measures {measured:.4g} on held-back text, {said}")
+        if kept and spent < self.best_bits:
+            shutil.rmtree(self.best, ignore_errors=True)
+            made.rename(self.best)
+            self.best_bits, self.summary = spent, summary.as_dict()
+        return Round(spent, summary.predicted_loss_increase or 0.0, found.nll_difference, increase, kl, measured, kept)
+
+    def _measured(self) -> Profile:
+        assert self.job.calibration is not None
+        place = pick_device(self.device)
+        with Spill(parent=self.folder) as spill:
+            walk = Walk(self.job.skeleton, self.job.calibration.rows, spill, torch.float32, place)
+            wanted = wanted_by(self.recipe)
+            return measure(walk, walk.embed(), self.job.plan, self.recipe, wanted, self.progress)
+
+
+def bisect(attempt: Callable[[float], Round], points: Sequence[tuple[float, float]], bound: float) -> list[Round]:
+    """The rounds of the search. `points`: (bits per weight, predicted loss), falling; `bound`: of the measured loss.
+
+    Ends when a size that keeps the bound and one that breaks it lie within `WIDTH` bits, or no other size is there.
+    """
+    smallest, largest = points[0][0], points[-1][0]
+    rounds: list[Round] = []
+    guess, step = _where(points, bound), 0.1
+    while len(rounds) < ROUNDS:
+        found = attempt(guess)
+        rounds.append(found)
+        keeping = min((one for one in rounds if one.kept), key=lambda one: one.bits, default=None)
+        breaking = max((one for one in rounds if not one.kept), key=lambda one: one.bits, default=None)
+        if keeping is not None and breaking is not None:
+            gap = keeping.bits - breaking.bits
+            if gap <= WIDTH:
+                break
+            guess = breaking.bits + gap * min(max(_share(breaking.measured, keeping.measured, bound), 0.15), 0.85)
+            continue
+        if guess == (smallest if found.kept else largest):
+            break
+        # by what the prediction was off, but at least a step on
+        scale = found.loss_increase / found.predicted if found.predicted > 0 and found.loss_increase > 0 else 1.0
+        wished = _where(points, bound / scale)
+        guess = min(wished, found.bits - step) if found.kept else max(wished, found.bits + step)
+        guess, step = min(max(guess, smallest), largest), 2 * step
+    return rounds
+
+
+def _where(points: Sequence[tuple[float, float]], loss: float) -> float:
+    """Bits per weight at which the predicted loss is this."""
+    return next((bits for bits, predicted in points if predicted <= loss), points[-1][0])
+
+
+def _share(above: float, below: float, bound: float) -> float:
+    """How far the bound lies between two measured values, the logarithm being about linear in the bits."""
+    if min(above, below, bound) <= 0 or above <= below:
+        return 0.5
+    return (math.log(above) - math.log(bound)) / (math.log(above) - math.log(below))

@@ -1,0 +1,69 @@
+"""How long a plan will take and how much memory: its first block is really compressed, in a process of its own.
+
+Blocks have one shape as a rule, so the whole is what comes before the blocks plus so many times the first. Memory is
+that of `quantize --plan`: it does not grow from block to block.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsqueeze.activations import Spill
+from llmsqueeze.blocks import Walk
+from llmsqueeze.compress import compress_blocks, needed_streams, outer_shards
+from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.output import Output
+from llmsqueeze.prepare import Job, Source, prepare
+from llmsqueeze.progress import Progress
+from llmsqueeze.reuse import given_plan, open_plan
+
+
+def run_trial(job: Job, plan: Path, place: torch.device, progress: Progress) -> dict[str, Any]:
+    """`seconds` and `peak_memory_mb` that `quantize --plan` will need; empty, with a note, if the trial fails."""
+    source = [job.source.model, job.source.revision, job.source.trust_remote_code]
+    task = json.dumps({"source": source, "plan": str(plan), "device": str(place)})
+    progress.stage("trial", 1)
+    done = subprocess.run([sys.executable, "-m", "llmsqueeze.trial", task], capture_output=True, text=True)
+    progress.advance()
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        progress.note(f"no prediction of time and memory: the trial failed ({said[-1] if said else done.returncode})")
+        return {}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main(task: dict[str, Any]) -> dict[str, float]:
+    """The trial itself."""
+    start = time.monotonic()
+    keep_little()
+    file, place = open_plan(Path(task["plan"])), torch.device(task["device"])
+    job = prepare(Source(*task["source"]), file.recipe, Progress())
+    decided = given_plan(job, file)
+    with tempfile.TemporaryDirectory(dir=Path(task["plan"]).parent) as folder, Spill(parent=Path(folder)) as spill:
+        output = Output(Path(folder) / "trial", 1)
+        output.partial.mkdir()
+        walk = Walk(job.skeleton, job.calibration.rows if job.calibration else [], spill, torch.float32, place)
+        inputs = walk.embed() if file.recipe.needs_text else None
+        for names in outer_shards(job.skeleton):
+            output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
+        before = time.monotonic()
+        compress_blocks(walk, needed_streams(inputs, file.recipe), decided, file.recipe, output, Progress(), count=1)
+        block = time.monotonic() - before
+    return {
+        "seconds": round(before - start + block * len(job.skeleton.blocks), 3),
+        "peak_memory_mb": peak_memory_mb(),
+        "peak_device_memory_mb": peak_device_memory_mb(str(place)),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))  # noqa: T201 - the parent reads it

@@ -1,0 +1,429 @@
+"""The budget allocator against trying everything: what it buys, what it leaves, and what its predictions add up to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.allocate import budget, rows
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.parts import Grid
+from llmsqueeze.plan import Plan, Rows, WeightPlan
+from llmsqueeze.price import Option
+from llmsqueeze.profile import Profile
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+OPTIONS = [Option(Grid(bits, 32, True, True)) for bits in (2, 4, 1, 3, 8)]  # in no order: bytes decide
+SHAPES = {"q": (12, 64), "k": (6, 64), "v": (6, 64), "o": (10, 96), "down": (14, 128)}
+GROUPS = [("q", "k", "v"), ("o",)]
+
+
+def make_plan(shapes: Mapping[str, tuple[int, int]] = SHAPES) -> Plan:
+    weights = {n: WeightPlan(n, s, torch.bfloat16, "rtn", (Rows(Grid(5), s[0]),)) for n, s in shapes.items()}
+    return Plan(weights)
+
+
+def falling_costs(seed: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, noise: float = 0.0) -> dict[str, Tensor]:
+    """[options, rows]: about 4^-bits for all rows alike, times what each row matters; `noise` lets rows differ."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, (count, _) in shapes.items():
+        row = torch.rand(count, generator=generator) ** 3
+        fall = torch.tensor([4.0**-option.grid.bits for option in OPTIONS])
+        found[name] = fall[:, None] * row * (1 + noise * torch.rand(len(OPTIONS), count, generator=generator))
+    return found
+
+
+def sizes(plan: Plan, costs: Mapping[str, Tensor], options: Sequence[Option] = OPTIONS) -> tuple[int, int]:
+    """Bytes with everything on the smallest, and on the largest option."""
+    by_size = sorted(options, key=lambda option: option.grid.bits)
+    made = [plan.on({n: (Rows(o.grid, plan.weights[n].shape[0]),) for n in costs}) for o in (by_size[0], by_size[-1])]
+    return made[0].nbytes, made[1].nbytes
+
+
+def targets(plan: Plan, costs: Mapping[str, Tensor], count: int) -> list[int]:
+    low, high = sizes(plan, costs)
+    return [low + (high - low) * i // (count - 1) for i in range(count)]
+
+
+# ----------------------------------------------------------------------------------------- against trying everything
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> list[tuple[Tensor, Tensor]]:
+    """Linears that have rows to choose for: costs [options, rows] and bytes [options], rising; costs often equal."""
+    found = []
+    options = draw(st.integers(2, 4))
+    for _ in range(draw(st.integers(1, 2))):
+        count = draw(st.integers(1, 3))
+        cost = [draw(st.lists(st.integers(0, 12), min_size=count, max_size=count)) for _ in range(options)]
+        nbytes = draw(st.lists(st.integers(1, 30), min_size=options, max_size=options, unique=True).map(sorted))
+        found.append((torch.tensor(cost, dtype=torch.float64), torch.tensor(nbytes, dtype=torch.float64)))
+    return found
+
+
+def all_outcomes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
+    """Bytes and cost of every choice there is."""
+    per_unit = []
+    for cost, nbytes in linears:
+        per_unit += [list(zip(nbytes.tolist(), column, strict=True)) for column in cost.T.tolist()]
+    return [(sum(b for b, _ in choice), sum(c for _, c in choice)) for choice in itertools.product(*per_unit)]
+
+
+def prefixes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
+    """Bytes and cost after every step of the greedy, from its states."""
+    counts = [cost.shape[1] for cost, _ in linears]
+    steps = budget.best_first([budget.hull_steps(cost, nbytes) for cost, nbytes in linears], counts)
+    found = []
+    for cut in range(len(steps.unit) + 1):
+        state = [0] * sum(counts)
+        for unit, start, to in zip(*(c[:cut].tolist() for c in (steps.unit, steps.start, steps.to)), strict=True):
+            assert state[unit] == start, "the steps of a unit come in turn"
+            state[unit] = to
+        total_bytes = total_cost = 0.0
+        for (cost, nbytes), part in zip(linears, torch.tensor(state).split(counts), strict=True):
+            total_bytes += float(nbytes[part].sum())
+            total_cost += float(cost.gather(0, part[None]).sum())
+        found.append((total_bytes, total_cost))
+    return found
+
+
+@quick
+@given(cases())
+def test_every_prefix_of_the_greedy_is_optimal_for_its_own_bytes(linears: list[tuple[Tensor, Tensor]]) -> None:
+    outcomes = all_outcomes(linears)
+    for nbytes, cost in prefixes(linears):
+        assert cost == pytest.approx(min(c for b, c in outcomes if b <= nbytes), abs=1e-9)
+
+
+@quick
+@given(cases())
+def test_steps_sort_by_what_a_byte_buys_and_end_at_the_least_cost(linears: list[tuple[Tensor, Tensor]]) -> None:
+    counts = [cost.shape[1] for cost, _ in linears]
+    steps = budget.best_first([budget.hull_steps(cost, nbytes) for cost, nbytes in linears], counts)
+    assert (steps.slope > 0).all()
+    assert (steps.slope[1:] <= steps.slope[:-1]).all()
+    assert prefixes(linears)[-1][1] == min(c for _, c in all_outcomes(linears))
+
+
+@quick
+@given(cases())
+def test_the_bytes_of_a_step_are_those_between_its_options(linears: list[tuple[Tensor, Tensor]]) -> None:
+    for cost, nbytes in linears:
+        steps = budget.hull_steps(cost, nbytes)
+        assert torch.equal(steps.nbytes, nbytes[steps.to] - nbytes[steps.start])
+        gain = cost[steps.start, steps.unit] - cost[steps.to, steps.unit]
+        assert torch.allclose(steps.slope * steps.nbytes, gain)
+
+
+def test_a_width_above_the_hull_is_passed_over() -> None:
+    """Three bits that cost nearly as much as two are skipped on the way to four."""
+    steps = budget.hull_steps(torch.tensor([[8.0], [7.5], [1.0]]), torch.tensor([2.0, 3.0, 4.0]))
+    assert (steps.start.tolist(), steps.to.tolist()) == ([0], [2])
+    assert steps.slope.tolist() == [3.5]
+
+
+def test_of_equally_large_options_the_cheaper_is_taken() -> None:
+    """Half-integer levels and integer ones take the same bytes, and so do shares of outliers too small for one."""
+    plan = make_plan({"w": (8, 64)})
+    options = [Option(Grid(2, 32, True, True)), Option(Grid(2, 32, True), 0.001), Option(Grid(3, 32, True, True))]
+    costs = {"w": torch.tensor([[3.0], [1.0], [0.9]]).expand(3, 8)}
+    smallest = plan.on({"w": (Rows(options[1].grid, 8),)})
+    for granularity in ("row", "linear"):
+        made = budget.allocate(plan, costs, options, smallest.nbytes, granularity, [])
+        assert made.weights["w"].grid == options[1].grid
+
+
+# --------------------------------------------------------------------------------------------------- on whole plans
+
+
+def hull(points: list[tuple[float, float]]) -> list[int]:
+    """Which (bytes, cost) lie on the lower hull, from the smallest to the cheapest: slowly, by trying all lines."""
+    found = []
+    for i, (b, c) in enumerate(points):
+        below = any(
+            c > c0 + (c1 - c0) * (b - b0) / (b1 - b0) for (b0, c0) in points for (b1, c1) in points if b0 < b < b1
+        )
+        dominated = any(b0 < b and c0 <= c for b0, c0 in points)
+        if not below and not dominated:
+            found.append(i)
+    return sorted(found, key=lambda i: points[i][0])
+
+
+def option_cost(plan: Plan, costs: Mapping[str, Tensor], names: Sequence[str], option: int) -> tuple[int, float]:
+    """Bytes and cost of some linears with all their rows on one option."""
+    on = plan.on({n: (Rows(OPTIONS[option].grid, plan.weights[n].shape[0]),) for n in names})
+    return sum(on.weights[n].nbytes for n in names), sum(float(costs[n][option].sum()) for n in names)
+
+
+@pytest.mark.parametrize("granularity", ["linear", "group"])
+def test_no_remaining_step_fits_what_is_left(granularity: str) -> None:
+    plan = make_plan()
+    units = [(name,) for name in SHAPES] if granularity == "linear" else [("q", "k", "v"), ("o",), ("down",)]
+    for seed in range(4):
+        costs = falling_costs(seed, noise=2.0)
+        for target in targets(plan, costs, 23):
+            made = budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS)
+            assert made.nbytes <= target
+            for names in units:
+                grids = {made.weights[n].grids[0].grid for n in names}
+                assert len(grids) == 1, "what shares its input shares its grid"
+                assert not any(made.weights[n].mixed for n in names)
+                points = [option_cost(plan, costs, names, i) for i in range(len(OPTIONS))]
+                ladder = hull(points)
+                at = next(k for k, i in enumerate(ladder) if OPTIONS[i].grid in grids)
+                for i in ladder[at + 1 : at + 2]:
+                    assert made.nbytes + points[i][0] - points[ladder[at]][0] > target
+
+
+def next_steps(made: Plan) -> list[tuple[float, Plan]]:
+    """What one row on its next width takes by itself, and the plan it makes; all rows' costs fall alike, so that each
+    width is on their hulls."""
+    ladder = sorted(OPTIONS, key=lambda option: option.grid.bits)
+    found = []
+    for name, weight in made.weights.items():
+        for grid, count in weight.by_grid.items():
+            at = next(i for i, option in enumerate(ladder) if option.grid == grid)
+            if at + 1 < len(ladder):
+                wider = ladder[at + 1].grid
+                counts = {**weight.by_grid, grid: count - 1}
+                counts[wider] = counts.get(wider, 0) + 1
+                order = sorted(counts.items(), key=lambda item: -item[0].bits)
+                further = made.on({name: tuple(Rows(g, n) for g, n in order)})
+                found.append((weight.shape[1] * (wider.bits - grid.bits) / 8, further))
+    return found
+
+
+def test_no_row_that_fits_is_left_behind() -> None:
+    """But one whose own bytes do not fit, for all that a grid would lose its last row and its marks with it."""
+    plan = make_plan()
+    for seed in range(3):
+        costs = falling_costs(seed)
+        for target in targets(plan, costs, 41):
+            made = budget.allocate(plan, costs, OPTIONS, target, "row", [])
+            assert made.nbytes <= target
+            for step, further in next_steps(made):
+                assert made.nbytes + step > target or further.nbytes > target
+
+
+def predicted(made: Plan, costs: dict[str, Tensor]) -> float:
+    """The cost of a plan whose rows are dealt by what they cost on its grids."""
+    profile = Profile(options=tuple(OPTIONS), costs=costs)
+    at = [option.grid for option in OPTIONS]
+    on_grids = {n: costs[n][[at.index(part.grid) for part in w.grids]] for n, w in made.weights.items() if n in costs}
+    found = profile.predicted(made, rows.by_cost(made, on_grids, profile.cost_scores()))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("granularity", ["row", "linear", "group"])
+def test_more_bytes_are_never_predicted_worse(granularity: str) -> None:
+    plan = make_plan()
+    for seed in range(4):
+        costs = falling_costs(seed)
+        found = [
+            predicted(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
+            for target in targets(plan, costs, 40)
+        ]
+        assert all(more <= less * (1 + 1e-9) for less, more in itertools.pairwise(found))
+        assert found[-1] < found[0] / 1000
+
+
+def test_a_finer_granularity_is_never_predicted_worse() -> None:
+    """By more than the last step that did not fit: every coarser plan is one of the finer ones."""
+    plan = make_plan()
+    costs = falling_costs(5)
+    for target in targets(plan, costs, 12)[1:-1]:
+        row, linear, group = (
+            predicted(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
+            for granularity in ("row", "linear", "group")
+        )
+        assert row < linear <= group * 1.3
+
+
+TINY = {"a": (3, 64), "b": (2, 96)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_dealt_as_well_as_any_choice_of_them(seed: int) -> None:
+    """The plan says how many rows are on which grid; by cost they are the rows that the allocator meant.
+
+    Against every choice for every row, at what is left when a step and the row marks are taken off the budget.
+    """
+    plan, costs = make_plan(TINY), falling_costs(seed, TINY)
+    ladder = [OPTIONS[i] for i in (2, 0, 3)]
+    three = {name: cost[[2, 0, 3]] for name, cost in costs.items()}
+    per_row = {n: [parts.layout_nbytes((1, s[1]), [parts.affine_spec(o.grid, torch.bfloat16)]) for o in ladder]
+               for n, s in TINY.items()}  # fmt: skip
+    outcomes = all_outcomes([(three[n].double(), torch.tensor(per_row[n]).double()) for n in TINY])
+    marks, step = 3 * 4 * len(TINY), max(b[-1] - b[0] for b in per_row.values())
+    low, high = (int(sum(b[i] * TINY[n][0] for n, b in per_row.items())) for i in (0, -1))
+    for target in range(low + marks + step, high, 7):
+        made = budget.allocate(plan, three, ladder, target, "row", [])
+        best = min(c for b, c in outcomes if b <= target - marks - step)
+        assert predicted(made, costs) <= best * (1 + 1e-6)
+
+
+def test_a_target_below_the_smallest_plan_names_it() -> None:
+    plan = make_plan()
+    costs = falling_costs(0)
+    low, _ = sizes(plan, costs)
+    assert budget.allocate(plan, costs, OPTIONS, low, "row", []).nbytes == low
+    with pytest.raises(RecipeError, match=rf"{low - 1} bytes; the smallest plan takes .*{low} bytes, everything"):
+        budget.allocate(plan, costs, OPTIONS, low - 1, "row", [])
+
+
+def test_linears_without_costs_keep_what_they_had_and_are_counted() -> None:
+    plan = make_plan()
+    costs = falling_costs(0)
+    del costs["o"]
+    low, high = sizes(plan, costs)
+    made = budget.allocate(plan, costs, OPTIONS, (low + high) // 2, "group", GROUPS)
+    assert made.weights["o"] == plan.weights["o"]
+    assert low < made.nbytes <= (low + high) // 2
+
+
+def test_groups_with_skipped_members_are_what_is_left_of_them() -> None:
+    plan = make_plan({name: SHAPES[name] for name in ("q", "v", "down")})
+    costs = falling_costs(1, {name: SHAPES[name] for name in plan.weights})
+    for target in targets(plan, costs, 9):
+        made = budget.allocate(plan, costs, OPTIONS, target, "group", GROUPS)
+        assert made.weights["q"].grid == made.weights["v"].grid
+
+
+def test_outliers_are_bought_where_they_pay() -> None:
+    """Rows that only outliers make cheap get them; the count is that share of the row."""
+    plan = make_plan({"w": (8, 128)})
+    options = [Option(Grid(2, 32, True)), Option(Grid(2, 32, True), 0.02), Option(Grid(3, 32, True))]
+    cost = torch.tensor([[9.0] * 8, [8.0, 0.5] * 4, [7.9, 7.9] * 4])
+    with_outliers = plan.on({"w": (Rows(options[1].grid, 4, 3), Rows(options[0].grid, 4))})
+    made = budget.allocate(plan, {"w": cost}, options, with_outliers.nbytes, "row", [])
+    assert made.weights["w"].grids == (Rows(options[1].grid, 4, 3), Rows(options[0].grid, 4))
+
+
+def test_the_bytes_of_a_row_are_its_share_of_the_linear() -> None:
+    weight = make_plan({"w": (7, 100)}).weights["w"]
+    for option in (Option(Grid(3, 32, True)), Option(Grid(8, -1, True, True)), Option(Grid(2, 16, True), 0.05)):
+        on = weight.on(Rows(option.grid, 7, option.kept(100)))
+        assert budget.row_nbytes(weight, option) * 7 == pytest.approx(on.nbytes)
+
+
+# ---------------------------------------------------------------------------------------------------------- controls
+
+
+def share_range(made: Plan) -> tuple[float, float]:
+    """The shares of wider rows that, rounded down, give the counts of every linear: from, and up to but without."""
+    bits = sorted({rows.grid.bits for weight in made.weights.values() for rows in weight.grids})
+    assert len(bits) <= 2
+    wider = [sum(r.count for r in w.grids if r.grid.bits == bits[-1] and len(bits) == 2) for w in made.weights.values()]
+    total = [weight.shape[0] for weight in made.weights.values()]
+    pairs = list(zip(wider, total, strict=True))
+    return max(count / n for count, n in pairs), min((count + 1) / n for count, n in pairs)
+
+
+def test_uniform_is_the_same_share_of_two_neighbouring_widths_everywhere() -> None:
+    plan = make_plan()
+    for target in targets(plan, falling_costs(0), 60):
+        made = budget.uniform(plan, OPTIONS, target)
+        assert made.nbytes <= target
+        low, high = share_range(made)
+        assert low < high, "one share explains every linear"
+        widths = sorted({rows.grid.bits for weight in made.weights.values() for rows in weight.grids})
+        assert tuple(widths) in [(1,), (2,), (3,), (4,), (8,), (1, 2), (2, 3), (3, 4), (4, 8)]
+
+
+def test_uniform_spends_what_it_has() -> None:
+    """Up to the next row of the linears, all of which may get one at once."""
+    plan = make_plan()
+    one_row_each = sum(cols * 4 / 8 for _, cols in SHAPES.values())
+    marks = 2 * 4 * len(SHAPES)
+    for target in targets(plan, falling_costs(0), 30):
+        assert budget.uniform(plan, OPTIONS, target).nbytes > target - one_row_each - marks
+
+
+def test_uniform_below_the_narrowest_width_is_refused() -> None:
+    plan = make_plan()
+    low, high = sizes(plan, falling_costs(0))
+    assert budget.uniform(plan, OPTIONS, low).nbytes == low
+    assert budget.uniform(plan, OPTIONS, high).nbytes == high
+    with pytest.raises(RecipeError, match=r"every row at 1 bits it takes .*, everything counted"):
+        budget.uniform(plan, OPTIONS, low - 1)
+
+
+def test_uniform_over_several_group_sizes_begins_with_the_smallest_option() -> None:
+    """Large groups take fewer bytes than small ones at the same width."""
+    plan = make_plan()
+    options = [Option(Grid(bits, size, True, True)) for size in (32, 64) for bits in (1, 2)]
+    smallest = plan.on({n: (Rows(Grid(1, 64, True, True), w.shape[0]),) for n, w in plan.weights.items()})
+    assert budget.uniform(plan, options, smallest.nbytes).nbytes == smallest.nbytes
+
+
+def test_the_budget_beats_uniform_at_equal_bytes() -> None:
+    plan = make_plan()
+    costs = falling_costs(3)
+    for target in targets(plan, costs, 9)[1:-1]:
+        bought = predicted(budget.allocate(plan, costs, OPTIONS, target, "row", []), costs)
+        made = budget.uniform(plan, OPTIONS, target)
+        random = Profile(options=tuple(OPTIONS), costs=costs).predicted(
+            made, rows.by_score(made, rows.random_scores(made, 0))
+        )
+        assert random is not None
+        assert bought < 0.8 * random
+
+
+# ------------------------------------------------------------------------------------------------------- predictions
+
+
+def test_predicted_is_the_sum_over_all_rows_one_by_one(generator: torch.Generator) -> None:
+    options = (Option(Grid(4, 32, True)), Option(Grid(2, 32, True), 0.05), Option(Grid(2, 32, True)))
+    plan = make_plan().on(
+        {
+            "q": (Rows(options[0].grid, 3), Rows(options[1].grid, 4, 3), Rows(options[2].grid, 5)),
+            "o": (Rows(options[2].grid, 4), Rows(options[0].grid, 6)),
+            "down": (Rows(options[2].grid, 14),),
+        }
+    )
+    costs = {name: torch.rand(3, SHAPES[name][0], generator=generator) for name in ("q", "o", "down")}
+    chosen = {
+        "q": torch.tensor([2, 0, 1, 1, 2, 0, 2, 0, 1, 1, 2, 2]),
+        "o": torch.tensor([1, 0, 0, 1, 1, 1, 0, 1, 1, 0]),
+    }
+    expected = 0.0
+    for r in range(12):
+        expected += float(costs["q"][(0, 1, 2)[int(chosen["q"][r])], r])
+    for r in range(10):
+        expected += float(costs["o"][(2, 0)[int(chosen["o"][r])], r])
+    for r in range(14):
+        expected += float(costs["down"][2, r])
+    assert Profile(options=options, costs=costs).predicted(plan, chosen) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_option_without_a_price_predicts_nothing() -> None:
+    costs = falling_costs(0)
+    profile = Profile(options=tuple(OPTIONS), costs=costs)
+    plan = make_plan().on({name: (Rows(OPTIONS[0].grid, count),) for name, (count, _) in SHAPES.items()})
+    assert profile.predicted(plan, {}) == pytest.approx(sum(float(cost[0].sum()) for cost in costs.values()))
+    assert profile.predicted(plan.on({"q": (Rows(Grid(7), 12),)}), {}) is None
+    assert profile.predicted(plan.on({"q": (Rows(OPTIONS[0].grid, 12, 1),)}), {}) is None, "outliers are priced apart"
+
+
+def test_the_ladder_leads_from_the_smallest_plan_to_the_cheapest() -> None:
+    """As `llmsqueeze plan` draws it: bytes and predicted cost of whole plans, each byte buying less than the last."""
+    plan = make_plan()
+    costs = falling_costs(2, noise=1.0)
+    for granularity in ("row", "linear", "group"):
+        ladder = budget.ladder(plan, costs, OPTIONS, granularity, GROUPS)
+        low, high = sizes(plan, costs)
+        assert (ladder[0][0], ladder[-1][0]) == pytest.approx((low, high))
+        assert ladder[0][1] == pytest.approx(sum(float(cost[2].sum()) for cost in costs.values()))
+        assert ladder[-1][1] == pytest.approx(sum(float(cost[4].sum()) for cost in costs.values()), rel=1e-4)
+        slopes = [(c0 - c1) / (b1 - b0) for (b0, c0), (b1, c1) in itertools.pairwise(ladder)]
+        assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(slopes))

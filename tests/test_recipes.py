@@ -1,0 +1,530 @@
+"""Recipes: what single values may be, what contradicts what, what a method implies, and the ones that come along."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.plan import recipe_grid
+from llmsqueeze.recipe import BLOCK_ORDERS, CHOICES, METHODS, QUANTIZERS, ROW_ORDERS, Recipe
+from llmsqueeze.recipes import (
+    KEYS,
+    describe_recipes,
+    find_recipe,
+    make_recipe,
+    own_recipes,
+    read_recipe,
+    recipe_name,
+)
+
+
+def message(**settings: Any) -> str:
+    """What make_recipe says against these settings."""
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(settings)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- single values
+
+GOOD = [
+    ("bits", 2, 2),
+    ("bits", 8, 8),
+    ("bits", 3.0, 3),
+    ("bits", 2.75, 2.75),
+    ("size", "4GB", 4_000_000_000),
+    ("size", "900MB", 900_000_000),
+    ("size", "3.5GiB", 3_758_096_384),
+    ("size", " 12 kb ", 12_000),
+    ("size", "1.5 MiB", 1_572_864),
+    ("size", "2kib", 2048),
+    ("size", "0.002TB", 2_000_000_000),
+    ("size", "123456B", 123_456),
+    ("size", "123456", 123_456),
+    ("size", 123_456, 123_456),
+    ("group_size", 1, 1),
+    ("group_size", -1, -1),
+    ("widths", "4,2,3", (2, 3, 4)),
+    ("widths", [8, 1, 8], (1, 8)),
+    ("widths", " 2, 3", (2, 3)),
+    ("group_sizes", "128,64,64", (64, 128)),
+    ("group_sizes", [-1, 32], (-1, 32)),
+    ("row_outliers", "0.01,0.005", (0.005, 0.01)),
+    ("row_outliers", [0, 0.01], (0.01,)),
+    ("max_ppl_increase", 1, 1.0),
+    ("max_kl", 0.05, 0.05),
+    ("seed", 2**63 - 1, 2**63 - 1),
+    ("samples", 1, 1),
+    ("seq_len", 2, 2),
+    ("skip", "*.o_proj", ("*.o_proj",)),
+    ("skip", ["a", "b"], ("a", "b")),
+    ("calibration", "my text.txt", "my text.txt"),
+    ("search", False, False),
+    ("symmetric", True, True),
+]
+
+
+@pytest.mark.parametrize(("key", "given", "kept"), GOOD, ids=str)
+def test_a_good_value_is_kept_in_one_form(key: str, given: Any, kept: Any) -> None:
+    needs_auto = key not in ("bits", "size", "max_ppl_increase", "max_kl")
+    value = getattr(make_recipe({key: given} | ({"bits": 2.5} if needs_auto else {})), key)
+    assert value == kept
+    assert type(value) is type(kept)
+
+
+BAD = [
+    ("bits", 0.5, "from 1 to 8"),
+    ("bits", 9, "from 1 to 8"),
+    ("bits", "3", "'3'"),
+    ("bits", True, "True"),
+    ("bits", float("nan"), "nan"),
+    ("size", "4 GBB", "'4 GBB'"),
+    ("size", "GB", "4GB, 900MB or 3.5GiB"),
+    ("size", "-4GB", "'-4GB'"),
+    ("size", True, "True"),
+    ("size", [4], "write it as"),
+    ("size", "0.2B", "more than nothing"),
+    ("size", float("inf"), "inf"),
+    ("group_size", 0, "-1 for whole rows"),
+    ("group_size", -2, "group size is -2"),
+    ("group_size", "128", "'128'"),
+    ("outliers", 0.6, "from 0 to 0.5"),
+    ("outliers", -0.1, "such as 0.01 for 1 %"),
+    ("high_bits", 1, "from 2 to 8"),
+    ("high_bits", 4.0, "whole number"),
+    ("low_bits", 0, "from 1 to 8"),
+    ("low_bits", 9, "low bits is 9"),
+    ("high_fraction", 1.1, "from 0 to 1"),
+    ("mix", "6", "width:fraction"),
+    ("mix", {}, "width:fraction"),
+    ("mix", "6:x", "width:fraction"),
+    ("mix", [6, 0.1], "width:fraction"),
+    ("mix", {9: 0.1}, "mix width is 9"),
+    ("mix", {1: 0.1}, "mix width is 1"),
+    ("mix", {6: 1.5}, "mix fraction is 1.5"),
+    ("mix", "6:nan", "mix fraction is nan"),
+    ("mix", "6:0.7,4:0.7", "1.4 of the rows"),
+    ("widths", "0,3", "from 1 to 8"),
+    ("widths", [9], "from 1 to 8"),
+    ("widths", "", "from 1 to 8"),
+    ("widths", 3, "such as 2,3,4"),
+    ("widths", "2.5,3", "such as 2,3,4"),
+    ("widths", [2.5, 3], "such as 2,3,4"),
+    ("group_sizes", "0", "positive number of columns"),
+    ("group_sizes", "big", "such as 64,128"),
+    ("group_sizes", [64.5], "such as 64,128"),
+    ("row_outliers", "0.9", "from 0 to 0.5"),
+    ("row_outliers", 0.01, "such as 0.005,0.01"),
+    ("portable", "yes", "true or false"),
+    ("symmetric", 1, "true or false"),
+    ("search", "no", "true or false"),
+    ("max_ppl_increase", 0, "from 1e-06 to 10"),
+    ("max_kl", 11, "from 1e-06 to 10"),
+    ("calibration", " ", "file or data set"),
+    ("calibration", 5, "file or data set"),
+    ("samples", 0, "whole number from 1"),
+    ("samples", 8.0, "whole number"),
+    ("seq_len", 1, "from 2"),
+    ("seed", -1, "seed is -1"),
+    ("seed", 2**63, "from 0"),
+    ("skip", 3, "*.o_proj"),
+    ("skip", ["a", 3], "*.o_proj"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), BAD, ids=str)
+def test_a_bad_value_is_refused_with_what_is_allowed(key: str, value: Any, said: str) -> None:
+    text = message(**{key: value})
+    assert said in text
+    assert key.replace("_", " ") in text
+
+
+NASTY = [None, True, False, 0, -1, 10**400, 0.5, float("nan"), float("inf"), "", "x", "9" * 400, [], [[]], {}, {1: 2}]
+NASTY += [[float("inf")], {float("inf"): 0.1}, {"x": None}, [None], b"3", (3,)]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_value_of_any_kind_crashes(key: str) -> None:
+    """Whatever a YAML file may hold: a recipe comes of it, or a RecipeError that says why not."""
+    for value in NASTY:
+        try:
+            made = make_recipe({key: value})
+        except RecipeError as error:
+            assert str(error)  # noqa: PT017 - either is right
+        else:
+            assert isinstance(made, Recipe)
+
+
+def test_a_width_named_twice_in_a_mix_is_refused() -> None:
+    """One of the two shares would be lost without a word."""
+    assert "6" in message(method="mixllm", mix="6:0.1,6:0.2")
+
+
+def test_a_mix_is_kept_widest_first() -> None:
+    wanted = ((8, 0.01), (6, 0.1), (4, 0.5))
+    assert make_recipe({"method": "mixllm", "bits": 3, "mix": "4:0.5,8:0.01,6:0.1"}).mix == wanted
+    assert make_recipe({"method": "mixllm", "bits": 3, "mix": {4: 0.5, "8": 0.01, 6: 0.1}}).mix == wanted
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_an_unknown_choice_names_the_nearest_and_all_others(key: str) -> None:
+    right = CHOICES[key][-1]
+    text = message(**{key: right + "x"})
+    assert f"did you mean '{right}'" in text
+    assert all(choice in text for choice in CHOICES[key])
+    assert "choose from" in message(**{key: "qqqqqqq"})
+    assert "choose from" in message(**{key: ["a", "list"]})
+
+
+def test_an_unknown_key_names_the_nearest_and_all_known() -> None:
+    text = message(grup_size=64)
+    assert "unknown recipe key 'grup_size'; did you mean 'group_size'?" in text
+    assert all(key in text for key in KEYS)
+    assert "did you mean" not in message(qqqqqqq=1)
+
+
+def test_all_wrong_values_are_said_at_once() -> None:
+    text = message(method="gptqq", bits=11, grup_size=64, seed=-1, samples=4)
+    for said in ("'gptq'", "bits is 11", "'group_size'", "seed is -1"):
+        assert said in text
+    assert len(text.splitlines()) == 4
+
+
+def test_all_contradictions_are_said_at_once() -> None:
+    text = message(method="rtn", quantizer="gptq", outliers=0.01, widths="2,3", bits=2.5)
+    assert len(text.splitlines()) == 4
+
+
+def test_none_stands_for_the_default() -> None:
+    assert make_recipe(dict.fromkeys(KEYS)) == make_recipe({})
+
+
+# ----------------------------------------------------------------------------------------------- contradictions
+
+PORTABLE = {"method": "auto", "bits": 3, "portable": True}
+CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({"method": "rtn", "quantizer": "gptq"}, "quantizer 'gptq'", "method rtn"),
+    ({"method": "descent", "outliers": 0.01}, "outliers 0.01", "method descent"),
+    ({"method": "gptq", "size": "1GB"}, "size", "not with gptq"),
+    ({"method": "gwq", "importance": "lim"}, "importance", "not with gwq"),
+    ({"method": "auto", "bits": 3, "high_bits": 4}, "high bits", "not with auto"),
+    ({"method": "auto", "bits": 3, "low_bits": 2}, "low bits", "not with auto"),
+    ({"method": "layerwise", "high_fraction": 0.1}, "high fraction", "not with layerwise"),
+    ({"method": "layerwise", "mix": "6:0.1"}, "mix", "not with layerwise"),
+    ({"method": "mixllm", "granularity": "row"}, "granularity", "not with mixllm"),
+    ({"method": "mixllm", "widths": "2,3"}, "widths", "not with mixllm"),
+    ({"method": "layerwise", "group_sizes": "64,128"}, "group sizes", "not with layerwise"),
+    ({"method": "gwq", "row_outliers": "0.01"}, "row outliers", "not with gwq"),
+    ({"method": "layerwise", "max_ppl_increase": 0.02}, "max ppl increase", "not with layerwise"),
+    ({"method": "mixllm", "max_kl": 0.02}, "max kl", "not with mixllm"),
+    ({"method": "auto", "bits": 3, "row_outliers": "0.01", "outliers": 0.02}, "row outliers", "outliers 0.02"),
+    ({"method": "mixllm", "portable": True}, "portable", "method mixllm"),
+    ({"method": "gwq", "portable": True}, "portable", "method gwq"),
+    (PORTABLE | {"outliers": 0.01}, "portable", "outliers"),
+    (PORTABLE | {"row_outliers": "0.01"}, "portable", "outliers"),
+    (PORTABLE | {"granularity": "row"}, "portable", "per row"),
+    (PORTABLE | {"granularity": "linear"}, "portable", "per linear"),
+    (PORTABLE | {"symmetric": False}, "portable", "asymmetric"),
+    (PORTABLE | {"levels": "half"}, "portable", "levels half"),
+    (PORTABLE | {"widths": "1,2"}, "portable", "width 1"),
+    ({"method": "auto", "bits": 3, "size": "1GB"}, "bits 3", "size"),
+    ({"method": "auto", "bits": 3, "max_kl": 0.1}, "bits 3", "max kl 0.1"),
+    ({"method": "auto", "max_ppl_increase": 0.02, "max_kl": 0.1}, "max ppl increase 0.02", "max kl 0.1"),
+    ({"method": "layerwise", "bits": 3, "size": "1GB"}, "bits 3", "size"),
+    ({"method": "mixllm", "bits": 4.4, "size": "1GB"}, "bits 4.4", "size"),
+    ({"method": "mixllm", "importance": "lim"}, "importance 'lim'", "method mixllm"),
+    ({"method": "layerwise", "importance": "salience"}, "importance 'salience'", "method layerwise"),
+    ({"method": "auto", "bits": 3, "importance": "zd"}, "importance 'zd'", "method auto"),
+    ({"method": "layerwise", "low_bits": 4, "high_bits": 4}, "low bits 4", "high bits 4"),
+    ({"method": "mixllm", "low_bits": 6, "high_bits": 4}, "low bits 6", "high bits 4"),
+    ({"bits": 3, "levels": "half", "symmetric": False}, "levels half", "asymmetric"),
+    ({"method": "auto", "bits": 3, "levels": "half", "outliers": 0.01}, "levels half", "outliers 0.01"),
+    ({"method": "auto", "bits": 3, "levels": "integer", "widths": "1"}, "levels integer", "widths 1"),
+    ({"method": "gptq", "bits": 2.5}, "bits 2.5", "method gptq"),
+    ({"method": "gwq", "bits": 1}, "bits 1", "method gwq"),
+    ({"method": "mixllm", "bits": 4.4, "mix": "8:0.1"}, "mix", "bits 4.4"),
+    ({"method": "mixllm", "bits": 4.4, "high_fraction": 0.1}, "high fraction 0.1", "bits 4.4"),
+    ({"method": "mixllm", "bits": 3, "low_bits": 4}, "bits 3", "low bits 4"),
+]
+
+
+@pytest.mark.parametrize(("settings", "one", "other"), CONTRADICTIONS, ids=str)
+def test_settings_that_contradict_each_other_are_both_named(settings: dict[str, Any], one: str, other: str) -> None:
+    text = message(**settings)
+    assert one in text
+    assert other in text
+    assert len(text.splitlines()) == 1, "and nothing else is said"
+
+
+ALSO: list[tuple[dict[str, Any], str, str]] = [
+    ({"method": "mixllm", "size": "1GB", "high_fraction": 0.2}, "high fraction", "size"),
+    ({"method": "mixllm", "size": "1GB", "mix": "8:0.1"}, "mix", "size"),
+    ({"method": "mixllm", "mix": "6:0.1", "high_fraction": 0.3}, "mix", "high fraction"),
+    ({"method": "mixllm", "mix": "6:0.1", "high_bits": 5}, "mix", "high bits"),
+    ({"method": "mixllm", "levels": "half"}, "levels half", "mixllm"),
+    ({"method": "layerwise", "low_bits": 1, "outliers": 0.01}, "low bits 1", "outliers 0.01"),
+    ({"method": "layerwise", "low_bits": 1, "portable": True}, "portable", "low bits 1"),
+    ({"method": "gwq", "levels": "half"}, "levels half", "outliers"),
+    ({"method": "auto", "bits": 2, "widths": "1", "symmetric": False}, "asymmetric", "widths 1"),
+    ({"method": "auto", "bits": 2, "widths": "1", "outliers": 0.01}, "outliers 0.01", "widths 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "one", "other"), ALSO, ids=str)
+def test_contradictions_with_what_a_method_implies_are_named_too(
+    settings: dict[str, Any], one: str, other: str
+) -> None:
+    """None of these can be done as asked: one of the two would be dropped in silence, or fail far inside."""
+    text = message(**settings)
+    assert one in text
+    assert other in text
+
+
+def test_auto_without_a_budget_says_which_there_are() -> None:
+    for settings in ({"method": "auto"}, {"portable": True}, {"granularity": "row"}):
+        text = message(**settings)
+        assert all(word in text for word in ("bits 2.7", "size 4GB", "max ppl increase", "max kl"))
+
+
+# ------------------------------------------------------------------------------------------------ what is implied
+
+IMPLIED: list[tuple[dict[str, Any], str]] = [
+    ({}, "descent"),
+    ({"bits": 3}, "descent"),
+    ({"bits": 3.0}, "descent"),
+    ({"bits": 2.7}, "auto"),
+    ({"size": "4GB"}, "auto"),
+    ({"max_ppl_increase": 0.02}, "auto"),
+    ({"max_kl": 0.05}, "auto"),
+    ({"bits": 3, "granularity": "linear"}, "auto"),
+    ({"bits": 3, "widths": "2,3,4"}, "auto"),
+    ({"bits": 3, "portable": True}, "auto"),
+    ({"bits": 3, "portable": False}, "descent"),
+    ({"bits": 2.7, "method": "layerwise"}, "layerwise"),
+    ({"size": "4GB", "method": "mixllm"}, "mixllm"),
+]
+
+
+@pytest.mark.parametrize(("settings", "method"), IMPLIED, ids=str)
+def test_the_method_goes_without_saying(settings: dict[str, Any], method: str) -> None:
+    assert make_recipe(settings).method == method
+
+
+LAYERWISE: dict[str, Any] = {"method": "layerwise"}
+MIXLLM: dict[str, Any] = {"method": "mixllm"}
+FILLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"bits": 3, "quantizer": "descent", "inputs": "corrected", "search": True, "symmetric": True}),
+    ({}, {"levels": "integer", "outliers": 0.0, "labels": "text", "importance": None}),
+    ({"method": "rtn"}, {"quantizer": "rtn", "inputs": "original", "search": False}),
+    ({"method": "gptq"}, {"quantizer": "gptq", "inputs": "sequential", "search": False}),
+    ({"method": "gptq", "search": True, "inputs": "original"}, {"search": True, "inputs": "original"}),
+    ({"method": "gwq"}, {"quantizer": "descent", "outliers": 0.01, "symmetric": True}),
+    ({"method": "gwq", "outliers": 0.0}, {"outliers": 0.0}),
+    ({"method": "gwq", "quantizer": "rtn"}, {"quantizer": "rtn", "inputs": "original"}),
+    (LAYERWISE, {"bits": 3, "importance": "lim", "low_bits": 2, "high_bits": 4, "levels": "integer"}),
+    (LAYERWISE | {"bits": 4.3}, {"low_bits": 2, "high_bits": 4}),
+    (LAYERWISE | {"bits": 5}, {"low_bits": 4, "high_bits": 8}),
+    (LAYERWISE | {"high_bits": 3}, {"low_bits": 2, "high_bits": 3}),
+    (LAYERWISE | {"size": "1GB"}, {"bits": None, "size": 10**9, "low_bits": 2, "high_bits": 4}),
+    (MIXLLM, {"bits": None, "low_bits": 4, "high_bits": 8, "mix": ((8, 0.10),), "high_fraction": 0.10}),
+    (MIXLLM, {"symmetric": False, "importance": "salience", "quantizer": "descent"}),
+    (MIXLLM | {"bits": 3}, {"low_bits": 3, "bits": None}),
+    (MIXLLM | {"bits": 4.4}, {"low_bits": 4, "high_bits": 8, "mix": None, "bits": 4.4, "high_fraction": None}),
+    (MIXLLM | {"high_fraction": 0.0}, {"mix": ((8, 0.0),)}),
+    (MIXLLM | {"high_bits": 6, "high_fraction": 0.2}, {"mix": ((6, 0.2),)}),
+    (MIXLLM | {"low_bits": 3, "mix": "4:0.6,6:0.1"}, {"mix": ((6, 0.1), (4, 0.6)), "high_bits": 6, "low_bits": 3}),
+    (MIXLLM | {"size": "1GB"}, {"size": 10**9, "mix": None, "low_bits": 4, "high_bits": 8}),
+    ({"bits": 2.5}, {"levels": "half", "granularity": "row", "widths": (1, 2, 3, 4, 5, 6, 8)}),
+    ({"bits": 2.5}, {"importance": "cost", "labels": "model", "symmetric": True, "quantizer": "descent"}),
+    ({"bits": 2.5, "symmetric": False}, {"levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
+    ({"bits": 2.5, "outliers": 0.01}, {"levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
+    ({"bits": 2.5, "levels": "integer", "widths": "1,2,3"}, {"widths": (2, 3)}),
+    ({"bits": 2.5, "portable": True}, {"granularity": "group", "levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
+    ({"bits": 2.5, "labels": "text"}, {"labels": "text"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), FILLED, ids=str)
+def test_what_is_open_is_filled_in(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    made = make_recipe(settings)
+    assert {key: getattr(made, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("method", ["layerwise", "mixllm"])
+@pytest.mark.parametrize("key", ["low_bits", "high_bits", "bits"])
+def test_the_low_width_is_below_the_high_one_whichever_was_named(method: str, key: str) -> None:
+    """The one that was left open makes room, or the width is refused; two equal ones would be no mix at all."""
+    for width in range(2, 9):
+        try:
+            made = make_recipe({"method": method, key: width})
+        except RecipeError as error:
+            assert f"bits {width}" in str(error)  # noqa: PT017 - either is right
+        else:
+            assert made.low_bits is not None
+            assert made.high_bits is not None
+            assert made.low_bits < made.high_bits, f"{key} {width}"
+
+
+BUDGETS: list[tuple[dict[str, Any], float | None]] = [
+    ({"bits": 3}, None),
+    ({"method": "gwq", "bits": 3}, None),
+    ({"bits": 2.7}, 2.7),
+    ({"method": "auto", "bits": 3}, 3),
+    ({"size": "4GB"}, None),
+    ({"max_kl": 0.1}, None),
+    (LAYERWISE, 3),
+    (LAYERWISE | {"size": "1GB"}, None),
+    (MIXLLM, None),
+    (MIXLLM | {"bits": 4}, None),
+    (MIXLLM | {"bits": 4.4}, 4.4),
+]
+
+
+@pytest.mark.parametrize(("settings", "bits"), BUDGETS, ids=str)
+def test_bits_are_an_average_only_where_they_are_a_budget(settings: dict[str, Any], bits: float | None) -> None:
+    """A plain method's bits, and whole ones of mixllm, are the width of a code."""
+    assert make_recipe(settings).average_bits == bits
+
+
+NEEDS: list[tuple[dict[str, Any], bool, bool]] = [
+    ({"method": "rtn"}, False, False),
+    ({"method": "gptq"}, True, False),
+    ({"method": "gwq", "quantizer": "rtn"}, True, True),
+    ({"method": "gwq", "quantizer": "rtn", "outlier_ranking": "magnitude"}, False, False),
+    ({"method": "gwq", "quantizer": "rtn", "outliers": 0.0}, False, False),
+    (LAYERWISE | {"quantizer": "rtn", "importance": "zd"}, False, False),
+    (LAYERWISE | {"quantizer": "rtn", "importance": "random"}, False, False),
+    (LAYERWISE | {"quantizer": "rtn", "importance": "lim"}, True, False),
+    (LAYERWISE | {"quantizer": "rtn", "importance": "reverse"}, True, False),
+    (MIXLLM | {"quantizer": "rtn"}, True, True),
+    (MIXLLM | {"quantizer": "rtn", "importance": "reverse"}, True, True),
+    (MIXLLM | {"quantizer": "rtn", "importance": "cost"}, True, True),
+    (MIXLLM | {"quantizer": "rtn", "importance": "random"}, False, False),
+    ({"bits": 2.5, "quantizer": "rtn"}, True, True),
+    ({"bits": 2.5, "quantizer": "rtn", "importance": "uniform"}, False, False),
+]
+
+
+@pytest.mark.parametrize(("settings", "text", "gradients"), NEEDS, ids=str)
+def test_text_and_gradients_are_wanted_only_where_something_needs_them(
+    settings: dict[str, Any], text: bool, gradients: bool
+) -> None:
+    made = make_recipe(settings)
+    assert (made.needs_text, made.needs_gradients) == (text, gradients)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [LAYERWISE | {"low_bits": 1}, LAYERWISE | {"low_bits": 1, "symmetric": False}, MIXLLM | {"low_bits": 1}],
+    ids=str,
+)
+def test_one_bit_means_half_integer_levels_or_is_refused(settings: dict[str, Any]) -> None:
+    """As `Grid` promises: a grid of one bit is always a half one."""
+    try:
+        made = make_recipe(settings)
+    except RecipeError as error:
+        assert "low bits 1" in str(error)  # noqa: PT017 - either is right
+    else:
+        assert recipe_grid(made, 1).half
+
+
+# ---------------------------------------------------------------------------------------------------- round trips
+
+SAMPLE: list[dict[str, Any]] = [{}, *({"method": method} for method in METHODS if method != "auto")]
+SAMPLE += [LAYERWISE | {"importance": order, "bits": 2.75} for order in BLOCK_ORDERS]
+SAMPLE += [MIXLLM | {"importance": order} for order in ROW_ORDERS]
+SAMPLE += [settings for settings, _ in FILLED] + [settings for settings, _ in IMPLIED]
+SAMPLE += [
+    {"method": "auto", "bits": 3},
+    {"bits": 2.5, "row_outliers": "0.005,0.01", "group_sizes": "64,-1", "skip": ["*.o_proj"], "seed": 7},
+    {"bits": 2.5, "importance": "uniform", "calibration": "text.txt", "samples": 3, "seq_len": 64},
+    {"method": "gwq", "outliers": 0.02, "outlier_scope": "global", "outlier_ranking": "magnitude", "bits": 4},
+    LAYERWISE | {"outliers": 0.01, "quantizer": "gptq", "symmetric": False},
+]
+
+
+@pytest.mark.parametrize("settings", SAMPLE, ids=str)
+def test_a_recipe_made_of_a_recipe_is_the_same(settings: dict[str, Any]) -> None:
+    """Also by way of YAML and JSON, as plans and `llmsqueeze.json` keep it."""
+    made = make_recipe(settings)
+    values = made.as_dict()
+    assert make_recipe(values) == made
+    assert make_recipe(yaml.safe_load(yaml.safe_dump(values))) == made
+    assert make_recipe(json.loads(json.dumps(values))) == made
+
+
+def test_every_quantizer_is_a_method() -> None:
+    assert set(QUANTIZERS) < set(METHODS)
+    for name in QUANTIZERS:
+        assert make_recipe({"method": name}).quantizer == name
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("path", own_recipes(), ids=recipe_name)
+def test_every_recipe_that_comes_along_is_sound(path: Path) -> None:
+    made = make_recipe(read_recipe(path))
+    assert make_recipe(made.as_dict()) == made
+    assert find_recipe(recipe_name(path)) == path
+
+
+def test_every_recipe_that_comes_along_says_its_purpose() -> None:
+    described = {entry["name"]: entry["purpose"] for entry in describe_recipes()}
+    assert list(described) == [recipe_name(path) for path in own_recipes()]
+    assert len(described) >= 5
+    for name, purpose in described.items():
+        assert len(purpose) > 20, name
+        assert purpose[0] not in "# "
+        assert purpose[-1] != "."
+    assert len(set(described.values())) == len(described), "no two promise the same"
+
+
+def test_a_purpose_is_the_first_sentence_of_the_comment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "mine.yaml").write_text("# Two lines of a\n# first sentence. And a second one.\nbits: 3\n")
+    (tmp_path / "papers" / "gwq.yaml").write_text("# As published (arXiv 2411.00850).\nmethod: gwq\n")
+    files = [tmp_path / "mine.yaml", tmp_path / "papers" / "gwq.yaml"]
+    monkeypatch.setattr("llmsqueeze.recipes.own_recipes", lambda: files)
+    assert describe_recipes() == [
+        {"name": "mine", "purpose": "Two lines of a first sentence"},
+        {"name": "papers/gwq", "purpose": "As published (arXiv 2411.00850)"},
+    ]
+
+
+def test_a_file_wins_over_a_recipe_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gptq-4bit").write_text("bits: 5\n")
+    assert read_recipe(find_recipe("gptq-4bit")) == {"bits": 5}
+    assert find_recipe("descent-3bit").name == "descent-3bit.yaml"
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean 'gptq-4bit'.*descent-3bit"):
+        find_recipe("gptq-4bits")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"- a\n- b\n", "map keys to values"), (b"3: 4\n", "map keys"), (b"", "map keys"), (b"a: [\n", "YAML")],
+    ids=["list", "number", "empty", "broken"],
+)
+def test_a_file_that_is_no_recipe_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(RecipeError, match=said):
+        read_recipe(tmp_path / "x.yaml")
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe file"):
+        read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="not readable"):
+        read_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("# für\nbits: 3\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not readable"):
+        read_recipe(tmp_path / "latin.yaml")
