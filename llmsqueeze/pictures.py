@@ -140,8 +140,8 @@ def _table(bits: Mapping[str, float], blocks: Sequence[Sequence[str]]) -> tuple[
     inside = [{name.split(".", depth)[-1]: name for name in names} for names in blocks]
     kinds: list[str] = []
     for block in inside:
-        place = 0
-        for kind in block:  # one that is new comes after the one it follows in its block
+        place = min((kinds.index(kind) for kind in block if kind in kinds), default=len(kinds))
+        for kind in block:  # one that is new comes between its neighbours in the block
             if kind not in kinds:
                 kinds.insert(place, kind)
             place = kinds.index(kind) + 1

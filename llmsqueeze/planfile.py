@@ -137,12 +137,13 @@ def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
     for what, count in (*counts.items(), ("outliers", outliers)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise RecipeError(f"{what}: {count!r} is no number of rows")
+    grids = [_rows(text, count) for text, count in counts.items()]
     total = sum(counts.values())
     if total != weight.shape[0]:
         raise RecipeError(f"its grids have {total} rows, the linear has {weight.shape[0]}")
     if outliers > weight.numel:
         raise RecipeError(f"{outliers} outliers are more than its {weight.numel} weights")
-    return replace(weight.on(*(_rows(text, count) for text, count in counts.items())), outliers=outliers)
+    return replace(weight.on(*grids), outliers=outliers)
 
 
 def _rows(text: Any, count: int) -> Rows:

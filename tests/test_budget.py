@@ -214,6 +214,18 @@ def test_no_row_that_fits_is_left_behind() -> None:
                 assert made.nbytes + step > target or further.nbytes > target
 
 
+def test_rows_that_share_words_of_zeros_are_counted_as_they_are_packed() -> None:
+    """Asymmetric grids pack the zeros of their rows together, so that bytes are no sum over rows: the target holds."""
+    options = [Option(Grid(bits, 32, False)) for bits in (2, 3, 4, 8)]
+    plan = make_plan()
+    costs = {name: cost[[0, 3, 1, 4]] for name, cost in falling_costs(1).items()}
+    low, high = sizes(plan, costs, options)
+    for i in range(40):
+        target = low + (high - low) * i // 39
+        made = budget.allocate(plan, costs, options, target, "row", [])
+        assert target - (128 * 4 // 8 + 16) < made.nbytes <= target
+
+
 def predicted(made: Plan, costs: dict[str, Tensor]) -> float:
     """The cost of a plan whose rows are dealt by what they cost on its grids."""
     profile = Profile(options=tuple(OPTIONS), costs=costs)
@@ -261,8 +273,8 @@ def test_rows_are_dealt_as_well_as_any_choice_of_them(seed: int) -> None:
     plan, costs = make_plan(TINY), falling_costs(seed, TINY)
     ladder = [OPTIONS[i] for i in (2, 0, 3)]
     three = {name: cost[[2, 0, 3]] for name, cost in costs.items()}
-    per_row = {n: [parts.layout_nbytes((1, s[1]), [parts.affine_spec(o.grid, torch.bfloat16)]) for o in ladder]
-               for n, s in TINY.items()}  # fmt: skip
+    specs = [[parts.affine_spec(option.grid, torch.bfloat16)] for option in ladder]
+    per_row = {n: [parts.layout_nbytes((1, cols), spec) for spec in specs] for n, (_, cols) in TINY.items()}
     outcomes = all_outcomes([(three[n].double(), torch.tensor(per_row[n]).double()) for n in TINY])
     marks, step = 3 * 4 * len(TINY), max(b[-1] - b[0] for b in per_row.values())
     low, high = (int(sum(b[i] * TINY[n][0] for n, b in per_row.items())) for i in (0, -1))
