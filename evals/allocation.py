@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 from methods import add_arguments, measure
@@ -87,11 +88,14 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--sizes", nargs="+", type=float, default=[2.5, 3.0, 3.5, 4.5])
+    parser.add_argument("--only", help="regular expression that the rows' names must contain")
     args = parser.parse_args()
     hush()
     results = []
     for table in args.tables:
         for name, settings in TABLES[table](args.sizes).items():
+            if args.only and not re.search(args.only, name):
+                continue
             row = {"table": table, **measure(args, name, settings)}
             results.append(row)
             if args.out:

@@ -80,6 +80,7 @@ def quantize(
     place = pick_device(device)
     check_writable(out, overwrite)
     job = prepare(Source(source) if isinstance(source, str) else source, recipe, progress)
+    target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     outer = outer_shards(job.skeleton)
     shards = len(outer) + len(job.skeleton.blocks)
     with (
@@ -88,7 +89,7 @@ def quantize(
     ):
         walk = Walk(job.skeleton, job.calibration.rows if job.calibration else [], spill, torch.float32, place)
         inputs = walk.embed() if recipe.needs_text else None
-        decided = decided or measure_and_decide(walk, inputs, job, recipe, profile, progress)
+        decided = decided or measure_and_decide(walk, inputs, job, recipe, profile, target, progress)
         for names in outer:
             output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
         errors = compress_blocks(walk, needed_streams(inputs, recipe), decided, recipe, output, progress)
@@ -112,11 +113,15 @@ def quantize(
 
 
 def measure_and_decide(
-    walk: Walk, inputs: Activations | None, job: Job, recipe: Recipe, profile: Profile | None, progress: Progress
+    walk: Walk,
+    inputs: Activations | None,
+    job: Job,
+    recipe: Recipe,
+    profile: Profile | None,
+    target: int | None,
+    progress: Progress,
 ) -> Decision:
-    """What to do with every linear, from a profile that is there or measured now."""
-    # a budget that cannot be met is said before anything is measured
-    target = target_nbytes(recipe, job.plan.numel, job.kept_nbytes, job.checkpoint.nbytes)
+    """What to do with every linear within `target` bytes, from a profile that is there or measured now."""
     profile = profile or measure(walk, inputs, job.plan, recipe, wanted_by(recipe), progress)
     return decide(job.plan, profile, recipe, job.skeleton.linears, target)
 

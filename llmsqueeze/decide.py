@@ -16,7 +16,7 @@ from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure import Wanted
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, recipe_grid
+from llmsqueeze.plan import Plan, Rows, recipe_grid
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.recipe import Recipe
@@ -110,25 +110,38 @@ def _costs_on_grids(plan: Plan, profile: Profile) -> dict[str, Tensor | None]:
     return found
 
 
-def target_nbytes(recipe: Recipe, numel: int, kept_nbytes: int, nbytes_original: int) -> int | None:
-    """Bytes that the planned linears may take; None where the recipe names no budget.
+def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original: int) -> int | None:
+    """Bytes that the linears of `plan` may take; None where the recipe names no budget.
 
-    `kept_nbytes`: all weights beside them. Raises RecipeError for a size that no plan can have.
+    `kept_nbytes`: all weights beside them. Raises RecipeError for a budget that no plan can meet, naming the smallest,
+    before anything is measured.
     """
     if recipe.size is not None:
-        if recipe.size >= nbytes_original:
-            raise RecipeError(
-                f"size {recipe.size} bytes is no less than the original's {nbytes_original}: there is nothing to do"
-            )
-        if recipe.size <= kept_nbytes:
-            raise RecipeError(
-                f"size {recipe.size} bytes: what stays as it is (embeddings, norms, head, skipped linears) takes "
-                f"{kept_nbytes} already"
-            )
-        return recipe.size - kept_nbytes
-    if recipe.average_bits is not None:
-        return int(recipe.average_bits * numel / 8)
-    return None
+        target, asked = recipe.size - kept_nbytes, f"size {recipe.size} bytes"
+    elif recipe.average_bits is not None:
+        target, asked = int(recipe.average_bits * plan.numel / 8), f"bits {recipe.average_bits:g}"
+    else:
+        return None
+    if recipe.size is not None and recipe.size >= nbytes_original:
+        raise RecipeError(f"{asked} is no less than the original's {nbytes_original}: there is nothing to do")
+    smallest = narrowest(plan, recipe)
+    if smallest.nbytes > target:
+        raise RecipeError(
+            f"{asked} is too small: with {smallest.code_bits:g}-bit codes everywhere the linears take "
+            f"{smallest.bits_per_weight:.3f} bits per weight, everything counted, and all weights "
+            f"{kept_nbytes + smallest.nbytes} bytes, of which {kept_nbytes} stay as they are"
+        )
+    return target
+
+
+def narrowest(plan: Plan, recipe: Recipe) -> Plan:
+    """The smallest plan that the recipe's method can make of the linears."""
+    if recipe.method != "auto":
+        grids = [recipe_grid(recipe, recipe.code_bits)]
+    else:
+        grids = [option.grid for option in options_of(recipe) if not option.outliers]
+    plans = [plan.on({name: (Rows(grid, w.shape[0]),) for name, w in plan.weights.items()}) for grid in grids]
+    return min(plans, key=lambda one: one.nbytes)
 
 
 def _layerwise(

@@ -47,7 +47,7 @@ def plan(
         raise OutputError(f"cannot make the folder {folder}: {error}") from error
     place = pick_device(device)
     job = prepare(source, recipe, progress, text=weights, weights=weights)
-    target = target_nbytes(recipe, job.plan.numel, job.kept_nbytes, job.checkpoint.nbytes)
+    target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     profile = stored_or_measured(job, recipe, folder / PROFILE, place, progress) if weights else Profile()
     decided = decide(job.plan, profile, recipe, job.skeleton.linears, target)
     about = {

@@ -7,6 +7,7 @@ contradicting settings name each other, and all that is wrong is said at once. c
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ def find_recipe(name: str) -> Path:
 
 
 def own_recipes() -> list[Path]:
-    """The recipes that come along: beside the package in a checkout, inside it where it was installed."""
-    for folder in (Path(__file__).parent / "recipes", Path(__file__).parents[1] / "recipes"):
+    """The recipes that come along: beside the package in a checkout, under the prefix where it was installed."""
+    for folder in (Path(__file__).parents[1] / "recipes", Path(sys.prefix) / "share" / "llmsqueeze" / "recipes"):
         if folder.is_dir():
             return sorted(folder.glob("*.yaml")) + sorted(folder.glob("papers/*.yaml"))
     return []

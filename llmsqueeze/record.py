@@ -44,7 +44,7 @@ def outcome(decided: Decision, nbytes: int, nbytes_original: int, errors: dict[s
     plan = decided.plan
     return {
         "llmsqueeze_version": __version__,
-        "format_version": native.FORMAT_VERSION,
+        "format_version": native.format_version(plan),
         "code_bits": round(plan.code_bits, 6),
         "bits_per_weight": round(plan.bits_per_weight, 6),
         "predicted_loss_increase": decided.predicted,

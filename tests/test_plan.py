@@ -23,7 +23,7 @@ from llmsqueeze.run import quantize
 from llmsqueeze.search import WIDTH, Round, bisect
 from llmsqueeze.show import contents
 
-FAST = {"samples": 6, "seq_len": 48}
+FAST = {"samples": 6, "seq_len": 48, "widths": [1, 2, 3, 4]}
 DEMO = Source("demo")
 
 

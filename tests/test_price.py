@@ -166,7 +166,7 @@ def test_what_stays_as_it_is_costs_nothing(weight: Tensor, moments: Tensor, curv
     assert option.kept(96) == 5
     kept = price.row_outliers(weight, curvature, 5)
     rounded = rtn(weight, option.grid, torch.float32, None, kept).dense()
-    for r in range(60):
+    for r in range(0, 60, 9):
         d = [0.0 if kept[r, j] else float(weight[r, j] - rounded[r, j]) for j in range(96)]
         cost = sum(d[i] * float(moments[i, j]) * d[j] for i in range(96) for j in range(96))
         assert float(found[r]) == pytest.approx(0.5 * r * cost, rel=1e-3, abs=1e-9)
@@ -292,15 +292,18 @@ def test_costs_fall_with_the_width_for_nearly_all_rows(tokens: list[Tensor]) -> 
 
 
 def test_the_predicted_loss_is_near_the_measured_one(tmp_path: Path) -> None:
-    """Every row at 3 bits, on text that was not calibrated on: right to a factor of two."""
-    settings = {"method": "auto", "bits": 3.2, "widths": [3], "samples": 12, "seq_len": 128}
+    """Every row at 3 bits, on text that was not calibrated on: right to a factor of two, and so for the divergence."""
+    settings = {"method": "auto", "bits": 3.2, "widths": [3], "samples": 24, "seq_len": 128}
     made = quantize("demo", make_recipe(settings), tmp_path / "out", device="cpu")
     assert made.bits == 3
-    result = evaluate(str(tmp_path / "out"), baseline="demo", text=evaluation_text("demo", "demo"), limit=40)
+    result = evaluate(str(tmp_path / "out"), baseline="demo", text=evaluation_text("demo", "demo"), limit=100)
     assert result.nll_difference is not None
+    assert result.nll_difference_stderr is not None
+    assert result.scores.kl_mean is not None
     assert made.predicted_loss_increase is not None
-    assert result.nll_difference > 5 * (result.nll_difference_stderr or 0), "there is something to predict"
+    assert result.nll_difference > 3 * result.nll_difference_stderr, "there is something to predict"
     assert 0.5 < made.predicted_loss_increase / result.nll_difference < 2
+    assert 0.5 < made.predicted_loss_increase / result.scores.kl_mean < 2
 
 
 # --------------------------------------------------------------------------------------------------------- the file

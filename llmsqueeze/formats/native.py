@@ -8,6 +8,9 @@
 
 Tensor t of part i of a linear is `<linear>.parts.<i>.<t>`; the linear's bias keeps its name. parts.py defines the
 tensors of each kind. Readers refuse versions that they do not know.
+
+Version 2 has what version 1 has, and affine parts on some rows only (`"rows": how many`, a tensor `rows` that marks
+them) or with half-integer levels (`"half": true`). A folder without either is written as version 1.
 """
 
 from __future__ import annotations
@@ -23,13 +26,19 @@ from llmsqueeze.parts import Part
 from llmsqueeze.plan import Plan
 
 METHOD = "llmsqueeze"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+NEW_IN_2 = {"rows", "half"}
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """What `config.json` holds under `quantization_config`."""
     weights = {name: {"shape": list(w.shape), "parts": w.specs} for name, w in plan.weights.items()}
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "weights": weights}
+    return {"quant_method": METHOD, "format_version": format_version(plan), "weights": weights}
+
+
+def format_version(plan: Plan) -> int:
+    """The oldest version that can say what the plan holds."""
+    return 2 if any(NEW_IN_2 & set(spec) for weight in plan.weights.values() for spec in weight.specs) else 1
 
 
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
@@ -44,10 +53,10 @@ def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tenso
 def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     """linear -> {"shape", "parts"} of a `quantization_config`; raises UnsupportedError for one we cannot read."""
     version = config.get("format_version")
-    if config.get("quant_method") != METHOD or version != FORMAT_VERSION:
+    if config.get("quant_method") != METHOD or version not in FORMAT_VERSIONS:
         raise UnsupportedError(
             f"quantization format {config.get('quant_method')!r} version {version!r} is not read by this version; "
-            f"it reads {METHOD!r} version {FORMAT_VERSION}"
+            f"it reads {METHOD!r} version {' and '.join(map(str, FORMAT_VERSIONS))}"
         )
     entries = config.get("weights")
     if not isinstance(entries, dict):
