@@ -1,31 +1,39 @@
-"""Turns the JSON of `methods.py` into the Markdown tables of `results/methods.md`.
+"""Turns the JSON of `methods.py` and `allocation.py` into the Markdown tables of `results/`.
 
     python evals/tables.py evals/results/methods-*.json
 
 Each row: bits per weight with everything counted, perplexity, and the loss it costs (increase of the mean nll over the
-original, in nats per token, with the standard error of the paired difference), per width of the codes.
+original, in nats per token, with the standard error of the paired difference).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+HEADS = {
+    "bars": "The size of plain GPTQ (group 64, original inputs)",
+    "equal": "Equal bytes",
+    "mixes": "MixLLM as in its paper",
+}
+
 
 def main() -> None:
     for file in sys.argv[1:]:
-        print(table(json.loads(Path(file).read_text())))
+        results = json.loads(Path(file).read_text())
+        print(allocations(results) if "table" in results[0] else methods(results))
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def methods(results: list[dict[str, Any]]) -> str:
+    """Rows by method, a column per width of the codes."""
     widths = sorted({row["bits"] for row in results})
     names = list(dict.fromkeys(row["row"] for row in results))
     cells = {(row["row"], row["bits"]): row for row in results}
-    first = results[0]
     lines = [
-        f"### {first['model']} (original perplexity {first['perplexity_original']:.4f})",
+        heading(results),
         "",
         "| method | " + " | ".join(f"{b}-bit codes: bpw | perplexity | loss" for b in widths) + " |",
         "|---|" + "---:|---:|---:|" * len(widths),
@@ -33,6 +41,37 @@ def table(results: list[dict[str, Any]]) -> str:
     for name in names:
         lines.append(f"| {name} | " + " | ".join(cell(cells.get((name, bits))) for bits in widths) + " |")
     return "\n".join(lines) + "\n"
+
+
+def allocations(results: list[dict[str, Any]]) -> str:
+    """A table per kind of comparison; orders that differ by their seed are one row."""
+    lines = [heading(results)]
+    for table in dict.fromkeys(row["table"] for row in results):
+        lines += ["", f"**{HEADS[table]}**", "", "| | bpw | perplexity | loss | KL | predicted loss |"]
+        lines.append("|---|---:|---:|---:|---:|---:|")
+        folded: dict[str, list[dict[str, Any]]] = {}
+        for row in results:
+            if row["table"] == table:
+                folded.setdefault(re.sub(r", order \d+", "", row["row"]), []).append(row)
+        lines += [folded_row(name, rows) for name, rows in folded.items()]
+    return "\n".join(lines) + "\n"
+
+
+def folded_row(name: str, rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    if len(rows) == 1:
+        promised = first["predicted_loss_increase"]
+        cells = [cell(first), f"{first['kl_mean']:.4f}", "" if promised is None else f"{promised:.4f}"]
+        return f"| {name} | " + " | ".join(cells) + " |"
+    losses, kls = [[row[key] for row in rows] for key in ("nll_difference", "kl_mean")]
+    loss, kl = (f"{sum(v) / len(v):.4f} ({min(v):.4f} to {max(v):.4f})" for v in (losses, kls))
+    perplexity = sum(row["perplexity"] for row in rows) / len(rows)
+    label = f"{name}, mean of {len(rows)} orders"
+    return f"| {label} | {first['bits_per_weight']:.3f} | {perplexity:.3f} | {loss} | {kl} | |"
+
+
+def heading(results: list[dict[str, Any]]) -> str:
+    return f"### {results[0]['model']} (original perplexity {results[0]['perplexity_original']:.4f})"
 
 
 def cell(row: dict[str, Any] | None) -> str:

@@ -44,7 +44,8 @@ def number(low: float, high: float) -> Callable[[str, Any], float]:
 def budget(key: str, value: Any) -> float:
     """Bits: whole ones stay whole numbers, for a width is one."""
     if not _is_number(value) or not 1 <= value <= 8:
-        raise RecipeError(f"{spoken(key)} is {value!r}; it must be a number from 1 to 8 (a width is whole, from 2)")
+        shown = f"{value:g}" if _is_number(value) else repr(value)
+        raise RecipeError(f"{spoken(key)} is {shown}; it must be a number from 1 to 8 (a width is whole, from 2)")
     return int(value) if value == int(value) else float(value)
 
 

@@ -148,7 +148,7 @@ def _about_portable(recipe: Recipe) -> Iterator[str]:
 def _about_budget(recipe: Recipe) -> Iterator[str]:
     method, bits = recipe.method, recipe.bits
     named = [
-        f"{key.replace('_', ' ')} {getattr(recipe, key):g}"
+        f"{key.replace('_', ' ')} {getattr(recipe, key):.10g}"
         for key in ("bits", "size", "max_ppl_increase", "max_kl")
         if getattr(recipe, key) is not None
     ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,16 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocate import budget, rows
+from llmsqueeze.decide import decide, target_nbytes
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan
+from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipes import make_recipe
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -439,3 +446,34 @@ def test_the_ladder_leads_from_the_smallest_plan_to_the_cheapest() -> None:
         assert ladder[-1][1] == pytest.approx(sum(float(cost[4].sum()) for cost in costs.values()), rel=1e-4)
         slopes = [(c0 - c1) / (b1 - b0) for (b0, c0), (b1, c1) in itertools.pairwise(ladder)]
         assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(slopes))
+
+
+# ---------------------------------------------------------------------------------------------- from a size to a plan
+
+SIZED: dict[str, dict[str, Any]] = {
+    "auto": {"method": "auto", "importance": "uniform"},
+    "auto with 3 bits at least": {"method": "auto", "importance": "uniform", "widths": "3,4"},
+    "layerwise": {"method": "layerwise", "importance": "first"},
+    "mixllm": {"method": "mixllm", "importance": "random"},
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_size_that_is_too_small_names_the_smallest_which_can_be_had(name: str) -> None:
+    """To the byte, embeddings and whatever else stays included."""
+
+    def target(size: int) -> tuple[Job, Recipe, int | None]:
+        recipe = make_recipe(SIZED[name] | {"size": size, "quantizer": "rtn"})
+        job = prepare(Source("demo"), recipe, Progress(), text=False)
+        return job, recipe, target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
+
+    with pytest.raises(RecipeError, match="100000 bytes is too small") as caught:
+        target(100_000)
+    smallest = int(re.findall(r"all weights (\d+) bytes", str(caught.value))[0])
+    job, recipe, found = target(smallest)
+    assert found == smallest - job.kept_nbytes
+    assert decide(job.plan, Profile(), recipe, job.skeleton.linears, found).plan.nbytes == found
+    with pytest.raises(RecipeError, match="is too small"):
+        target(smallest - 1)
+    with pytest.raises(RecipeError, match=rf"original's {job.checkpoint.nbytes}: there is nothing to do"):
+        target(job.checkpoint.nbytes)

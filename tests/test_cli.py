@@ -49,7 +49,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for verb in ("quantize", "eval", "show", "push"):
+    for verb in ("quantize", "plan", "eval", "show", "push", "recipes"):
         assert verb in done.stdout
 
 
@@ -138,10 +138,11 @@ BAD_OPTIONS = [
     (["--outlier-ranking", "gradients"], "did you mean 'gradient'?"),
     (["--outlier-scope", "model"], "choose from layer, global"),
     (["--method", "rtn", "--quantizer", "gptq"], "quantizer 'gptq' contradicts method rtn"),
-    (["--bits", 3, "--size", "1MB"], "size goes with method layerwise or mixllm or auto, not with descent"),
-    (["--bits", 2.5, "--size", "1MB"], "bits 2.5 contradicts size 1e+06: name one budget"),
+    (["--bits", 3, "--size", "1MB"], "bits 3 contradicts size 1000000: name one budget"),
+    (["--method", "gwq", "--size", "1MB"], "size goes with method layerwise or mixllm or auto, not with gwq"),
+    (["--bits", 2.5, "--size", "1MB"], "bits 2.5 contradicts size 1000000: name one budget"),
     (["--size", "1XB"], "size is '1XB'; write it as 4GB"),
-    (["--size", "1kB"], "takes"),
+    (["--size", "1kB"], "size 1000 bytes is too small: with 1-bit codes everywhere"),
     (["--size", "1GB"], "no less than the original's"),
     (["--method", "auto"], "method auto wants a budget"),
     (["--method", "auto", "--bits", 3, "--per-row", "--per-group"], "--per-row contradicts --per-group"),
@@ -347,3 +348,56 @@ def test_ctrl_c_leaves_no_result(tmp_path: Path) -> None:
 def test_debug_shows_the_error_itself(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["show", str(tmp_path), "--debug"])
     assert type(result.exception).__name__ == "CheckpointError"
+
+
+def test_plan_prints_one_json_object(tmp_path: Path) -> None:
+    options = ["--bits", 3.5, "--widths", "3,4", "--no-trial", "--out", tmp_path / "plan", *FAST]
+    code, stdout, _ = llmsqueeze("plan", "demo", "--json", *options)
+    assert code == 0
+    result = json.loads(stdout)
+    assert 3.4 < result["bits_per_weight"] <= 3.5
+    assert result["predicted_loss_increase"] > 0
+    assert sum(row["nbytes"] for row in result["rows"]) < result["nbytes"] < result["nbytes_original"]
+    written = {file.name for file in (tmp_path / "plan").iterdir()}
+    assert {"plan.yaml", "profile.safetensors", "plan.png", "plan.svg", "cost.png", "cost.svg"} == written
+
+
+def test_a_plan_is_shown_in_100_columns(tmp_path: Path) -> None:
+    options = ["--bits", 3.5, "--weights", "none", "--out", tmp_path / "plan"]
+    code, stdout, _ = llmsqueeze("plan", "demo", *options)
+    assert code == 0
+    assert max(map(len, stdout.splitlines()[:-1])) <= 100
+    assert "model.layers.*.mlp.down_proj" in stdout
+    assert f"--plan {tmp_path / 'plan'}/plan.yaml" in stdout
+
+
+def test_a_trial_predicts_time_and_memory(tmp_path: Path) -> None:
+    """In a process of its own, as `quantize --plan` will be."""
+    options = ["--bits", 3.5, "--widths", "3,4", "--out", tmp_path / "plan", *FAST]
+    code, stdout, stderr = llmsqueeze("plan", "demo", "--json", *options)
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert result["predicted_seconds"] > 0
+    assert 100 < result["predicted_peak_memory_mb"] < 5000
+
+
+def test_recipes_are_listed_and_used_by_name(tmp_path: Path) -> None:
+    code, stdout, _ = llmsqueeze("recipes", "--json")
+    assert code == 0
+    names = {recipe["name"] for recipe in json.loads(stdout)["recipes"]}
+    assert {"auto-3bit", "gwq-3bit", "mixllm-4bit", "papers/lim"} <= names
+    out = tmp_path / "out"
+    code, stdout, _ = llmsqueeze("quantize", "demo", "--recipe", "auto-3bit", "--out", out, "--json", *FAST)
+    assert code == 0
+    assert 2.9 < json.loads(stdout)["bits_per_weight"] <= 3
+
+
+@pytest.mark.parametrize("method", ["layerwise", "auto", "mixllm"])
+def test_budgets_compose_with_outliers(method: str, tmp_path: Path) -> None:
+    """GWQ's outliers are paid for out of the same budget."""
+    options = ["--method", method, "--bits", 4.6, "--outliers", 0.01, "--out", tmp_path / "out", "--json", *FAST]
+    code, stdout, stderr = llmsqueeze("quantize", "demo", *options)
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert result["outliers"] == pytest.approx(0.01 * 786_432, rel=0.01)
+    assert 3.7 < result["bits_per_weight"] <= 4.6

@@ -223,7 +223,7 @@ def test_every_order_spends_the_same_budget_on_the_demo(importance: str) -> None
     wanted = wanted_by(recipe)
     assert (wanted.lim, wanted.zd) == (importance in ("lim", "reverse"), importance == "zd")
     profile = Profile(lim=(-0.2, -0.9, -0.8, -0.5), zd=(0.1, 0.2, 0.15, 0.3))
-    target = target_nbytes(recipe, job.plan.numel, job.kept_nbytes, job.checkpoint.nbytes)
+    target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     assert target is not None
     made = decide(job.plan, profile, recipe, job.skeleton.linears, target).plan
     order = layerwise.order_blocks(importance, 4, profile.lim, profile.zd, recipe.seed)

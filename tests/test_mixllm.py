@@ -218,7 +218,7 @@ def test_a_byte_budget_below_the_low_width_is_refused(plan: Plan, scores: dict[s
 
 def decided(profile: Profile, **settings: Any) -> Decision:
     job, recipe = demo_job(**settings)
-    target = target_nbytes(recipe, job.plan.numel, job.kept_nbytes, job.checkpoint.nbytes)
+    target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     return decide(job.plan, profile, recipe, job.skeleton.linears, target)
 
 
