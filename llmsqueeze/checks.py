@@ -55,7 +55,7 @@ def nbytes(key: str, value: Any) -> int:
     unit = match[2].upper() if match else ""
     if isinstance(value, bool) or not match or (unit and unit not in UNITS):
         raise RecipeError(f"{spoken(key)} is {value!r}; write it as 4GB, 900MB or 3.5GiB, or as a number of bytes")
-    count = int(float(match[1]) * UNITS[unit or "B"])
+    count = round(min(float(match[1]), 1e30) * UNITS[unit or "B"])
     if not count:
         raise RecipeError(f"{spoken(key)} is {value!r}; it must be more than nothing")
     return count
@@ -82,15 +82,18 @@ def fraction(high: float) -> Callable[[str, Any], float]:
 
 def mix(key: str, value: Any) -> tuple[tuple[int, float], ...]:
     """Width -> fraction of the rows, as a mapping or as '6:0.1,4:0.6'; widest first."""
-    pairs: Any = value
+    pairs: Any = list(value.items()) if isinstance(value, dict) else value
     if isinstance(value, str):
-        pairs = dict(item.partition(":")[::2] for item in value.split(",") if item.strip())
-    if not isinstance(pairs, dict) or not pairs:
-        raise RecipeError(f"{spoken(key)} is {value!r}; write width:fraction pairs, such as 6:0.1,4:0.6")
+        pairs = [item.partition(":")[::2] for item in value.split(",") if item.strip()]
+    wrong = RecipeError(f"{spoken(key)} is {value!r}; write width:fraction pairs, such as 6:0.1,4:0.6")
+    if not isinstance(pairs, list) or not pairs:
+        raise wrong
     try:
-        found = {int(width): float(share) for width, share in pairs.items()}
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{spoken(key)} is {value!r}; write width:fraction pairs, such as 6:0.1,4:0.6") from error
+        found = {_integer(width): float(share) for width, share in pairs}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise wrong from error
+    if len(found) < len(pairs):
+        raise RecipeError(f"{spoken(key)} is {value!r}: it names a width twice")
     for width, share in found.items():
         whole(2, 8)(f"{key} width", width)
         fraction(1.0)(f"{key} fraction", share)
@@ -103,8 +106,8 @@ def widths(key: str, value: Any) -> tuple[int, ...]:
     """Widths as a list or as '2,3,4'."""
     items = value.split(",") if isinstance(value, str) else value
     try:
-        found = sorted({int(item) for item in items})
-    except (TypeError, ValueError) as error:
+        found = sorted({_integer(item) for item in items})
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{spoken(key)} is {value!r}; write widths from 1 to 8, such as 2,3,4") from error
     if not found or found[0] < 1 or found[-1] > 8:
         raise RecipeError(f"{spoken(key)} is {value!r}; write widths from 1 to 8, such as 2,3,4")
@@ -115,8 +118,8 @@ def group_sizes(key: str, value: Any) -> tuple[int, ...]:
     """Group sizes as a list or as '64,128'."""
     items = value.split(",") if isinstance(value, str) else value
     try:
-        return tuple(sorted({group_size(key, int(item)) for item in items}))
-    except (TypeError, ValueError) as error:
+        return tuple(sorted({group_size(key, _integer(item)) for item in items}))
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{spoken(key)} is {value!r}; write numbers of columns, such as 64,128") from error
 
 
@@ -125,7 +128,7 @@ def shares(key: str, value: Any) -> tuple[float, ...]:
     items = value.split(",") if isinstance(value, str) else value
     try:
         return tuple(sorted({fraction(0.5)(key, float(item)) for item in items} - {0.0}))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{spoken(key)} is {value!r}; write fractions, such as 0.005,0.01") from error
 
 
@@ -148,5 +151,14 @@ def patterns(key: str, value: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
+def _integer(value: Any) -> int:
+    """A whole number, written as one or as text; ValueError for any other."""
+    if isinstance(value, bool) or int(value) != float(value):
+        raise ValueError(value)
+    return int(value)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return -1e300 < value < 1e300 and math.isfinite(value)

@@ -16,9 +16,7 @@ INPUTS = {"rtn": "original", "gptq": "sequential", "descent": "corrected"}
 
 def fill_in(recipe: Recipe) -> Recipe:
     """`recipe` with every open setting decided by its method. Raises RecipeError for contradictions, all at once."""
-    wrong = list(contradictions(recipe))
-    if wrong:
-        raise RecipeError("\n       ".join(wrong))
+    refuse(contradictions(recipe))
     quantizer = recipe.quantizer or (recipe.method if recipe.method in QUANTIZERS else "descent")
     filled: dict[str, Any] = {
         "quantizer": quantizer,
@@ -29,7 +27,31 @@ def fill_in(recipe: Recipe) -> Recipe:
         "symmetric": recipe.method != "mixllm" if recipe.symmetric is None else recipe.symmetric,
     }
     own = {"auto": _auto, "layerwise": _layerwise, "mixllm": _mixllm}.get(recipe.method, _plain)
-    return dataclasses.replace(recipe, **filled, **own(dataclasses.replace(recipe, **filled)))
+    made = dataclasses.replace(recipe, **filled, **own(dataclasses.replace(recipe, **filled)))
+    refuse(impossible(made))
+    return made
+
+
+def refuse(wrong: Iterator[str]) -> None:
+    """Raises RecipeError with all sentences, if there are any."""
+    if sentences := list(wrong):
+        raise RecipeError("\n       ".join(sentences))
+
+
+def impossible(recipe: Recipe) -> Iterator[str]:
+    """What cannot be, once everything is filled in."""
+    low, high = recipe.low_bits, recipe.high_bits
+    if recipe.method in ("layerwise", "mixllm") and low is not None and high is not None and low >= high:
+        yield f"low bits {low} is not below high bits {high}"
+    elif recipe.mix and low is not None and min(width for width, _ in recipe.mix) <= low:
+        yield f"mix gives rows {min(width for width, _ in recipe.mix)} bits, no more than the {low} of the others"
+    if recipe.outliers and (recipe.levels == "half" or low == 1):
+        what = "levels half" if recipe.levels == "half" else "low bits 1"
+        yield f"{what} contradicts outliers {recipe.outliers:g}: they are pinned to level 0, which it lacks"
+    if recipe.portable and low == 1:
+        yield "portable contradicts low bits 1: compressed-tensors has 2 to 8"
+    if recipe.method == "auto" and not recipe.widths:
+        yield "no width is left: one bit has half-integer levels only"
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -51,7 +73,8 @@ def _layerwise(recipe: Recipe) -> dict[str, Any]:
 
 def _mixllm(recipe: Recipe) -> dict[str, Any]:
     by_bytes = recipe.size is not None or (recipe.bits is not None and recipe.bits != int(recipe.bits))
-    low = recipe.low_bits or int(recipe.bits or 4)
+    rest = min(width for width, _ in recipe.mix) - 1 if recipe.mix else 4
+    low = recipe.low_bits or int(recipe.bits or max(rest, 1))
     high = recipe.high_bits or 8
     rows = recipe.mix or ((high, 0.10 if recipe.high_fraction is None else recipe.high_fraction),)
     return {
@@ -90,15 +113,20 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         hint = nearest(recipe.importance, IMPORTANCE[method])
         known = ", ".join(IMPORTANCE[method])
         yield f"importance {recipe.importance!r} does not go with method {method}{hint or ';'} it knows {known}"
-    low, high = recipe.low_bits, recipe.high_bits
-    if low is not None and high is not None and low >= high:
-        yield f"low bits {low} is not below high bits {high}"
     if recipe.levels == "half" and recipe.symmetric is False:
         yield "levels half contradicts asymmetric: half-integer levels are symmetric ones"
-    if recipe.levels == "half" and recipe.outliers:
-        yield f"levels half contradicts outliers {recipe.outliers:g}: outliers are pinned to level 0"
-    if recipe.levels == "integer" and recipe.widths == (1,):
-        yield "levels integer contradicts widths 1: one bit has half-integer levels only"
+    if recipe.levels == "half" and method == "mixllm":
+        yield "levels half contradicts method mixllm: its grids are those of the paper"
+    if recipe.importance == "uniform" and (recipe.group_sizes or recipe.row_outliers):
+        yield "importance uniform contradicts group sizes and row outliers: it mixes two widths and no more"
+    if recipe.widths == (1,):
+        barred = {
+            "levels integer": recipe.levels == "integer",
+            "asymmetric": recipe.symmetric is False,
+            f"outliers {recipe.outliers or 0:g}": bool(recipe.outliers),
+        }
+        for what in [name for name, there in barred.items() if there]:
+            yield f"{what} contradicts widths 1: one bit has half-integer levels only, without a 0"
 
 
 def _about_method(recipe: Recipe) -> Iterator[str]:
@@ -159,14 +187,29 @@ def _about_budget(recipe: Recipe) -> Iterator[str]:
             yield "method auto wants a budget: bits 2.7, size 4GB, max ppl increase 0.02 or max kl 0.05"
     elif bits is not None and recipe.size is not None:
         yield f"{named[0]} contradicts {named[1]}: name one budget"
+    if method == "mixllm":
+        yield from _about_rows(recipe)
     if bits is None:
         return
     fractional = bits != int(bits)
     if method in PLAIN and (fractional or bits < 2):
         yield f"bits {bits:g} is no width that method {method} has (2 to 8); fractional ones go with method auto"
-    if method == "mixllm" and recipe.mix and fractional:
-        yield f"mix contradicts bits {bits:g}: the fractions of rows are the budget, or the bits are"
-    if method == "mixllm" and recipe.high_fraction is not None and fractional:
-        yield f"high fraction {recipe.high_fraction:g} contradicts bits {bits:g}: one of them is the budget"
     if method == "mixllm" and not fractional and recipe.low_bits not in (None, bits):
         yield f"bits {bits:g} contradicts low bits {recipe.low_bits}: both name the width of the low rows"
+
+
+def _about_rows(recipe: Recipe) -> Iterator[str]:
+    """MixLLM's budget is one of: a share of the rows, a mix of widths, bits with a fraction, a size."""
+    budget = f"size {recipe.size}" if recipe.size is not None else None
+    if recipe.bits is not None and recipe.bits != int(recipe.bits):
+        budget = f"bits {recipe.bits:g}"
+    if budget and recipe.mix:
+        yield f"mix contradicts {budget}: the fractions of rows are the budget, or the bytes are"
+    elif budget and recipe.high_fraction is not None:
+        yield f"high fraction {recipe.high_fraction:g} contradicts {budget}: one of them is the budget"
+    if recipe.mix:
+        width, share = recipe.mix[0]
+        if recipe.high_bits not in (None, width):
+            yield f"high bits {recipe.high_bits} contradicts mix, whose widest is {width}"
+        if recipe.high_fraction not in (None, share):
+            yield f"high fraction {recipe.high_fraction:g} contradicts mix, whose widest takes {share:g}"

@@ -161,5 +161,5 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
 def recipe_grid(recipe: Recipe, bits: int) -> Grid:
     """The recipe's grid at another width; one bit has half-integer levels only."""
     assert recipe.symmetric is not None, "the recipe is filled in"
-    half = recipe.symmetric and (recipe.levels == "half" or bits == 1)
-    return Grid(bits, recipe.group_size, recipe.symmetric, half)
+    half = bits == 1 or (recipe.symmetric and recipe.levels == "half")
+    return Grid(bits, recipe.group_size, recipe.symmetric or half, half)

@@ -141,7 +141,9 @@ def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
     total = sum(counts.values())
     if total != weight.shape[0]:
         raise RecipeError(f"its grids have {total} rows, the linear has {weight.shape[0]}")
-    if outliers > weight.numel:
+    if outliers and any(rows.grid.half for rows in grids):
+        raise RecipeError("outliers want grids with a level 0, which half ones lack")
+    if outliers + sum(rows.count * rows.outliers for rows in grids) > weight.numel:
         raise RecipeError(f"{outliers} outliers are more than its {weight.numel} weights")
     return replace(weight.on(*grids), outliers=outliers)
 

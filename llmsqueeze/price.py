@@ -42,9 +42,14 @@ class Option(NamedTuple):
         return round(self.outliers * cols)
 
 
-def row_outliers(weight: Tensor, curvature: Curvature, count: int) -> Tensor:
-    """bool [rows, cols]: in every row the `count` weights that would cost most to lose, by w^2 * H[j, j]."""
+def row_outliers(weight: Tensor, curvature: Curvature, count: int, taken: Tensor | None = None) -> Tensor:
+    """bool [rows, cols]: in every row the `count` weights that would cost most to lose, by w^2 * H[j, j].
+
+    Those `taken` already (bool [rows, cols]) are left out.
+    """
     score = weight.square() * curvature.importance
+    if taken is not None:
+        score = score.masked_fill(taken, -torch.inf)
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)
 
 

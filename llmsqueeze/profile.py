@@ -8,7 +8,7 @@ JSON, with what the profile is of: the model's files (size, time and SHA-256), t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,24 @@ def load(path: Path) -> Profile:
         raise RecipeError(f"there is no profile {path}; `llmsqueeze plan` writes one") from error
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no profile: {error}") from error
-    if about.get("version") != VERSION:
+    if not isinstance(about, dict) or "version" not in about:
+        raise CheckpointError(f"{path} is no profile; `llmsqueeze plan` writes one")
+    if about["version"] != VERSION:
         raise CheckpointError(f"{path} is a profile of version {about.get('version')}; this version reads {VERSION}")
 
     def of(kind: str) -> dict[str, Tensor]:
         return {n.removesuffix(f".{kind}"): t for n, t in tensors.items() if n.endswith(f".{kind}")}
 
     index, score = of("outliers"), of("outlier_scores")
+    try:
+        return _restored(about, of, index, score)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged or no profile: {error!r}") from error
+
+
+def _restored(
+    about: dict[str, Any], of: Callable[[str], dict[str, Tensor]], index: dict[str, Tensor], score: dict[str, Tensor]
+) -> Profile:
     return Profile(
         loss=about["loss"],
         options=tuple(Option(Grid(*grid), share) for grid, share in about["options"]),
@@ -142,14 +153,19 @@ def load(path: Path) -> Profile:
     )
 
 
-def lacks(profile: Profile, source: Mapping[str, Any], options: Sequence[Option]) -> str | None:
+def lacks(
+    profile: Profile, source: Mapping[str, Any], options: Sequence[Option], salience: Sequence[int] = ()
+) -> str | None:
     """What a stored profile has been measured differently, in words; None if it serves."""
     for key, wanted in source.items():
         found = profile.source.get(key)
         if key != "files" and found != wanted:
             return f"{key.replace('_', ' ')} {_short(found)}, not {_short(wanted)}"
     missing = [str(option) for option in options if option not in profile.options]
-    return f"no costs for {missing[0]}" if missing else None
+    if missing:
+        return f"no costs for {missing[0]}"
+    unmeasured = [width for width in salience if width not in profile.salience_widths]
+    return f"no salience at {unmeasured[0]} bits" if unmeasured else None
 
 
 def _option_fields(option: Option) -> tuple[tuple[int, int, bool, bool], float]:

@@ -53,17 +53,16 @@ def source_of(job: Job, recipe: Recipe, known: Profile | None = None) -> dict[st
 
 def stored_or_measured(job: Job, recipe: Recipe, path: Path, place: torch.device, progress: Progress) -> Profile:
     """The profile at `path` if it serves, else a new one, which is then written there."""
-    options = options_of(recipe) if recipe.method == "auto" else ()
+    wanted = wanted_by(recipe)
+    options = options_of(recipe) if recipe.method == "auto" else wanted.options
     if path.exists():
         known = load(path)
-        reason = lacks(known, source_of(job, recipe, known), options)
+        reason = lacks(known, source_of(job, recipe, known), options, wanted.salience)
         if reason is None:
             return known
         progress.note(f"{path} does not serve ({reason}); measuring again")
-    wanted = wanted_by(recipe)
-    everything = Wanted(options, SALIENCE_WIDTHS, wanted.outliers, lim=True, zd=True)
-    if recipe.needs_salience and recipe.code_bits not in SALIENCE_WIDTHS:
-        everything = replace(everything, salience=(*SALIENCE_WIDTHS, recipe.code_bits))
+    widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *wanted.salience)))
+    everything = Wanted(options, widths, wanted.outliers, lim=True, zd=True)
     assert job.calibration is not None
     with Spill(parent=path.parent) as spill:
         walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, place)
@@ -77,10 +76,7 @@ def given_profile(job: Job, recipe: Recipe, path: Path) -> Profile:
     """The profile that the user names. Raises RecipeError if it is of something else than the recipe wants."""
     profile = load(path)
     wanted = wanted_by(recipe)
-    reason = lacks(profile, source_of(job, recipe, profile), wanted.options)
-    missing = [width for width in wanted.salience if width not in profile.salience_widths]
-    if reason is None and missing:
-        reason = f"no salience at {missing[0]} bits"
+    reason = lacks(profile, source_of(job, recipe, profile), wanted.options, wanted.salience)
     if reason is not None:
         raise RecipeError(f"the profile {path} does not serve: {reason}; leave --profile out to measure anew")
     return profile
@@ -96,9 +92,14 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
             raise RecipeError(f"{file.path} is a plan for other weights than those of {job.source.model}")
     if file.profile is not None and profile.source.get("weights") != file.weights_sha256:
         raise RecipeError(f"{file.path} and {file.profile} are for different weights")
+    ranked_weights = [name for name, weight in found.weights.items() if weight.outliers]
     ranked = found.mixed and rows_by(file.recipe) not in (None, "random")
-    if file.profile is None and (ranked or any(weight.outliers for weight in found.weights.values())):
+    if file.profile is None and (ranked or ranked_weights):
         raise RecipeError(f"{file.path} names no profile, which would say which rows or weights its counts mean")
+    for name in ranked_weights:
+        there = len(profile.candidates[name].index) if name in profile.candidates else 0
+        if found.weights[name].outliers > there:
+            raise RecipeError(f"{file.path}, {name}: {file.profile} ranks {there} of its weights as outliers, no more")
     return with_rows(found, profile, file.recipe)
 
 

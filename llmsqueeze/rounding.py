@@ -86,8 +86,10 @@ def _all_outliers(
     """`mask` [rows, cols] with the outliers of single rows added; None where there are none."""
     for rows, chosen in held:
         if rows.outliers:
-            mask = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask
-            mask[chosen] |= row_outliers(weight[chosen], curvature, rows.outliers)
+            found = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask.clone()
+            taken = None if mask is None else mask[chosen]
+            found[chosen] |= row_outliers(weight[chosen], curvature, rows.outliers, taken)
+            mask = found
     return mask
 
 

@@ -250,6 +250,20 @@ def test_outliers_named_twice_leave_planned_and_made_bytes_the_same(weight: Tens
     assert mix.specs == [part.spec() for part in made]
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_target_of_an_outlier_does_not_matter(quantizer: str, weight: Tensor, curvature: Curvature) -> None:
+    """It keeps the weight's own value, which is what GPTQ's feedback and descent must reckon with."""
+    mask = torch.rand(ROWS, COLS, generator=torch.Generator().manual_seed(2)) < 0.02
+    plan = planned(quantizer, Rows(Grid(3, 64, True), ROWS), outliers=int(mask.sum()))
+    target = weight * 1.1
+    made = [
+        compress_weight(weight, aim, plan, curvature, mask, None, recipe(quantizer))[1]
+        for aim in (target, target.masked_fill(mask, 1e4))
+    ]
+    assert torch.equal(*made)
+    assert not torch.equal(made[0], compress_weight(weight, weight, plan, curvature, mask, None, recipe(quantizer))[1])
+
+
 def test_the_callers_outlier_mask_is_left_as_it_was(weight: Tensor, smallest: Tensor, curvature: Curvature) -> None:
     mask = smallest.clone()
     with_ranked_ones(weight, mask, curvature)

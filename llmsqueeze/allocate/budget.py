@@ -26,6 +26,8 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.price import Option
 
+TRIES = 50
+
 
 @dataclass(frozen=True)
 class Units:
@@ -38,7 +40,12 @@ class Units:
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps up the hulls: which unit [n], from and to which option (counted by size), what a byte buys, how many."""
+    """Steps up the hulls: which unit [n], from and to which option (counted by size), what a byte buys, how many.
+
+    `lowest` [units]: the option that each unit begins on.
+    """
+
+    lowest: Tensor
 
     unit: Tensor
     start: Tensor
@@ -61,9 +68,8 @@ def allocate(
     """
     units = make_units(plan, costs, options, granularity, groups)
     order = [torch.argsort(unit.nbytes, stable=True) for unit in units]
-    sizes = [unit.nbytes[rank] for unit, rank in zip(units, order, strict=True)]
     counts = [unit.cost.shape[1] for unit in units]
-    found = [hull_steps(u.cost[rank], size) for u, rank, size in zip(units, order, sizes, strict=True)]
+    found = [hull_steps(unit.cost[rank], unit.nbytes[rank]) for unit, rank in zip(units, order, strict=True)]
     steps = best_first(found, counts)
 
     def plan_at(state: Tensor) -> Plan:
@@ -75,7 +81,7 @@ def allocate(
         return plan.on(grids)
 
     def state_at(cut: int) -> Tensor:
-        state = torch.zeros(sum(counts), dtype=torch.int64)
+        state = steps.lowest.clone()
         return state.scatter_reduce_(0, steps.unit[:cut], steps.to[:cut], "amax")
 
     smallest = plan_at(state_at(0))
@@ -92,14 +98,17 @@ def allocate(
 
 
 def spend_rest(state: Tensor, steps: Steps, cut: int, plan_at: Callable[[Tensor], Plan], target: int) -> Plan:
-    """What the steps from `cut` on can still buy: the first that fits, then the next, until none does."""
+    """What the steps from `cut` on can still buy: the first that fits, then the next, until none does.
+
+    Gives up after some that turn out not to fit, for every try counts the whole plan.
+    """
     plan = plan_at(state)
     unit, start, to, nbytes = (column[cut:] for column in (steps.unit, steps.start, steps.to, steps.nbytes))
     refused = torch.zeros(len(unit), dtype=torch.bool)
-    while True:
+    while refused.sum() < TRIES:
         fitting = ~refused & (nbytes <= target - plan.nbytes) & (start == state[unit])
         if not fitting.any():
-            return plan
+            break
         first = int(fitting.int().argmax())
         before = int(state[unit[first]])
         state[unit[first]] = to[first]
@@ -109,6 +118,7 @@ def spend_rest(state: Tensor, steps: Steps, cut: int, plan_at: Callable[[Tensor]
         else:  # a row mark more than the step itself takes
             state[unit[first]] = before
             refused[first] = True
+    return plan
 
 
 def make_units(
@@ -158,8 +168,10 @@ def row_counts(weight: WeightPlan, chosen: Tensor, options: Sequence[Option]) ->
 
 def hull_steps(cost: Tensor, nbytes: Tensor) -> Steps:
     """Steps up the lower convex hull of every unit, from the smallest option; cost [options, units], nbytes sorted."""
-    options, units = cost.shape
-    current = torch.zeros(units, dtype=torch.int64)
+    options = len(cost)
+    # of options with the same fewest bytes the cheapest
+    lowest = cost[: int((nbytes == nbytes[0]).sum())].argmin(dim=0)
+    current = lowest.clone()
     found: list[tuple[Tensor, ...]] = []
     for _ in range(options - 1):
         here = cost.gather(0, current[None])
@@ -173,8 +185,8 @@ def hull_steps(cost: Tensor, nbytes: Tensor) -> Steps:
         current[going] = to[going]
     if not found:
         whole, real = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-        return Steps(whole, whole, whole, real, real)
-    return Steps(*(torch.cat(column) for column in zip(*found, strict=True)))
+        return Steps(lowest, whole, whole, whole, real, real)
+    return Steps(lowest, *(torch.cat(column) for column in zip(*found, strict=True)))
 
 
 def best_first(found: Sequence[Steps], counts: Sequence[int]) -> Steps:
@@ -185,7 +197,7 @@ def best_first(found: Sequence[Steps], counts: Sequence[int]) -> Steps:
     ]
     together = [torch.cat(column) for column in zip(*columns, strict=True)]
     order = torch.sort(together[3], descending=True, stable=True).indices
-    return Steps(*(column[order] for column in together))
+    return Steps(torch.cat([one.lowest for one in found]), *(column[order] for column in together))
 
 
 def ladder(
@@ -201,7 +213,10 @@ def ladder(
     found = [hull_steps(unit.cost[rank], unit.nbytes[rank]) for unit, rank in zip(units, order, strict=True)]
     steps = best_first(found, [unit.cost.shape[1] for unit in units])
     nbytes = sum(float(unit.nbytes[rank[0]]) * unit.cost.shape[1] for unit, rank in zip(units, order, strict=True))
-    start = sum(float(unit.cost[rank[0]].sum()) for unit, rank in zip(units, order, strict=True))
+    start = sum(
+        float(unit.cost[rank].gather(0, one.lowest[None]).sum())
+        for unit, rank, one in zip(units, order, found, strict=True)
+    )
     sizes = nbytes + torch.cat([torch.zeros(1, dtype=torch.float64), steps.nbytes.cumsum(0)])
     falls = torch.cat([torch.zeros(1, dtype=torch.float64), (steps.slope * steps.nbytes).cumsum(0)])
     return list(zip(sizes.tolist(), (start - falls).tolist(), strict=True))
@@ -212,7 +227,11 @@ def uniform(plan: Plan, options: Sequence[Option], target: int) -> Plan:
 
     Raises RecipeError where the narrowest does not fit.
     """
-    ladder = sorted(options, key=lambda option: option.grid.bits)
+    first = next(iter(plan.weights.values()))
+    smallest: dict[int, Option] = {}
+    for option in sorted(options, key=lambda option: row_nbytes(first, option)):
+        smallest.setdefault(option.grid.bits, option)
+    ladder = [smallest[bits] for bits in sorted(smallest)]
 
     def mixed(lower: Option, upper: Option, share: float) -> Plan:
         def split(weight: WeightPlan) -> tuple[Rows, ...]:

@@ -28,6 +28,7 @@ def rtn(
 
     The curvature only weighs the scale search; `dtype` is the scales' in the file.
     """
+    assert pinned is None or not grid.half, "outliers are pinned to level 0"
     cols = weight.shape[1]
     importance = torch.ones(cols, device=weight.device) if curvature is None else curvature.importance
     codes = torch.empty_like(weight, dtype=torch.uint8)
