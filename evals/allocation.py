@@ -57,6 +57,7 @@ def bars(_sizes: list[float]) -> dict[str, dict[str, Any]]:
         rows[f"{size} per linear"] = {**auto, "granularity": "linear"}
         rows[f"{size} portable"] = {**auto, "portable": True}
         rows[f"{size} per row, integer levels"] = {**auto, "levels": "integer"}
+        rows[f"{size} per row, half-integer levels"] = {**auto, "levels": "half"}
         rows[f"{size} per row, widths from 2"] = {**auto, "widths": [2, 3, 4, 5, 6, 8]}
         rows[f"{size} per row, groups 64, 128, row"] = {**auto, "group_sizes": [64, 128, -1]}
         rows[f"{size} per row, outliers 1, 3 %"] = {**auto, "row_outliers": [0.01, 0.03]}

@@ -45,8 +45,9 @@ def impossible(recipe: Recipe) -> Iterator[str]:
         yield f"low bits {low} is not below high bits {high}"
     elif recipe.mix and low is not None and min(width for width, _ in recipe.mix) <= low:
         yield f"mix gives rows {min(width for width, _ in recipe.mix)} bits, no more than the {low} of the others"
-    if recipe.outliers and (recipe.levels == "half" or low == 1):
-        what = "levels half" if recipe.levels == "half" else "low bits 1"
+    halves = recipe.levels in ("half", "by-width")
+    if recipe.outliers and (halves or low == 1):
+        what = f"levels {recipe.levels}" if halves else "low bits 1"
         yield f"{what} contradicts outliers {recipe.outliers:g}: they are pinned to level 0, which it lacks"
     if recipe.portable and low == 1:
         yield "portable contradicts low bits 1: compressed-tensors has 2 to 8"
@@ -91,7 +92,7 @@ def _mixllm(recipe: Recipe) -> dict[str, Any]:
 def _auto(recipe: Recipe) -> dict[str, Any]:
     # a grid that outliers are pinned to needs a level 0, and so does what compressed-tensors stores
     integer = recipe.portable or bool(recipe.outliers) or not recipe.symmetric
-    levels = recipe.levels or ("integer" if integer else "half")
+    levels = recipe.levels or ("integer" if integer else "by-width")
     granularity = recipe.granularity or ("group" if recipe.portable else "row")
     widths = recipe.widths or WIDTHS
     if levels == "integer":
@@ -113,10 +114,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         hint = nearest(recipe.importance, IMPORTANCE[method])
         known = ", ".join(IMPORTANCE[method])
         yield f"importance {recipe.importance!r} does not go with method {method}{hint or ';'} it knows {known}"
-    if recipe.levels == "half" and recipe.symmetric is False:
-        yield "levels half contradicts asymmetric: half-integer levels are symmetric ones"
-    if recipe.levels == "half" and method == "mixllm":
-        yield "levels half contradicts method mixllm: its grids are those of the paper"
+    halves = recipe.levels in ("half", "by-width")
+    if halves and recipe.symmetric is False:
+        yield f"levels {recipe.levels} contradicts asymmetric: half-integer levels are symmetric ones"
+    if halves and method == "mixllm":
+        yield f"levels {recipe.levels} contradicts method mixllm: its grids are those of the paper"
     if recipe.importance == "uniform" and (recipe.group_sizes or recipe.row_outliers):
         yield "importance uniform contradicts group sizes and row outliers: it mixes two widths and no more"
     if recipe.widths == (1,):
@@ -167,8 +169,8 @@ def _about_portable(recipe: Recipe) -> Iterator[str]:
         yield f"portable contradicts per {recipe.granularity}: runtimes want one width per fusion group"
     if recipe.symmetric is False:
         yield "portable contradicts asymmetric: transformers does not open it"
-    if recipe.levels == "half":
-        yield "portable contradicts levels half: compressed-tensors has integer levels"
+    if recipe.levels in ("half", "by-width"):
+        yield f"portable contradicts levels {recipe.levels}: compressed-tensors has integer levels"
     if recipe.widths and recipe.widths[0] == 1:
         yield "portable contradicts width 1: compressed-tensors has 2 to 8"
 

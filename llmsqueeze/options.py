@@ -23,7 +23,10 @@ OPTIONS: dict[str, Any] = {
     ],
     "group_size": Annotated[Whole, typer.Option(help="Columns that share a scale; -1: whole rows. [128]")],
     "symmetric": Annotated[Flag, typer.Option("--symmetric/--asymmetric", help="Grid. [symmetric]")],
-    "levels": Annotated[Text, typer.Option(help="integer or half (half-integer, no zero). [integer; half for auto]")],
+    "levels": Annotated[
+        Text,
+        typer.Option(help="integer, half (half-integer, no 0) or by-width (half to 2 bits). [integer; auto by-width]"),
+    ],
     "quantizer": Annotated[
         Text, typer.Option(help="For gwq, layerwise, mixllm, auto: descent, gptq or rtn. [descent]")
     ],

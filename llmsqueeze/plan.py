@@ -159,7 +159,7 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
 
 
 def recipe_grid(recipe: Recipe, bits: int) -> Grid:
-    """The recipe's grid at another width; one bit has half-integer levels only."""
+    """The recipe's grid at another width; one bit has half-integer levels only, and by width so have two."""
     assert recipe.symmetric is not None, "the recipe is filled in"
-    half = bits == 1 or (recipe.symmetric and recipe.levels == "half")
+    half = bits == 1 or (recipe.symmetric and (recipe.levels == "half" or (recipe.levels == "by-width" and bits == 2)))
     return Grid(bits, recipe.group_size, recipe.symmetric or half, half)

@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inputs": ("original", "sequential", "corrected"),
     "importance": tuple(dict.fromkeys(name for names in IMPORTANCE.values() for name in names)),
     "granularity": ("row", "linear", "group"),
-    "levels": ("integer", "half"),
+    "levels": ("integer", "half", "by-width"),
     "labels": ("model", "text"),
 }
 NEEDS_MOMENTS = ("gptq", "descent")
@@ -37,14 +37,15 @@ class Recipe:
 
     bits: width of a code, 2 to 8; for `auto` and `layerwise`, and for `mixllm` where it is fractional, the average
     over the linears with everything counted. size: bytes of the whole folder's weights. group_size: columns that
-    share a scale, -1 for whole rows. levels: integer ones, or half-integer ones without a zero. outliers: fraction
-    of the weights that stay as they are (1 % for `gwq`). importance: what ranks blocks (`layerwise`) or rows
-    (`mixllm`, `auto`). mix: width -> fraction of the rows, for `mixllm`; high_bits with high_fraction is the short
-    form. granularity: what gets a width of its own in `auto`. widths, group_sizes, row_outliers: what it may give
-    (shares of a row's weights that stay as they are, beside none). labels: of the loss whose gradient is measured,
-    sampled from the model or the text itself. inputs: whose inputs a linear is fitted to: the original model's,
-    those behind the compressed blocks before it, or the latter with the target corrected for the drift. search:
-    whether scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
+    share a scale, -1 for whole rows. levels: integer ones, or half-integer ones without a zero, or by width: half
+    up to two bits. outliers: fraction of the weights that stay as they are (1 % for `gwq`). importance: what ranks
+    blocks (`layerwise`) or rows (`mixllm`, `auto`). mix: width -> fraction of the rows, for `mixllm`; high_bits
+    with high_fraction is the short form. granularity: what gets a width of its own in `auto`. widths, group_sizes,
+    row_outliers: what it may give (shares of a row's weights that stay as they are, beside none). labels: of the
+    loss whose gradient is measured, sampled from the model or the text itself. inputs: whose inputs a linear is
+    fitted to: the original model's, those behind the compressed blocks before it, or the latter with the target
+    corrected for the drift. search: whether scales are searched. skip: patterns (`*.o_proj`) of linears that stay
+    as they are.
     """
 
     method: str = "descent"
