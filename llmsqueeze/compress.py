@@ -99,7 +99,7 @@ def quantize(
         out=str(out),
         model=job.source.model,
         method=recipe.method,
-        bits=round(plan.code_bits, 6),
+        bits=plan.code_bits,
         bits_per_weight=round(plan.bits_per_weight, 6),
         nbytes=output.nbytes,
         nbytes_original=job.checkpoint.nbytes,

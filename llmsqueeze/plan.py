@@ -121,8 +121,9 @@ class Plan:
 
     @property
     def code_bits(self) -> float:
-        """Mean width of the codes."""
-        return sum(weight.code_bits * weight.numel for weight in self.weights.values()) / self.numel
+        """Mean width of the codes; a whole number where it is one."""
+        mean = round(sum(weight.code_bits * weight.numel for weight in self.weights.values()) / self.numel, 6)
+        return int(mean) if mean == int(mean) else mean
 
     @property
     def mixed(self) -> bool:

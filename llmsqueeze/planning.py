@@ -66,7 +66,7 @@ def plan(
         "given": source.model,
         "out": str(folder),
         "method": recipe.method,
-        "bits": round(decided.plan.code_bits, 6),
+        "bits": decided.plan.code_bits,
         "nbytes_original": job.checkpoint.nbytes,
         "loss": profile.loss,
         "rows": table(decided, job.skeleton.linears, profile),

@@ -45,7 +45,7 @@ def outcome(decided: Decision, nbytes: int, nbytes_original: int, errors: dict[s
     return {
         "llmsqueeze_version": __version__,
         "format_version": native.format_version(plan),
-        "code_bits": round(plan.code_bits, 6),
+        "code_bits": plan.code_bits,
         "bits_per_weight": round(plan.bits_per_weight, 6),
         "predicted_loss_increase": decided.predicted,
         "quantized_weights": plan.numel,

@@ -84,7 +84,6 @@ def given_profile(job: Job, recipe: Recipe, path: Path) -> Profile:
 
 def given_plan(job: Job, file: PlanFile) -> Decision:
     """The decision in a plan file, checked against the model. Raises RecipeError where it is for another."""
-    found = plan_of(file, job.plan)
     profile = load(file.profile) if file.profile is not None else Profile()
     if file.weights_sha256 is not None:
         files = file_digests(job.checkpoint, profile.source.get("files"))
@@ -92,6 +91,7 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
             raise RecipeError(f"{file.path} is a plan for other weights than those of {job.source.model}")
     if file.profile is not None and profile.source.get("weights") != file.weights_sha256:
         raise RecipeError(f"{file.path} and {file.profile} are for different weights")
+    found = plan_of(file, job.plan)
     ranked_weights = [name for name, weight in found.weights.items() if weight.outliers]
     ranked = found.mixed and rows_by(file.recipe) not in (None, "random")
     if file.profile is None and (ranked or ranked_weights):
