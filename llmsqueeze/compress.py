@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from llmsqueeze.measure import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.output import Output, check_writable, output_folder
-from llmsqueeze.parts import Part
+from llmsqueeze.parts import LowRank, Part
+from llmsqueeze.plan import Plan
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
@@ -92,9 +93,9 @@ def quantize(
         decided = decided or measure_and_decide(walk, inputs, job, recipe, profile, target, progress)
         for names in outer:
             output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
-        errors = compress_blocks(walk, needed_streams(inputs, recipe), decided, recipe, output, progress)
+        plan, errors = compress_blocks(walk, needed_streams(inputs, recipe), decided, recipe, output, progress)
+        decided = replace(decided, plan=plan)
         write_rest(output, job, recipe, decided, errors)
-    plan = decided.plan
     return Summary(
         out=str(out),
         model=job.source.model,
@@ -155,9 +156,13 @@ def compress_blocks(
     output: Output,
     progress: Progress,
     count: int | None = None,
-) -> dict[str, float]:
-    """Compresses and writes every block in turn, or the first `count`; returns each weight's relative output error."""
-    skeleton, plan = walk.skeleton, decided.plan
+) -> tuple[Plan, dict[str, float]]:
+    """Compresses and writes every block in turn, or the first `count`.
+
+    Returns the plan as it came out (a compensation that does not help is left out), and each weight's relative output
+    error.
+    """
+    skeleton, plan = walk.skeleton, Plan(dict(decided.plan.weights))
     errors: dict[str, float] = {}
     indices = range(len(skeleton.blocks))[:count]
     for index in progress.over(indices, "compress", len(indices)):
@@ -179,10 +184,12 @@ def compress_blocks(
         for name, (weight_parts, error) in made.items():
             shard |= native.stored_tensors(name, weight_parts)
             errors[name] = error
+            if not any(isinstance(part, LowRank) for part in weight_parts):
+                plan.weights[name] = replace(plan.weights[name], rank=0)
         kept = set(skeleton.names_in(skeleton.blocks[index])) - {f"{name}.weight" for name in linears}
         shard |= {name: skeleton.checkpoint.read(skeleton.sources[name]) for name in sorted(kept)}
         output.write_shard(shard)
-    return errors
+    return plan, errors
 
 
 def compress_block(

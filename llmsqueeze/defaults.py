@@ -163,6 +163,8 @@ def _about_method(recipe: Recipe) -> Iterator[str]:
 def _about_portable(recipe: Recipe) -> Iterator[str]:
     if recipe.method in ("mixllm", "gwq"):
         yield f"portable contradicts method {recipe.method}: no other runtime opens what it makes"
+    if recipe.lorc_rank:
+        yield f"portable contradicts lorc rank {recipe.lorc_rank}: the factors need an adapter beside the model"
     if recipe.outliers or recipe.row_outliers:
         yield "portable contradicts outliers: no other runtime opens them"
     if recipe.granularity in ("row", "linear"):

@@ -58,6 +58,10 @@ OPTIONS: dict[str, Any] = {
     "labels": Annotated[
         Text, typer.Option(help="Labels of the measured loss: model (drawn from it) or text. [auto model, else text]")
     ],
+    "lorc_rank": Annotated[
+        Whole, typer.Option(help="Rank of a low-rank compensation of the rounding error (LoRC); after any method. [0]")
+    ],
+    "lorc": Annotated[Text, typer.Option(help="input-weighted, or plain (the paper's). [input-weighted]")],
     "max_ppl_increase": Annotated[
         Real, typer.Option(help="The smallest result whose perplexity rises by at most this share, such as 0.02.")
     ],

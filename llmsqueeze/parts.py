@@ -1,4 +1,5 @@
-"""A compressed weight is a sum of parts: W ~= sum(part.dense() for part in parts).
+"""A compressed weight is a sum of parts: W ~= sum(part.dense() for part in parts), and where a `Sparse` part has an
+entry it is that entry.
 
 Every part knows its tensors as they lie in the file (`tensors`), what is needed beside them to read it back
 (`spec`), and the shapes and dtypes of its tensors before any exists (`layout`), so that bytes are counted, never
@@ -174,9 +175,13 @@ class Sparse:
 
     def dense(self) -> Tensor:
         dense = torch.zeros(self.shape, dtype=torch.float32, device=self.value.device)
+        self.put(dense)
+        return dense
+
+    def put(self, dense: Tensor) -> None:
+        """Sets the entries in `dense` [rows, cols]."""
         row = torch.arange(self.shape[0], device=dense.device).repeat_interleave(_unwrap(self.row_count))
         dense[row, _unwrap(self.index)] = self.value.float()
-        return dense
 
     def tensors(self) -> dict[str, Tensor]:
         return {"index": self.index, "row_count": self.row_count, "value": self.value}
@@ -196,7 +201,50 @@ class Sparse:
         return cls(tensors["index"], tensors["row_count"], tensors["value"], shape)
 
 
-PARTS: dict[str, type[Affine] | type[Sparse]] = {Affine.kind: Affine, Sparse.kind: Sparse}
+@dataclass(frozen=True)
+class LowRank:
+    """A product of two thin 8-bit factors: left int8 [rows, rank], right int8 [rank, cols], scale [rank] for both."""
+
+    kind: ClassVar[str] = "lowrank"
+    left: Tensor
+    right: Tensor
+    scale: Tensor
+
+    @classmethod
+    def from_factors(cls, left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
+        """Rounds float factors [rows, rank] and [rank, cols]; `dtype` is the scale's in the file."""
+        tiny = torch.finfo(torch.float32).tiny
+        most_left, most_right = left.abs().amax(dim=0).clamp(min=tiny), right.abs().amax(dim=1).clamp(min=tiny)
+        # of the products' size, not of a step's: float16 has no room for that
+        scale = (most_left * most_right).clamp(max=torch.finfo(dtype).max).to(dtype)
+        codes = left / most_left * 127, right / most_right[:, None] * 127
+        return cls(codes[0].round().to(torch.int8), codes[1].round().to(torch.int8), scale)
+
+    def dense(self) -> Tensor:
+        return self.left.float() @ (self.right.float() * (self.scale.float() / 127**2)[:, None])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right, "scale": self.scale}
+
+    def spec(self) -> Spec:
+        return lowrank_spec(len(self.scale), self.scale.dtype)
+
+    @staticmethod
+    def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+        (rows, cols), rank = shape, spec["rank"]
+        dtype = getattr(torch, spec["dtype"])
+        return {
+            "left": ((rows, rank), torch.int8),
+            "right": ((rank, cols), torch.int8),
+            "scale": ((rank,), dtype),
+        }
+
+    @classmethod
+    def restore(cls, _shape: tuple[int, int], _spec: Spec, tensors: Mapping[str, Tensor]) -> LowRank:
+        return cls(tensors["left"], tensors["right"], tensors["scale"])
+
+
+PARTS: dict[str, type[Affine] | type[Sparse] | type[LowRank]] = {part.kind: part for part in (Affine, Sparse, LowRank)}
 
 
 def affine_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec:
@@ -215,6 +263,10 @@ def affine_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec
 
 def sparse_spec(count: int, dtype: torch.dtype) -> Spec:
     return {"part": Sparse.kind, "count": count, "dtype": dtype_name(dtype)}
+
+
+def lowrank_spec(rank: int, dtype: torch.dtype) -> Spec:
+    return {"part": LowRank.kind, "rank": rank, "dtype": dtype_name(dtype)}
 
 
 def spec_grid(spec: Spec) -> Grid:
@@ -243,10 +295,13 @@ def nbytes(parts: Sequence[Part]) -> int:
 
 
 def sum_of_parts(parts: Sequence[Part]) -> Tensor:
-    """float32 [rows, cols]: the weight that the parts stand for."""
+    """float32 [rows, cols]: the weight that the parts stand for; single weights kept exactly stand as they are."""
     total = parts[0].dense()
     for part in parts[1:]:
-        total += part.dense()
+        if isinstance(part, Sparse):
+            part.put(total)
+        else:
+            total += part.dense()
     return total
 
 

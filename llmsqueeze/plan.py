@@ -37,7 +37,7 @@ class WeightPlan:
     """One linear: shape [rows, cols], the dtype its scales and outliers are stored in, and what it becomes.
 
     grids: how many rows are on which grid, the best-ranked rows first. outliers: how many weights stay as they are
-    by a ranking of single weights (GWQ's), over those that `grids` give to rows.
+    by a ranking of single weights (GWQ's), over those that `grids` give to rows. rank: of the low-rank compensation.
     """
 
     name: str
@@ -46,6 +46,7 @@ class WeightPlan:
     quantizer: str
     grids: Grids
     outliers: int = 0
+    rank: int = 0
 
     @property
     def numel(self) -> int:
@@ -74,6 +75,7 @@ class WeightPlan:
     def specs(self) -> list[Spec]:
         mixed = len(self.by_grid) > 1
         specs = [parts.affine_spec(grid, self.dtype, n if mixed else None) for grid, n in self.by_grid.items()]
+        specs += [parts.lowrank_spec(self.rank, self.dtype)] if self.rank else []
         return [*specs, parts.sparse_spec(self.kept, self.dtype)] if self.kept else specs
 
     @property
@@ -152,8 +154,13 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     for name in names:
         if name not in skipped:
             shape = skeleton.shape(name)
+            if recipe.lorc_rank > min(shape):
+                raise RecipeError(
+                    f"lorc rank {recipe.lorc_rank} is more than {name} has: it is {shape[0]} x {shape[1]}"
+                )
             rows = Rows(grid, shape[0])
-            weights[name] = WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, (rows,))
+            dtype, rank = skeleton.dtype(name), recipe.lorc_rank
+            weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=rank)
     if not weights:
         raise RecipeError("skip leaves no linear to compress")
     return Plan(weights)

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": ("row", "linear", "group"),
     "levels": ("integer", "half", "by-width"),
     "labels": ("model", "text"),
+    "lorc": ("input-weighted", "plain"),
 }
 NEEDS_MOMENTS = ("gptq", "descent")
 NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")
@@ -44,8 +45,9 @@ class Recipe:
     row_outliers: what it may give (shares of a row's weights that stay as they are, beside none). labels: of the
     loss whose gradient is measured, sampled from the model or the text itself. inputs: whose inputs a linear is
     fitted to: the original model's, those behind the compressed blocks before it, or the latter with the target
-    corrected for the drift. search: whether scales are searched. skip: patterns (`*.o_proj`) of linears that stay
-    as they are.
+    corrected for the drift. lorc_rank: rank of the low-rank compensation of the rounding error, 0 for none; lorc:
+    what it is weighted by. search: whether scales are searched. skip: patterns (`*.o_proj`) of linears that stay as
+    they are.
     """
 
     method: str = "descent"
@@ -69,6 +71,8 @@ class Recipe:
     row_outliers: tuple[float, ...] | None = None
     portable: bool = False
     labels: str | None = None
+    lorc_rank: int = 0
+    lorc: str = "input-weighted"
     max_ppl_increase: float | None = None
     max_kl: float | None = None
     inputs: str | None = None
@@ -104,7 +108,7 @@ class Recipe:
 
     @property
     def needs_moments(self) -> bool:
-        return self.quantizer in NEEDS_MOMENTS
+        return self.quantizer in NEEDS_MOMENTS or (self.lorc_rank > 0 and self.lorc == "input-weighted")
 
     @property
     def needs_costs(self) -> bool:

@@ -135,6 +135,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "group_sizes": group_sizes,
     "row_outliers": shares,
     "portable": boolean,
+    "lorc_rank": whole(0),
     "max_ppl_increase": number(1e-6, 10.0),
     "max_kl": number(1e-6, 10.0),
     "search": boolean,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
+from llmsqueeze.compensate import lorc
 from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.observe import Moments
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
@@ -65,11 +66,34 @@ def compress_weight(
         on_grid = [rows for part, rows in held if part.grid == grid]
         on = torch.stack(on_grid).any(dim=0) if len(planned.by_grid) > 1 else None
         made.append(_round(target, planned, grid, curvature, mask, on, recipe))
+    if planned.rank:
+        made += compensation(target, made, planned, curvature, mask, recipe)
     if mask is not None:
         made.append(Sparse.from_mask(mask, stored))
     dense = parts.sum_of_parts(made)
     error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
     return made, dense, float(error)
+
+
+def compensation(
+    target: Tensor,
+    made: list[Part],
+    planned: WeightPlan,
+    curvature: Curvature,
+    mask: Tensor | None,
+    recipe: Recipe,
+) -> list[Part]:
+    """Low-rank factors for what the parts leave of `target`; none where they would not lower the output error."""
+    error = target - parts.sum_of_parts(made)
+    if mask is not None:
+        error.masked_fill_(mask, 0.0)
+    weighting = curvature if recipe.lorc == "input-weighted" else None
+    found = lorc.factors(error, planned.rank, weighting, planned.dtype, recipe.seed)
+    left = error - found.dense()
+    if mask is not None:
+        left.masked_fill_(mask, 0.0)
+    helps = row_error(left, curvature.H).sum() < row_error(error, curvature.H).sum()
+    return [found] if helps else []
 
 
 def rows_of(planned: WeightPlan, chosen: Tensor | None, device: torch.device) -> list[tuple[Rows, Tensor]]:

@@ -122,6 +122,7 @@ def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
             pattern,
             len(names),
             (grids or _describe_mix([entries[name] for name in names]))
+            + _describe_ranks([entries[name] for name in names])
             + _describe_outliers([entries[name] for name in names]),
             sum(_numel(entries[name]) for name in names),
             sum(sizes[name] for name in names),
@@ -149,6 +150,13 @@ def _describe_mix(entries: list[dict[str, Any]]) -> str:
     names = [f"{grid.bits} bit" if same else str(grid) for grid in ordered]
     shares = ", ".join(f"{100 * counts[g] / total:.3g} % {name}" for g, name in zip(ordered, names, strict=True))
     return f"rows {shares}{' ' + tail if same else ''}"
+
+
+def _describe_ranks(entries: list[dict[str, Any]]) -> str:
+    ranks = {sum(s["rank"] for s in entry["parts"] if s["part"] == "lowrank") for entry in entries}
+    if ranks == {0}:
+        return ""
+    return f" + rank {min(ranks)}" if len(ranks) == 1 else f" + rank {min(ranks)} to {max(ranks)}"
 
 
 def _describe_outliers(entries: list[dict[str, Any]]) -> str:

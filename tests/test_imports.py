@@ -14,7 +14,7 @@ LAYERS = [
     {"bitpack", "activations", "checkpoint", "recipe", "calibrate", "output", "card"},
     {"parts", "skeleton", "locate", "defaults", "fingerprint"},
     {"plan", "grids", "blocks", "recipes"},
-    {"observe", "quantize", "formats", "pictures"},
+    {"observe", "quantize", "formats", "pictures", "compensate"},
     {"price", "planfile"},
     {"allocate"},
     {"profile"},

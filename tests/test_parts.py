@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmsqueeze import parts
-from llmsqueeze.parts import Affine, Grid, Sparse
+from llmsqueeze.parts import Affine, Grid, LowRank, Sparse
 
 
 def make_affine(grid: Grid, rows: int, cols: int, generator: torch.Generator) -> tuple[Affine, torch.Tensor]:
@@ -73,5 +73,9 @@ def test_bytes_are_known_before_the_tensors_exist(grid: Grid, generator: torch.G
 
 def test_a_weight_is_the_sum_of_its_parts(generator: torch.Generator) -> None:
     part, dense = make_affine(Grid(3, 16, True), 5, 40, generator)
-    sparse = Sparse.from_mask(dense > 0.5, torch.randn(5, 40, generator=generator))
-    assert torch.equal(parts.sum_of_parts([part, sparse]), dense + sparse.dense())
+    low = LowRank.from_factors(
+        torch.randn(5, 2, generator=generator), torch.randn(2, 40, generator=generator), torch.float16
+    )
+    mask, kept = dense > 0.5, torch.randn(5, 40, generator=generator)
+    total = parts.sum_of_parts([part, low, Sparse.from_mask(mask, kept)])
+    assert torch.equal(total, torch.where(mask, kept, dense + low.dense())), "what is kept exactly stands as it is"

@@ -339,7 +339,7 @@ FILLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (MIXLLM | {"high_bits": 6, "high_fraction": 0.2}, {"mix": ((6, 0.2),)}),
     (MIXLLM | {"low_bits": 3, "mix": "4:0.6,6:0.1"}, {"mix": ((6, 0.1), (4, 0.6)), "high_bits": 6, "low_bits": 3}),
     (MIXLLM | {"size": "1GB"}, {"size": 10**9, "mix": None, "low_bits": 4, "high_bits": 8}),
-    ({"bits": 2.5}, {"levels": "half", "granularity": "row", "widths": (1, 2, 3, 4, 5, 6, 8)}),
+    ({"bits": 2.5}, {"levels": "by-width", "granularity": "row", "widths": (1, 2, 3, 4, 5, 6, 8)}),
     ({"bits": 2.5}, {"importance": "cost", "labels": "model", "symmetric": True, "quantizer": "descent"}),
     ({"bits": 2.5, "symmetric": False}, {"levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
     ({"bits": 2.5, "outliers": 0.01}, {"levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),

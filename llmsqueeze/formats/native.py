@@ -10,7 +10,7 @@ Tensor t of part i of a linear is `<linear>.parts.<i>.<t>`; the linear's bias ke
 tensors of each kind. Readers refuse versions that they do not know.
 
 Version 2 has what version 1 has, and affine parts on some rows only (`"rows": how many`, a tensor `rows` that marks
-them) or with half-integer levels (`"half": true`). A folder without either is written as version 1.
+them) or with half-integer levels (`"half": true`), and low-rank parts. A folder without either is written as version 1.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 def format_version(plan: Plan) -> int:
     """The oldest version that can say what the plan holds."""
-    return 2 if any(NEW_IN_2 & set(spec) for weight in plan.weights.values() for spec in weight.specs) else 1
+    specs = [spec for weight in plan.weights.values() for spec in weight.specs]
+    return 2 if any(NEW_IN_2 & set(spec) or spec["part"] == "lowrank" for spec in specs) else 1
 
 
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Compensation: what is added to a rounded weight to take back some of its error."""
