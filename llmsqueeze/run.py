@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def quantize(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compresses as the command says; returns its summary."""
-    progress = progress or Progress()
+    start, progress = time.monotonic(), progress or Progress()
     decided = measured = None
     if plan is not None:
         if contradiction := next((key for key in (*settings, *(["profile"] if profile else []))), None):
@@ -56,7 +57,7 @@ def quantize(
         profile=measured,
         progress=progress,
     )
-    return summary.as_dict()
+    return summary.as_dict() | {"seconds": round(time.monotonic() - start, 3)}  # with what was read before
 
 
 def folder_name(source: Source, recipe: Recipe) -> Path:

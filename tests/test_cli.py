@@ -329,7 +329,13 @@ def test_a_future_format_is_refused(compressed: Path, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_no_result(tmp_path: Path) -> None:
     """A real process, really interrupted while it compresses."""
     command = [sys.executable, "-u", "-m", "llmsqueeze.cli", "quantize", "demo", "--out", str(tmp_path / "out")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+    def listen() -> None:
+        """What a shell starts in the background ignores Ctrl-C, and so would its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=listen) as process:
         assert process.stderr is not None
         assert process.stdout is not None
         for line in process.stderr:

@@ -292,10 +292,13 @@ def test_costs_fall_with_the_width_for_nearly_all_rows(tokens: list[Tensor]) -> 
 
 
 def test_the_predicted_loss_is_near_the_measured_one(tmp_path: Path) -> None:
-    """Every row at 3 bits, on text that was not calibrated on: right to a factor of two, and so for the divergence."""
-    settings = {"method": "auto", "bits": 3.2, "widths": [3], "samples": 24, "seq_len": 128}
+    """Every row at 2 bits, on text that was not calibrated on: right to a factor of two, and so for the divergence.
+
+    At 3 bits the loss of this model is within the noise.
+    """
+    settings = {"method": "auto", "bits": 2.2, "widths": [2], "samples": 24, "seq_len": 128}
     made = quantize("demo", make_recipe(settings), tmp_path / "out", device="cpu")
-    assert made.bits == 3
+    assert made.bits == 2
     result = evaluate(str(tmp_path / "out"), baseline="demo", text=evaluation_text("demo", "demo"), limit=100)
     assert result.nll_difference is not None
     assert result.nll_difference_stderr is not None
