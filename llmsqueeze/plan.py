@@ -8,7 +8,7 @@ the file carries, so planned bytes and written bytes cannot differ.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -163,7 +163,22 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=rank)
     if not weights:
         raise RecipeError("skip leaves no linear to compress")
+    if recipe.portable:
+        check_groups(weights, recipe.group_sizes or (recipe.group_size,))
     return Plan(weights)
+
+
+def check_groups(weights: Mapping[str, WeightPlan], sizes: Sequence[int]) -> None:
+    """Raises RecipeError for a group size that leaves a short last group, which compressed-tensors does not have."""
+    for size in sizes:
+        uneven = [w for w in weights.values() if size != -1 and w.shape[1] % min(size, w.shape[1])]
+        if uneven:
+            fitting = [g for g in (128, 64, 32, 16, 8) if not any(w.shape[1] % g for w in weights.values())]
+            hint = f"--group-size {fitting[0]}, or -1 for whole rows" if fitting else "--group-size -1 for whole rows"
+            raise RecipeError(
+                f"portable contradicts group size {size}: it does not divide the {uneven[0].shape[1]} columns of "
+                f"{uneven[0].name}; take {hint}"
+            )
 
 
 def recipe_grid(recipe: Recipe, bits: int) -> Grid:

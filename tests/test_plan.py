@@ -187,6 +187,17 @@ def test_sizes_come_from_the_config_alone(demo_dir: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "a" / "profile.safetensors").exists()
 
 
+def test_portable_wants_groups_without_a_rest(tmp_path: Path) -> None:
+    """The demo's rows have 128 and 384 columns."""
+    settings = {"bits": 4.5, "portable": True, **FAST, "widths": [2, 3, 4, 8]}
+    with pytest.raises(RecipeError, match=r"group size 256: .* the 384 columns of .* take --group-size 128, or -1"):
+        plan(DEMO, settings | {"group_size": 256}, tmp_path / "plan", weights=False)
+    found = plan(DEMO, settings, tmp_path / "plan", trial=False)
+    widths = {row["pattern"].split(".")[-1]: row["rows"] for row in found["rows"]}
+    assert widths["q_proj"] == widths["k_proj"] == widths["v_proj"], "one width per fusion group"
+    assert 4.2 < found["bits_per_weight"] <= 4.5
+
+
 def test_show_gives_the_recipe_that_makes_the_folder_again(planned: Path, tmp_path: Path) -> None:
     quantize(DEMO, {"bits": 2.5, **FAST}, tmp_path / "a", profile=planned / "profile.safetensors")
     recipe = contents(str(tmp_path / "a")).recipe
