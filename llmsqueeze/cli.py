@@ -99,7 +99,7 @@ def make_plan(
     weights: Annotated[
         str, typer.Option(help="all, or none: sizes alone, from config.json, with the same widths everywhere.")
     ] = "all",
-    trial: Annotated[bool, typer.Option(help="Compress one block to predict time and memory.")] = True,
+    trial: Annotated[bool, typer.Option(help="Compress two blocks to predict time and memory.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for plan and profile. [./<model>-plan]")] = None,
     device: Device = "auto",
     revision: Revision = None,

@@ -96,8 +96,16 @@ def quantize(
         plan, errors = compress_blocks(walk, needed_streams(inputs, recipe), decided, recipe, output, progress)
         decided = replace(decided, plan=plan)
         write_rest(output, job, recipe, decided, errors)
+    return summarize(job, recipe, decided, output, place, time.monotonic() - start)
+
+
+def summarize(
+    job: Job, recipe: Recipe, decided: Decision, output: Output, place: torch.device, seconds: float
+) -> Summary:
+    """What to say of a folder that has been written."""
+    plan = decided.plan
     return Summary(
-        out=str(out),
+        out=str(output.final),
         model=job.source.model,
         method=recipe.method,
         bits=plan.code_bits,
@@ -107,7 +115,7 @@ def quantize(
         outliers=sum(weight.kept for weight in plan.weights.values()),
         predicted_loss_increase=decided.predicted,
         calibration=job.calibration.as_dict() if job.calibration else None,
-        seconds=round(time.monotonic() - start, 3),
+        seconds=round(seconds, 3),
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=peak_device_memory_mb(str(place)),
     )

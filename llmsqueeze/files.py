@@ -1,4 +1,4 @@
-"""The names that files have in a model folder, and how its JSON is read."""
+"""The names that files have in a model folder, and how JSON and YAML are read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.errors import CheckpointError
+from llmsqueeze.errors import CheckpointError, RecipeError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,6 +27,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' holds a {type(value).__name__}; a JSON object is expected")
     return value
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What the YAML file `path` holds. Raises RecipeError where there is none, calling it by `what` it should be."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"there is no {what} {path}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.files import read_yaml
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.recipe import Recipe
@@ -87,14 +88,7 @@ def rows_name(rows: Rows) -> str:
 
 def read_plan(path: Path) -> PlanFile:
     """Reads a plan file. Raises RecipeError for one that is missing, damaged, or of another version."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no plan file {path}; `llmsqueeze plan` writes one") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    content = read_yaml(path, "plan file")
     if not isinstance(content, dict) or content.get("llmsqueeze_plan") != VERSION:
         raise RecipeError(f"{path} is no plan of version {VERSION}: `llmsqueeze plan` writes one")
     weights, recipe = content.get("weights"), content.get("recipe")

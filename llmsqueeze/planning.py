@@ -40,11 +40,7 @@ def plan(
         raise RecipeError("a bound on quality is found by compressing and measuring: use it with `llmsqueeze quantize`")
     if not weights:
         recipe = make_recipe({**recipe.as_dict(), "importance": "uniform"})
-    folder = out or Path(f"{Path(source.model).expanduser().resolve().name}-plan")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error}") from error
+    folder = make_folder(out or Path(f"{Path(source.model).expanduser().resolve().name}-plan"))
     place = pick_device(device)
     job = prepare(source, recipe, progress, text=weights, weights=weights)
     target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
@@ -74,6 +70,15 @@ def plan(
         "predicted_seconds": predicted.get("seconds"),
         "predicted_peak_memory_mb": predicted.get("peak_memory_mb"),
     }
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if it is not there. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error}") from error
+    return folder
 
 
 def draw(folder: Path, job: Job, decided: Decision, points: list[tuple[float, float]], progress: Progress) -> None:

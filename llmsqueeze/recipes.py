@@ -30,6 +30,7 @@ from llmsqueeze.checks import (
 )
 from llmsqueeze.defaults import fill_in
 from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.files import read_yaml
 from llmsqueeze.recipe import CHOICES, Recipe
 
 KEYS = {field.name: field for field in dataclasses.fields(Recipe)}
@@ -65,14 +66,7 @@ def _implied_method(values: Mapping[str, Any]) -> str:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises RecipeError if it is missing or no mapping of keys to values."""
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe file {path}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    settings = read_yaml(path, "recipe file")
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise RecipeError(f"{path} is no recipe: it must map keys to values, such as `bits: 3`")
     return settings

@@ -66,11 +66,9 @@ def allocate(
 
     `costs`: name -> [options, rows]; `groups`: the fusion groups. Raises RecipeError where nothing fits.
     """
-    units = make_units(plan, costs, options, granularity, groups)
-    order = [torch.argsort(unit.nbytes, stable=True) for unit in units]
+    units, order = sorted_units(plan, costs, options, granularity, groups)
     counts = [unit.cost.shape[1] for unit in units]
-    found = [hull_steps(unit.cost[rank], unit.nbytes[rank]) for unit, rank in zip(units, order, strict=True)]
-    steps = best_first(found, counts)
+    steps = best_first([hull_steps(unit.cost, unit.nbytes) for unit in units], counts)
 
     def plan_at(state: Tensor) -> Plan:
         grids = {}
@@ -149,6 +147,20 @@ def make_units(
     return result
 
 
+def sorted_units(
+    plan: Plan,
+    costs: Mapping[str, Tensor],
+    options: Sequence[Option],
+    granularity: str,
+    groups: Sequence[Sequence[str]],
+) -> tuple[list[Units], list[Tensor]]:
+    """The units with their options in the order of their bytes, and for each the numbers of the options in it."""
+    units = make_units(plan, costs, options, granularity, groups)
+    order = [torch.argsort(unit.nbytes, stable=True) for unit in units]
+    sorted_ = [Units(u.names, u.cost[rank], u.nbytes[rank]) for u, rank in zip(units, order, strict=True)]
+    return sorted_, order
+
+
 def row_nbytes(weight: WeightPlan, option: Option) -> float:
     """Bytes that one row takes, and its share of what rows share."""
     rows, cols = weight.shape
@@ -208,15 +220,11 @@ def ladder(
     groups: Sequence[Sequence[str]],
 ) -> list[tuple[float, float]]:
     """Bytes and predicted cost after every step of the greedy, from the smallest plan on; row marks are not counted."""
-    units = make_units(plan, costs, options, granularity, groups)
-    order = [torch.argsort(unit.nbytes, stable=True) for unit in units]
-    found = [hull_steps(unit.cost[rank], unit.nbytes[rank]) for unit, rank in zip(units, order, strict=True)]
+    units, _ = sorted_units(plan, costs, options, granularity, groups)
+    found = [hull_steps(unit.cost, unit.nbytes) for unit in units]
     steps = best_first(found, [unit.cost.shape[1] for unit in units])
-    nbytes = sum(float(unit.nbytes[rank[0]]) * unit.cost.shape[1] for unit, rank in zip(units, order, strict=True))
-    start = sum(
-        float(unit.cost[rank].gather(0, one.lowest[None]).sum())
-        for unit, rank, one in zip(units, order, found, strict=True)
-    )
+    nbytes = sum(float(unit.nbytes[0]) * unit.cost.shape[1] for unit in units)
+    start = sum(float(unit.cost.gather(0, one.lowest[None]).sum()) for unit, one in zip(units, found, strict=True))
     sizes = nbytes + torch.cat([torch.zeros(1, dtype=torch.float64), steps.nbytes.cumsum(0)])
     falls = torch.cat([torch.zeros(1, dtype=torch.float64), (steps.slope * steps.nbytes).cumsum(0)])
     return list(zip(sizes.tolist(), (start - falls).tolist(), strict=True))
