@@ -16,7 +16,7 @@ from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure import Wanted
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, recipe_grid
+from llmsqueeze.plan import Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.recipe import Recipe
@@ -54,6 +54,8 @@ def options_of(recipe: Recipe) -> tuple[Option, ...]:
     assert recipe.widths is not None, "the recipe is filled in"
     sizes = recipe.group_sizes or (recipe.group_size,)
     grids = [replace(recipe_grid(recipe, width), group_size=size) for size in sizes for width in recipe.widths]
+    if recipe.dual:
+        grids += [replace(dual_grid(recipe), group_size=size) for size in sizes]
     found = [Option(grid) for grid in grids]
     for share in recipe.row_outliers or ():
         # a weight that stays needs a level 0 under it

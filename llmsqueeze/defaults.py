@@ -9,7 +9,7 @@ from typing import Any
 from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.recipe import IMPORTANCE, QUANTIZERS, Recipe
 
-PLAIN = (*QUANTIZERS, "gwq")
+PLAIN = (*QUANTIZERS, "gwq", "dbllm")
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 INPUTS = {"rtn": "original", "gptq": "sequential", "descent": "corrected"}
 
@@ -26,7 +26,7 @@ def fill_in(recipe: Recipe) -> Recipe:
         "labels": recipe.labels or ("model" if recipe.method == "auto" else "text"),
         "symmetric": recipe.method != "mixllm" if recipe.symmetric is None else recipe.symmetric,
     }
-    own = {"auto": _auto, "layerwise": _layerwise, "mixllm": _mixllm}.get(recipe.method, _plain)
+    own = {"auto": _auto, "layerwise": _layerwise, "mixllm": _mixllm, "dbllm": _dbllm}.get(recipe.method, _plain)
     made = dataclasses.replace(recipe, **filled, **own(dataclasses.replace(recipe, **filled)))
     refuse(impossible(made))
     return made
@@ -57,6 +57,10 @@ def impossible(recipe: Recipe) -> Iterator[str]:
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     return {"bits": recipe.bits or 3, "levels": recipe.levels or "integer"}
+
+
+def _dbllm(_recipe: Recipe) -> dict[str, Any]:
+    return {"bits": 2, "levels": "dual"}
 
 
 def _layerwise(recipe: Recipe) -> dict[str, Any]:
@@ -148,25 +152,45 @@ def _about_method(recipe: Recipe) -> Iterator[str]:
         "widths": ("auto",),
         "group_sizes": ("auto",),
         "row_outliers": ("auto",),
+        "dual": ("auto",),
         "max_ppl_increase": ("auto",),
         "max_kl": ("auto",),
     }
     for key, methods in belongs.items():
         if getattr(recipe, key) is not None and method not in methods:
             yield f"{key.replace('_', ' ')} goes with method {' or '.join(methods)}, not with {method}"
+    yield from _about_dual(recipe)
     if recipe.row_outliers and recipe.outliers:
         yield f"row outliers contradict outliers {recipe.outliers:g}: the allocator chooses them, or a ranking does"
     if recipe.portable:
         yield from _about_portable(recipe)
 
 
+def _about_dual(recipe: Recipe) -> Iterator[str]:
+    """Dual binarization is two planes of one bit, and that is all that it is."""
+    dual = recipe.levels == "dual"
+    if recipe.method == "dbllm":
+        if recipe.levels not in (None, "dual"):
+            yield f"levels {recipe.levels} contradicts method dbllm, whose levels are dual"
+        if recipe.bits not in (None, 2):
+            yield f"bits {recipe.bits:g} contradicts method dbllm: two planes of one bit are 2 bits"
+    elif dual and recipe.method not in (*QUANTIZERS, "gwq"):
+        yield f"levels dual do not go with method {recipe.method}; with auto it is --dual"
+    elif dual and recipe.bits != 2:
+        yield f"levels dual want bits 2, not {recipe.bits or 3:g}"
+    if recipe.symmetric is False and (dual or recipe.method == "dbllm"):
+        yield "asymmetric contradicts dual levels: each group has two scales and no zero"
+
+
 def _about_portable(recipe: Recipe) -> Iterator[str]:
-    if recipe.method in ("mixllm", "gwq"):
+    if recipe.method in ("mixllm", "gwq", "dbllm"):
         yield f"portable contradicts method {recipe.method}: no other runtime opens what it makes"
     if recipe.lorc_rank:
         yield f"portable contradicts lorc rank {recipe.lorc_rank}: the factors need an adapter beside the model"
     if recipe.outliers or recipe.row_outliers:
         yield "portable contradicts outliers: no other runtime opens them"
+    if recipe.dual:
+        yield "portable contradicts dual: no other runtime opens two planes"
     if recipe.granularity in ("row", "linear"):
         yield f"portable contradicts per {recipe.granularity}: runtimes want one width per fusion group"
     if recipe.symmetric is False:

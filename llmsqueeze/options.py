@@ -19,13 +19,16 @@ OPTIONS: dict[str, Any] = {
     "bits": Annotated[Real, typer.Option(help="Width of a code, 2 to 8; for auto and layerwise the average. [3]")],
     "size": Annotated[Text, typer.Option(help="Budget for all weights, embeddings included: 4GB, 900MB.")],
     "method": Annotated[
-        Text, typer.Option(help="descent, gwq, layerwise, mixllm, auto, gptq or rtn. [descent; auto with a budget]")
+        Text,
+        typer.Option(help="descent, gwq, layerwise, mixllm, auto, dbllm, gptq or rtn. [descent; auto with a budget]"),
     ],
-    "group_size": Annotated[Whole, typer.Option(help="Columns that share a scale; -1: whole rows. [128]")],
+    "group_size": Annotated[Whole, typer.Option(help="Columns that share a scale; -1: whole rows. [128; dbllm 64]")],
     "symmetric": Annotated[Flag, typer.Option("--symmetric/--asymmetric", help="Grid. [symmetric]")],
     "levels": Annotated[
         Text,
-        typer.Option(help="integer, half (half-integer, no 0) or by-width (half to 2 bits). [integer; auto by-width]"),
+        typer.Option(
+            help="integer, half (half-integer, no 0), by-width (half to 2 bits) or dual. [integer; auto by-width]"
+        ),
     ],
     "quantizer": Annotated[
         Text, typer.Option(help="For gwq, layerwise, mixllm, auto: descent, gptq or rtn. [descent]")
@@ -52,6 +55,7 @@ OPTIONS: dict[str, Any] = {
     "widths": Annotated[Text, typer.Option(help="Widths that auto may give. [1,2,3,4,5,6,8]")],
     "group_sizes": Annotated[Text, typer.Option(help="Group sizes that auto may give. [--group-size]")],
     "row_outliers": Annotated[Text, typer.Option(help="Shares of a row that auto may keep at 16 bits, such as 0.01.")],
+    "dual": Annotated[Flag, typer.Option("--dual", help="auto may also give dual-binary rows (2 bits, two scales).")],
     "portable": Annotated[
         Flag, typer.Option("--portable", help="Only what compressed-tensors can hold; implies --per-group.")
     ],

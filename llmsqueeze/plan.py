@@ -74,7 +74,7 @@ class WeightPlan:
     @property
     def specs(self) -> list[Spec]:
         mixed = len(self.by_grid) > 1
-        specs = [parts.affine_spec(grid, self.dtype, n if mixed else None) for grid, n in self.by_grid.items()]
+        specs = [parts.grid_spec(grid, self.dtype, n if mixed else None) for grid, n in self.by_grid.items()]
         specs += [parts.lowrank_spec(self.rank, self.dtype)] if self.rank else []
         return [*specs, parts.sparse_spec(self.kept, self.dtype)] if self.kept else specs
 
@@ -181,8 +181,15 @@ def check_groups(weights: Mapping[str, WeightPlan], sizes: Sequence[int]) -> Non
             )
 
 
+def dual_grid(recipe: Recipe) -> Grid:
+    """The recipe's grid for dual binarization."""
+    return Grid(2, recipe.group_size, symmetric=True, dual=True)
+
+
 def recipe_grid(recipe: Recipe, bits: int) -> Grid:
     """The recipe's grid at another width; one bit has half-integer levels only, and by width so have two."""
     assert recipe.symmetric is not None, "the recipe is filled in"
+    if recipe.levels == "dual":
+        return dual_grid(recipe)
     half = bits == 1 or (recipe.symmetric and (recipe.levels == "half" or (recipe.levels == "by-width" and bits == 2)))
     return Grid(bits, recipe.group_size, recipe.symmetric or half, half)

@@ -33,7 +33,7 @@ from llmsqueeze.recipes import make_recipe
 VERSION = 1
 PLAN, PROFILE = "plan.yaml", "profile.safetensors"
 GRID = re.compile(
-    r"(?P<bits>\d+) bit (?P<group>row|g\d+)(?P<kind> half| asymmetric)?(?: \+ (?P<outliers>\d+) outliers)?"
+    r"(?P<bits>\d+) bit (?P<group>row|g\d+)(?P<kind> half| asymmetric| dual)?(?: \+ (?P<outliers>\d+) outliers)?"
 )
 HEAD = """\
 # What llmsqueeze makes of every linear: how many of its rows are on which grid, the most important rows first.
@@ -145,15 +145,17 @@ def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
 def _rows(text: Any, count: int) -> Rows:
     match = GRID.fullmatch(str(text))
     if not match:
-        raise RecipeError(f"{text!r} is no grid; write '3 bit g128', '2 bit row half' or '4 bit g64 asymmetric'")
+        raise RecipeError(
+            f"{text!r} is no grid; write '3 bit g128', '2 bit row half', '4 bit g64 asymmetric' or '2 bit g64 dual'"
+        )
     bits, kind = int(match["bits"]), (match["kind"] or "").strip()
-    low = 1 if kind == "half" else 2
-    if not low <= bits <= 8:
-        raise RecipeError(f"{text!r}: no quantizer has that width; {low} to 8 bits are there")
+    low, high = {"half": (1, 8), "dual": (2, 2)}.get(kind, (2, 8))
+    if not low <= bits <= high:
+        raise RecipeError(f"{text!r}: no quantizer has that width; {low} to {high} bits are there")
     size = -1 if match["group"] == "row" else int(match["group"][1:])
     if size == 0:
         raise RecipeError(f"{text!r}: a group has at least one column")
     outliers = int(match["outliers"] or 0)
     if outliers and kind == "half":
         raise RecipeError(f"{text!r}: outliers want a grid with a level 0, which a half one lacks")
-    return Rows(Grid(bits, size, kind != "asymmetric", kind == "half"), count, outliers)
+    return Rows(Grid(bits, size, kind != "asymmetric", kind == "half", kind == "dual"), count, outliers)

@@ -168,9 +168,9 @@ def lacks(
     return f"no salience at {unmeasured[0]} bits" if unmeasured else None
 
 
-def _option_fields(option: Option) -> tuple[tuple[int, int, bool, bool], float]:
+def _option_fields(option: Option) -> tuple[tuple[int, int, bool, bool, bool], float]:
     grid = option.grid
-    return (grid.bits, grid.group_size, grid.symmetric, grid.half), option.outliers
+    return (grid.bits, grid.group_size, grid.symmetric, grid.half, grid.dual), option.outliers
 
 
 def _short(value: Any) -> str:

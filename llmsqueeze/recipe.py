@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 QUANTIZERS = ("descent", "gptq", "rtn")
-METHODS = ("descent", "gwq", "layerwise", "mixllm", "auto", "gptq", "rtn")
+METHODS = ("descent", "gwq", "layerwise", "mixllm", "auto", "dbllm", "gptq", "rtn")
 RANKINGS = ("gradient", "gradient-weight", "gradient-error", "magnitude", "random")
 BLOCK_ORDERS = ("lim", "zd", "random", "reverse", "first", "last", "both-ends")
 ROW_ORDERS = ("salience", "cost", "random", "reverse")
@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inputs": ("original", "sequential", "corrected"),
     "importance": tuple(dict.fromkeys(name for names in IMPORTANCE.values() for name in names)),
     "granularity": ("row", "linear", "group"),
-    "levels": ("integer", "half", "by-width"),
+    "levels": ("integer", "half", "by-width", "dual"),
     "labels": ("model", "text"),
     "lorc": ("input-weighted", "plain"),
 }
@@ -39,15 +39,15 @@ class Recipe:
     bits: width of a code, 2 to 8; for `auto` and `layerwise`, and for `mixllm` where it is fractional, the average
     over the linears with everything counted. size: bytes of the whole folder's weights. group_size: columns that
     share a scale, -1 for whole rows. levels: integer ones, or half-integer ones without a zero, or by width: half
-    up to two bits. outliers: fraction of the weights that stay as they are (1 % for `gwq`). importance: what ranks
-    blocks (`layerwise`) or rows (`mixllm`, `auto`). mix: width -> fraction of the rows, for `mixllm`; high_bits
-    with high_fraction is the short form. granularity: what gets a width of its own in `auto`. widths, group_sizes,
-    row_outliers: what it may give (shares of a row's weights that stay as they are, beside none). labels: of the
-    loss whose gradient is measured, sampled from the model or the text itself. inputs: whose inputs a linear is
-    fitted to: the original model's, those behind the compressed blocks before it, or the latter with the target
-    corrected for the drift. lorc_rank: rank of the low-rank compensation of the rounding error, 0 for none; lorc:
-    what it is weighted by. search: whether scales are searched. skip: patterns (`*.o_proj`) of linears that stay as
-    they are.
+    up to two bits, or dual-binary ones (`dbllm`). outliers: fraction of the weights that stay as they are (1 % for
+    `gwq`). importance: what ranks blocks (`layerwise`) or rows (`mixllm`, `auto`). mix: width -> fraction of the
+    rows, for `mixllm`; high_bits with high_fraction is the short form. granularity: what gets a width of its own in
+    `auto`. widths, group_sizes, row_outliers: what it may give (shares of a row's weights that stay as they are,
+    beside none); dual: whether dual-binary rows as well. labels: of the loss whose gradient is measured, sampled
+    from the model or the text itself. inputs: whose inputs a linear is fitted to: the original model's, those
+    behind the compressed blocks before it, or the latter with the target corrected for the drift. lorc_rank: rank
+    of the low-rank compensation of the rounding error, 0 for none; lorc: what it is weighted by. search: whether
+    scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
     """
 
     method: str = "descent"
@@ -69,6 +69,7 @@ class Recipe:
     widths: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
     row_outliers: tuple[float, ...] | None = None
+    dual: bool | None = None
     portable: bool = False
     labels: str | None = None
     lorc_rank: int = 0

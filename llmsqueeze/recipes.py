@@ -52,6 +52,8 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
         raise RecipeError("\n       ".join(wrong))
     if "method" not in values:
         values["method"] = _implied_method(values)
+    if values["method"] == "dbllm":
+        values.setdefault("group_size", 64)
     return fill_in(Recipe(**values))
 
 
@@ -128,6 +130,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "widths": widths,
     "group_sizes": group_sizes,
     "row_outliers": shares,
+    "dual": boolean,
     "portable": boolean,
     "lorc_rank": whole(0),
     "max_ppl_increase": number(1e-6, 10.0),

@@ -272,6 +272,9 @@ def print_contents(contents: dict[str, Any]) -> None:
         f"quantized linears: {contents['bits_per_weight']:.3f} bits per weight, everything stored for them counted; "
         f"codes of {width(contents['bits'])} bits"
     )
+    if contents["plane_zeros"]:
+        first, second = contents["plane_zeros"]
+        out.print(f"zeros in the planes of dual-binary weights: {first:.1%} and {second:.1%}")
     before = f", was {size(contents['nbytes_original'])}" if contents["nbytes_original"] else ""
     out.print(f"kept as they were: {size(contents['kept_nbytes'])}; all weights: {size(contents['nbytes'])}{before}")
     if contents["model"]:

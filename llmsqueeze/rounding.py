@@ -11,7 +11,7 @@ from llmsqueeze import parts
 from llmsqueeze.compensate import lorc
 from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.observe import Moments
-from llmsqueeze.parts import Affine, Grid, Part, Sparse
+from llmsqueeze.parts import Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.price import row_outliers
 from llmsqueeze.quantize import QUANTIZERS
@@ -125,7 +125,7 @@ def _round(
     mask: Tensor | None,
     on: Tensor | None,
     recipe: Recipe,
-) -> Affine:
+) -> Part:
     """The rows `on` (None: all) of `target` on one grid, some at a time."""
     if on is not None:
         target, mask = target[on], None if mask is None else mask[on]
@@ -144,4 +144,4 @@ def _round(
         for rows in (slice(start, start + step) for start in range(0, len(target), step))
     ]
     codes, scale, zero = (torch.cat([getattr(r, field) for r in rounded]) for field in ("codes", "scale", "zero"))
-    return Affine.from_codes(codes, scale, zero, grid, on)
+    return parts.of_codes(codes, scale, zero, grid, on)

@@ -33,7 +33,8 @@ class Row:
 class Contents:
     """A folder's linears, folded, and its bytes: `nbytes` of all tensors, `kept_nbytes` of what was not compressed.
 
-    `bits`: mean width of the codes. `recipe`: what makes the folder again.
+    `bits`: mean width of the codes. `recipe`: what makes the folder again. `plane_zeros`: share of zeros in the two
+    planes of dual-binary parts, None where there are none.
     """
 
     path: str
@@ -45,6 +46,7 @@ class Contents:
     nbytes: int
     kept_nbytes: int
     nbytes_original: int | None
+    plane_zeros: tuple[float, float] | None
 
     @property
     def bits_per_weight(self) -> float:
@@ -76,6 +78,7 @@ def contents(folder: str) -> Contents:
         nbytes=checkpoint.nbytes,
         kept_nbytes=checkpoint.nbytes - sum(sizes.values()),
         nbytes_original=record.get("nbytes_original"),
+        plane_zeros=_plane_zeros(checkpoint, entries),
     )
 
 
@@ -89,7 +92,7 @@ def _code_bits(entries: dict[str, Any]) -> float:
     total = 0
     for entry in entries.values():
         rows, cols = entry["shape"]
-        total += sum(s["bits"] * s.get("rows", rows) * cols for s in entry["parts"] if s["part"] == "affine")
+        total += sum(parts.spec_grid(s).bits * s.get("rows", rows) * cols for s in parts.with_grid(entry["parts"]))
     return total / sum(_numel(entry) for entry in entries.values())
 
 
@@ -115,7 +118,7 @@ def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
     for name, entry in entries.items():
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         mixed = any("rows" in spec for spec in entry["parts"])
-        grids = "" if mixed else " + ".join(_describe(spec) for spec in entry["parts"] if spec["part"] == "affine")
+        grids = "" if mixed else " + ".join(str(parts.spec_grid(spec)) for spec in parts.with_grid(entry["parts"]))
         groups.setdefault((pattern, grids), []).append(name)
     return [
         Row(
@@ -131,18 +134,13 @@ def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
     ]
 
 
-def _describe(spec: parts.Spec) -> str:
-    return str(parts.spec_grid(spec))
-
-
 def _describe_mix(entries: list[dict[str, Any]]) -> str:
     """'12 % 4 bit, 88 % 3 bit g128': shares of the rows of linears whose rows are on different grids."""
     counts: dict[parts.Grid, int] = {}
     for entry in entries:
-        for spec in entry["parts"]:
-            if spec["part"] == "affine":
-                grid = parts.spec_grid(spec)
-                counts[grid] = counts.get(grid, 0) + spec.get("rows", entry["shape"][0])
+        for spec in parts.with_grid(entry["parts"]):
+            grid = parts.spec_grid(spec)
+            counts[grid] = counts.get(grid, 0) + spec.get("rows", entry["shape"][0])
     total = sum(counts.values())
     ordered = sorted(counts, key=lambda grid: -grid.bits)
     same = len({str(grid).partition(" bit ")[2] for grid in ordered}) == 1
@@ -165,6 +163,22 @@ def _describe_outliers(entries: list[dict[str, Any]]) -> str:
     if max(shares) == 0:
         return ""
     return f" + {low} % outliers" if low == high else f" + {low} to {high} % outliers"
+
+
+def _plane_zeros(checkpoint: Checkpoint, entries: dict[str, Any]) -> tuple[float, float] | None:
+    """Share of zeros in each plane over all dual-binary parts; reads the planes, one part at a time."""
+    zeros, total = [0.0, 0.0], 0
+    for name, entry in entries.items():
+        for i, spec in enumerate(entry["parts"]):
+            if spec["part"] != parts.DualBinary.kind:
+                continue
+            shape = tuple(entry["shape"])
+            stored = {t: checkpoint.read_raw(f"{name}.parts.{i}.{t}") for t in parts.layout(shape, spec)}
+            part = parts.DualBinary.restore(shape, spec, stored)
+            held = len(part.plane1) * shape[1]
+            zeros = [sum_ + share * held for sum_, share in zip(zeros, part.zero_shares(), strict=True)]
+            total += held
+    return (zeros[0] / total, zeros[1] / total) if total else None
 
 
 def _numel(entry: dict[str, Any]) -> int:

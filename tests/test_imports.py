@@ -13,7 +13,7 @@ LAYERS = [
     {"files", "progress", "memory", "curvature", "checks"},
     {"bitpack", "activations", "checkpoint", "recipe", "calibrate", "output", "card"},
     {"parts", "skeleton", "locate", "defaults", "fingerprint"},
-    {"plan", "grids", "blocks", "recipes"},
+    {"plan", "blocks", "recipes"},
     {"observe", "quantize", "formats", "pictures", "compensate"},
     {"price", "planfile"},
     {"allocate"},

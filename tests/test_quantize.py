@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llmsqueeze.curvature import Curvature, factorize, row_error
-from llmsqueeze.grids import fit_group, round_to, storable
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantize import QUANTIZERS
 from llmsqueeze.quantize.descent import corrected_target, descent, least_squares, normal_equations, refit, sweep
 from llmsqueeze.quantize.gptq import gptq, panels
+from llmsqueeze.quantize.grids import fit_group, round_to, storable
 from llmsqueeze.quantize.rtn import rtn
 
 GRIDS = [Grid(b, g, s) for b in (2, 3, 4, 8) for g, s in ((16, True), (24, False), (-1, True), (200, False))]
@@ -142,7 +142,7 @@ def test_rtn_is_the_nearest_level(weight: torch.Tensor) -> None:
 
 
 def test_scale_search_is_the_best_of_its_ratios(weight: torch.Tensor, moments: torch.Tensor) -> None:
-    from llmsqueeze.grids import RATIOS
+    from llmsqueeze.quantize.grids import RATIOS
 
     grid, h = Grid(2, 16, True), moments.diagonal()[:16]
     w = weight[:, :16]
@@ -218,7 +218,7 @@ def test_descent_never_raises_a_rows_error(grid, with_pinned, weight, curvature,
         assert (after <= before * (1 + 1e-4)).all()
         before = after
     if pins is not None:
-        assert (state.levels()[pins] == 0).all()
+        assert (state.planes()[0][pins] == 0).all()
 
 
 def test_a_sweep_is_coordinate_descent(generator: torch.Generator) -> None:
@@ -247,8 +247,8 @@ def test_refit_is_least_squares(group_size: int, generator: torch.Generator) -> 
     """Against torch.linalg.lstsq on the inputs themselves."""
     weight, x = torch.randn(4, 20, generator=generator), torch.randn(90, 20, generator=generator)
     grid = Grid(3, group_size, True)
-    levels = rtn(weight, grid, torch.float32).levels()
-    A, b = normal_equations(levels, weight @ (x.T @ x), x.T @ x, grid)
+    levels = rtn(weight, grid, torch.float32).planes()[0]
+    A, b = normal_equations([levels], weight @ (x.T @ x), x.T @ x, grid)
     scales = least_squares(A, b)
     for r in range(4):
         design = torch.stack([x[:, g] @ levels[r, g] for g in grid.slices(20)], dim=1)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.curvature import Curvature, factorize, row_error
-from llmsqueeze.grids import fit_group, round_to
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.quantize import QUANTIZERS
+from llmsqueeze.quantize.grids import fit_group, round_to
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.recipes import make_recipe
 from llmsqueeze.rounding import compress_weight

@@ -164,7 +164,7 @@ def sorted_units(
 def row_nbytes(weight: WeightPlan, option: Option) -> float:
     """Bytes that one row takes, and its share of what rows share."""
     rows, cols = weight.shape
-    specs = [parts.affine_spec(option.grid, weight.dtype)]
+    specs = [parts.grid_spec(option.grid, weight.dtype)]
     if option.kept(cols):
         specs.append(parts.sparse_spec(rows * option.kept(cols), weight.dtype))
     return parts.layout_nbytes(weight.shape, specs) / rows

@@ -20,15 +20,18 @@ and codes (arXiv 2505.07004). Memory beside W: two copies of it, the curvature, 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llmsqueeze.curvature import Curvature
-from llmsqueeze.grids import Rounded, storable
 from llmsqueeze.parts import Grid
+from llmsqueeze.quantize import dual_binary
 from llmsqueeze.quantize.gptq import gptq
+from llmsqueeze.quantize.grids import Rounded, decode, encode, storable
 
 ROUNDS = 3
 PANEL = 128
@@ -61,48 +64,54 @@ def corrected_target(weight: Tensor, pull: Tensor, curvature: Curvature, strengt
 
 def refit(rounded: Rounded, target: Tensor, H: Tensor) -> Rounded:
     """Least-squares scales for the codes as they are; a row keeps its old ones where these would not be better."""
-    groups = rounded.scale.shape[1]
-    chunk = max(1, REFIT_BYTES // (4 * groups * groups))
+    unknowns = rounded.scales.shape[1]
+    chunk = max(1, REFIT_BYTES // (4 * unknowns * unknowns))
     # solved for the change, from what is left: errors of a millionth of the weight would drown in the whole
     pull = (target - rounded.dense()) @ H
     made = []
     for start in range(0, len(pull), chunk):
         rows = slice(start, start + chunk)
-        A, b = normal_equations(rounded.levels(rows), pull[rows], H, rounded.grid)
-        made.append(_better_scale(rounded.scale[rows], A, b))
-    return replace(rounded, scale=torch.cat(made))
+        A, b = normal_equations(rounded.planes(rows), pull[rows], H, rounded.grid)
+        made.append(_better_scale(rounded.scales[rows], A, b, rounded.grid))
+    return rounded.rescaled(torch.cat(made))
 
 
-def _better_scale(old: Tensor, A: Tensor, b: Tensor) -> Tensor:
-    """`old` [rows, groups] changed by the solution of A s = b, in the rows where that lowers the error."""
+def _better_scale(old: Tensor, A: Tensor, b: Tensor, grid: Grid) -> Tensor:
+    """`old` [rows, planes * groups] changed by the solution of A s = b, in the rows where that lowers the error."""
     before = old.float()
     wished = before + least_squares(A, b)
     after = storable(torch.where(wished.isfinite() & (wished != 0), wished, before), old.dtype)
+    if grid.dual:
+        kept = dual_binary.in_order(*after.chunk(2, dim=1))
+        after = torch.where(torch.cat([kept, kept], dim=1), after, before)
     change = after - before
     gain = ((A @ change[:, :, None])[:, :, 0] - 2 * b).mul_(change).sum(dim=1)
     return torch.where((gain < 0)[:, None], after, before).to(old.dtype)
 
 
-def normal_equations(levels: Tensor, pull: Tensor, H: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A [rows, groups, groups] and b [rows, groups] of the refit: levels [rows, cols], pull = residual @ H."""
-    rows, cols = levels.shape
+def normal_equations(planes: Sequence[Tensor], pull: Tensor, H: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """A [rows, n, n] and b [rows, n] of the refit, n = planes * groups: planes [rows, cols], pull = residual @ H."""
+    rows, cols = pull.shape
     width, groups = grid.width(cols), grid.groups(cols)
 
     def per_group(values: Tensor) -> Tensor:  # [rows, n] -> [rows, groups of n]
         padded = torch.nn.functional.pad(values, (0, -values.shape[1] % width))
         return padded.view(rows, -1, width).sum(dim=2)
 
-    A = torch.empty(rows, groups, groups, device=levels.device)
-    for i, group in enumerate(grid.slices(cols)):
-        # A is symmetric: the part from the diagonal on is enough
-        row = per_group((levels[:, group] @ H[group, group.start :]).mul_(levels[:, group.start :]))
-        A[:, i, i:] = row
-        A[:, i:, i] = row
-    return A, per_group(pull * levels)
+    count = len(planes)
+    A = torch.empty(rows, count, groups, count, groups, device=pull.device)
+    for (k, plane), (i, group) in itertools.product(enumerate(planes), enumerate(grid.slices(cols))):
+        seen = plane[:, group] @ H[group, group.start :]
+        for m, other in enumerate(planes):
+            # A is symmetric: the part from the diagonal on is enough
+            row = per_group(seen * other[:, group.start :])
+            A[:, k, i, m, i:] = row
+            A[:, m, i:, k, i] = row
+    return A.view(rows, count * groups, -1), torch.cat([per_group(pull * plane) for plane in planes], dim=1)
 
 
 def least_squares(A: Tensor, b: Tensor) -> Tensor:
-    """The solution [rows, groups] of A s = b with a slight ridge; zero where a group has no level but 0."""
+    """The solution [rows, n] of A s = b with a slight ridge; zero where a group has no level but 0."""
     diagonal = A.diagonal(dim1=1, dim2=2)
     ridge = 1e-6 * diagonal.mean(dim=1, keepdim=True) + torch.finfo(A.dtype).tiny
     solution: Tensor = torch.linalg.solve_ex(A + torch.diag_embed(torch.where(diagonal > 0, ridge, 1.0)), b)[0]
@@ -115,19 +124,20 @@ def sweep(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) ->
     scale = grid.expand(rounded.scale.float(), cols)
     zero = grid.expand(rounded.zero, cols)
     codes = rounded.codes.float()
-    residual = target - (codes - zero) * scale
+    values = rounded.dense()
+    residual = target - values
     for start in range(0, cols, PANEL):
         panel = slice(start, min(start + PANEL, cols))
         gradient = residual @ H[:, panel]
         within = H[panel, panel]
         for j in range(panel.start, panel.stop):
             i = j - start
-            wish = gradient[:, i] / (within[i, i] * scale[:, j])
-            code = torch.round(codes[:, j] + wish).clamp_(0, grid.max_code)
+            wish = values[:, j] + gradient[:, i] / within[i, i]
+            code = encode(wish, scale[:, j], zero[:, j], grid)
             if pinned is not None:
                 code = torch.where(pinned[:, j], codes[:, j], code)
-            change = (code - codes[:, j]) * scale[:, j]
+            change = decode(code, scale[:, j], zero[:, j], grid) - values[:, j]
             gradient[:, i:] -= torch.outer(change, within[i, i:])
             residual[:, j] -= change
-            codes[:, j] = code
+            codes[:, j] = code  # no column comes up twice, so `values` may stay behind
     return replace(rounded, codes=codes.to(torch.uint8))

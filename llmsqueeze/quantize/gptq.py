@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.curvature import Curvature
-from llmsqueeze.grids import Rounded, encode, fit_group
 from llmsqueeze.parts import Grid
+from llmsqueeze.quantize.grids import Rounded, decode, encode, fit_group, zero_code
 
 PANEL = 128
 
@@ -59,9 +59,9 @@ def gptq(
                 h = importance[group] if search else None
                 scale[:, g], zero[:, g] = fit_group(w[:, group], h, grid, dtype, mask)
             code = encode(w[:, j], scale[:, g], zero[:, g], grid)
-            rounded = (code - zero[:, g]) * scale[:, g]
+            rounded = decode(code, scale[:, g], zero[:, g], grid)
             if pinned is not None:
-                code = torch.where(pinned[:, j], zero[:, g], code)
+                code = torch.where(pinned[:, j], zero_code(zero[:, g], grid), code)
                 rounded = torch.where(pinned[:, j], weight[:, j], rounded)
             codes[:, j] = code.to(torch.uint8)
             e = (w[:, j] - rounded) / upper[j, j]

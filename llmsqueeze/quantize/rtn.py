@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.curvature import Curvature
-from llmsqueeze.grids import Rounded, encode, fit_group
 from llmsqueeze.parts import Grid
+from llmsqueeze.quantize.grids import Rounded, encode, fit_group, zero_code
 
 
 def rtn(
@@ -39,7 +39,7 @@ def rtn(
         scale, zero = fit_group(w, importance[group] if search else None, grid, dtype, mask)
         code = encode(w, scale[:, None], zero[:, None], grid)
         if mask is not None:
-            code = torch.where(mask, zero[:, None], code)
+            code = torch.where(mask, zero_code(zero, grid)[:, None], code)
         codes[:, group] = code.to(torch.uint8)
         scales.append(scale)
         zeros.append(zero)

@@ -1,0 +1,98 @@
+"""Flexible dual binarization: two planes of bits and two scales per group (quantize/dual_binary.py has the method)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import bitpack
+from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name, mark_rows, onto_rows
+
+
+@dataclass(frozen=True)
+class DualBinary:
+    """`alpha1 * plane1 + alpha2 * plane2`, of all rows of the weight or of some; the other rows are zeros.
+
+    plane1, plane2 int32 [held, words], one bit a weight; alpha1, alpha2 [held, groups]; rows as `Affine` has them.
+    """
+
+    kind: ClassVar[str] = "dual_binary"
+    plane1: Tensor
+    plane2: Tensor
+    alpha1: Tensor
+    alpha2: Tensor
+    rows: Tensor | None
+    shape: tuple[int, int]
+    grid: Grid
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, alpha1: Tensor, alpha2: Tensor, grid: Grid, rows: Tensor | None = None
+    ) -> DualBinary:
+        """codes [held, cols] in 0 .. 3, counted along the levels (grid.py); alphas [held, groups] of one dtype.
+
+        `rows` bool [rows] marks the rows that these are, in their order.
+        """
+        first, second = planes_of(codes)
+        shape = (len(codes) if rows is None else len(rows), codes.shape[1])
+        packed = bitpack.pack(first.to(torch.uint8), 1), bitpack.pack(second.to(torch.uint8), 1)
+        return cls(*packed, alpha1, alpha2.to(alpha1.dtype), mark_rows(rows), shape, grid)
+
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """float32 [held, cols] of zeros and ones, both."""
+        cols = self.shape[1]
+        return bitpack.unpack(self.plane1, 1, cols).float(), bitpack.unpack(self.plane2, 1, cols).float()
+
+    def dense(self) -> Tensor:
+        cols, (first, second) = self.shape[1], self.planes()
+        first.mul_(self.grid.expand(self.alpha1.float(), cols))
+        return onto_rows(first.add_(second.mul_(self.grid.expand(self.alpha2.float(), cols))), self.rows, self.shape)
+
+    def zero_shares(self) -> tuple[float, float]:
+        """Share of zeros in each plane: what a kernel could skip."""
+        first, second = self.planes()
+        return 1 - float(first.mean()), 1 - float(second.mean())
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored = {"plane1": self.plane1, "plane2": self.plane2, "alpha1": self.alpha1, "alpha2": self.alpha2}
+        return stored if self.rows is None else stored | {"rows": self.rows}
+
+    def spec(self) -> Spec:
+        return dual_spec(self.grid, self.alpha1.dtype, None if self.rows is None else len(self.plane1))
+
+    @staticmethod
+    def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+        (rows, cols), grid = shape, dual_grid(spec)
+        held, dtype = spec.get("rows", rows), getattr(torch, spec["dtype"])
+        planes, alphas = (held, bitpack.words(cols, 1)), (held, grid.groups(cols))
+        layout: Layout = {
+            "plane1": (planes, torch.int32),
+            "plane2": (planes, torch.int32),
+            "alpha1": (alphas, dtype),
+            "alpha2": (alphas, dtype),
+        }
+        return layout | {"rows": ((bitpack.words(rows, 1),), torch.int32)} if "rows" in spec else layout
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> DualBinary:
+        first, second, alpha1, alpha2 = (tensors[name] for name in ("plane1", "plane2", "alpha1", "alpha2"))
+        return cls(first, second, alpha1, alpha2, tensors.get("rows"), shape, dual_grid(spec))
+
+
+def planes_of(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The two bool planes of codes 0 .. 3: levels alpha2, 0, alpha1 + alpha2, alpha1."""
+    return codes >= 2, codes % 2 == 0
+
+
+def dual_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec:
+    """`rows`: how many of the weight's rows the part holds, None for all."""
+    spec: Spec = {"part": DualBinary.kind, "group_size": grid.group_size, "dtype": dtype_name(dtype)}
+    return spec if rows is None else spec | {"rows": rows}
+
+
+def dual_grid(spec: Spec) -> Grid:
+    return Grid(2, spec["group_size"], symmetric=True, dual=True)

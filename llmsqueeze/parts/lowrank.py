@@ -1,0 +1,59 @@
+"""A product of two thin factors: low-rank compensation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.parts.grid import Layout, Spec, dtype_name
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product of two thin 8-bit factors: left int8 [rows, rank], right int8 [rank, cols], scale [rank] for both."""
+
+    kind: ClassVar[str] = "lowrank"
+    left: Tensor
+    right: Tensor
+    scale: Tensor
+
+    @classmethod
+    def from_factors(cls, left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
+        """Rounds float factors [rows, rank] and [rank, cols]; `dtype` is the scale's in the file."""
+        tiny = torch.finfo(torch.float32).tiny
+        most_left, most_right = left.abs().amax(dim=0).clamp(min=tiny), right.abs().amax(dim=1).clamp(min=tiny)
+        # of the products' size, not of a step's: float16 has no room for that
+        scale = (most_left * most_right).clamp(max=torch.finfo(dtype).max).to(dtype)
+        codes = left / most_left * 127, right / most_right[:, None] * 127
+        return cls(codes[0].round().to(torch.int8), codes[1].round().to(torch.int8), scale)
+
+    def dense(self) -> Tensor:
+        return self.left.float() @ (self.right.float() * (self.scale.float() / 127**2)[:, None])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"left": self.left, "right": self.right, "scale": self.scale}
+
+    def spec(self) -> Spec:
+        return lowrank_spec(len(self.scale), self.scale.dtype)
+
+    @staticmethod
+    def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+        (rows, cols), rank = shape, spec["rank"]
+        dtype = getattr(torch, spec["dtype"])
+        return {
+            "left": ((rows, rank), torch.int8),
+            "right": ((rank, cols), torch.int8),
+            "scale": ((rank,), dtype),
+        }
+
+    @classmethod
+    def restore(cls, _shape: tuple[int, int], _spec: Spec, tensors: Mapping[str, Tensor]) -> LowRank:
+        return cls(tensors["left"], tensors["right"], tensors["scale"])
+
+
+def lowrank_spec(rank: int, dtype: torch.dtype) -> Spec:
+    return {"part": LowRank.kind, "rank": rank, "dtype": dtype_name(dtype)}

@@ -1,0 +1,79 @@
+"""Single weights kept at full precision: outliers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.parts.grid import Layout, Spec, dtype_name
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Single weights at full precision, row by row: column index [count], how many in each row [rows], value [count].
+
+    Index and row counts are unsigned 16-bit numbers kept in int16 tensors (int32 for rows of 65 536 or more
+    columns): 32 bits an outlier with its 16-bit value.
+    """
+
+    kind: ClassVar[str] = "sparse"
+    index: Tensor
+    row_count: Tensor
+    value: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, weight: Tensor) -> Sparse:
+        """The entries of `weight` [rows, cols] where the bool `mask` is set, in the weight's own dtype."""
+        rows, cols = weight.shape
+        dtype = _index_dtype(cols)
+        index, row_count = mask.nonzero()[:, 1], mask.sum(dim=1)
+        return cls(_wrap(index, dtype), _wrap(row_count, dtype), weight[mask], (rows, cols))
+
+    def dense(self) -> Tensor:
+        dense = torch.zeros(self.shape, dtype=torch.float32, device=self.value.device)
+        self.put(dense)
+        return dense
+
+    def put(self, dense: Tensor) -> None:
+        """Sets the entries in `dense` [rows, cols]."""
+        row = torch.arange(self.shape[0], device=dense.device).repeat_interleave(_unwrap(self.row_count))
+        dense[row, _unwrap(self.index)] = self.value.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"index": self.index, "row_count": self.row_count, "value": self.value}
+
+    def spec(self) -> Spec:
+        return sparse_spec(len(self.value), self.value.dtype)
+
+    @staticmethod
+    def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+        (rows, cols), count = shape, spec["count"]
+        dtype = _index_dtype(cols)
+        value = getattr(torch, spec["dtype"])
+        return {"index": ((count,), dtype), "row_count": ((rows,), dtype), "value": ((count,), value)}
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Sparse:
+        return cls(tensors["index"], tensors["row_count"], tensors["value"], shape)
+
+
+def sparse_spec(count: int, dtype: torch.dtype) -> Spec:
+    return {"part": Sparse.kind, "count": count, "dtype": dtype_name(dtype)}
+
+
+def _index_dtype(cols: int) -> torch.dtype:
+    return torch.int16 if cols < 1 << 16 else torch.int32
+
+
+def _wrap(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(torch.int32).to(dtype) if dtype == torch.int16 else values.to(dtype)
+
+
+def _unwrap(stored: Tensor) -> Tensor:
+    values = stored.to(torch.int64)
+    return values & 0xFFFF if stored.dtype == torch.int16 else values

@@ -1,0 +1,158 @@
+"""Dual binarization: exact at its initial scales, never worse than it promises, counted to the byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.curvature import Curvature, factorize, row_error
+from llmsqueeze.parts import DualBinary, Grid
+from llmsqueeze.quantize import QUANTIZERS, dual_binary
+from llmsqueeze.quantize.descent import least_squares, normal_equations, refit, sweep
+from llmsqueeze.quantize.gptq import gptq
+from llmsqueeze.quantize.grids import fit_group
+from llmsqueeze.quantize.rtn import rtn
+
+GRIDS = [Grid(2, size, True, dual=True) for size in (16, 24, -1)]
+grids = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+@pytest.fixture
+def weight(generator: torch.Generator) -> Tensor:
+    return torch.randn(10, 100, generator=generator) * 0.05
+
+
+@pytest.fixture
+def curvature(generator: torch.Generator) -> Curvature:
+    x = torch.randn(300, 100, generator=generator) @ (torch.randn(100, 100, generator=generator) * 0.1 + torch.eye(100))
+    return factorize(x.T @ x / 300)
+
+
+def slow_nearest(w: Tensor, levels: Tensor) -> Tensor:
+    """The nearest of `levels` [4, rows] to every weight [rows, cols], all tried."""
+    distance = (w[None] - levels[:, :, None]).abs()
+    return levels.T.gather(1, distance.argmin(dim=0))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["plain", "mirrored"])
+def test_the_initial_scales_round_to_the_nearest_level_exactly(sign: float, generator: torch.Generator) -> None:
+    w = torch.randn(50, 64, generator=generator)
+    s = sign * (torch.rand(50, generator=generator) + 0.2)
+    alpha1, alpha2 = dual_binary.start(s)
+    code = dual_binary.encode(w, alpha1[:, None], alpha2[:, None])
+    found = dual_binary.decode(code, alpha1[:, None], alpha2[:, None])
+    assert torch.equal(found, slow_nearest(w, torch.stack([-s, 0 * s, s, 2 * s])))
+
+
+def test_the_bits_follow_the_papers_thresholds(generator: torch.Generator) -> None:
+    """Alphas anywhere in order: the nearest level still, by H(w - (a1 + a2) / 2) and H(-(w - a1 b1 - a2 / 2))."""
+    w = torch.randn(200, 32, generator=generator)
+    alpha1 = torch.rand(200, 1, generator=generator) + 0.5
+    alpha2 = -alpha1 * (0.05 + 0.9 * torch.rand(200, 1, generator=generator))
+    b1 = (w - (alpha1 + alpha2) / 2 >= 0).float()
+    b2 = (-(w - alpha1 * b1 - alpha2 / 2) >= 0).float()
+    found = dual_binary.decode(dual_binary.encode(w, alpha1, alpha2), alpha1, alpha2)
+    assert torch.allclose(found, alpha1 * b1 + alpha2 * b2)
+    levels = torch.stack([alpha2, 0 * alpha1, alpha1 + alpha2, alpha1])[..., 0]
+    assert torch.allclose((found - w).abs(), (slow_nearest(w, levels) - w).abs(), atol=1e-6)
+
+
+@grids
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_part_is_what_was_rounded(grid: Grid, dtype: torch.dtype, weight: Tensor, curvature: Curvature) -> None:
+    rounded = QUANTIZERS["descent"](weight, grid, dtype, curvature, None, True)
+    part = parts.of_codes(rounded.codes, rounded.scale, rounded.zero, grid)
+    assert isinstance(part, DualBinary)
+    assert torch.equal(part.dense(), rounded.dense())
+    again = parts.restore((10, 100), part.spec(), part.tensors())
+    assert torch.equal(again.dense(), rounded.dense())
+    layout = {name: (tuple(t.shape), t.dtype) for name, t in part.tensors().items()}
+    assert layout == parts.layout((10, 100), part.spec())
+
+
+def test_group_64_takes_two_and_a_half_bits() -> None:
+    grid = Grid(2, 64, True, dual=True)
+    spec = parts.grid_spec(grid, torch.bfloat16)
+    assert parts.layout_nbytes((512, 1024), [spec]) * 8 / (512 * 1024) == 2.5
+    assert parts.spec_grid(spec) == grid
+
+
+def test_some_rows_of_a_weight(weight: Tensor, curvature: Curvature) -> None:
+    on = torch.tensor([True, False] * 5)
+    rounded = rtn(weight[on], GRIDS[0], torch.float32, curvature, None, True)
+    part = parts.of_codes(rounded.codes, rounded.scale, rounded.zero, GRIDS[0], on)
+    assert torch.equal(part.dense()[on], rounded.dense())
+    assert (part.dense()[~on] == 0).all()
+    assert torch.equal(parts.restore((10, 100), part.spec(), part.tensors()).dense(), part.dense())
+
+
+def test_the_search_is_better_than_the_range_and_chooses_the_sign(generator: torch.Generator) -> None:
+    skewed = torch.randn(64, 32, generator=generator).abs() * torch.tensor([1.0, -1.0]).repeat(32)[:, None]
+    grid, h = Grid(2, 32, True, dual=True), torch.rand(32, generator=generator) + 0.1
+
+    def error(pair: tuple[Tensor, Tensor]) -> Tensor:
+        code = dual_binary.encode(skewed, pair[0][:, None], pair[1][:, None])
+        return ((dual_binary.decode(code, pair[0][:, None], pair[1][:, None]) - skewed) ** 2 * h).sum(dim=1)
+
+    searched = fit_group(skewed, h, grid, torch.float32)
+    assert (error(searched) <= error(fit_group(skewed, None, grid, torch.float32)) * (1 + 1e-6)).all()
+    assert (searched[0][::2] > 0).float().mean() > 0.9
+    assert (searched[0][1::2] < 0).float().mean() > 0.9
+
+
+@grids
+def test_each_quantizer_beats_the_one_before(grid: Grid, weight: Tensor, curvature: Curvature) -> None:
+    errors = [
+        float(row_error(weight - q(weight, grid, torch.float32, curvature, None, True).dense(), curvature.H).sum())
+        for q in (QUANTIZERS["rtn"], QUANTIZERS["gptq"], QUANTIZERS["descent"])
+    ]
+    assert errors[2] < errors[1] < errors[0]
+
+
+@grids
+@pytest.mark.parametrize("with_pinned", [False, True], ids=["", "outliers"])
+def test_descent_never_raises_a_rows_error(grid, with_pinned, weight, curvature, generator) -> None:
+    pins = torch.rand(10, 100, generator=generator) < 0.05 if with_pinned else None
+    target = weight if pins is None else weight.masked_fill(pins, 0.0)
+    state = gptq(weight, grid, torch.bfloat16, curvature, pins, True)
+    before = row_error(target - state.dense(), curvature.H)
+    for step in (lambda s: refit(s, target, curvature.H), lambda s: sweep(s, target, curvature.H, pins)) * 2:
+        state = step(state)
+        after = row_error(target - state.dense(), curvature.H)
+        assert (after <= before * (1 + 1e-4)).all()
+        assert dual_binary.in_order(*state.scales.float().chunk(2, dim=1)).all()
+        before = after
+    if pins is not None:
+        assert (state.dense()[pins] == 0).all()
+
+
+def test_the_refit_of_both_scales_is_least_squares(generator: torch.Generator) -> None:
+    weight, x = torch.randn(4, 20, generator=generator), torch.randn(90, 20, generator=generator)
+    grid = Grid(2, 8, True, dual=True)
+    planes = rtn(weight, grid, torch.float32).planes()
+    A, b = normal_equations(planes, weight @ (x.T @ x), x.T @ x, grid)
+    scales = least_squares(A, b)
+    for r in range(4):
+        design = torch.stack([x[:, g] @ plane[r, g] for plane in planes for g in grid.slices(20)], dim=1)
+        expected = torch.linalg.lstsq(design, (x @ weight[r])[:, None]).solution[:, 0]
+        assert torch.allclose(scales[r], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_levels_are_put_in_order_and_no_others_touched(generator: torch.Generator) -> None:
+    alpha1 = torch.tensor([1.0, 1.0, 0.3, -1.0, -0.2, -1.0])
+    alpha2 = torch.tensor([-0.5, 0.2, -0.4, 0.5, 0.4, -0.1])
+    first, second, moved = dual_binary.put_in_order(alpha1, alpha2, torch.tensor([1.0, 1, 1, -1, -1, -1]))
+    assert dual_binary.in_order(first, second).all()
+    assert moved.tolist() == [False, True, True, False, True, True]
+    assert torch.equal(first[~moved], alpha1[~moved])
+    assert torch.equal(second[~moved], alpha2[~moved])
+
+
+def test_the_share_of_zeros_is_counted(weight: Tensor) -> None:
+    rounded = rtn(weight, GRIDS[0], torch.float32)
+    part = parts.of_codes(rounded.codes, rounded.scale, rounded.zero, GRIDS[0])
+    first, second = rounded.planes()
+    expected = float((first == 0).float().mean()), float((second == 0).float().mean())
+    assert part.zero_shares() == pytest.approx(expected)
