@@ -78,10 +78,13 @@ class Walk:
                 self._calls.append(self._share(recorder.calls))
         return inputs
 
-    def run(self, index: int, sample: int, hidden: Tensor) -> Tensor:
-        """Block `index` on `hidden` [1, length, width]; its weights must be resident."""
+    def run(self, index: int, sample: int, hidden: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
+        """Block `index` on `hidden` [1, length, width]; its weights must be resident, or given as `tensors`."""
         call = self._calls[sample][index]
-        output = self.modules[index](hidden, *call.args, **call.kwargs)
+        if tensors is None:
+            output = self.modules[index](hidden, *call.args, **call.kwargs)
+        else:
+            output = torch.func.functional_call(self.modules[index], tensors, (hidden, *call.args), call.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -119,6 +122,15 @@ class Walk:
         padded = torch.nn.functional.pad(gradient, (0, 0, 0, 1))  # the last token predicts nothing
         (at_hidden,) = torch.autograd.grad(normed, hidden, padded)
         return float((log_z - picked).mean()), at_hidden
+
+    def logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Next-token logits [length - 1, part] at `hidden`, the last block's output, by slices of the vocabulary.
+
+        Call inside `resident_head`.
+        """
+        head, x = self._head(), self._final_norm(hidden)[:, :-1]
+        for part in self._vocabulary_slices(x.shape[1]):
+            yield part, self._logits(head, x, part)[0]
 
     def block_gradient(
         self,

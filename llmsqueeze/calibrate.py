@@ -56,6 +56,9 @@ class Calibration:
         }
 
 
+SELF = "self"  # as a calibration source: text sampled from the model (sampling.py)
+
+
 def calibration_text(source: str | None, model: str) -> Text:
     """The text that `--calibration` names; without it the demo's own for the demo, else WikiText-2 train."""
     if source == DEMO or (source is None and model == DEMO):
@@ -179,6 +182,12 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
+def hashed(source: str, rows: list[Tensor], wanted: int, apart: list[Tensor]) -> Calibration:
+    """The rows with the hash of their tokens."""
+    digest = hashlib.sha256(b"".join(row.numpy().astype("<i8").tobytes() for row in rows)).hexdigest()
+    return Calibration(source, rows, digest, wanted, apart)
+
+
 def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: bool = False) -> list[Tensor]:
     """Non-overlapping rows [1, length] over the whole text, BOS first where there is one.
 
@@ -209,6 +218,4 @@ def calibration_rows(
     rows = windows(text, tokenizer, seq_len)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [rows[i] for i in order[:samples]]
-    digest = hashlib.sha256(b"".join(row.numpy().astype("<i8").tobytes() for row in chosen)).hexdigest()
-    apart = [rows[i] for i in order[samples : samples + held_back]]
-    return Calibration(text.source, chosen, digest, samples, apart)
+    return hashed(text.source, chosen, samples, [rows[i] for i in order[samples : samples + held_back]])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.errors import RecipeError, nearest
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,6 +37,29 @@ def number(low: float, high: float) -> Callable[[str, Any], float]:
         if not _is_number(value) or not low <= value <= high:
             raise RecipeError(f"{spoken(key)} is {value!r}; it must be a number from {low:g} to {high:g}")
         return float(value)
+
+    return check
+
+
+def choice(allowed: Sequence[str]) -> Callable[[str, Any], str]:
+    """A check for one of some names."""
+
+    def check(key: str, value: Any) -> str:
+        if value not in allowed:
+            hint = nearest(str(value), allowed)
+            raise RecipeError(f"unknown {spoken(key)} {value!r}{hint or ';'} choose from {', '.join(allowed)}")
+        return str(value)
+
+    return check
+
+
+def several(allowed: Sequence[str]) -> Callable[[str, Any], tuple[str, ...]]:
+    """A check for some of these names, as a list or with commas between them; in the order in which they are known."""
+
+    def check(key: str, value: Any) -> tuple[str, ...]:
+        items = [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)
+        found = {choice(allowed)(key, item) for item in items}
+        return tuple(name for name in allowed if name in found)
 
     return check
 

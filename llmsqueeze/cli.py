@@ -17,7 +17,7 @@ import typer
 
 from llmsqueeze import __version__
 from llmsqueeze.errors import RecipeError, SqueezeError, first_line
-from llmsqueeze.options import settings_of, takes_recipe
+from llmsqueeze.options import settings_of, takes_distillation, takes_recipe
 
 app = typer.Typer(
     name="llmsqueeze",
@@ -140,6 +140,51 @@ def recipes(as_json: Json = False, debug: Debug = False) -> None:
         from llmsqueeze.recipes import describe_recipes
 
         _print({"recipes": describe_recipes()}, as_json, report.print_recipes)
+
+
+@app.command()
+@takes_distillation
+def distill(
+    folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
+    given: dict[str, Any],
+    teacher: Annotated[str | None, typer.Option(help="The original. [what FOLDER says that it was made from]")] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep the teacher's answers in for the next time. [none is kept]"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-distilled]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train the scales in a compressed FOLDER until it answers as the original does; the size stays."""
+    with _friendly(debug):
+        from llmsqueeze.distillation import make_distillation
+
+        settings = make_distillation(given)
+
+        from llmsqueeze import report
+        from llmsqueeze.distilling import distill as distill_folder
+
+        _hush()
+        with report.TerminalProgress(quiet) as progress:
+            summary = distill_folder(
+                folder,
+                teacher,
+                settings,
+                out,
+                teacher_cache=teacher_cache,
+                device=device,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        _print(summary, as_json, report.print_distillation)
 
 
 @app.command("eval")

@@ -80,7 +80,7 @@ def quantize(
     keep_little()
     place = pick_device(device)
     check_writable(out, overwrite)
-    job = prepare(Source(source) if isinstance(source, str) else source, recipe, progress)
+    job = prepare(Source(source) if isinstance(source, str) else source, recipe, progress, device=place)
     target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     outer = outer_shards(job.skeleton)
     shards = len(outer) + len(job.skeleton.blocks)

@@ -66,12 +66,18 @@ OPTIONS: dict[str, Any] = {
         Whole, typer.Option(help="Rank of a low-rank compensation of the rounding error (LoRC); after any method. [0]")
     ],
     "lorc": Annotated[Text, typer.Option(help="input-weighted, or plain (the paper's). [input-weighted]")],
+    "distill_steps": Annotated[
+        Whole,
+        typer.Option(help="Steps of distillation from the original afterwards (`llmsqueeze distill`). [0]"),
+    ],
+    "distill_loss": Annotated[Text, typer.Option(help="kd, or dad (the paper's, deviation-aware). [kd]")],
     "max_ppl_increase": Annotated[
         Real, typer.Option(help="The smallest result whose perplexity rises by at most this share, such as 0.02.")
     ],
     "max_kl": Annotated[Real, typer.Option(help="The smallest result whose mean KL (nats) is at most this.")],
     "calibration": Annotated[
-        Text, typer.Option(help="Text file (txt, jsonl) or Hub data set name[:config[:split]]. [WikiText-2 train]")
+        Text,
+        typer.Option(help="Text file (txt, jsonl), Hub data set name[:config[:split]], self. [WikiText-2 train]"),
     ],
     "samples": Annotated[Whole, typer.Option(help="Calibration samples. [128]")],
     "seq_len": Annotated[Whole, typer.Option(help="Tokens per sample, at most the context. [2048]")],
@@ -79,22 +85,54 @@ OPTIONS: dict[str, Any] = {
     "skip": Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave alone; repeatable.")],
     "recipe": Annotated[Text, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options win.")],
 }
-FLAGS = ("per_row", "per_linear", "per_group")
+FLAGS = ("per_row", "per_linear", "per_group", "blockwise")
+
+DISTILLATION: dict[str, Any] = {
+    "steps": Annotated[Whole, typer.Option(help="Steps; with --blockwise for every block. [100; blockwise 200]")],
+    "loss": Annotated[Text, typer.Option(help="kd, or dad (the paper's: ambiguous tokens count more). [kd]")],
+    "lr": Annotated[Real, typer.Option(help="Learning rate, relative to what is trained. [0.005]")],
+    "weight": Annotated[Real, typer.Option(help="For dad: how much ambiguity counts. [1]")],
+    "gamma": Annotated[Real, typer.Option(help="For dad: power of the ambiguity. [1]")],
+    "train": Annotated[Text, typer.Option(help="Of scales, norms, lowrank, codes. [scales,norms,lowrank]")],
+    "batch_size": Annotated[Whole, typer.Option(help="Samples in a step. [4]")],
+    "moves": Annotated[Real, typer.Option(help="With codes: share of them that a step may move. [0.01]")],
+    "blockwise": Annotated[
+        bool, typer.Option("--blockwise", help="Match every block's output in turn: one block in memory.")
+    ],
+    "targets": Annotated[
+        Text, typer.Option(help="With --blockwise: stream (the original's) or inputs (what it makes of ours). [stream]")
+    ],
+    "top_k": Annotated[Whole, typer.Option(help="How many of the teacher's next tokens are kept. [128]")],
+    "held_back": Annotated[Whole, typer.Option(help="Samples to measure on, not trained on. [32]")],
+    "calibration": OPTIONS["calibration"],
+    "samples": Annotated[Whole, typer.Option(help="Samples to train on. [256]")],
+    "seq_len": OPTIONS["seq_len"],
+    "seed": OPTIONS["seed"],
+}
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """`command(model, given, ...)` as a command with the options above, whose values it gets as the dict `given`."""
+    """`command(model, given, ...)` as a command with a recipe's options, whose values it gets as the dict `given`."""
+    return _with_options(command, OPTIONS)
+
+
+def takes_distillation(command: Callable[..., None]) -> Callable[..., None]:
+    """The same with the options of a distillation."""
+    return _with_options(command, DISTILLATION)
+
+
+def _with_options(command: Callable[..., None], taken: dict[str, Any]) -> Callable[..., None]:
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [
         inspect.Parameter(name, keyword, default=False if name in FLAGS else None, annotation=kind)
-        for name, kind in OPTIONS.items()
+        for name, kind in taken.items()
     ]
     first, rest = own[0], [p.replace(kind=keyword) for p in own[1:]]
 
-    def wrapped(model: str, **arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in OPTIONS}
-        command(model, given, **arguments)
+    def wrapped(**arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in taken}
+        command(arguments.pop(first.name), given, **arguments)
 
     signature = inspect.Signature([first, *options, *rest])
     wrapped.__signature__ = signature  # type: ignore[attr-defined]
@@ -107,7 +145,7 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
     """Recipe settings from the options as they were given, over those of the recipe that they name."""
     from llmsqueeze.recipes import find_recipe, read_recipe
 
-    named = [name for name in FLAGS if given[name]]
+    named = [name for name in FLAGS if given.get(name)]
     if len(named) > 1:
         spoken = " contradicts ".join(f"--{name.replace('_', '-')}" for name in named[:2])
         raise RecipeError(f"{spoken}: what gets a width of its own?")

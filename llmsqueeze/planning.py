@@ -42,7 +42,7 @@ def plan(
         recipe = make_recipe({**recipe.as_dict(), "importance": "uniform"})
     folder = make_folder(out or Path(f"{Path(source.model).expanduser().resolve().name}-plan"))
     place = pick_device(device)
-    job = prepare(source, recipe, progress, text=weights, weights=weights)
+    job = prepare(source, recipe, progress, text=weights, weights=weights, device=place)
     target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     profile = stored_or_measured(job, recipe, folder / PROFILE, place, progress) if weights else Profile()
     decided = decide(job.plan, profile, recipe, job.skeleton.linears, target)

@@ -7,13 +7,24 @@ from pathlib import Path
 
 import torch
 
-from llmsqueeze.calibrate import DEMO, Calibration, calibration_rows, calibration_text, load_tokenizer
+from llmsqueeze.calibrate import (
+    DEMO,
+    SELF,
+    Calibration,
+    Text,
+    calibration_rows,
+    calibration_text,
+    hashed,
+    load_tokenizer,
+)
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.errors import RecipeError, UnsupportedError
+from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line
 from llmsqueeze.locate import locate
 from llmsqueeze.plan import Plan, base_plan
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe
+from llmsqueeze.sampling import SOURCE as SAMPLED
+from llmsqueeze.sampling import sample_rows
 from llmsqueeze.skeleton import Skeleton, build_skeleton, imagine_checkpoint
 
 
@@ -56,10 +67,12 @@ def prepare(
     text: bool | None = None,
     weights: bool = True,
     held_back: int = 0,
+    device: torch.device | None = None,
 ) -> Job:
     """Finds and lays out the model; reads the calibration text if the recipe needs one, or as `text` says.
 
     Without `weights` only the model's configuration has to be there. `held_back`: samples to keep for measuring.
+    `device`: where a model that samples its own text does so.
     """
     local = source.model == DEMO or Path(source.model).expanduser().is_dir()
     if source.revision is not None and local:
@@ -70,18 +83,55 @@ def prepare(
     plan = base_plan(skeleton, recipe)
     calibration = None
     if recipe.needs_text if text is None else text:
-        calibration = read_calibration(source, skeleton, recipe, progress, held_back)
+        calibration = read_calibration(source, skeleton, recipe, progress, held_back, device)
     return Job(source, path, checkpoint, skeleton, plan, calibration)
 
 
+def text_or_self(source: Source, recipe: Recipe, progress: Progress) -> Text | None:
+    """The calibration text; None if the model is to write it, as it is where none is named and none can be had."""
+    if recipe.calibration == SELF:
+        return None
+    try:
+        return calibration_text(recipe.calibration, source.model)
+    except HubError as error:
+        if recipe.calibration is not None:
+            raise
+        progress.note(
+            f"{first_line(error).partition(';')[0]}: calibrating on text sampled from the model itself, which costs "
+            "some quality; name a text file with --calibration to do better"
+        )
+        return None
+
+
 def read_calibration(
-    source: Source, skeleton: Skeleton, recipe: Recipe, progress: Progress, held_back: int = 0
+    source: Source,
+    skeleton: Skeleton,
+    recipe: Recipe,
+    progress: Progress,
+    held_back: int = 0,
+    device: torch.device | None = None,
 ) -> Calibration:
-    """The calibration rows, as long as the model's context allows."""
+    """The calibration rows, as long as the model's context allows; the model samples them on `device`, or the CPU."""
+    device = device or torch.device("cpu")
     context = getattr(skeleton.model.config, "max_position_embeddings", None) or recipe.seq_len
-    tokenizer = load_tokenizer(skeleton.checkpoint.path, source.trust_remote_code)
-    text = calibration_text(recipe.calibration, source.model)
-    rows = calibration_rows(text, tokenizer, recipe.samples, min(recipe.seq_len, context), recipe.seed, held_back)
+    tokenizer, seq_len = (
+        load_tokenizer(skeleton.checkpoint.path, source.trust_remote_code),
+        min(recipe.seq_len, context),
+    )
+    text = text_or_self(source, recipe, progress)
+    if text is None:
+        drawn = sample_rows(
+            skeleton.checkpoint.path,
+            tokenizer,
+            recipe.samples + held_back,
+            seq_len,
+            recipe.seed,
+            device,
+            source.trust_remote_code,
+            progress,
+        )
+        return hashed(SAMPLED, drawn[: recipe.samples], recipe.samples, drawn[recipe.samples :])
+    rows = calibration_rows(text, tokenizer, recipe.samples, seq_len, recipe.seed, held_back)
     vocabulary, _ = skeleton.embedding_shape
     if max(int(row.max()) for row in rows.rows) >= vocabulary:
         raise UnsupportedError(

@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "levels": ("integer", "half", "by-width", "dual"),
     "labels": ("model", "text"),
     "lorc": ("input-weighted", "plain"),
+    "distill_loss": ("kd", "dad"),
 }
 NEEDS_MOMENTS = ("gptq", "descent")
 NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")
@@ -74,6 +75,8 @@ class Recipe:
     labels: str | None = None
     lorc_rank: int = 0
     lorc: str = "input-weighted"
+    distill_steps: int = 0
+    distill_loss: str = "kd"
     max_ppl_increase: float | None = None
     max_kl: float | None = None
     inputs: str | None = None

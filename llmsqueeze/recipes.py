@@ -15,6 +15,7 @@ from typing import Any
 from llmsqueeze.checks import (
     boolean,
     budget,
+    choice,
     fraction,
     group_size,
     group_sizes,
@@ -23,7 +24,6 @@ from llmsqueeze.checks import (
     number,
     patterns,
     shares,
-    spoken,
     text,
     whole,
     widths,
@@ -110,10 +110,7 @@ def describe_recipes() -> list[dict[str, str]]:
 
 def _checked(key: str, value: Any) -> Any:
     if key in CHOICES:
-        if value not in CHOICES[key]:
-            hint = nearest(str(value), CHOICES[key])
-            raise RecipeError(f"unknown {spoken(key)} {value!r}{hint or ';'} choose from {', '.join(CHOICES[key])}")
-        return value
+        return choice(CHOICES[key])(key, value)
     return _CHECKS[key](key, value)
 
 
@@ -133,6 +130,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "dual": boolean,
     "portable": boolean,
     "lorc_rank": whole(0),
+    "distill_steps": whole(0),
     "max_ppl_increase": number(1e-6, 10.0),
     "max_kl": number(1e-6, 10.0),
     "search": boolean,

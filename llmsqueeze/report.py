@@ -37,6 +37,11 @@ STAGES = {
     "trial": "trial of one block",
     "gradients": "weight gradients, block by block",
     "compress": "compress, block by block",
+    "teacher": "teacher, block by block",
+    "answers": "teacher's answers, by sample",
+    "distill": "distillation, by step",
+    "blockwise": "distillation, block by block",
+    "sample": "sampling text, by sample",
     "text": "perplexity, by batch",
     "tasks": "tasks, by lm-eval",
 }
@@ -137,6 +142,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({ratio:.2f}x smaller)")
     if summary["predicted_loss_increase"] is not None:
         table.add_row("predicted", promise(summary["predicted_loss_increase"]))
+    if "kl_before" in summary:
+        table.add_row("distilled", divergence(summary))
     if "rounds" in summary:
         found = f"perplexity {100 * summary['perplexity_increase']:+.2f} %, KL {summary['kl_mean']:.4f}"
         table.add_row("on held-back text", f"{found} (measured, {len(summary['rounds'])} sizes tried)")
@@ -149,6 +156,33 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["peak_device_memory_mb"]:
         table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
     console().print(table)
+
+
+def print_distillation(summary: dict[str, Any]) -> None:
+    """The end of a `distill` run."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("written to", summary["out"])
+    table.add_row("made of", f"{summary['model']}, taught by {summary['teacher']}")
+    table.add_row("loss", f"{summary['loss']}, best of {summary['steps']} steps: {summary['best_step']}")
+    table.add_row("held-back text", divergence(summary))
+    if summary["codes_moved"]:
+        table.add_row("codes", f"moved {summary['codes_moved']} times by one level")
+    if summary["guarded"]:
+        table.add_row("alphas", f"held in order {summary['guarded']} times, where they would have crossed")
+    if summary["stopped"]:
+        table.add_row("stopped", summary["stopped"])
+    calibration = summary["calibration"]
+    rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
+    table.add_row("text", f"{calibration['source']}, {rows}")
+    table.add_row("size", f"{size(summary['nbytes'])}, as before")
+    table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
+    console().print(table)
+
+
+def divergence(summary: dict[str, Any]) -> str:
+    """What a distillation did to the divergence from the teacher."""
+    before, after = summary["kl_before"], summary["kl_after"]
+    return f"KL from the teacher {before:.4f} -> {after:.4f} nats per token ({100 * (after / before - 1):+.1f} %)"
 
 
 def width(bits: float) -> str:

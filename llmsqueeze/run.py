@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from llmsqueeze.recipe import Recipe
 from llmsqueeze.recipes import make_recipe
 from llmsqueeze.reuse import given_plan, given_profile, open_plan
 from llmsqueeze.search import smallest_within
+
+MOST_SAMPLES = 1024  # of text that distillation reads
 
 
 def quantize(
@@ -47,17 +50,51 @@ def quantize(
         measured = given_profile(prepare(source, recipe, progress, text=True), recipe, profile)
     if recipe.bounded:
         return smallest_within(source, recipe, folder, measured, device, overwrite, progress)
+    first = folder.with_name(folder.name + ".undistilled") if recipe.distill_steps else folder
     summary = compress.quantize(
         source,
         recipe,
-        folder,
+        first,
         device=device,
-        overwrite=overwrite,
+        overwrite=overwrite or first != folder,
         decided=decided,
         profile=measured,
         progress=progress,
     )
-    return summary.as_dict() | {"seconds": round(time.monotonic() - start, 3)}  # with what was read before
+    result = summary.as_dict()
+    if first != folder:
+        result |= distilled(source, recipe, first, folder, device, overwrite, progress)
+    return result | {"seconds": round(time.monotonic() - start, 3)}  # with what was read before
+
+
+def distilled(
+    source: Source, recipe: Recipe, first: Path, out: Path, device: str, overwrite: bool, progress: Progress
+) -> dict[str, Any]:
+    """Distils the folder `first` into `out` and removes it; returns what changes in the summary."""
+    from llmsqueeze.distillation import Distillation
+    from llmsqueeze.distilling import distill
+
+    settings = Distillation(
+        steps=recipe.distill_steps,
+        loss=recipe.distill_loss,
+        calibration=recipe.calibration,
+        samples=max(recipe.samples, min(4 * recipe.distill_steps, MOST_SAMPLES)),
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+    )
+    made = distill(
+        str(first),
+        source.model,
+        settings,
+        out,
+        device=device,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    shutil.rmtree(first, ignore_errors=True)
+    return {key: made[key] for key in ("out", "kl_before", "kl_after", "peak_memory_mb", "peak_device_memory_mb")}
 
 
 def folder_name(source: Source, recipe: Recipe) -> Path:

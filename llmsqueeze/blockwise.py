@@ -1,0 +1,251 @@
+"""Distillation block by block: every compressed block learns to give what the original block gives.
+
+    least  |B(y; trained) - B(x; original)|^2 / |B(x; original) - x|^2, summed over the tokens of a sample
+
+y [tokens, width] the block's inputs in the compressed model, behind the blocks that were trained before it; x the
+original model's inputs for the same tokens (`targets` stream: what the block should give after all) or y itself
+(`targets` inputs: what the original block makes of the compressed model's inputs). What is trained, and how, is as for
+the whole model (trained.py); the best on held-back samples is kept, block by block, and the result as a whole only if
+its answers on them come nearer to the teacher's. A run that was killed goes on behind its last finished block. Memory:
+one block of both models with its gradients, one sample inside it; the activations between blocks, spilled past a limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmsqueeze import parts
+from llmsqueeze.activations import Activations, Spill
+from llmsqueeze.blocks import Walk
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.compensate.distill import teacher_losses, token_losses
+from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
+from llmsqueeze.distillation import Distillation
+from llmsqueeze.errors import CheckpointError, OutputError
+from llmsqueeze.observe import as_rows
+from llmsqueeze.progress import Progress
+from llmsqueeze.skeleton import Skeleton
+from llmsqueeze.teacher import answers, together
+from llmsqueeze.training import Answers, State, batch_of
+
+CHECKS = 5  # measurements on held-back samples, per block
+
+
+class StudentBlock:
+    """A block of the compressed model; `trained` is what of it will be."""
+
+    def __init__(
+        self, skeleton: Skeleton, student: Checkpoint, index: int, train: frozenset[str], device: torch.device
+    ) -> None:
+        self.skeleton, self.prefix = skeleton, skeleton.blocks[index] + "."
+        entries = student.config["quantization_config"]["weights"]
+        weights = {}
+        for name in (name for name in skeleton.linears[index] if name in entries):
+            (rows, cols), specs = entries[name]["shape"], entries[name]["parts"]
+            tensors = [
+                {t: student.read_raw(f"{name}.parts.{i}.{t}").to(device) for t in parts.layout((rows, cols), spec)}
+                for i, spec in enumerate(specs)
+            ]
+            weights[name] = TrainedWeight((rows, cols), specs, tensors, train)
+        replaced = {f"{name}.weight" for name in weights}
+        names = [name for name in skeleton.names_in(skeleton.blocks[index]) if name not in replaced]
+        stored = {name: student.read_raw(name).to(device) for name in names}
+        self.kept = {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}
+        named = norm_names(skeleton.module(skeleton.blocks[index]), skeleton.blocks[index])
+        norms = {name: nn.Parameter(self.kept[name]) for name in named if name in names and "norms" in train}
+        self.trained = Trained(weights, norms, {name: t.dtype for name, t in stored.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the block computes with, by the names inside it; weights as its modules store them."""
+        made = self.kept | dict(self.trained.norms)
+        for name, weight in self.trained.weights.items():
+            made[f"{name}.weight"] = as_rows(self.skeleton.module(name), weight.dense())
+        return {name.removeprefix(self.prefix): tensor for name, tensor in made.items()}
+
+    def overlay(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `tensors`, with what was trained as the file holds it (`Trained.stored`)."""
+        made = self.kept | {n: t.to(self.kept[n]) for n, t in stored.items() if n in self.trained.norms}
+        for name, weight in self.trained.weights.items():
+            mine = {n.removeprefix(f"{name}."): t for n, t in stored.items() if n.startswith(f"{name}.parts.")}
+            made[f"{name}.weight"] = as_rows(self.skeleton.module(name), weight.overlay(mine))
+        return {name.removeprefix(self.prefix): tensor for name, tensor in made.items()}
+
+
+def train_blocks(
+    skeleton: Skeleton,
+    student: Checkpoint,
+    rows: Sequence[Tensor],
+    apart: Sequence[Tensor],
+    settings: Distillation,
+    answered: Answers,
+    work: Path,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[State, dict[str, Tensor]]:
+    """Trains every block; returns how it went and the tensors by their names in the file, none if it does not help."""
+    train = frozenset(settings.train)
+    state, best = State(), dict[str, Tensor]()
+    with Spill(parent=work) as spill:
+        walk = Walk(skeleton, [*rows, *apart], spill, torch.float32, device)
+        original = compressed = walk.embed()
+        for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
+            block = StudentBlock(skeleton, student, index, train, device)
+            targets = Activations(spill)
+            with walk.resident_block(index), torch.no_grad():
+                ahead = run_all(walk, index, original, None, spill)
+                if settings.targets == "inputs":
+                    targets = run_all(walk, index, compressed, None, spill)
+            wanted = targets if settings.targets == "inputs" else ahead
+            stored = trained_before(work, index)
+            if stored is None:
+                stored = train_block(walk, index, block, compressed, wanted, len(rows), settings, state, progress)
+                keep_block(work, index, stored)
+            with torch.no_grad():
+                behind = run_all(walk, index, compressed, block.overlay(stored), spill)
+            for stream in {id(s): s for s in (original, compressed, targets)}.values():
+                stream.clear()
+            original, compressed = ahead, behind
+            best |= stored
+            state.step += settings.steps
+        original.clear()
+        compressed.clear()
+    tried = [dict[str, Tensor](), best]
+    state.before, state.best = (divergence(skeleton, student, t, apart, answered, device, work) for t in tried)
+    if state.best >= state.before:
+        state.best, best = state.before, {}
+    else:
+        state.best_step = state.step
+    return state, best
+
+
+def train_block(
+    walk: Walk,
+    index: int,
+    block: StudentBlock,
+    inputs: Activations,
+    targets: Activations,
+    count: int,
+    settings: Distillation,
+    state: State,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Trains one block on the first `count` samples, measured on the others; returns the best that was measured."""
+    trained = block.trained
+    groups = trained.parameter_groups(settings.lr)
+    if not groups:
+        return {}
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    apart = range(count, len(walk.samples))
+
+    def measured() -> float:
+        with trained.as_stored():
+            tensors = block.tensors()
+            return sum(float(mismatch(walk, index, i, inputs, targets, tensors)) for i in apart) / len(apart)
+
+    before = least = measured()
+    best, numbers = trained.stored(), [torch.tensor([i]) for i in range(count)]
+    every = max(1, settings.steps // CHECKS)
+    for step in range(1, settings.steps + 1):
+        for group, full in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = full * settings.rate(step - 1)
+        optimizer.zero_grad()
+        batch = [int(i) for i in batch_of(numbers, settings, step - 1)]
+        tensors = block.tensors()
+        loss = sum((mismatch(walk, index, i, inputs, targets, tensors) for i in batch), torch.zeros(())) / len(batch)
+        if not bool(loss.isfinite()):
+            state.stopped = f"the loss of block {index} became {float(loss)} at step {step}; what was best is kept"
+            progress.note(state.stopped)
+            break
+        loss.backward()
+        optimizer.step()
+        state.moved += trained.after_step(settings.moves, settings.rate(step - 1))
+        if step % every == 0 or step == settings.steps:
+            found = measured()
+            if found < least:
+                least, best = found, trained.stored()
+    state.guarded += trained.guarded
+    progress.note(f"block {index}: relative error of its output on held-back text {before:.3e} -> {least:.3e}")
+    return best
+
+
+def mismatch(
+    walk: Walk, index: int, sample: int, inputs: Activations, targets: Activations, tensors: dict[str, Tensor]
+) -> Tensor:
+    """The loss of a sample, relative to what the block adds."""
+    hidden, wanted = inputs.get(sample, walk.device), targets.get(sample, walk.device)
+    found = walk.run(index, sample, hidden, tensors)
+    return (found - wanted).square().sum() / (wanted - hidden).square().sum().clamp(min=1e-12)
+
+
+def run_all(
+    walk: Walk, index: int, inputs: Activations, tensors: dict[str, Tensor] | None, spill: Spill
+) -> Activations:
+    """The block's outputs for all samples."""
+    outputs = Activations(spill)
+    for sample, hidden in enumerate(inputs.each(walk.device)):
+        outputs.append(walk.run(index, sample, hidden, tensors))
+    return outputs
+
+
+def divergence(
+    skeleton: Skeleton,
+    student: Checkpoint,
+    stored: dict[str, Tensor],
+    apart: Sequence[Tensor],
+    answered: Answers,
+    device: torch.device,
+    work: Path,
+) -> float:
+    """Mean KL(teacher || student), nats per token, of the student's blocks with `stored` in them."""
+    total, tokens = 0.0, 0
+    with Spill(parent=work) as spill, torch.no_grad():
+        walk = Walk(skeleton, apart, spill, torch.float32, device)
+        hidden = walk.embed()
+        # the embeddings are the same, but the last norm may have been trained before
+        walk.skeleton = replace(skeleton, checkpoint=student, sources={name: name for name in skeleton.sources})
+        for index in range(len(skeleton.blocks)):
+            block = StudentBlock(skeleton, student, index, frozenset(("scales", "norms", "lowrank", "codes")), device)
+            mine = {name: t for name, t in stored.items() if name.startswith(block.prefix)}
+            ahead = run_all(walk, index, hidden, block.overlay(mine), spill)
+            hidden.clear()
+            hidden = ahead
+        with walk.resident_head():
+            for row, last in zip(apart, hidden.each(device), strict=True):
+                logits = torch.cat([part for _, part in walk.logits(last)], dim=1)
+                teacher = together([answers(*answered, row)], device)
+                total += float((token_losses(logits, teacher) - teacher_losses(teacher)).double().sum())
+                tokens += len(logits)
+    return total / tokens if math.isfinite(total) else math.inf
+
+
+def block_file(work: Path, index: int) -> Path:
+    return work / f"block-{index:05d}.safetensors"
+
+
+def keep_block(work: Path, index: int, stored: dict[str, Tensor]) -> None:
+    """Writes what was trained of a finished block."""
+    half = block_file(work, index).with_suffix(".half")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, half)
+        half.rename(block_file(work, index))
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {block_file(work, index)}: {error}") from error
+
+
+def trained_before(work: Path, index: int) -> dict[str, Tensor] | None:
+    """What a killed run had finished of a block."""
+    if not block_file(work, index).exists():
+        return None
+    try:
+        return load_file(block_file(work, index))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{block_file(work, index)} is damaged ({error}); remove it") from error

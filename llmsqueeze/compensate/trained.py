@@ -1,0 +1,349 @@
+"""What of a written weight can be trained: its parts with their continuous numbers, and optionally their codes, free.
+
+Scales, zeros, alphas and low-rank factors are `start + delta * unit`, delta being trained, so that one learning rate
+fits all. Codes, where they are trained, get the gradient of the dense weight straight through: every code has a wish,
+in levels, that Adam moves; codes whose wish is beyond half a level go one level that way, at each step only the share
+that wishes most, for a step of all would undo itself, after PV-Tuning (arXiv 2405.14852). Memory: a part's dense
+weight while it is used; with codes, 17 bytes a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze import bitpack, parts
+from llmsqueeze.parts import Affine, DualBinary, LowRank, Sparse, Spec
+from llmsqueeze.parts.dual_binary import planes_of
+from llmsqueeze.parts.grid import onto_rows
+from llmsqueeze.quantize import dual_binary
+from llmsqueeze.quantize.grids import storable
+
+WISH = 0.03  # levels that a step adds to the wish of a code with a gradient of mean size
+
+
+class Adjusted(nn.Module):
+    """A tensor as `start + delta * unit`, delta being trained; `unit` is a number or as large as the tensor.
+
+    With `as_stored` it has the value that the file will hold.
+    """
+
+    start: Tensor
+    unit: Tensor
+
+    def __init__(self, start: Tensor, unit: Tensor | float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.as_stored = dtype, False
+        self.register_buffer("start", start.float(), persistent=False)
+        self.register_buffer("unit", torch.as_tensor(unit, dtype=torch.float32, device=start.device), persistent=False)
+        self.delta = nn.Parameter(torch.zeros_like(self.start))
+
+    def forward(self) -> Tensor:
+        return self.stored().float() if self.as_stored else torch.addcmul(self.start, self.delta, self.unit)
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """The value in its dtype in the file, finite."""
+        limit = torch.finfo(self.dtype).max
+        return torch.addcmul(self.start, self.delta, self.unit).clamp(-limit, limit).to(self.dtype)
+
+    @torch.no_grad()
+    def put(self, value: Tensor) -> None:
+        """Makes `value` the current one, where it is not so already."""
+        self.delta.copy_(torch.where(self.forward() == value, self.delta, (value - self.start) / self.unit))
+
+
+def scale_of(stored: Tensor) -> Adjusted:
+    """A scale, trained relative to itself."""
+    return Adjusted(stored, stored.float().abs().clamp(min=torch.finfo(torch.float32).tiny), stored.dtype)
+
+
+class TrainedCodes(nn.Module):
+    """An `Affine` or `DualBinary` part whose scales (and zeros), and codes if `moving`, are trained."""
+
+    codes: Tensor | None
+    sign: Tensor
+
+    def __init__(self, part: Affine | DualBinary, moving: bool) -> None:
+        super().__init__()
+        self.part = part
+        self.guarded = 0
+        self.scale = scale_of(part.alpha1 if isinstance(part, DualBinary) else part.scale)
+        self.zero: Adjusted | None = None
+        if isinstance(part, DualBinary):
+            self.zero = scale_of(part.alpha2)
+        elif part.zero is not None:
+            zero = bitpack.unpack(part.zero, part.grid.bits, len(part.codes)).T.float()
+            self.zero = Adjusted(zero, 1.0, torch.float32)
+        self.register_buffer("sign", self.scale.start.sign(), persistent=False)
+        codes = self._unpacked() if moving else None
+        self.register_buffer("codes", codes)
+        self.wish = None if codes is None else nn.Parameter(torch.zeros_like(codes, dtype=torch.float32))
+
+    def dense(self) -> Tensor:
+        """float32 [rows, cols], with a gradient towards what is trained."""
+        grid, cols = self.part.grid, self.part.shape[1]
+        codes = self._unpacked() if self.codes is None else self.codes
+        scale = grid.expand(self.scale.forward(), cols)
+        if isinstance(self.part, DualBinary):
+            assert self.zero is not None
+            first, second = planes_of(codes)
+            held = first.float() * scale + second.float() * grid.expand(self.zero.forward(), cols)
+        else:
+            zero = grid.fixed_zero if self.zero is None else grid.expand(self._rounded_zero(), cols)
+            held = (codes.float() - zero) * scale
+        if self.wish is not None:
+            # the codes stay whole; the wish gets the gradient that they would have
+            level = scale / 2 if grid.dual else scale
+            held = held + (self.wish - self.wish.detach()) * level.detach()
+        return onto_rows(held, self.part.rows, self.part.shape)
+
+    @torch.no_grad()
+    def keep_valid(self) -> None:
+        """After a step: alphas keep their order, zeros stay on the grid. Counts the groups that had to be held."""
+        if self.zero is None:
+            return
+        if isinstance(self.part, DualBinary):
+            first, second, moved = dual_binary.put_in_order(self.scale.forward(), self.zero.forward(), self.sign)
+            self.scale.put(first)
+            self.zero.put(second)
+            self.guarded += int(moved.sum())
+        else:
+            self.zero.put(self.zero.forward().clamp(0, self.part.grid.max_code))
+
+    @torch.no_grad()
+    def move_codes(self, share: float, rate: float) -> int:
+        """Adds to the wishes, then moves codes by one level where half a level is wished for, at most this `share`.
+
+        A wish grows by `rate` levels where its gradient is of the part's root mean square. Returns how many moved.
+        """
+        assert self.codes is not None
+        assert self.wish is not None
+        if self.wish.grad is None:
+            return 0
+        size = self.wish.grad.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        self.wish.sub_(self.wish.grad * (rate / size))
+        self.wish.grad = None
+        step = self.wish.sign()
+        wished = self.codes.float() + step
+        possible = (wished >= 0) & (wished <= self.part.grid.max_code)
+        self.wish.copy_(torch.where(possible, self.wish, self.wish.clamp(-0.5, 0.5)))
+        strength = torch.where(possible & (self.wish.abs() > 0.5), self.wish.abs(), 0.0).flatten()
+        best = strength.topk(round(share * strength.numel()))
+        chosen = best.indices[best.values > 0]
+        self.codes.view(-1)[chosen] = wished.flatten()[chosen].to(torch.uint8)
+        self.wish.view(-1)[chosen] -= step.flatten()[chosen]
+        return len(chosen)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """What was trained, as the file will hold it, by the names of the part's tensors."""
+        scale = storable(self.scale.stored().float(), self.scale.dtype).to(self.scale.dtype)
+        if self.zero is None:
+            zero = torch.zeros_like(scale)
+        else:
+            zero = self.zero.stored() if self.part.grid.dual else self._rounded_zero()
+        if self.codes is not None:
+            made = parts.of_codes(self.codes, scale, zero, self.part.grid).tensors()
+        elif isinstance(self.part, DualBinary):
+            return {"alpha1": scale, "alpha2": zero}
+        else:
+            made = replace(self.part, scale=scale).tensors()
+            if self.part.zero is not None:
+                made["zero"] = bitpack.pack(zero.T.to(torch.uint8), self.part.grid.bits)
+            del made["codes"]
+        made.pop("rows", None)
+        return made
+
+    def _unpacked(self) -> Tensor:
+        """uint8 [held, cols]."""
+        cols = self.part.shape[1]
+        if isinstance(self.part, DualBinary):
+            first, second = (bitpack.unpack(p, 1, cols) for p in (self.part.plane1, self.part.plane2))
+            return torch.where(first.bool(), 3, 1).to(torch.uint8) - second.to(torch.uint8)
+        return bitpack.unpack(self.part.codes, self.part.grid.bits, cols).to(torch.uint8)
+
+    def _rounded_zero(self) -> Tensor:
+        """The zero as the file holds it, with the gradient of the one that is trained."""
+        assert self.zero is not None
+        value = self.zero.forward()
+        return value + (value.detach().round().clamp(0, self.part.grid.max_code) - value.detach())
+
+
+class TrainedLowRank(nn.Module):
+    """A `LowRank` part whose factors and scales are trained."""
+
+    def __init__(self, part: LowRank) -> None:
+        super().__init__()
+        self.part = part
+        self.left = Adjusted(part.left.float() / 127, 1.0, torch.float32)
+        self.right = Adjusted(part.right.float() / 127, 1.0, torch.float32)
+        self.scale = scale_of(part.scale)
+
+    def dense(self) -> Tensor:
+        left, right = self.left.forward(), self.right.forward()
+        if self.left.as_stored:
+            left, right = _eighths(left).float() / 127, _eighths(right).float() / 127
+        return left @ (right * self.scale.forward()[:, None])
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """As for `TrainedCodes`."""
+        left, right = _eighths(self.left.forward()), _eighths(self.right.forward())
+        return {"left": left, "right": right, "scale": self.scale.stored()}
+
+
+class TrainedWeight(nn.Module):
+    """A weight [rows, cols] as the sum of its parts, of which those kinds that `train` names are trained."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        specs: Sequence[Spec],
+        tensors: Sequence[Mapping[str, Tensor]],
+        train: frozenset[str],
+    ) -> None:
+        """`tensors`: those of each part, in any float dtype. `train`: scales, codes, lowrank."""
+        super().__init__()
+        self.shape = shape
+        self.fixed: dict[int, parts.Part] = {}
+        self.trained: dict[int, TrainedCodes | TrainedLowRank] = {}
+        for i, (spec, held) in enumerate(zip(specs, tensors, strict=True)):
+            part = parts.restore(shape, spec, _in_dtype(shape, spec, held))
+            if isinstance(part, (Affine, DualBinary)) and train & {"scales", "codes"}:
+                self.trained[i] = TrainedCodes(part, "codes" in train)
+            elif isinstance(part, LowRank) and "lowrank" in train:
+                self.trained[i] = TrainedLowRank(part)
+            else:
+                self.fixed[i] = part
+        self.members = nn.ModuleList(self.trained.values())
+
+    def dense(self) -> Tensor:
+        """float32 [rows, cols]."""
+        total: Tensor | None = None
+        for i in range(len(self.fixed) + len(self.trained)):
+            part = self.trained[i] if i in self.trained else self.fixed[i]
+            if isinstance(part, Sparse):
+                assert total is not None, "outliers come last"
+                part.put(total)
+            else:
+                dense: Tensor = part.dense()
+                total = dense if total is None else total + dense
+        assert total is not None, "a weight has parts"
+        return total
+
+    def stored(self) -> dict[str, Tensor]:
+        """`parts.<i>.<name>` -> tensor as the file will hold it, of what was trained."""
+        made = {i: part.stored() for i, part in self.trained.items()}
+        return {f"parts.{i}.{name}": tensor for i, held in made.items() for name, tensor in held.items()}
+
+    @torch.no_grad()
+    def overlay(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """float32 [rows, cols]: the weight with what `stored` returned in the place of what was read."""
+        made = []
+        for i in range(len(self.fixed) + len(self.trained)):
+            part = self.trained[i].part if i in self.trained else self.fixed[i]
+            held = part.tensors()
+            prefix = f"parts.{i}."
+            device = next(iter(held.values())).device
+            new = {n.removeprefix(prefix): t.to(device) for n, t in stored.items() if n.startswith(prefix)}
+            made.append(parts.restore(self.shape, part.spec(), held | new))
+        return parts.sum_of_parts(made)
+
+
+class Trained:
+    """Everything that is trained of a model, or of one block: weights by their linear's name, norms by their own."""
+
+    def __init__(
+        self,
+        weights: Mapping[str, TrainedWeight],
+        norms: Mapping[str, nn.Parameter],
+        dtypes: Mapping[str, torch.dtype],
+    ) -> None:
+        """`dtypes`: of the norms in the file."""
+        self.weights, self.norms, self.dtypes = weights, norms, dtypes
+        self.codes = [part for weight in weights.values() for part in weight.members if isinstance(part, TrainedCodes)]
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """For an optimizer: norms learn in proportion to their own size. Empty if there is nothing to train."""
+        wishes = {id(part.wish) for part in self.codes}  # move by a rule of their own
+        deltas = [p for weight in self.weights.values() for p in weight.parameters() if id(p) not in wishes]
+        groups: list[dict[str, Any]] = [{"params": deltas, "lr": lr}] if deltas else []
+        for norm in self.norms.values():
+            groups.append({"params": [norm], "lr": lr * (float(norm.detach().abs().mean()) or 1.0)})
+        return groups
+
+    def after_step(self, moves: float, rate: float) -> int:
+        """Keeps everything valid, and moves codes where they are trained, at most the share `moves`.
+
+        `rate`: what is left of the learning rate. Returns how many codes moved.
+        """
+        for part in self.codes:
+            part.keep_valid()
+        return sum(part.move_codes(moves, WISH * rate) for part in self.codes if part.codes is not None)
+
+    @property
+    def guarded(self) -> int:
+        """How often a group's alphas had to be put in order."""
+        return sum(part.guarded for part in self.codes)
+
+    def stored(self) -> dict[str, Tensor]:
+        """File name of a tensor -> what the file will hold, of all that is trained; copies, on the CPU."""
+        made = {f"{name}.{key}": t for name, weight in self.weights.items() for key, t in weight.stored().items()}
+        made |= {name: norm.detach().to(self.dtypes[name]) for name, norm in self.norms.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in made.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that training has changed, for `restore`."""
+        made: dict[str, Tensor] = dict(self.norms)
+        for name, weight in self.weights.items():
+            made |= {f"{name}.{key}": tensor for key, tensor in weight.named_parameters()}
+            made |= {f"{name}.{key}": tensor for key, tensor in weight.named_buffers() if key.endswith("codes")}
+        return {name: tensor.detach() for name, tensor in made.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up a `state` that was kept."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """Within the context everything has the value that the file will hold, and nothing is trained."""
+        adjusted = [m for weight in self.weights.values() for m in weight.modules() if isinstance(m, Adjusted)]
+        exact = {name: norm.detach().clone() for name, norm in self.norms.items()}
+        with torch.no_grad():
+            try:
+                for one in adjusted:
+                    one.as_stored = True
+                for name, norm in self.norms.items():
+                    norm.copy_(norm.to(self.dtypes[name]))
+                yield
+            finally:
+                for one in adjusted:
+                    one.as_stored = False
+                for name, norm in self.norms.items():
+                    norm.copy_(exact[name])
+
+
+def norm_names(module: nn.Module, prefix: str = "") -> list[str]:
+    """The parameters of the norms inside a module, by their full names."""
+    found = []
+    for name, inner in module.named_modules(prefix=prefix):
+        if "norm" in type(inner).__name__.lower():
+            found += [f"{name}.{key}" for key, _ in inner.named_parameters(recurse=False)]
+    return found
+
+
+def _eighths(values: Tensor) -> Tensor:
+    """int8 of a factor in -1 .. 1."""
+    return (values.detach() * 127).round().clamp(-127, 127).to(torch.int8)
+
+
+def _in_dtype(shape: tuple[int, int], spec: Spec, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a part in the dtypes that its spec says, from whatever they were opened in."""
+    return {name: held[name].to(dtype) for name, (_, dtype) in parts.layout(shape, spec).items()}

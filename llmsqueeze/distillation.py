@@ -1,0 +1,109 @@
+"""How to distil: the options of the command, checked and with what they imply filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmsqueeze.checks import choice, number, several, spoken, text, whole
+from llmsqueeze.errors import RecipeError, nearest
+
+LOSSES = ("kd", "dad")
+TRAINABLE = ("scales", "norms", "lowrank", "codes")
+TARGETS = ("stream", "inputs")
+LAST = 0.1  # of the learning rate is left at the end
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How to distil.
+
+    steps: of the optimizer, for every block where `blockwise`. loss: kd (plain) or dad (weighted by ambiguity, by
+    `weight` and `gamma`). lr: learning rate, relative to what is trained. train: what is. moves: share of the codes
+    that a step may move, where codes are trained. targets: what a block learns to give, where `blockwise`. top_k: how
+    many of the teacher's next tokens are kept. held_back: samples to measure on. The rest: the text, as in a recipe.
+    """
+
+    steps: int = 100
+    loss: str = "kd"
+    lr: float = 5e-3
+    weight: float = 1.0
+    gamma: float = 1.0
+    train: tuple[str, ...] = ("scales", "norms", "lowrank")
+    batch_size: int = 4
+    moves: float = 1e-2
+    blockwise: bool = False
+    targets: str = "stream"
+    top_k: int = 128
+    held_back: int = 32
+    calibration: str | None = None
+    samples: int = 256
+    seq_len: int = 2048
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at a step: a half cosine down to a tenth."""
+        return LAST + (1 - LAST) * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The settings that a recipe has too."""
+        return {key: getattr(self, key) for key in ("calibration", "samples", "seq_len", "seed")}
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "steps": whole(1),
+    "loss": choice(LOSSES),
+    "lr": number(1e-7, 1.0),
+    "weight": number(0.0, 1e6),
+    "gamma": number(0.0, 100.0),
+    "train": several(TRAINABLE),
+    "batch_size": whole(1),
+    "moves": number(0.0, 0.5),
+    "targets": choice(TARGETS),
+    "top_k": whole(1),
+    "held_back": whole(1),
+    "calibration": text,
+    "samples": whole(1),
+    "seq_len": whole(2),
+    "seed": whole(0, 2**63 - 1),
+}
+
+
+def make_distillation(given: Mapping[str, Any]) -> Distillation:
+    """Checked settings from options; None stands for the default. Raises RecipeError with all that is wrong."""
+    values: dict[str, Any] = {"blockwise": bool(given.get("blockwise"))}
+    wrong = []
+    for key, value in given.items():
+        if key != "blockwise" and key not in CHECKS:
+            wrong.append(f"unknown distillation setting {spoken(key)!r}{nearest(key, CHECKS)}")
+        elif key != "blockwise" and value is not None:
+            try:
+                values[key] = CHECKS[key](key, value)
+            except RecipeError as error:
+                wrong.append(str(error))
+    made = Distillation(**({key: value for key, value in values.items() if not wrong}))
+    if not wrong:
+        wrong += _contradictions(made, values)
+    if wrong:
+        raise RecipeError("\n       ".join(wrong))
+    if made.blockwise and "steps" not in values:
+        made = dataclasses.replace(made, steps=200)
+    return made
+
+
+def _contradictions(made: Distillation, given: Mapping[str, Any]) -> list[str]:
+    found = []
+    for key in ("weight", "gamma"):
+        if key in given and made.loss != "dad":
+            found.append(f"{key} goes with loss dad, not with {made.loss}")
+    if made.blockwise and "loss" in given:
+        found.append(f"blockwise contradicts loss {made.loss}: it matches the outputs of blocks, not of the model")
+    if not made.blockwise and "targets" in given:
+        found.append(f"targets {made.targets} goes with blockwise")
+    if "moves" in given and "codes" not in made.train:
+        found.append(f"moves {made.moves:g} goes with train codes")
+    return found

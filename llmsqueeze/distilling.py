@@ -1,0 +1,210 @@
+"""The verb `distill`: a folder that we wrote and its original -> the same folder, trained to answer as that does.
+
+The teacher answers first, and its answers are kept (teacher.py); then the student trains on them, as a whole
+(training.py) or block by block (blockwise.py). What is written in the end is the best that was measured, which may be
+what there was before. Until then everything that a run needs to go on is in `<out>.distill`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.blockwise import train_blocks
+from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.distillation import Distillation
+from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
+from llmsqueeze.files import EVALUATION, SIDECAR, read_json, read_json_if_there
+from llmsqueeze.fingerprint import file_digests, weights_digest
+from llmsqueeze.formats import native
+from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.output import check_writable, output_folder
+from llmsqueeze.prepare import Job, Source, pick_device, prepare, read_calibration
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipes import make_recipe
+from llmsqueeze.skeleton import Skeleton
+from llmsqueeze.student import Student
+from llmsqueeze.teacher import ask
+from llmsqueeze.training import State, train
+
+
+def distill(
+    folder: str,
+    teacher: str | None,
+    settings: Distillation,
+    out: Path | None,
+    *,
+    teacher_cache: Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains the compressed `folder` towards `teacher` and writes the result; returns what the command prints."""
+    start, progress, place = time.monotonic(), progress or Progress(), pick_device(device)
+    source = Path(folder)
+    student = open_student(source)
+    out = out or source.with_name(source.resolve().name + "-distilled")
+    check_writable(out, overwrite)
+    original = Source(teacher or original_of(source), revision, trust_remote_code)
+    recipe = make_recipe(settings.text)
+    job = prepare(original, recipe, progress, text=False)
+    check_teacher(job.skeleton, student, source, original.model)
+    text = read_calibration(original, job.skeleton, recipe, progress, settings.held_back, place)
+    job = replace(job, calibration=text)
+    rows, apart = split(text.rows, text.held_back, settings.held_back)
+    work = working_folder(out, student, job.skeleton, settings, text.sha256)
+    cache, asked = teacher_cache or work / "teacher", apart if settings.blockwise else [*rows, *apart]
+    answered = cache, ask(job.skeleton, asked, cache, settings.top_k, place, progress)
+    if settings.blockwise:
+        state, best = train_blocks(job.skeleton, student, rows, apart, settings, answered, work, place, progress)
+    else:
+        opened = Student(folder, student, frozenset(settings.train), place, trust_remote_code)
+        state, best = train(opened, rows, apart, settings, answered, work, progress)
+    if not best:
+        progress.note("nothing that was tried is better than what there was: the result is the same folder again")
+    write(source, student, best, record_of(job, settings, state), out, overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    return {
+        "out": str(out),
+        "model": folder,
+        "teacher": original.model,
+        "loss": "blockwise" if settings.blockwise else settings.loss,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "kl_before": state.before,
+        "kl_after": state.best,
+        "codes_moved": state.moved,
+        "guarded": state.guarded,
+        "stopped": state.stopped,
+        "nbytes": student.nbytes,
+        "calibration": text.as_dict(),
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_mb": peak_memory_mb(),
+        "peak_device_memory_mb": peak_device_memory_mb(str(place)),
+    }
+
+
+def split(rows: list[Tensor], apart: list[Tensor], wanted: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Samples to train on and samples to measure on, also where the text fills no more than the former."""
+    if apart:
+        return rows, apart
+    count = min(wanted, len(rows) // 4)
+    if not count:
+        raise CalibrationError(f"the text fills {len(rows)} samples, too few to hold some back; take shorter ones")
+    return rows[:-count], rows[-count:]
+
+
+def record_of(job: Job, settings: Distillation, state: State) -> dict[str, Any]:
+    """What the folder will say of its distillation; no paths and no times."""
+    assert job.calibration is not None
+    local = Path(job.source.model).expanduser().is_dir()
+    return {
+        "teacher": Path(job.source.model).resolve().name if local else job.source.model,
+        "settings": asdict(settings) | {"calibration": job.calibration.source},
+        "calibration_sha256": job.calibration.sha256,
+        "kl_before": state.before,
+        "kl_after": state.best,
+        "best_step": state.best_step,
+    }
+
+
+def open_student(source: Path) -> Checkpoint:
+    """The folder's tensors and config. Raises UnsupportedError for what we did not write."""
+    if not source.is_dir():
+        raise RecipeError(f"{source} is no folder; distill refines one that `llmsqueeze quantize` wrote")
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config.get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != native.METHOD:
+        raise UnsupportedError(f"{source} was not compressed by llmsqueeze, so there is nothing to distil")
+    native.weight_entries(config)
+    return checkpoint
+
+
+def original_of(source: Path) -> str:
+    """What the folder says that it was made from. Raises RecipeError where that cannot be found."""
+    name = read_json_if_there(source / SIDECAR).get("model")
+    if not name:
+        raise RecipeError(f"{source / SIDECAR} does not say what {source} was made from; name it with --teacher")
+    if "/" not in name and name != "demo" and not Path(name).is_dir():
+        raise RecipeError(f"{source} was made from a local folder {name}; say where it is with --teacher")
+    return str(name)
+
+
+def check_teacher(skeleton: Skeleton, student: Checkpoint, source: Path, teacher: str) -> None:
+    """Raises RecipeError unless the student was made from this teacher."""
+    made_from = read_json_if_there(source / SIDECAR).get("model")
+    rows, _ = skeleton.embedding_shape
+    embeddings: Any = skeleton.model.get_input_embeddings()
+    name = next(name for name, p in skeleton.model.named_parameters() if p is embeddings.weight)
+    held = student.tensors.get(name)
+    if held is not None and held.shape[0] != rows:
+        raise RecipeError(
+            f"teacher {teacher} has a vocabulary of {rows} tokens, {source} one of {held.shape[0]}: "
+            f"{source} was made from {made_from}"
+        )
+    wrong = f"{source} was made from {made_from}, and {teacher} is another model: "
+    shapes = {n: tuple(entry["shape"]) for n, entry in student.config["quantization_config"]["weights"].items()}
+    linears = {name for block in skeleton.linears for name in block}
+    for linear, shape in shapes.items():
+        if linear not in linears or skeleton.shape(linear) != shape:
+            raise RecipeError(f"{wrong}it has no {linear} of {shape[0]} x {shape[1]}")
+    if held is None or not torch.equal(student.read(name), skeleton.checkpoint.read(skeleton.sources[name])):
+        raise RecipeError(f"{wrong}its embeddings are not those that {source} kept")
+
+
+def working_folder(out: Path, student: Checkpoint, skeleton: Skeleton, settings: Distillation, text: str) -> Path:
+    """`<out>.distill`, with what it is the working folder of. Raises OutputError for one of another run."""
+    work = out.with_name(out.name + ".distill")
+    about = asdict(settings) | {
+        "text": text,
+        "student": weights_digest(file_digests(student)),
+        "original": weights_digest(file_digests(skeleton.checkpoint)),
+    }
+    about = json.loads(json.dumps(about))
+    if (work / "settings.json").exists():
+        before = read_json(work / "settings.json")
+        differing = next((key for key in about if about[key] != before.get(key)), None)
+        if differing is not None:
+            raise OutputError(
+                f"{work} is of a run with {differing} {before.get(differing)}, not {about[differing]}: run that again "
+                "to go on with it, or remove the folder"
+            )
+        return work
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "settings.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {work}: {error}") from error
+    return work
+
+
+def write(
+    source: Path,
+    student: Checkpoint,
+    best: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    out: Path,
+    overwrite: bool,
+) -> None:
+    """The folder again, shard by shard, with the `best` tensors in the place of those that it had."""
+    files = sorted({stored.file for stored in student.tensors.values()})
+    with output_folder(out, len(files), student.nbytes, overwrite) as output:
+        for file in files:
+            names = sorted(name for name, stored in student.tensors.items() if stored.file == file)
+            output.write_shard({name: best[name] if name in best else student.read_raw(name) for name in names})
+        output.copy_rest(source)
+        output.write_json("config.json", student.config)
+        record = read_json_if_there(source / SIDECAR)
+        before = record.get("distillation", [])
+        output.write_json(SIDECAR, record | {"distillation": [*before, dict(about)]})
+    (out / EVALUATION).unlink(missing_ok=True)
