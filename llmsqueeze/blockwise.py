@@ -167,7 +167,7 @@ def train_block(
             break
         loss.backward()
         optimizer.step()
-        state.moved += trained.after_step(settings.moves, settings.rate(step - 1))
+        state.moved += trained.after_step(settings.moves, settings.wish(step - 1))
         if step % every == 0 or step == settings.steps:
             found = measured()
             if found < least:

@@ -30,6 +30,17 @@ def whole(low: int, high: int | None = None) -> Callable[[str, Any], int]:
     return check
 
 
+def rank(key: str, value: Any) -> int | str:
+    """A whole number, or auto."""
+    if value == "auto":
+        return "auto"
+    try:
+        found = _integer(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(f"{spoken(key)} is {value!r}; it must be a whole number from 0, or auto") from error
+    return whole(0)(key, found)
+
+
 def number(low: float, high: float) -> Callable[[str, Any], float]:
     """A check for numbers from `low` to `high`."""
 

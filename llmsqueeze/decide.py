@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from llmsqueeze.allocate import budget, gwq, layerwise, mixllm, rows
+from llmsqueeze.allocate import budget, gwq, layerwise, mixllm, ranks, rows
 from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure import Wanted
@@ -20,6 +20,8 @@ from llmsqueeze.plan import Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.recipe import Recipe
+
+ROUNDS = 6  # of rows and ranks in turn
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def wanted_by(recipe: Recipe) -> Wanted:
         options=options_of(recipe) if recipe.needs_costs else (),
         salience=(recipe.code_bits,) if recipe.needs_salience else (),
         outliers=bool(recipe.outlier_fraction),
+        ranks=recipe.buys_ranks,
         lim=recipe.needs_lim,
         zd=recipe.importance == "zd",
     )
@@ -83,7 +86,7 @@ def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:
     """The decision that a plan's counts stand for: which rows, which outliers, and what the costs promise."""
     chosen: dict[str, Tensor] = {}
     if plan.mixed and recipe.method == "auto" and recipe.importance == "cost":
-        chosen = rows.by_cost(plan, _costs_on_grids(plan, profile), profile.cost_scores())
+        chosen = _chosen_rows(plan, profile)
     elif plan.mixed:
         chosen = rows.by_score(plan, row_scores(plan, profile, recipe))
     candidates = profile.trimmed(plan).candidates
@@ -181,4 +184,44 @@ def _auto(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> Plan:
     assert recipe.granularity is not None
     at = [profile.options.index(option) for option in options]
     costs = {name: cost[at] for name, cost in profile.costs.items()}
-    return budget.allocate(plan, costs, options, target, recipe.granularity, profile.groups)
+    best = budget.allocate(plan, costs, options, target, recipe.granularity, profile.groups)
+    return _with_ranks(best, profile, recipe, options, costs, target) if recipe.buys_ranks else best
+
+
+def _with_ranks(
+    best: Plan,
+    profile: Profile,
+    recipe: Recipe,
+    options: Sequence[Option],
+    costs: Mapping[str, Tensor],
+    target: int,
+) -> Plan:
+    """Rows and ranks in turn, from rows alone; the plan that promises most on the way."""
+    assert recipe.granularity is not None
+    least, current, scaled = profile.predicted(best, _chosen_rows(best, profile)), best, costs
+    for _ in range(ROUNDS):
+        spent = sum(w.rank * ranks.rank_nbytes(w) for w in current.weights.values())
+        ladder = budget.ladder(current, scaled, options, recipe.granularity, profile.groups)
+        price, chosen = ranks.last_byte(ladder, target - spent), _chosen_rows(current, profile)
+        bought, scaled = {}, dict(costs)
+        for name, weight in current.weights.items():
+            held = profile.held_options(weight, chosen.get(name)) if name in profile.gains else None
+            if held is not None:
+                gain = ranks.expected_gains(profile.costs[name], profile.gains[name], held)
+                bought[name] = ranks.worthwhile(gain, price * ranks.rank_nbytes(weight))
+                whole = profile.costs[name].gather(0, held[None]).sum()
+                scaled[name] = costs[name] * (1 - gain[: bought[name]].sum() / whole)
+        ranked = Plan({name: replace(w, rank=bought.get(name, 0)) for name, w in current.weights.items()})
+        try:
+            current = budget.allocate(ranked, scaled, options, target, recipe.granularity, profile.groups)
+        except RecipeError:
+            break  # so many ranks leave too little for the rows
+        promised = profile.predicted(current, _chosen_rows(current, profile))
+        if promised is not None and least is not None and promised < least:
+            best, least = current, promised
+    return best
+
+
+def _chosen_rows(plan: Plan, profile: Profile) -> dict[str, Tensor]:
+    """Which grids the rows of mixed linears are on, by what they cost."""
+    return rows.by_cost(plan, _costs_on_grids(plan, profile), profile.cost_scores()) if plan.mixed else {}

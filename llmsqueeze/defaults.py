@@ -215,6 +215,9 @@ def _about_budget(recipe: Recipe) -> Iterator[str]:
             yield "method auto wants a budget: bits 2.7, size 4GB, max ppl increase 0.02 or max kl 0.05"
     elif bits is not None and recipe.size is not None:
         yield f"{named[0]} contradicts {named[1]}: name one budget"
+    if recipe.buys_ranks and (method != "auto" or recipe.lorc == "plain" or recipe.importance == "uniform"):
+        what = f"method {method}" if method != "auto" else "importance uniform" if recipe.importance else "lorc plain"
+        yield f"lorc rank auto contradicts {what}: the allocator of method auto buys input-weighted ranks by their cost"
     if recipe.distill_steps and recipe.bounded:
         yield f"distill steps {recipe.distill_steps} contradict a bound on quality, which is measured before them"
     if method == "mixllm":

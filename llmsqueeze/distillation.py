@@ -14,6 +14,7 @@ from llmsqueeze.errors import RecipeError, nearest
 LOSSES = ("kd", "dad")
 TRAINABLE = ("scales", "norms", "lowrank", "codes")
 TARGETS = ("stream", "inputs")
+WISH = 3.0  # levels over a run at the full rate
 LAST = 0.1  # of the learning rate is left at the end
 
 
@@ -47,6 +48,10 @@ class Distillation:
     def rate(self, step: int) -> float:
         """The share of the learning rate at a step: a half cosine down to a tenth."""
         return LAST + (1 - LAST) * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+    def wish(self, step: int) -> float:
+        """How far a code with a gradient of mean size is drawn at a step, in levels: the same over any run."""
+        return WISH * self.rate(step) / self.steps
 
     @property
     def text(self) -> dict[str, Any]:

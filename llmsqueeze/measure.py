@@ -21,7 +21,7 @@ from llmsqueeze.curvature import factorize
 from llmsqueeze.observe import FusionGroup, as_rows, fusion_groups
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan
-from llmsqueeze.price import Option, price, rounding_error
+from llmsqueeze.price import Option, low_rank_gains, price, rounding_error
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantize.rtn import rtn
@@ -31,11 +31,12 @@ from llmsqueeze.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure. options: to be priced; salience: the widths that MixLLM's is taken at."""
+    """What to measure. options: to be priced, and with them `ranks`; salience: the widths that MixLLM's is taken at."""
 
     options: tuple[Option, ...] = ()
     salience: tuple[int, ...] = ()
     outliers: bool = False
+    ranks: bool = False
     lim: bool = False
     zd: bool = False
 
@@ -49,6 +50,7 @@ class _Found:
 
     costs: dict[str, Tensor] = field(default_factory=dict)
     row_gradient: dict[str, Tensor] = field(default_factory=dict)
+    gains: dict[str, Tensor] = field(default_factory=dict)
     salience: dict[str, Tensor] = field(default_factory=dict)
     candidates: dict[str, gwq.Candidates] = field(default_factory=dict)
     groups: dict[int, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
@@ -88,6 +90,7 @@ def measure(
         salience_widths=wanted.salience,
         costs=found.costs,
         row_gradient=found.row_gradient,
+        gains=found.gains,
         salience=found.salience,
         candidates=found.candidates,
         lim=tuple(lim),
@@ -177,7 +180,7 @@ def reduce_block(
         sums.errors.clear()
     reduce_weights(walk.skeleton, index, sums.statistics if sums else {}, plan, recipe, wanted, found)
     if moments is not None:
-        moments.price(walk.skeleton, plan, recipe, wanted.options, found)
+        moments.price(walk.skeleton, plan, recipe, wanted, found)
 
 
 def reduce_weights(
@@ -256,7 +259,7 @@ class _Moments:
             square = (gradient.reshape(-1, gradient.shape[-1]) * self.sample_labels).square_().sum(dim=0)
             self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
 
-    def price(self, skeleton: Skeleton, plan: Plan, recipe: Recipe, options: tuple[Option, ...], found: _Found) -> None:
+    def price(self, skeleton: Skeleton, plan: Plan, recipe: Recipe, wanted: Wanted, found: _Found) -> None:
         """Prices the planned linears group by group; uses up the moments."""
         assert recipe.quantizer is not None
         for i, group in enumerate(self.groups):
@@ -270,9 +273,10 @@ class _Moments:
                 weight = as_rows(module, module.weight.detach())
                 gradient, dtype = self.squares[name] / self.labels, plan.weights[name].dtype
                 found.row_gradient[name] = gradient.cpu()
-                found.costs[name] = price(
-                    weight, gradient, curvature, options, recipe.quantizer, dtype, bool(recipe.search)
-                )
+                given = weight, gradient, curvature, wanted.options, recipe.quantizer, dtype, bool(recipe.search)
+                found.costs[name] = price(*given)
+                if wanted.ranks:
+                    found.gains[name] = low_rank_gains(*given)
 
 
 def rank_block(

@@ -63,7 +63,7 @@ OPTIONS: dict[str, Any] = {
         Text, typer.Option(help="Labels of the measured loss: model (drawn from it) or text. [auto model, else text]")
     ],
     "lorc_rank": Annotated[
-        Whole, typer.Option(help="Rank of a low-rank compensation of the rounding error (LoRC); after any method. [0]")
+        Text, typer.Option(help="Rank of a low-rank compensation (LoRC), after any method; auto: bought by auto. [0]")
     ],
     "lorc": Annotated[Text, typer.Option(help="input-weighted, or plain (the paper's). [input-weighted]")],
     "distill_steps": Annotated[

@@ -154,12 +154,12 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     for name in names:
         if name not in skipped:
             shape = skeleton.shape(name)
-            if recipe.lorc_rank > min(shape):
+            if recipe.rank > min(shape):
                 raise RecipeError(
                     f"lorc rank {recipe.lorc_rank} is more than {name} has: it is {shape[0]} x {shape[1]}"
                 )
             rows = Rows(grid, shape[0])
-            dtype, rank = skeleton.dtype(name), recipe.lorc_rank
+            dtype, rank = skeleton.dtype(name), recipe.rank
             weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=rank)
     if not weights:
         raise RecipeError("skip leaves no linear to compress")

@@ -73,12 +73,13 @@ def write_plan(
 
 def entry(weight: WeightPlan) -> Any:
     """One linear as the file has it."""
-    if not weight.mixed and not weight.outliers:
+    if not weight.mixed and not weight.outliers and not weight.rank:
         return rows_name(weight.grids[0])
     counts: dict[str, int] = {}
     for rows in weight.grids:
         counts[rows_name(rows)] = counts.get(rows_name(rows), 0) + rows.count
-    return counts | ({"outliers": weight.outliers} if weight.outliers else {})
+    counts |= {"outliers": weight.outliers} if weight.outliers else {}
+    return counts | ({"rank": weight.rank} if weight.rank else {})
 
 
 def rows_name(rows: Rows) -> str:
@@ -127,8 +128,8 @@ def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
     counts = {found: weight.shape[0]} if isinstance(found, str) else dict(found) if isinstance(found, dict) else None
     if not counts:
         raise RecipeError(f"{found!r} is neither a grid such as '3 bit g128' nor a mapping of grids to rows")
-    outliers = counts.pop("outliers", 0)
-    for what, count in (*counts.items(), ("outliers", outliers)):
+    outliers, rank = counts.pop("outliers", 0), counts.pop("rank", weight.rank)
+    for what, count in (*counts.items(), ("outliers", outliers), ("rank", rank)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise RecipeError(f"{what}: {count!r} is no number of rows")
     grids = [_rows(text, count) for text, count in counts.items()]
@@ -139,7 +140,9 @@ def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
         raise RecipeError("outliers want grids with a level 0, which half ones lack")
     if outliers + sum(rows.count * rows.outliers for rows in grids) > weight.numel:
         raise RecipeError(f"{outliers} outliers are more than its {weight.numel} weights")
-    return replace(weight.on(*grids), outliers=outliers)
+    if rank > min(weight.shape):
+        raise RecipeError(f"rank {rank} is more than a weight of {weight.shape[0]} x {weight.shape[1]} has")
+    return replace(weight.on(*grids), outliers=outliers, rank=rank)
 
 
 def _rows(text: Any, count: int) -> Rows:

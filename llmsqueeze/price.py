@@ -13,18 +13,20 @@ Stand-in: the errors are those of GPTQ with searched scales, times the ratio by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmsqueeze.compensate.lorc import truncated_svd
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantize import QUANTIZERS
 from llmsqueeze.quantize.rtn import rtn
 
 TRIED_ROWS = 48
+RANKS = 16  # components that are priced
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 
@@ -74,12 +76,46 @@ def price(
     return torch.stack(costs)
 
 
+def low_rank_gains(
+    weight: Tensor,
+    row_gradient: Tensor,
+    curvature: Curvature,
+    options: Sequence[Option],
+    quantizer: str,
+    dtype: torch.dtype,
+    search: bool,
+) -> Tensor:
+    """float32 [options, `RANKS`] on the CPU: what each component of an input-weighted compensation (lorc.py) takes off
+    the cost of `weight` [rows, cols] as each option rounds it; zeros beyond its rank.
+
+    With the error weighted by the inputs as U S V^T, component i takes off 1/2 * sum_r g[r] * (u[r, i] * s[i])^2. The
+    errors are those of the quantizer itself, for those of its stand-in have more of a direction to take off.
+    """
+    found = torch.zeros(len(options), RANKS)
+    for i, option in enumerate(options):
+        error = torch.cat(tuple(residuals(weight, curvature, option, quantizer, dtype, search)))
+        weighted = torch.linalg.solve_triangular(curvature.upper, error, upper=True, left=False)
+        left, _ = truncated_svd(weighted, min(RANKS, *weight.shape))
+        # `left` has the roots of the singular values in it
+        size = left.square().sum(dim=0)
+        found[i, : left.shape[1]] = (0.5 * row_gradient @ (left * size.sqrt()).square()).cpu()
+    return found
+
+
 def output_errors(
     weight: Tensor, curvature: Curvature, option: Option, quantizer: str, dtype: torch.dtype, search: bool
 ) -> Tensor:
     """float32 [rows]: d H d^T of every row."""
+    return torch.cat(
+        [curvature.output_error(left) for left in residuals(weight, curvature, option, quantizer, dtype, search)]
+    )
+
+
+def residuals(
+    weight: Tensor, curvature: Curvature, option: Option, quantizer: str, dtype: torch.dtype, search: bool
+) -> Iterator[Tensor]:
+    """weight - rounded, some rows at a time [some, cols]; outliers leave nothing."""
     step = max(1, CHUNK_BYTES[weight.device.type] // (4 * weight.shape[1]))
-    errors = []
     for rows in weight.split(step):
         count = option.kept(weight.shape[1])
         pinned = row_outliers(rows, curvature, count) if count else None
@@ -87,8 +123,7 @@ def output_errors(
         residual = rows - dense
         if pinned is not None:
             residual.masked_fill_(pinned, 0.0)
-        errors.append(curvature.output_error(residual))
-    return torch.cat(errors)
+        yield residual
 
 
 def rounding_error(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """What was measured of a model: small, durable, and good for every budget. measure.py makes it.
 
-The file is safetensors: `<linear>.costs` [options, rows], `<linear>.row_gradient` [rows], `<linear>.salience` [widths,
+The file is safetensors: `<linear>.costs` [options, rows], `<linear>.row_gradient` [rows], `<linear>.gains` [options,
+ranks], `<linear>.salience` [widths,
 rows], `<linear>.outliers` [k] (flat index, best first) with `<linear>.outlier_scores`; its metadata hold the rest as
 JSON, with what the profile is of: the model's files (size, time and SHA-256), the calibration tokens, the settings.
 """
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocate.gwq import Candidates, first
+from llmsqueeze.allocate.ranks import expected_gains
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows
+from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.price import Option
 
 VERSION = 1
@@ -29,9 +31,10 @@ VERSION = 1
 class Profile:
     """Measurements of a model; what was not asked for is empty.
 
-    loss: mean next-token loss (nats) on the calibration text. costs: linear -> [options, rows], predicted loss increase
-    in nats per token. salience: linear -> [widths, rows] (MixLLM's). candidates: outliers by GWQ's ranking. lim, zd:
-    per block. groups: the fusion groups.
+    loss: mean next-token loss (nats) on the calibration text. costs: linear -> [options, rows], predicted loss
+    increase in nats per token; gains: linear -> [options, ranks], what the components of a compensation take off
+    them. salience: linear -> [widths, rows] (MixLLM's). candidates: outliers by GWQ's ranking. lim, zd: per block.
+    groups: the fusion groups.
     """
 
     loss: float | None = None
@@ -39,6 +42,7 @@ class Profile:
     salience_widths: tuple[int, ...] = ()
     costs: dict[str, Tensor] = field(default_factory=dict)
     row_gradient: dict[str, Tensor] = field(default_factory=dict)
+    gains: dict[str, Tensor] = field(default_factory=dict)
     salience: dict[str, Tensor] = field(default_factory=dict)
     candidates: dict[str, Candidates] = field(default_factory=dict)
     lim: tuple[float, ...] = ()
@@ -77,13 +81,24 @@ class Profile:
         for name, weight in plan.weights.items():
             if name not in self.costs:
                 continue
-            options = [self.option_of(rows, weight.shape[1]) for rows in weight.grids]
-            if None in options:
+            held = self.held_options(weight, chosen.get(name))
+            if held is None:
                 return None
-            held = chosen[name] if weight.mixed else torch.zeros(weight.shape[0], dtype=torch.int64)
-            rows = torch.arange(weight.shape[0])
-            total += float(self.costs[name][torch.tensor(options)[held], rows].double().sum())
+            total += float(self.costs[name].gather(0, held[None]).double().sum())
+            if weight.rank and name in self.gains:
+                total -= float(expected_gains(self.costs[name], self.gains[name], held)[: weight.rank].sum())
         return total
+
+    def held_options(self, weight: WeightPlan, chosen: Tensor | None) -> Tensor | None:
+        """[rows]: the number of each row's option; None if one of them has no price.
+
+        `chosen` [rows]: which of its grids a row is on, where there are several.
+        """
+        options = [self.option_of(rows, weight.shape[1]) for rows in weight.grids]
+        if None in options:
+            return None
+        held = chosen if chosen is not None and weight.mixed else torch.zeros(weight.shape[0], dtype=torch.int64)
+        return torch.tensor(options)[held]
 
 
 def save(profile: Profile, path: Path) -> None:
@@ -91,7 +106,7 @@ def save(profile: Profile, path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    for kind in ("costs", "row_gradient", "salience"):
+    for kind in ("costs", "row_gradient", "gains", "salience"):
         tensors |= {f"{name}.{kind}": values.contiguous() for name, values in getattr(profile, kind).items()}
     for name, found in profile.candidates.items():
         tensors |= {f"{name}.outliers": found.index, f"{name}.outlier_scores": found.score}
@@ -144,6 +159,7 @@ def _restored(
         salience_widths=tuple(about["salience_widths"]),
         costs=of("costs"),
         row_gradient=of("row_gradient"),
+        gains=of("gains"),
         salience=of("salience"),
         candidates={name: Candidates(index[name], score[name]) for name in index},
         lim=tuple(about["lim"]),
@@ -154,7 +170,11 @@ def _restored(
 
 
 def lacks(
-    profile: Profile, source: Mapping[str, Any], options: Sequence[Option], salience: Sequence[int] = ()
+    profile: Profile,
+    source: Mapping[str, Any],
+    options: Sequence[Option],
+    salience: Sequence[int] = (),
+    ranks: bool = False,
 ) -> str | None:
     """What a stored profile has been measured differently, in words; None if it serves."""
     for key, wanted in source.items():
@@ -164,6 +184,8 @@ def lacks(
     missing = [str(option) for option in options if option not in profile.options]
     if missing:
         return f"no costs for {missing[0]}"
+    if ranks and not profile.gains:
+        return "no gains of ranks"
     unmeasured = [width for width in salience if width not in profile.salience_widths]
     return f"no salience at {unmeasured[0]} bits" if unmeasured else None
 

@@ -73,7 +73,7 @@ class Recipe:
     dual: bool | None = None
     portable: bool = False
     labels: str | None = None
-    lorc_rank: int = 0
+    lorc_rank: int | str = 0
     lorc: str = "input-weighted"
     distill_steps: int = 0
     distill_loss: str = "kd"
@@ -86,6 +86,15 @@ class Recipe:
     seq_len: int = 2048
     seed: int = 0
     skip: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The rank of every linear's compensation, before the allocator buys any."""
+        return self.lorc_rank if isinstance(self.lorc_rank, int) else 0
+
+    @property
+    def buys_ranks(self) -> bool:
+        return self.lorc_rank == "auto"
 
     @property
     def outlier_fraction(self) -> float:
@@ -112,7 +121,7 @@ class Recipe:
 
     @property
     def needs_moments(self) -> bool:
-        return self.quantizer in NEEDS_MOMENTS or (self.lorc_rank > 0 and self.lorc == "input-weighted")
+        return self.quantizer in NEEDS_MOMENTS or (bool(self.lorc_rank) and self.lorc == "input-weighted")
 
     @property
     def needs_costs(self) -> bool:

@@ -23,6 +23,7 @@ from llmsqueeze.checks import (
     nbytes,
     number,
     patterns,
+    rank,
     shares,
     text,
     whole,
@@ -61,7 +62,9 @@ def _implied_method(values: Mapping[str, Any]) -> str:
     """The method that goes without saying: a budget wants the allocator."""
     bits = values.get("bits")
     budgeted = ("size", "max_ppl_increase", "max_kl", "granularity", "widths")
-    if any(key in values for key in budgeted) or values.get("portable") or (bits is not None and bits != int(bits)):
+    fractional = bits is not None and bits != int(bits)
+    bought = values.get("lorc_rank") == "auto" or values.get("dual")
+    if any(key in values for key in budgeted) or values.get("portable") or fractional or bought:
         return "auto"
     return "descent"
 
@@ -129,7 +132,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "row_outliers": shares,
     "dual": boolean,
     "portable": boolean,
-    "lorc_rank": whole(0),
+    "lorc_rank": rank,
     "distill_steps": whole(0),
     "max_ppl_increase": number(1e-6, 10.0),
     "max_kl": number(1e-6, 10.0),

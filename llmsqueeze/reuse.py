@@ -57,12 +57,12 @@ def stored_or_measured(job: Job, recipe: Recipe, path: Path, place: torch.device
     options = options_of(recipe) if recipe.method == "auto" else wanted.options
     if path.exists():
         known = load(path)
-        reason = lacks(known, source_of(job, recipe, known), options, wanted.salience)
+        reason = lacks(known, source_of(job, recipe, known), options, wanted.salience, wanted.ranks)
         if reason is None:
             return known
         progress.note(f"{path} does not serve ({reason}); measuring again")
     widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *wanted.salience)))
-    everything = Wanted(options, widths, wanted.outliers, lim=True, zd=True)
+    everything = Wanted(options, widths, wanted.outliers, wanted.ranks, lim=True, zd=True)
     assert job.calibration is not None
     with Spill(parent=path.parent) as spill:
         walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, place)
@@ -76,7 +76,7 @@ def given_profile(job: Job, recipe: Recipe, path: Path) -> Profile:
     """The profile that the user names. Raises RecipeError if it is of something else than the recipe wants."""
     profile = load(path)
     wanted = wanted_by(recipe)
-    reason = lacks(profile, source_of(job, recipe, profile), wanted.options, wanted.salience)
+    reason = lacks(profile, source_of(job, recipe, profile), wanted.options, wanted.salience, wanted.ranks)
     if reason is not None:
         raise RecipeError(f"the profile {path} does not serve: {reason}; leave --profile out to measure anew")
     return profile

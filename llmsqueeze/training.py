@@ -117,7 +117,7 @@ def step(
     if not math.isfinite(total):
         return total
     optimizer.step()
-    state.moved += student.trained.after_step(settings.moves, settings.rate(state.step))
+    state.moved += student.trained.after_step(settings.moves, settings.wish(state.step))
     state.guarded = student.trained.guarded
     return total
 

@@ -24,8 +24,6 @@ from llmsqueeze.parts.grid import onto_rows
 from llmsqueeze.quantize import dual_binary
 from llmsqueeze.quantize.grids import storable
 
-WISH = 0.03  # levels that a step adds to the wish of a code with a gradient of mean size
-
 
 class Adjusted(nn.Module):
     """A tensor as `start + delta * unit`, delta being trained; `unit` is a number or as large as the tensor.
@@ -278,14 +276,14 @@ class Trained:
             groups.append({"params": [norm], "lr": lr * (float(norm.detach().abs().mean()) or 1.0)})
         return groups
 
-    def after_step(self, moves: float, rate: float) -> int:
+    def after_step(self, moves: float, wish: float) -> int:
         """Keeps everything valid, and moves codes where they are trained, at most the share `moves`.
 
-        `rate`: what is left of the learning rate. Returns how many codes moved.
+        `wish`: levels that the step adds to the wish of a code with a gradient of mean size. Returns how many moved.
         """
         for part in self.codes:
             part.keep_valid()
-        return sum(part.move_codes(moves, WISH * rate) for part in self.codes if part.codes is not None)
+        return sum(part.move_codes(moves, wish) for part in self.codes if part.codes is not None)
 
     @property
     def guarded(self) -> int:
