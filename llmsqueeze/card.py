@@ -269,7 +269,31 @@ def _recipe(sidecar: dict[str, Any]) -> str:
     return (
         f"`recipe.yaml`:\n\n```yaml\n{_yaml(shown(recipe))}```\n\n"
         f"With that file, this command makes the model again:\n\n```\n{shlex.join(command)}\n```{local}"
+        f"{_distillation(sidecar)}"
     )
+
+
+def _distillation(sidecar: dict[str, Any]) -> str:
+    """What was distilled after `quantize`, as commands; what its recipe asked for is in the recipe."""
+    entries = sidecar.get("distillation") or []
+    text = ""
+    for taught in entries[1 if sidecar["recipe"].get("distill_steps") else 0 :]:
+        settings = taught["settings"]
+        options = ["steps", "lr", "train", "batch_size", "top_k", "held_back", "samples", "seq_len", "seed"]
+        options += ["targets"] if settings["blockwise"] else ["loss"]
+        options += ["weight", "gamma"] if settings["loss"] == "dad" else []
+        options += ["moves"] if "codes" in settings["train"] else []
+        command = ["llmsqueeze", "distill", "FOLDER", "--teacher", str(shown(taught["teacher"]))]
+        for key in options:
+            value = settings[key]
+            command += [f"--{key.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
+        command += ["--blockwise"] if settings["blockwise"] else []
+        text += (
+            f"\n\nThe result (FOLDER) was then distilled on {shown(str(settings['calibration']))}, which brought the "
+            f"divergence from the original on held-back text from {taught['kl_before']:.4f} to {taught['kl_after']:.4f} "
+            f"nats per token:\n\n```\n{shlex.join(command)}\n```"
+        )
+    return text
 
 
 def _calibration(calibration: dict[str, Any] | None) -> str:

@@ -313,6 +313,10 @@ def print_contents(contents: dict[str, Any]) -> None:
     out.print(f"kept as they were: {size(contents['kept_nbytes'])}; all weights: {size(contents['nbytes'])}{before}")
     if contents["model"]:
         out.print(f"made from {contents['model']} by method {contents['method']}")
+    for taught in contents["distillation"]:
+        loss = "block by block" if taught["settings"]["blockwise"] else f"loss {taught['settings']['loss']}"
+        steps = f"{taught['settings']['steps']} steps"
+        out.print(f"distilled from {taught['teacher']}, {loss}, {steps}: {divergence(taught)}")
     if contents["recipe"]:
         out.print("recipe.yaml that makes it again (llmsqueeze quantize MODEL --recipe recipe.yaml):")
         for key, value in contents["recipe"].items():

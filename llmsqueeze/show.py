@@ -34,7 +34,7 @@ class Contents:
     """A folder's linears, folded, and its bytes: `nbytes` of all tensors, `kept_nbytes` of what was not compressed.
 
     `bits`: mean width of the codes. `recipe`: what makes the folder again. `plane_zeros`: share of zeros in the two
-    planes of dual-binary parts, None where there are none.
+    planes of dual-binary parts, None where there are none. `distillation`: every one that the folder has been through.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Contents:
     kept_nbytes: int
     nbytes_original: int | None
     plane_zeros: tuple[float, float] | None
+    distillation: list[dict[str, Any]]
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,6 +80,7 @@ def contents(folder: str) -> Contents:
         kept_nbytes=checkpoint.nbytes - sum(sizes.values()),
         nbytes_original=record.get("nbytes_original"),
         plane_zeros=_plane_zeros(checkpoint, entries),
+        distillation=record.get("distillation", []),
     )
 
 

@@ -50,6 +50,10 @@ class Student:
             module: Any = self.model.get_submodule(block)
             module.forward = _checkpointed(module.forward)
 
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits [rows * (length - 1), V] float32 for `tokens` [rows, length]."""
         found: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits

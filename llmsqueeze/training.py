@@ -28,6 +28,7 @@ from llmsqueeze.teacher import answers, together
 STATE = "state.safetensors"
 CHECKS = 10  # measurements on held-back samples, over a run
 BATCH_TOKENS = 2048  # that go through the student at once; a batch of more is summed up
+LOGITS_BYTES = 256 << 20  # likewise
 
 Answers = tuple[Path, str]  # where the teacher's are, and under which key
 
@@ -108,7 +109,7 @@ def step(
     optimizer.zero_grad()
     total = 0.0
     weight = settings.weight if settings.loss == "dad" else 0.0
-    for some in chunks(batch):
+    for some in chunks(batch, student.vocabulary):
         teacher = together([answers(*answered, row) for row in some], student.device)
         loss = distillation_loss(student.logits(torch.cat(some)), teacher, weight, settings.gamma)
         share = len(some) / len(batch)
@@ -126,7 +127,7 @@ def held_back_divergence(student: Student, rows: Sequence[Tensor], answered: Ans
     """Mean KL(teacher || student), nats per token, with the values that the file will hold; inf where it is NaN."""
     total, tokens = 0.0, 0
     with student.trained.as_stored():
-        for some in chunks(rows):
+        for some in chunks(rows, student.vocabulary):
             teacher = together([answers(*answered, row) for row in some], student.device)
             losses = token_losses(student.logits(torch.cat(some)), teacher) - teacher_losses(teacher)
             total += float(losses.double().sum())
@@ -134,9 +135,10 @@ def held_back_divergence(student: Student, rows: Sequence[Tensor], answered: Ans
     return total / tokens if math.isfinite(total) else math.inf
 
 
-def chunks(rows: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Rows of one length [1, length], a few at a time."""
-    size = max(1, BATCH_TOKENS // rows[0].shape[1])
+def chunks(rows: Sequence[Tensor], vocabulary: int) -> list[list[Tensor]]:
+    """Rows of one length [1, length], as many at a time as have few tokens and small logits, at least one."""
+    tokens = min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary))
+    size = max(1, tokens // rows[0].shape[1])
     return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 

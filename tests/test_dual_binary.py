@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from llmsqueeze import parts
+import llmsqueeze
+from llmsqueeze import parts, planfile
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.compress import quantize
 from llmsqueeze.curvature import Curvature, factorize, row_error
+from llmsqueeze.demo import MODEL_DIR
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import DualBinary, Grid
+from llmsqueeze.plan import Rows
 from llmsqueeze.quantize import QUANTIZERS, dual_binary
 from llmsqueeze.quantize.descent import least_squares, normal_equations, refit, sweep
 from llmsqueeze.quantize.gptq import gptq
 from llmsqueeze.quantize.grids import fit_group
 from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.recipes import make_recipe
+from llmsqueeze.show import contents
+
+TEXT = {"samples": 6, "seq_len": 64}
 
 GRIDS = [Grid(2, size, True, dual=True) for size in (16, 24, -1)]
 grids = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -156,3 +168,99 @@ def test_the_share_of_zeros_is_counted(weight: Tensor) -> None:
     first, second = rounded.planes()
     expected = float((first == 0).float().mean()), float((second == 0).float().mean())
     assert part.zero_shares() == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dual") / "out"
+    quantize("demo", make_recipe({"method": "dbllm", **TEXT}), out)
+    return out
+
+
+def test_the_method_writes_and_opens_dual_weights(written: Path) -> None:
+    checkpoint = open_checkpoint(written)
+    config = checkpoint.config["quantization_config"]
+    assert config["format_version"] == 3
+    model = llmsqueeze.load(str(written))
+    for name, entry in config["weights"].items():
+        (spec,) = entry["parts"]
+        shape = tuple(entry["shape"])
+        assert spec == {"part": "dual_binary", "group_size": 64, "dtype": spec["dtype"]}
+        tensors = {t: checkpoint.read(f"{name}.parts.0.{t}") for t in parts.layout(shape, spec)}
+        part = parts.restore(shape, spec, tensors)
+        assert torch.equal(model.get_submodule(name).dense(), part.dense())
+        held = parts.DualBinary.restore(shape, spec, tensors)
+        assert dual_binary.in_order(held.alpha1.float(), held.alpha2.float()).all()
+
+
+def test_show_reports_the_zeros_of_the_planes(written: Path) -> None:
+    found = contents(str(written))
+    checkpoint = open_checkpoint(written)
+    ones, total = [0, 0], 0
+    for name, entry in checkpoint.config["quantization_config"]["weights"].items():
+        for i in range(2):
+            plane = checkpoint.read(f"{name}.parts.0.plane{i + 1}").view(torch.uint8)
+            ones[i] += sum(int(((plane >> bit) & 1).sum()) for bit in range(8))
+        total += entry["shape"][0] * entry["shape"][1]
+    assert found.plane_zeros == pytest.approx((1 - ones[0] / total, 1 - ones[1] / total))
+    assert found.plane_zeros is not None
+    assert sum(found.plane_zeros) > 1, "the levels are mostly zeros, which is the paper's point"
+
+
+def test_outliers_stay_exact_beside_dual_weights(tmp_path: Path) -> None:
+    settings = {"method": "gwq", "levels": "dual", "bits": 2, "outliers": 0.02, **TEXT}
+    quantize("demo", make_recipe(settings), tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    original = open_checkpoint(MODEL_DIR)
+    name, entry = next(iter(checkpoint.config["quantization_config"]["weights"].items()))
+    assert [spec["part"] for spec in entry["parts"]] == ["dual_binary", "sparse"]
+    shape = tuple(entry["shape"])
+    sparse = parts.restore(
+        shape, entry["parts"][1], {t: checkpoint.read(f"{name}.parts.1.{t}") for t in ("index", "row_count", "value")}
+    )
+    kept = sparse.dense() != 0
+    assert kept.sum() > 0
+    assert torch.equal(sparse.dense()[kept], original.read(f"{name}.weight").float()[kept])
+
+
+def test_the_budget_may_give_dual_rows(tmp_path: Path) -> None:
+    recipe = make_recipe({"method": "auto", "bits": 2.4, "widths": "1,4", "dual": True, **TEXT})
+    summary = quantize("demo", recipe, tmp_path / "out")
+    entries = open_checkpoint(tmp_path / "out").config["quantization_config"]["weights"].values()
+    kinds = {spec["part"] for entry in entries for spec in entry["parts"]}
+    assert kinds == {"affine", "dual_binary"}, "between 1 and 4 bits some rows are worth two"
+    assert summary.bits_per_weight <= 2.4
+    assert "dual" in " ".join(row.holds for row in contents(str(tmp_path / "out")).rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "dbllm", "bits": 3}, "bits 3 contradicts method dbllm"),
+        ({"method": "dbllm", "levels": "half"}, "levels half contradicts method dbllm"),
+        ({"method": "dbllm", "symmetric": False}, "asymmetric contradicts dual levels"),
+        ({"bits": 3, "levels": "dual"}, "levels dual want bits 2, not 3"),
+        ({"method": "auto", "bits": 2.5, "levels": "dual"}, "levels dual do not go with method auto"),
+        ({"method": "descent", "dual": True}, "dual goes with method auto, not with descent"),
+        ({"bits": 2.5, "dual": True, "portable": True}, "portable contradicts dual"),
+        ({"method": "dbllm", "portable": True}, "portable contradicts method dbllm"),
+        ({"method": "dbllm", "distill_steps": -1}, "distill steps is -1"),
+        ({"max_kl": 0.1, "distill_steps": 5}, "distill steps 5 contradict a bound on quality"),
+    ],
+)
+def test_what_dual_binarization_is_not_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(settings)
+
+
+def test_the_method_has_the_papers_groups_unless_told() -> None:
+    assert make_recipe({"method": "dbllm"}).group_size == 64
+    assert make_recipe({"method": "dbllm", "group_size": 128}).group_size == 128
+    assert make_recipe({"method": "descent"}).group_size == 128
+
+
+def test_a_plan_file_can_say_dual() -> None:
+    assert str(Grid(2, 64, True, dual=True)) == "2 bit g64 dual"
+    assert planfile._rows("2 bit g64 dual", 7) == Rows(Grid(2, 64, True, dual=True), 7)
+    with pytest.raises(RecipeError, match="2 to 2 bits"):
+        planfile._rows("3 bit g64 dual", 7)
