@@ -290,8 +290,8 @@ def _distillation(sidecar: dict[str, Any]) -> str:
         command += ["--blockwise"] if settings["blockwise"] else []
         text += (
             f"\n\nThe result (FOLDER) was then distilled on {shown(str(settings['calibration']))}, which brought the "
-            f"divergence from the original on held-back text from {taught['kl_before']:.4f} to {taught['kl_after']:.4f} "
-            f"nats per token:\n\n```\n{shlex.join(command)}\n```"
+            f"divergence from the original on held-back text from {taught['kl_before']:.4f} to "
+            f"{taught['kl_after']:.4f} nats per token:\n\n```\n{shlex.join(command)}\n```"
         )
     return text
 
