@@ -11,7 +11,7 @@ from typing import Any
 from llmsqueeze import compress
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.output import check_writable
-from llmsqueeze.prepare import Source, prepare
+from llmsqueeze.prepare import Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.recipes import make_recipe
@@ -47,7 +47,9 @@ def quantize(
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
     if profile is not None:
-        measured = given_profile(prepare(source, recipe, progress, text=True), recipe, profile)
+        measured = given_profile(
+            prepare(source, recipe, progress, text=True, device=pick_device(device)), recipe, profile
+        )
     if recipe.bounded:
         return smallest_within(source, recipe, folder, measured, device, overwrite, progress)
     first = folder.with_name(folder.name + ".undistilled") if recipe.distill_steps else folder

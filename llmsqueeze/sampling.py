@@ -33,15 +33,15 @@ def sample_rows(
     trust_remote_code: bool,
     progress: Progress,
 ) -> list[Tensor]:
-    """`count` token rows [1, length] of the model in `path`."""
+    """`count` token rows [1, length] of the model in `path`; of more the first are the same."""
     model = hf.load(str(path), dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code)
     generator = torch.Generator(device).manual_seed(seed)
     rows: list[Tensor] = []
     starts = range(0, count, BATCH)
-    for start in progress.over(starts, "sample", len(starts)):
-        first = first_tokens(model, tokenizer, min(BATCH, count - start), generator)
+    for _ in progress.over(starts, "sample", len(starts)):
+        first = first_tokens(model, tokenizer, BATCH, generator)
         rows += continued(model, first, length, generator).cpu().split(1)
-    return rows
+    return rows[:count]
 
 
 def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:

@@ -57,7 +57,7 @@ def smallest_within(
     progress: Progress,
 ) -> dict[str, Any]:
     """Compresses to the smallest size that keeps the recipe's bound; returns the summary, with every round."""
-    job = prepare(source, recipe, progress, held_back=HELD_BACK)
+    job = prepare(source, recipe, progress, held_back=HELD_BACK, device=pick_device(device))
     assert job.calibration is not None
     if len(job.calibration.held_back) < FEWEST:
         raise CalibrationError(

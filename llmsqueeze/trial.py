@@ -59,7 +59,7 @@ def main(task: dict[str, Any]) -> dict[str, float]:
     start = time.monotonic()
     keep_little()
     file, place = open_plan(Path(task["plan"])), torch.device(task["device"])
-    job = prepare(Source(*task["source"]), file.recipe, Progress())
+    job = prepare(Source(*task["source"]), file.recipe, Progress(), device=place)
     decided = given_plan(job, file)
     with tempfile.TemporaryDirectory(dir=Path(task["plan"]).parent) as folder, Spill(parent=Path(folder)) as spill:
         output = Output(Path(folder) / "trial", 2)
