@@ -1,0 +1,95 @@
+"""The student in every architecture: opened as it was written, the same block by block, and every part of it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+
+import llmsqueeze
+from llmsqueeze.activations import Spill
+from llmsqueeze.blocks import Walk
+from llmsqueeze.blockwise import StudentBlock, run_all
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.compress import quantize
+from llmsqueeze.recipes import make_recipe
+from llmsqueeze.skeleton import build_skeleton
+from llmsqueeze.student import Student
+from llmsqueeze.training import chunks
+
+CPU = torch.device("cpu")
+EVERYTHING = frozenset(("scales", "norms", "lowrank", "codes"))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def pair(request: pytest.FixtureRequest, random_model: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """An original and its student, by round to nearest, which needs no text."""
+    original = random_model(request.param)
+    recipe = make_recipe({"method": "rtn", "bits": 3, "group_size": 16, "lorc_rank": 2, "lorc": "plain"})
+    quantize(str(original), recipe, tmp_path / "student")
+    return original, tmp_path / "student"
+
+
+def opened(folder: Path, train: frozenset[str]) -> Student:
+    return Student(str(folder), open_checkpoint(folder), train, CPU, trust_remote_code=False)
+
+
+def test_the_student_computes_what_the_folder_does(pair: tuple[Path, Path], rows: list[torch.Tensor]) -> None:
+    _, folder = pair
+    student, model = opened(folder, EVERYTHING), llmsqueeze.load(str(folder), dtype=torch.float32)
+    tokens = torch.cat(rows)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits[:, :-1].flatten(0, 1).float()
+        assert torch.allclose(student.logits(tokens), expected, atol=1e-4)
+    with student.trained.as_stored():
+        assert torch.allclose(student.logits(tokens), expected, atol=1e-4)
+
+
+def test_everything_that_is_trained_gets_a_gradient(pair: tuple[Path, Path], rows: list[torch.Tensor]) -> None:
+    """Through the checkpointed blocks, and equal to the gradient without checkpointing."""
+    _, folder = pair
+    student = opened(folder, EVERYTHING)
+    parameters = [p for group in student.trained.parameter_groups(1e-3) for p in group["params"]]
+    assert len(parameters) > 6
+    student.logits(rows[0]).square().mean().backward()
+    found = [p.grad.clone() if p.grad is not None else None for p in parameters]
+    # a bias behind which the loss does not change may have none; of all others nothing may be missing
+    assert sum(g is not None and bool(g.abs().sum() > 0) for g in found) > 0.9 * len(parameters)
+    plain = opened(folder, EVERYTHING)
+    for module in plain.model.modules():
+        if "forward" in module.__dict__:
+            del module.forward
+    plain.logits(rows[0]).square().mean().backward()
+    again = [p.grad for group in plain.trained.parameter_groups(1e-3) for p in group["params"]]
+    for one, other in zip(found, again, strict=True):
+        if one is not None and other is not None:
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-7 + 1e-5 * float(other.abs().max()))
+
+
+def test_blocks_one_by_one_are_the_model(pair: tuple[Path, Path], rows: list[torch.Tensor], tmp_path: Path) -> None:
+    original, folder = pair
+    skeleton, student = build_skeleton(open_checkpoint(original)), open_checkpoint(folder)
+    model = llmsqueeze.load(str(folder), dtype=torch.float32)
+    with Spill(parent=tmp_path) as spill, torch.no_grad():
+        walk = Walk(skeleton, rows, spill, torch.float32, CPU)
+        hidden = walk.embed()
+        for index in range(len(skeleton.blocks)):
+            block = StudentBlock(skeleton, student, index, EVERYTHING, CPU)
+            tensors = block.tensors()
+            for name, tensor in block.overlay(block.trained.stored()).items():
+                assert torch.allclose(tensor, tensors[name], atol=1e-6), name
+            hidden = run_all(walk, index, hidden, tensors, spill)
+        with walk.resident_head():
+            for i, row in enumerate(rows):
+                logits = torch.cat([part for _, part in walk.logits(hidden.get(i, CPU))], dim=1)
+                assert torch.allclose(logits, model(input_ids=row).logits[0, :-1].float(), atol=1e-4)
+
+
+def test_rows_go_through_together_while_their_logits_are_small() -> None:
+    rows = [torch.zeros(1, 256, dtype=torch.int64)] * 20
+    assert [len(some) for some in chunks(rows, 1000)] == [8, 8, 4]
+    assert [len(some) for some in chunks(rows, 130_000)] == [2] * 10
+    assert [len(some) for some in chunks(rows, 10_000_000)] == [1] * 20
