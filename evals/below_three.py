@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,16 +60,20 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--sizes", type=float, nargs="+", default=[2.25, 2.5, 3.25])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--only", default="", help="regular expression that the names of rows must match")
     args = parser.parse_args()
     hush()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for bits in args.sizes:
             for name, (settings, distillations) in rows(bits).items():
+                wanted = [kind for kind in distillations if re.search(args.only, f"{name} + {kind}")]
+                if not wanted and not re.search(args.only, name):
+                    continue
                 folder = Path(scratch) / "student"
                 made = compress(args, settings, folder)
                 results.append(report(args, bits, name, folder, made))
-                for kind in distillations:
+                for kind in wanted:
                     out = Path(scratch) / "distilled"
                     taught = teach(args, folder, out, Path(scratch) / "teacher", DISTILLED[kind])
                     results.append(report(args, bits, f"{name} + {kind}", out, made, taught))

@@ -46,6 +46,8 @@ def _row(
         "count": len(weights),
         "rows": {str(bits): counts[bits] / total for bits in sorted(counts)},
         "high_share": sum(n for bits, n in counts.items() if bits > narrowest) / total,
+        "dual": sum(rows.count for weight in weights for rows in weight.grids if rows.grid.dual) / total,
+        "rank": sum(weight.rank for weight in weights) / len(weights),
         "outliers": sum(weight.kept for weight in weights) / numel,
         "nbytes": part.nbytes,
         "bits_per_weight": round(part.bits_per_weight, 6),

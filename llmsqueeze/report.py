@@ -207,6 +207,8 @@ def print_plan(plan: dict[str, Any]) -> None:
             f"{100 * row['rows'][str(bits)]:3.0f}" if str(bits) in row["rows"] else "  ." for bits in range(1, 9)
         )
         kept = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
+        kept += f" rank {row['rank']:.2g}" if row["rank"] else ""
+        kept += f" ({100 * row['dual']:.0f} dual)" if row["dual"] else ""
         loss = row["predicted_loss_increase"]
         table.add_row(
             f"{row['pattern']} x{row['count']}",
