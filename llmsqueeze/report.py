@@ -207,8 +207,6 @@ def print_plan(plan: dict[str, Any]) -> None:
             f"{100 * row['rows'][str(bits)]:3.0f}" if str(bits) in row["rows"] else "  ." for bits in range(1, 9)
         )
         kept = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
-        kept += f" rank {row['rank']:.2g}" if row["rank"] else ""
-        kept += f" ({100 * row['dual']:.0f} dual)" if row["dual"] else ""
         loss = row["predicted_loss_increase"]
         table.add_row(
             f"{row['pattern']} x{row['count']}",
@@ -217,12 +215,16 @@ def print_plan(plan: dict[str, Any]) -> None:
             size(row["nbytes"]),
             "" if loss is None else f"{loss:.2e}",
         )
-    out = console()
+    out, rows = console(), plan["rows"]
     out.print(table)
     out.print(
         f"{plan['bits_per_weight']:.3f} bits per weight, everything counted, for codes of {width(plan['bits'])} bits; "
         f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
     )
+    for what, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):
+        found = [f"{row['pattern'].split('.')[-1]} {row[what] * (100 if what == 'dual' else 1):.2g}" for row in rows]
+        if any(row[what] for row in rows):
+            out.print(f"{unit}: {', '.join(found)}")
     if plan["predicted_loss_increase"] is not None:
         before = math.exp(min(plan["loss"], 700.0))
         after = math.exp(min(plan["loss"] + plan["predicted_loss_increase"], 700.0))
