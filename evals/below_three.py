@@ -19,12 +19,12 @@ import torch
 from methods import add_arguments
 
 from llmsqueeze.calibrate import evaluation_text
-from llmsqueeze.cli import _hush as hush
 from llmsqueeze.compress import quantize
 from llmsqueeze.distillation import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.evaluate import evaluate
 from llmsqueeze.recipes import make_recipe
+from llmsqueeze.terminal import hush
 
 DISTILLED: dict[str, dict[str, Any]] = {
     "kd": {},

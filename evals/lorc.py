@@ -12,7 +12,7 @@ import json
 
 from methods import add_arguments, measure
 
-from llmsqueeze.cli import _hush as hush
+from llmsqueeze.terminal import hush
 
 
 def main() -> None:

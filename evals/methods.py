@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.calibrate import evaluation_text
-from llmsqueeze.cli import _hush as hush
 from llmsqueeze.compress import quantize
 from llmsqueeze.evaluate import evaluate
 from llmsqueeze.recipes import make_recipe
+from llmsqueeze.terminal import hush
 
 GWQ = {"method": "gwq", "outlier_scope": "global", "outlier_ranking": "gradient-weight"}
 PAPER = {"method": "gwq", "outlier_scope": "layer", "outlier_ranking": "gradient"}

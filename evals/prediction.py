@@ -21,13 +21,13 @@ import torch
 from methods import add_arguments
 
 from llmsqueeze.calibrate import evaluation_text
-from llmsqueeze.cli import _hush as hush
 from llmsqueeze.decide import Decision
 from llmsqueeze.evaluate import evaluate
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.profile import Profile, load
 from llmsqueeze.progress import Progress
 from llmsqueeze.reuse import given_plan, open_plan
+from llmsqueeze.terminal import hush
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ import llmsqueeze
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.calibrate import evaluation_text, load_tokenizer, windows
-from llmsqueeze.cli import _hush as hush
 from llmsqueeze.compress import quantize
 from llmsqueeze.evaluate import token_losses
 from llmsqueeze.measure import Wanted, measure
@@ -34,6 +33,7 @@ from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.recipes import make_recipe
+from llmsqueeze.terminal import hush
 
 WIDTHS = (2, 3)
 

@@ -12,14 +12,15 @@ one block of both models with its gradients, one sample inside it; the activatio
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmsqueeze import parts
@@ -37,6 +38,15 @@ from llmsqueeze.teacher import answers, together
 from llmsqueeze.training import Answers, State, batch_of
 
 CHECKS = 5  # measurements on held-back samples, per block
+
+
+@dataclass
+class Tally:
+    """What the training of a block came to, beside its tensors."""
+
+    moved: int = 0
+    guarded: int = 0
+    stopped: str | None = None
 
 
 class StudentBlock:
@@ -104,10 +114,14 @@ def train_blocks(
                 if settings.targets == "inputs":
                     targets = run_all(walk, index, compressed, None, spill)
             wanted = targets if settings.targets == "inputs" else ahead
-            stored = trained_before(work, index)
-            if stored is None:
-                stored = train_block(walk, index, block, compressed, wanted, len(rows), settings, state, progress)
-                keep_block(work, index, stored)
+            done = trained_before(work, index)
+            if done is None:
+                done = train_block(walk, index, block, compressed, wanted, len(rows), settings, progress)
+                keep_block(work, index, *done)
+            stored, tally = done
+            state.moved += tally.moved
+            state.guarded += tally.guarded
+            state.stopped = state.stopped or tally.stopped
             with torch.no_grad():
                 behind = run_all(walk, index, compressed, block.overlay(stored), spill)
             for stream in {id(s): s for s in (original, compressed, targets)}.values():
@@ -134,14 +148,13 @@ def train_block(
     targets: Activations,
     count: int,
     settings: Distillation,
-    state: State,
     progress: Progress,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tally]:
     """Trains one block on the first `count` samples, measured on the others; returns the best that was measured."""
-    trained = block.trained
+    trained, tally = block.trained, Tally()
     groups = trained.parameter_groups(settings.lr)
     if not groups:
-        return {}
+        return {}, tally
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     rates = [group["lr"] for group in optimizer.param_groups]
     apart = range(count, len(walk.samples))
@@ -162,19 +175,19 @@ def train_block(
         tensors = block.tensors()
         loss = sum((mismatch(walk, index, i, inputs, targets, tensors) for i in batch), torch.zeros(())) / len(batch)
         if not bool(loss.isfinite()):
-            state.stopped = f"the loss of block {index} became {float(loss)} at step {step}; what was best is kept"
-            progress.note(state.stopped)
+            tally.stopped = f"the loss of block {index} became {float(loss.detach())} at step {step}; the best is kept"
+            progress.note(tally.stopped)
             break
         loss.backward()
         optimizer.step()
-        state.moved += trained.after_step(settings.moves, settings.wish(step - 1))
+        tally.moved += trained.after_step(settings.moves, settings.wish(step - 1))
         if step % every == 0 or step == settings.steps:
             found = measured()
             if found < least:
                 least, best = found, trained.stored()
-    state.guarded += trained.guarded
+    tally.guarded = trained.guarded
     progress.note(f"block {index}: relative error of its output on held-back text {before:.3e} -> {least:.3e}")
-    return best
+    return best, tally
 
 
 def mismatch(
@@ -231,21 +244,24 @@ def block_file(work: Path, index: int) -> Path:
     return work / f"block-{index:05d}.safetensors"
 
 
-def keep_block(work: Path, index: int, stored: dict[str, Tensor]) -> None:
+def keep_block(work: Path, index: int, stored: dict[str, Tensor], tally: Tally) -> None:
     """Writes what was trained of a finished block."""
     half = block_file(work, index).with_suffix(".half")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, half)
+        held = {name: tensor.contiguous() for name, tensor in stored.items()}
+        save_file(held, half, {"tally": json.dumps(asdict(tally))})
         half.rename(block_file(work, index))
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {block_file(work, index)}: {error}") from error
 
 
-def trained_before(work: Path, index: int) -> dict[str, Tensor] | None:
+def trained_before(work: Path, index: int) -> tuple[dict[str, Tensor], Tally] | None:
     """What a killed run had finished of a block."""
     if not block_file(work, index).exists():
         return None
     try:
-        return load_file(block_file(work, index))
-    except (OSError, SafetensorError) as error:
+        with safe_open(block_file(work, index), framework="pt") as file:
+            tally = Tally(**json.loads(file.metadata()["tally"]))
+            return {name: file.get_tensor(name) for name in file.keys()}, tally  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{block_file(work, index)} is damaged ({error}); remove it") from error

@@ -1,23 +1,20 @@
 """The command line: parse, one call, print. Heavy modules are imported by the command that needs them.
 
-Results go to stdout, everything else to stderr. Exit codes: 0 done, 2 bad input (one line says what is wrong), 130
-interrupted, 1 a defect of llmsqueeze.
+Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from llmsqueeze import __version__
-from llmsqueeze.errors import RecipeError, SqueezeError, first_line
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.options import settings_of, takes_distillation, takes_recipe
+from llmsqueeze.terminal import friendly, hush, print_result
 
 app = typer.Typer(
     name="llmsqueeze",
@@ -69,14 +66,14 @@ def quantize(
     debug: Debug = False,
 ) -> None:
     """Compress MODEL into a folder that transformers opens."""
-    with _friendly(debug):
+    with friendly(debug):
         settings = settings_of(given)
 
         from llmsqueeze import report
         from llmsqueeze.prepare import Source
         from llmsqueeze.run import quantize as quantize_model
 
-        _hush()
+        hush()
         with report.TerminalProgress(quiet) as progress:
             summary = quantize_model(
                 Source(model, revision, trust_remote_code),
@@ -88,7 +85,7 @@ def quantize(
                 overwrite=overwrite,
                 progress=progress,
             )
-        _print(summary, as_json, report.print_summary)
+        print_result(summary, as_json, report.print_summary)
 
 
 @app.command("plan")
@@ -109,7 +106,7 @@ def make_plan(
     debug: Debug = False,
 ) -> None:
     """Decide what MODEL's weights become within a budget; measure, print, write plan.yaml; compress nothing."""
-    with _friendly(debug):
+    with friendly(debug):
         settings = settings_of(given)
         if weights not in ("all", "none"):
             raise RecipeError(f"unknown weights {weights!r}; choose all or none")
@@ -118,7 +115,7 @@ def make_plan(
         from llmsqueeze.planning import plan as plan_model
         from llmsqueeze.prepare import Source
 
-        _hush()
+        hush()
         with report.TerminalProgress(quiet) as progress:
             result = plan_model(
                 Source(model, revision, trust_remote_code),
@@ -129,17 +126,17 @@ def make_plan(
                 trial=trial,
                 progress=progress,
             )
-        _print(result, as_json, report.print_plan)
+        print_result(result, as_json, report.print_plan)
 
 
 @app.command()
 def recipes(as_json: Json = False, debug: Debug = False) -> None:
     """List the recipes that come along; `--recipe NAME` uses one."""
-    with _friendly(debug):
+    with friendly(debug):
         from llmsqueeze import report
         from llmsqueeze.recipes import describe_recipes
 
-        _print({"recipes": describe_recipes()}, as_json, report.print_recipes)
+        print_result({"recipes": describe_recipes()}, as_json, report.print_recipes)
 
 
 @app.command()
@@ -162,7 +159,7 @@ def distill(
     debug: Debug = False,
 ) -> None:
     """Train the scales in a compressed FOLDER until it answers as the original does; the size stays."""
-    with _friendly(debug):
+    with friendly(debug):
         from llmsqueeze.distillation import make_distillation
 
         settings = make_distillation(given)
@@ -170,7 +167,7 @@ def distill(
         from llmsqueeze import report
         from llmsqueeze.distilling import distill as distill_folder
 
-        _hush()
+        hush()
         with report.TerminalProgress(quiet) as progress:
             summary = distill_folder(
                 folder,
@@ -184,7 +181,38 @@ def distill(
                 overwrite=overwrite,
                 progress=progress,
             )
-        _print(summary, as_json, report.print_distillation)
+        print_result(summary, as_json, report.print_distillation)
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
+    to: Annotated[str, typer.Option(help="compressed-tensors (stock transformers, vLLM) or dense (anything).")],
+    dtype: Annotated[str | None, typer.Option(help="For dense: bf16, fp16 or fp32. [the model's own]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-<to>]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a compressed FOLDER in another format; nothing is rounded again."""
+    with friendly(debug):
+        from llmsqueeze import report
+        from llmsqueeze.exporting import export as export_folder
+
+        hush()
+        with report.TerminalProgress(quiet) as progress:
+            summary = export_folder(
+                folder,
+                to,
+                out,
+                dtype=dtype,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        print_result(summary, as_json, report.print_export)
 
 
 @app.command("eval")
@@ -209,7 +237,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure MODEL: perplexity, divergence from a baseline, lm-eval tasks."""
-    with _friendly(debug):
+    with friendly(debug):
         names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
         if tasks is not None and not names:
             raise RecipeError("--tasks is empty; name lm-eval tasks separated by commas, such as piqa,arc_easy")
@@ -218,7 +246,7 @@ def evaluate(
         from llmsqueeze import report
         from llmsqueeze.prepare import pick_device
 
-        _hush()
+        hush()
         with report.TerminalProgress(quiet) as progress:
             result = evaluation.evaluate(
                 model,
@@ -235,7 +263,7 @@ def evaluate(
             ).as_dict()
         if limit is None:
             evaluation.remember(model, result)
-        _print(result, as_json, report.print_evaluation)
+        print_result(result, as_json, report.print_evaluation)
 
 
 @app.command()
@@ -245,11 +273,11 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Print what each weight of a compressed folder holds, and its size."""
-    with _friendly(debug):
+    with friendly(debug):
         from llmsqueeze import report
         from llmsqueeze.show import contents
 
-        _print(contents(folder).as_dict(), as_json, report.print_contents)
+        print_result(contents(folder).as_dict(), as_json, report.print_contents)
 
 
 @app.command()
@@ -260,74 +288,10 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Upload a compressed folder to the Hub, with a model card."""
-    with _friendly(debug):
+    with friendly(debug):
         from llmsqueeze.hub import push as upload
 
         typer.echo(upload(folder, repo, private))
-
-
-def _print(result: dict[str, Any], as_json: bool, printer: Any) -> None:
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        printer(result)
-
-
-def _hush() -> None:
-    """The libraries' own bars and warnings would mix with ours."""
-    import logging as standard_logging
-    import warnings
-
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore")
-    for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator", "lm_eval.api.task"):
-        standard_logging.getLogger(name).setLevel(standard_logging.ERROR)
-    quiet: Any = logging  # its functions are not annotated
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-
-
-@contextmanager
-def _friendly(debug: bool) -> Iterator[None]:
-    """Turns errors into one line and an exit code; `debug` lets them through."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _fail("interrupted; no half-written result was left under the final name", 130)
-    except SqueezeError as error:
-        if debug:
-            raise
-        _fail(str(error), 2)
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        _fail(_unexpected(error), 2 if _out_of_memory(error) else 1)
-
-
-def _unexpected(error: Exception) -> str:
-    reason = first_line(error)
-    if _out_of_memory(error):
-        return f"out of memory: {reason}; fewer or shorter samples (--samples, --seq-len) or --device cpu need less"
-    return f"unexpected {type(error).__name__}: {reason}; this is a defect, run again with --debug to see where"
-
-
-def _out_of_memory(error: Exception) -> bool:
-    kinds = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return kinds or "can't allocate memory" in str(error)
-
-
-def _fail(message: str, code: int) -> None:
-    from llmsqueeze.report import print_error
-
-    print_error(message)
-    raise typer.Exit(code)
 
 
 def main() -> None:

@@ -22,14 +22,16 @@ from llmsqueeze.blockwise import train_blocks
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.distillation import Distillation
 from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
-from llmsqueeze.files import EVALUATION, SIDECAR, read_json, read_json_if_there
+from llmsqueeze.files import SIDECAR, read_json, read_json_if_there
 from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.formats import native
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
-from llmsqueeze.output import check_writable, output_folder
+from llmsqueeze.output import check_writable
+from llmsqueeze.parts import LowRank
 from llmsqueeze.prepare import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipes import make_recipe
+from llmsqueeze.rewrite import rewrite
 from llmsqueeze.skeleton import Skeleton
 from llmsqueeze.student import Student
 from llmsqueeze.teacher import ask
@@ -55,6 +57,7 @@ def distill(
     student = open_student(source)
     out = out or source.with_name(source.resolve().name + "-distilled")
     check_writable(out, overwrite)
+    check_trainable(student, settings)
     original = Source(teacher or original_of(source), revision, trust_remote_code)
     recipe = make_recipe(settings.text)
     job = prepare(original, recipe, progress, text=False)
@@ -64,7 +67,7 @@ def distill(
     rows, apart = split(text.rows, text.held_back, settings.held_back)
     work = working_folder(out, student, job.skeleton, settings, text.sha256)
     cache, asked = teacher_cache or work / "teacher", apart if settings.blockwise else [*rows, *apart]
-    answered = cache, ask(job.skeleton, asked, cache, settings.top_k, place, progress)
+    answered = cache, ask(job.skeleton, asked, cache, settings.top_k, place, progress, work)
     if settings.blockwise:
         state, best = train_blocks(job.skeleton, student, rows, apart, settings, answered, work, place, progress)
     else:
@@ -72,7 +75,7 @@ def distill(
         state, best = train(opened, rows, apart, settings, answered, work, progress)
     if not best:
         progress.note("nothing that was tried is better than what there was: the result is the same folder again")
-    write(source, student, best, record_of(job, settings, state), out, overwrite)
+    write(student, best, record_of(job, settings, state), out, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return {
         "out": str(out),
@@ -130,6 +133,14 @@ def open_student(source: Path) -> Checkpoint:
     return checkpoint
 
 
+def check_trainable(student: Checkpoint, settings: Distillation) -> None:
+    """Raises RecipeError if the folder holds nothing of what `train` names."""
+    entries = student.config["quantization_config"]["weights"].values()
+    kinds = {spec["part"] for entry in entries for spec in entry["parts"]}
+    if set(settings.train) == {"lowrank"} and LowRank.kind not in kinds:
+        raise RecipeError(f"train lowrank: {student.path} holds no low-rank parts; choose scales, norms or codes too")
+
+
 def original_of(source: Path) -> str:
     """What the folder says that it was made from. Raises RecipeError where that cannot be found."""
     name = read_json_if_there(source / SIDECAR).get("model")
@@ -182,29 +193,22 @@ def working_folder(out: Path, student: Checkpoint, skeleton: Skeleton, settings:
         return work
     try:
         work.mkdir(parents=True, exist_ok=True)
-        (work / "settings.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        half = work / "settings.half"
+        half.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        half.rename(work / "settings.json")
     except OSError as error:
         raise OutputError(f"cannot write {work}: {error}") from error
     return work
 
 
 def write(
-    source: Path,
-    student: Checkpoint,
-    best: Mapping[str, Tensor],
-    about: Mapping[str, Any],
-    out: Path,
-    overwrite: bool,
+    student: Checkpoint, best: Mapping[str, Tensor], about: Mapping[str, Any], out: Path, overwrite: bool
 ) -> None:
-    """The folder again, shard by shard, with the `best` tensors in the place of those that it had."""
-    files = sorted({stored.file for stored in student.tensors.values()})
-    with output_folder(out, len(files), student.nbytes, overwrite) as output:
-        for file in files:
-            names = sorted(name for name, stored in student.tensors.items() if stored.file == file)
-            output.write_shard({name: best[name] if name in best else student.read_raw(name) for name in names})
-        output.copy_rest(source)
-        output.write_json("config.json", student.config)
-        record = read_json_if_there(source / SIDECAR)
-        before = record.get("distillation", [])
-        output.write_json(SIDECAR, record | {"distillation": [*before, dict(about)]})
-    (out / EVALUATION).unlink(missing_ok=True)
+    """The folder again, with the `best` tensors in the place of those that it had."""
+    record = read_json_if_there(student.path / SIDECAR)
+    taught = record | {"distillation": [*record.get("distillation", []), dict(about)]}
+
+    def shard_of(names: list[str]) -> dict[str, Tensor]:
+        return {name: best[name] if name in best else student.read_raw(name) for name in names}
+
+    rewrite(student, out, student.nbytes, overwrite, shard_of, student.config, lambda _: taught)

@@ -41,7 +41,8 @@ STAGES = {
     "answers": "teacher's answers, by sample",
     "distill": "distillation, by step",
     "blockwise": "distillation, block by block",
-    "sample": "sampling text, by sample",
+    "sample": "sampling text, by batch",
+    "rewrite": "writing, by file",
     "text": "perplexity, by batch",
     "tasks": "tasks, by lm-eval",
 }
@@ -176,6 +177,15 @@ def print_distillation(summary: dict[str, Any]) -> None:
     table.add_row("text", f"{calibration['source']}, {rows}")
     table.add_row("size", f"{size(summary['nbytes'])}, as before")
     table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
+    console().print(table)
+
+
+def print_export(summary: dict[str, Any]) -> None:
+    """The end of an `export`."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("written to", summary["out"])
+    table.add_row("format", f"{summary['target']}, {summary['linears']} compressed linears of {summary['model']}")
+    table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
     console().print(table)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze import compress
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.output import check_writable
 from llmsqueeze.prepare import Source, pick_device, prepare
 from llmsqueeze.progress import Progress
@@ -84,17 +84,20 @@ def distilled(
         seq_len=recipe.seq_len,
         seed=recipe.seed,
     )
-    made = distill(
-        str(first),
-        source.model,
-        settings,
-        out,
-        device=device,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    try:
+        made = distill(
+            str(first),
+            source.model,
+            settings,
+            out,
+            device=device,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    except SqueezeError as error:
+        raise type(error)(f"{error}; what there was before distilling is in {first}") from error
     shutil.rmtree(first, ignore_errors=True)
     return {key: made[key] for key in ("out", "kl_before", "kl_after", "peak_memory_mb", "peak_device_memory_mb")}
 

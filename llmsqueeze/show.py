@@ -8,9 +8,9 @@ from typing import Any
 
 from llmsqueeze import parts
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.errors import CheckpointError, UnsupportedError
+from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import SIDECAR, read_json_if_there
-from llmsqueeze.formats import native
+from llmsqueeze.formats.entries import Entry, read_entries
 from llmsqueeze.locate import locate
 
 
@@ -62,12 +62,8 @@ def contents(folder: str) -> Contents:
     """Reads the folder (or Hub repository). Raises UnsupportedError if llmsqueeze did not write it."""
     path = locate(folder)
     checkpoint = open_checkpoint(path)
-    config = checkpoint.config.get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != native.METHOD:
-        found = config.get("quant_method") if isinstance(config, dict) else "no quantization"
-        raise UnsupportedError(f"{folder} was not compressed by llmsqueeze (its config has {found})")
-    entries = native.weight_entries(config)
-    sizes = {name: _stored_nbytes(checkpoint, name, entry) for name, entry in entries.items()}
+    entries = read_entries(checkpoint)
+    sizes = {name: _stored_nbytes(checkpoint, entry) for name, entry in entries.items()}
     record = read_json_if_there(path / SIDECAR)
     return Contents(
         path=folder,
@@ -89,38 +85,36 @@ def asked(recipe: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in recipe.items() if value not in (None, [], False)}
 
 
-def _code_bits(entries: dict[str, Any]) -> float:
+def _code_bits(entries: dict[str, Entry]) -> float:
     """Mean width of the codes over all weights."""
     total = 0
     for entry in entries.values():
-        rows, cols = entry["shape"]
-        total += sum(parts.spec_grid(s).bits * s.get("rows", rows) * cols for s in parts.with_grid(entry["parts"]))
+        rows, cols = entry.shape
+        total += sum(parts.spec_grid(s).bits * s.get("rows", rows) * cols for s in parts.with_grid(entry.specs))
     return total / sum(_numel(entry) for entry in entries.values())
 
 
-def _stored_nbytes(checkpoint: Checkpoint, name: str, entry: dict[str, Any]) -> int:
-    """Bytes of a linear's parts, after checking that the file holds what the config says."""
-    total = 0
-    for i, spec in enumerate(entry["parts"]):
-        for tensor, (shape, dtype) in parts.layout(tuple(entry["shape"]), spec).items():
-            stored = checkpoint.tensors.get(f"{name}.parts.{i}.{tensor}")
+def _stored_nbytes(checkpoint: Checkpoint, entry: Entry) -> int:
+    """Bytes of everything stored of a linear, after checking that the file holds what the config says."""
+    for spec, names in zip(entry.specs, entry.names, strict=True):
+        for kind, (shape, dtype) in parts.layout(entry.shape, spec).items():
+            stored = checkpoint.tensors.get(names[kind])
             if stored is None:
-                raise CheckpointError(f"{checkpoint.path} lacks {name}.parts.{i}.{tensor}, which its config describes")
+                raise CheckpointError(f"{checkpoint.path} lacks {names[kind]}, which its config describes")
             if stored.shape != shape or (stored.dtype != dtype and not dtype.is_floating_point):
                 raise CheckpointError(
-                    f"{name}.parts.{i}.{tensor} is {list(stored.shape)} {parts.dtype_name(stored.dtype)}, but its "
-                    f"config says {list(shape)} {parts.dtype_name(dtype)}"
+                    f"{names[kind]} is {list(stored.shape)} {parts.dtype_name(stored.dtype)}, but its config says "
+                    f"{list(shape)} {parts.dtype_name(dtype)}"
                 )
-            total += stored.nbytes
-    return total
+    return sum(checkpoint.tensors[name].nbytes for name in entry.tensors)
 
 
-def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
+def _fold(entries: dict[str, Entry], sizes: dict[str, int]) -> list[Row]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, entry in entries.items():
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-        mixed = any("rows" in spec for spec in entry["parts"])
-        grids = "" if mixed else " + ".join(str(parts.spec_grid(spec)) for spec in parts.with_grid(entry["parts"]))
+        mixed = any("rows" in spec for spec in entry.specs)
+        grids = "" if mixed else " + ".join(str(parts.spec_grid(spec)) for spec in parts.with_grid(entry.specs))
         groups.setdefault((pattern, grids), []).append(name)
     return [
         Row(
@@ -136,13 +130,13 @@ def _fold(entries: dict[str, Any], sizes: dict[str, int]) -> list[Row]:
     ]
 
 
-def _describe_mix(entries: list[dict[str, Any]]) -> str:
+def _describe_mix(entries: list[Entry]) -> str:
     """'12 % 4 bit, 88 % 3 bit g128': shares of the rows of linears whose rows are on different grids."""
     counts: dict[parts.Grid, int] = {}
     for entry in entries:
-        for spec in parts.with_grid(entry["parts"]):
+        for spec in parts.with_grid(entry.specs):
             grid = parts.spec_grid(spec)
-            counts[grid] = counts.get(grid, 0) + spec.get("rows", entry["shape"][0])
+            counts[grid] = counts.get(grid, 0) + spec.get("rows", entry.shape[0])
     total = sum(counts.values())
     ordered = sorted(counts, key=lambda grid: -grid.bits)
     same = len({str(grid).partition(" bit ")[2] for grid in ordered}) == 1
@@ -152,37 +146,35 @@ def _describe_mix(entries: list[dict[str, Any]]) -> str:
     return f"rows {shares}{' ' + tail if same else ''}"
 
 
-def _describe_ranks(entries: list[dict[str, Any]]) -> str:
-    ranks = {sum(s["rank"] for s in entry["parts"] if s["part"] == "lowrank") for entry in entries}
+def _describe_ranks(entries: list[Entry]) -> str:
+    ranks = {sum(s["rank"] for s in entry.specs if s["part"] == "lowrank") for entry in entries}
     if ranks == {0}:
         return ""
     return f" + rank {min(ranks)}" if len(ranks) == 1 else f" + rank {min(ranks)} to {max(ranks)}"
 
 
-def _describe_outliers(entries: list[dict[str, Any]]) -> str:
-    shares = [100 * sum(s["count"] for s in e["parts"] if s["part"] == "sparse") / _numel(e) for e in entries]
+def _describe_outliers(entries: list[Entry]) -> str:
+    shares = [100 * sum(s["count"] for s in e.specs if s["part"] == "sparse") / _numel(e) for e in entries]
     low, high = f"{min(shares):.2g}", f"{max(shares):.2g}"
     if max(shares) == 0:
         return ""
     return f" + {low} % outliers" if low == high else f" + {low} to {high} % outliers"
 
 
-def _plane_zeros(checkpoint: Checkpoint, entries: dict[str, Any]) -> tuple[float, float] | None:
+def _plane_zeros(checkpoint: Checkpoint, entries: dict[str, Entry]) -> tuple[float, float] | None:
     """Share of zeros in each plane over all dual-binary parts; reads the planes, one part at a time."""
     zeros, total = [0.0, 0.0], 0
-    for name, entry in entries.items():
-        for i, spec in enumerate(entry["parts"]):
-            if spec["part"] != parts.DualBinary.kind:
-                continue
-            shape = tuple(entry["shape"])
-            stored = {t: checkpoint.read_raw(f"{name}.parts.{i}.{t}") for t in parts.layout(shape, spec)}
-            part = parts.DualBinary.restore(shape, spec, stored)
-            held = len(part.plane1) * shape[1]
-            zeros = [sum_ + share * held for sum_, share in zip(zeros, part.zero_shares(), strict=True)]
-            total += held
+    for entry in entries.values():
+        for spec, names in zip(entry.specs, entry.names, strict=True):
+            if spec["part"] == parts.DualBinary.kind:
+                stored = {kind: checkpoint.read_raw(name) for kind, name in names.items()}
+                part = parts.DualBinary.restore(entry.shape, spec, stored)
+                held = len(part.plane1) * entry.shape[1]
+                zeros = [sum_ + share * held for sum_, share in zip(zeros, part.zero_shares(), strict=True)]
+                total += held
     return (zeros[0] / total, zeros[1] / total) if total else None
 
 
-def _numel(entry: dict[str, Any]) -> int:
-    rows, cols = entry["shape"]
+def _numel(entry: Entry) -> int:
+    rows, cols = entry.shape
     return int(rows * cols)

@@ -102,19 +102,9 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
 
     Raises UnsupportedError for what is no such model, CheckpointError for tensors that are missing or misshapen.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     config = load_config(checkpoint.path, trust_remote_code)
     check_supported(checkpoint.config, config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-        raise UnsupportedError(
-            f"transformers cannot build the model of {checkpoint.path}: {first_line(error)}"
-        ) from error
-    model.eval()
+    model = empty_model(checkpoint.path, config, trust_remote_code)
     sources = _sources(model, checkpoint)
     tied = _tied(model, sources)
     _check_complete(model, checkpoint, sources, tied)
@@ -129,21 +119,28 @@ def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoin
 
     Tensors have the dtype that the config names, bfloat16 without one.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     raw = read_config(path)
     config = load_config(path, trust_remote_code)
     check_supported(raw, config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-        raise UnsupportedError(f"transformers cannot build the model of {path}: {first_line(error)}") from error
+    model = empty_model(path, config, trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     stored = {name: Stored(path, tuple(tensor.shape), dtype) for name, tensor in held.items()}
     return Checkpoint(path, raw, stored)
+
+
+def empty_model(path: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a folder's config describes, without weights. Raises UnsupportedError."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
+        raise UnsupportedError(f"transformers cannot build the model of {path}: {first_line(error)}") from error
+    model.eval()
+    return model
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:

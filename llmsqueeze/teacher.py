@@ -35,9 +35,18 @@ def row_file(folder: Path, key: str, row: Tensor) -> Path:
 
 
 def ask(
-    skeleton: Skeleton, rows: Sequence[Tensor], folder: Path, k: int, device: torch.device, progress: Progress
+    skeleton: Skeleton,
+    rows: Sequence[Tensor],
+    folder: Path,
+    k: int,
+    device: torch.device,
+    progress: Progress,
+    scratch: Path | None = None,
 ) -> str:
-    """Writes the answers for all `rows` [1, length] that have none in `folder`; returns the key they are under."""
+    """Writes the answers for all `rows` [1, length] that have none in `folder`; returns the key they are under.
+
+    Activations beyond memory go to `scratch`, or to `folder`.
+    """
     from safetensors.torch import save_file
 
     key = cache_key(skeleton, k)
@@ -46,7 +55,7 @@ def ask(
         return key
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with Spill(parent=folder) as spill:
+        with Spill(parent=scratch or folder) as spill:
             walk = Walk(skeleton, missing, spill, torch.float32, device)
             hidden = walk.embed()
             for index in progress.over(range(len(skeleton.blocks)), "teacher", len(skeleton.blocks)):
@@ -98,4 +107,6 @@ def most_likely(walk: Walk, hidden: Tensor, k: int) -> Teacher:
     assert index is not None
     log_p = best - log_z[:, None]
     log_rest = torch.log1p(-log_p.exp().sum(dim=1).clamp(max=1.0))
+    if best.shape[1] == part.stop:  # nothing is left but rounding
+        log_rest = torch.full_like(log_rest, -torch.inf)
     return Teacher(index.int(), log_p, log_rest, log_z - mean)

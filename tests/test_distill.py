@@ -243,7 +243,6 @@ def test_answers_are_the_models(
         assert torch.allclose(said.log_rest.double().exp(), mass.clamp(min=0), atol=3e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="log_rest is log1p(-sum) also where nothing is left: log of a rounding error")
 def test_where_all_is_kept_nothing_is_left(skeleton: Skeleton, samples: list[Tensor], tmp_path: Path) -> None:
     key = ask(skeleton, samples, tmp_path, VOCABULARY, CPU, Progress())
     for row in samples:
@@ -449,7 +448,6 @@ def test_what_is_stored_is_what_was_measured(kind: str, train: frozenset[str]) -
             assert torch.equal(exact[mask], part.dense()[mask])
 
 
-@pytest.mark.xfail(strict=True, reason="Trained.after_step keeps alphas and zeros valid, but not low-rank factors")
 def test_factors_stay_within_what_they_can_store() -> None:
     """Every column of them begins with an entry at 1, which is the most that eight bits hold."""
     weight = trained_weight(KINDS["low rank"](), CONTINUOUS)
@@ -459,7 +457,6 @@ def test_factors_stay_within_what_they_can_store() -> None:
     assert torch.allclose(weight.dense(), as_stored(weight), atol=0.02)
 
 
-@pytest.mark.xfail(strict=True, reason="stored() makes a scale of 0 into 1 (grids.storable), as_stored leaves it 0")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_scale_that_came_to_nothing_is_stored_as_measured(dtype: torch.dtype) -> None:
     weight = trained_weight([grid_part(SYMMETRIC, dtype=dtype)], CONTINUOUS)
@@ -529,7 +526,6 @@ def test_alphas_that_would_cross_are_put_in_order_and_counted() -> None:
     assert in_order(part["parts.0.alpha1"].float(), part["parts.0.alpha2"].float()).all(), "in the file as well"
 
 
-@pytest.mark.xfail(strict=True, reason="put_in_order moves what it has just put in order, and it is counted again")
 def test_alphas_in_order_are_left_alone() -> None:
     _, member, _ = crossed()
     assert member.zero is not None
@@ -546,7 +542,7 @@ def test_alphas_in_order_are_left_alone() -> None:
 
 def codes_of(part: Part) -> TrainedCodes:
     assert isinstance(part, (Affine, DualBinary))
-    return TrainedCodes(part, True)
+    return TrainedCodes(part, True, True)
 
 
 MOVING = {"symmetric": SYMMETRIC, "asymmetric": ASYMMETRIC, "half": HALF, "dual": DUAL}
@@ -655,7 +651,6 @@ def test_a_step_without_a_gradient_moves_nothing() -> None:
     assert member.move_codes(0.0, 1.0) == 0, "and none where none may"
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="codes.view(-1) of what bitpack.unpack cut columns off")
 @pytest.mark.parametrize("cols", [40, 33])
 def test_codes_of_rows_that_do_not_fill_their_words_move(cols: int) -> None:
     member = codes_of(grid_part(ASYMMETRIC, cols=cols))
@@ -684,7 +679,6 @@ def test_a_state_comes_back_whole(generator: torch.Generator) -> None:
     assert first["n"].dtype == torch.bfloat16
 
 
-@pytest.mark.xfail(strict=True, reason="TrainedWeight trains the scales wherever it trains codes")
 def test_training_codes_alone_leaves_the_scales_alone() -> None:
     """`train` names what is trained, and nothing else is."""
     weight = trained_weight(KINDS["asymmetric"](), frozenset(("codes",)))
@@ -914,7 +908,7 @@ def test_a_block_whose_loss_is_no_number_stops_there(
 # block by block
 
 
-@pytest.mark.parametrize("name", ["rtn", "gwq", "mixllm"])
+@pytest.mark.parametrize("name", ["rtn", "gwq"])
 def test_blockwise_is_no_worse_and_what_was_measured(
     name: str, squeezed: Callable[[str], Path], original: Any, tmp_path: Path
 ) -> None:
@@ -967,7 +961,7 @@ def test_a_killed_run_goes_on_to_the_same_end(squeezed: Callable[[str], Path], t
     """With codes, wishes, norms and both alphas in the state; and other settings do not go on with it."""
     out, work = tmp_path / "out", tmp_path / "out.distill"
     train = ["--train", "scales,norms,codes", "--loss", "dad", "--lr", 0.002, "--calibration", text_file]
-    arguments = ["distill", squeezed("dbllm"), "--steps", 30, "--out", out, "--json", *OPTIONS, *train]
+    arguments = ["distill", squeezed("dbllm"), "--steps", 20, "--out", out, "--json", *OPTIONS, *train]
     arguments += ["--batch-size", 1]
     killed_when((work / "state.safetensors").exists, arguments)
     assert not out.exists()
@@ -1020,11 +1014,11 @@ def test_a_killed_blockwise_run_goes_on_behind_its_last_block(
     squeezed: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, work = tmp_path / "out", tmp_path / "out.distill"
-    arguments = ["distill", squeezed("rtn"), "--blockwise", "--steps", 40, "--out", out, "--json", *OPTIONS]
+    arguments = ["distill", squeezed("rtn"), "--blockwise", "--steps", 30, "--out", out, "--json", *OPTIONS]
     arguments += ["--calibration", text_file]
     killed_when(lambda: any(work.glob("block-*.safetensors")), arguments)
     finished = len(list(work.glob("block-*.safetensors")))
-    assert "steps 40, not 61" in refused(*arguments, "--steps", 61)
+    assert "steps 30, not 61" in refused(*arguments, "--steps", 61)
     trained, train = [], blockwise.train_block
 
     def watched(walk: Any, index: int, *rest: Any) -> dict[str, Tensor]:
@@ -1046,7 +1040,6 @@ def test_a_killed_blockwise_run_goes_on_behind_its_last_block(
     }
 
 
-@pytest.mark.xfail(strict=True, reason="finished blocks are kept without what they had moved, guarded and stopped at")
 def test_blocks_taken_up_are_counted(
     squeezed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1121,11 +1114,10 @@ def test_bad_options(options: list[object], said: str, squeezed: Callable[[str],
 
 def test_what_the_folder_has_nothing_of_cannot_be_trained(squeezed: Callable[[str], Path], tmp_path: Path) -> None:
     arguments = ["distill", squeezed("rtn"), "--steps", 1, "--out", tmp_path / "out", *OPTIONS]
-    assert "train lowrank names nothing that the folder holds" in refused(*arguments, "--train", "lowrank")
+    assert "holds no low-rank parts" in refused(*arguments, "--train", "lowrank")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the working folder is made before it is known whether anything can be trained")
 def test_a_refused_run_does_not_stand_in_the_way_of_the_next(squeezed: Callable[[str], Path], tmp_path: Path) -> None:
     arguments = ["distill", squeezed("rtn"), "--steps", 1, "--out", tmp_path / "out", *OPTIONS]
     refused(*arguments, "--train", "lowrank")
@@ -1200,15 +1192,17 @@ def test_too_little_text_is_refused(squeezed: Callable[[str], Path], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_replaced_folder_is_the_new_one(squeezed: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_replaced_folder_is_the_new_one(
+    squeezed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Onto itself: what is read must all be read before it is replaced."""
+    liked = iter(range(100, 0, -1))
+    monkeypatch.setattr(training, "held_back_divergence", lambda *_: float(next(liked)))
     folder = Path(shutil.copytree(squeezed("rtn"), tmp_path / "folder"))
-    arguments = ["distill", folder, "--steps", 4, "--json", *OPTIONS, "--samples", 12, "--out"]
-    code, stdout, _ = llmsqueeze_cli(*arguments, tmp_path / "apart")
-    assert code == 0
+    arguments = ["distill", folder, "--steps", 2, *OPTIONS, "--out"]
+    assert llmsqueeze_cli(*arguments, tmp_path / "apart")[0] == 0
     code, _, stderr = llmsqueeze_cli(*arguments, folder, "--overwrite")
     assert code == 0, stderr
-    assert json.loads(stdout)["best_step"] > 0
     assert same(folder, tmp_path / "apart")
     assert not same(folder, squeezed("rtn"))
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"files", "progress", "memory", "curvature", "checks"},
     {"bitpack", "activations", "checkpoint", "recipe", "calibrate", "output", "card"},
     {"parts", "skeleton", "locate", "defaults", "fingerprint"},
-    {"plan", "blocks", "recipes"},
+    {"plan", "blocks", "recipes", "rewrite"},
     {"observe", "quantize", "formats", "pictures"},
     {"hf"},
     {"sampling"},
@@ -29,8 +29,8 @@ LAYERS = [
     {"training"},
     {"blockwise"},
     {"evaluate", "trial"},
-    {"planning", "search", "distilling"},
-    {"run", "options"},
+    {"planning", "search", "distilling", "exporting"},
+    {"run", "options", "terminal"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -28,15 +28,15 @@ from llmsqueeze.quantize.grids import storable
 class Adjusted(nn.Module):
     """A tensor as `start + delta * unit`, delta being trained; `unit` is a number or as large as the tensor.
 
-    With `as_stored` it has the value that the file will hold.
+    With `as_stored` it has the value that the file will hold. A `scale` that was not 0 never becomes it.
     """
 
     start: Tensor
     unit: Tensor
 
-    def __init__(self, start: Tensor, unit: Tensor | float, dtype: torch.dtype) -> None:
+    def __init__(self, start: Tensor, unit: Tensor | float, dtype: torch.dtype, scale: bool = False) -> None:
         super().__init__()
-        self.dtype, self.as_stored = dtype, False
+        self.dtype, self.scale, self.as_stored = dtype, scale, False
         self.register_buffer("start", start.float(), persistent=False)
         self.register_buffer("unit", torch.as_tensor(unit, dtype=torch.float32, device=start.device), persistent=False)
         self.delta = nn.Parameter(torch.zeros_like(self.start))
@@ -47,8 +47,13 @@ class Adjusted(nn.Module):
     @torch.no_grad()
     def stored(self) -> Tensor:
         """The value in its dtype in the file, finite."""
-        limit = torch.finfo(self.dtype).max
-        return torch.addcmul(self.start, self.delta, self.unit).clamp(-limit, limit).to(self.dtype)
+        limits = torch.finfo(self.dtype)
+        value = torch.addcmul(self.start, self.delta, self.unit).clamp(-limits.max, limits.max)
+        if self.scale:
+            tiny = torch.full_like(value, torch.finfo(torch.float32).tiny).copysign(self.start)
+            kept = storable(torch.where(value == 0, tiny, value), self.dtype)
+            value = torch.where(self.start == 0, value, kept)
+        return value.to(self.dtype)
 
     @torch.no_grad()
     def put(self, value: Tensor) -> None:
@@ -58,16 +63,16 @@ class Adjusted(nn.Module):
 
 def scale_of(stored: Tensor) -> Adjusted:
     """A scale, trained relative to itself."""
-    return Adjusted(stored, stored.float().abs().clamp(min=torch.finfo(torch.float32).tiny), stored.dtype)
+    return Adjusted(stored, stored.float().abs().clamp(min=torch.finfo(torch.float32).tiny), stored.dtype, True)
 
 
 class TrainedCodes(nn.Module):
-    """An `Affine` or `DualBinary` part whose scales (and zeros), and codes if `moving`, are trained."""
+    """An `Affine` or `DualBinary` part; what of it is trained: its scales (and zeros), its codes, or both."""
 
     codes: Tensor | None
     sign: Tensor
 
-    def __init__(self, part: Affine | DualBinary, moving: bool) -> None:
+    def __init__(self, part: Affine | DualBinary, scales: bool, moving: bool) -> None:
         super().__init__()
         self.part = part
         self.guarded = 0
@@ -79,6 +84,9 @@ class TrainedCodes(nn.Module):
             zero = bitpack.unpack(part.zero, part.grid.bits, len(part.codes)).T.float()
             self.zero = Adjusted(zero, 1.0, torch.float32)
         self.register_buffer("sign", self.scale.start.sign(), persistent=False)
+        for one in (self.scale, self.zero):
+            if one is not None:
+                one.delta.requires_grad_(scales)
         codes = self._unpacked() if moving else None
         self.register_buffer("codes", codes)
         self.wish = None if codes is None else nn.Parameter(torch.zeros_like(codes, dtype=torch.float32))
@@ -141,7 +149,7 @@ class TrainedCodes(nn.Module):
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """What was trained, as the file will hold it, by the names of the part's tensors."""
-        scale = storable(self.scale.stored().float(), self.scale.dtype).to(self.scale.dtype)
+        scale = self.scale.stored()
         if self.zero is None:
             zero = torch.zeros_like(scale)
         else:
@@ -164,7 +172,8 @@ class TrainedCodes(nn.Module):
         if isinstance(self.part, DualBinary):
             first, second = (bitpack.unpack(p, 1, cols) for p in (self.part.plane1, self.part.plane2))
             return torch.where(first.bool(), 3, 1).to(torch.uint8) - second.to(torch.uint8)
-        return bitpack.unpack(self.part.codes, self.part.grid.bits, cols).to(torch.uint8)
+        # what is unpacked is a view of whole words, and codes that move are addressed flat
+        return bitpack.unpack(self.part.codes, self.part.grid.bits, cols).to(torch.uint8).contiguous()
 
     def _rounded_zero(self) -> Tensor:
         """The zero as the file holds it, with the gradient of the one that is trained."""
@@ -182,6 +191,12 @@ class TrainedLowRank(nn.Module):
         self.left = Adjusted(part.left.float() / 127, 1.0, torch.float32)
         self.right = Adjusted(part.right.float() / 127, 1.0, torch.float32)
         self.scale = scale_of(part.scale)
+
+    @torch.no_grad()
+    def keep_valid(self) -> None:
+        """After a step: no entry of a factor beyond what 8 bits hold."""
+        for factor in (self.left, self.right):
+            factor.put(factor.forward().clamp(-1.0, 1.0))
 
     def dense(self) -> Tensor:
         left, right = self.left.forward(), self.right.forward()
@@ -214,7 +229,7 @@ class TrainedWeight(nn.Module):
         for i, (spec, held) in enumerate(zip(specs, tensors, strict=True)):
             part = parts.restore(shape, spec, _in_dtype(shape, spec, held))
             if isinstance(part, (Affine, DualBinary)) and train & {"scales", "codes"}:
-                self.trained[i] = TrainedCodes(part, "codes" in train)
+                self.trained[i] = TrainedCodes(part, "scales" in train, "codes" in train)
             elif isinstance(part, LowRank) and "lowrank" in train:
                 self.trained[i] = TrainedLowRank(part)
             else:
@@ -269,8 +284,9 @@ class Trained:
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """For an optimizer: norms learn in proportion to their own size. Empty if there is nothing to train."""
-        wishes = {id(part.wish) for part in self.codes}  # move by a rule of their own
-        deltas = [p for weight in self.weights.values() for p in weight.parameters() if id(p) not in wishes]
+        wishes = {id(part.wish) for part in self.codes}  # they move by a rule of their own
+        every = [p for weight in self.weights.values() for p in weight.parameters()]
+        deltas = [p for p in every if p.requires_grad and id(p) not in wishes]
         groups: list[dict[str, Any]] = [{"params": deltas, "lr": lr}] if deltas else []
         for norm in self.norms.values():
             groups.append({"params": [norm], "lr": lr * (float(norm.detach().abs().mean()) or 1.0)})
@@ -281,8 +297,9 @@ class Trained:
 
         `wish`: levels that the step adds to the wish of a code with a gradient of mean size. Returns how many moved.
         """
-        for part in self.codes:
-            part.keep_valid()
+        for weight in self.weights.values():
+            for part in weight.trained.values():
+                part.keep_valid()
         return sum(part.move_codes(moves, wish) for part in self.codes if part.codes is not None)
 
     @property

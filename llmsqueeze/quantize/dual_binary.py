@@ -59,7 +59,8 @@ def put_in_order(alpha1: Tensor, alpha2: Tensor, sign: Tensor) -> tuple[Tensor, 
     first, second = alpha1 * sign, alpha2 * sign
     tiny = torch.finfo(alpha1.dtype).tiny
     margin = (MARGIN * torch.maximum(first.abs(), second.abs())).clamp(min=tiny)
+    # half of it may be used up before anything moves, so that what was moved stays where it is
+    moved = (second > -margin / 2) | (first + second < margin / 2)
     kept_second = torch.minimum(second, -margin)
     kept_first = torch.maximum(first, margin - kept_second)
-    moved = (kept_first != first) | (kept_second != second)
-    return kept_first * sign, kept_second * sign, moved
+    return torch.where(moved, kept_first * sign, alpha1), torch.where(moved, kept_second * sign, alpha2), moved

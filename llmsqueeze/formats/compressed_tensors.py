@@ -1,0 +1,107 @@
+"""The compressed-tensors format, `pack-quantized`: what stock transformers and vLLM open without us.
+
+Per linear: `weight_packed` int32 [rows, ceil(cols * bits / 32)], codes offset by 2**(bits - 1), element i at bit
+i * bits, least significant first, dense across words; `weight_scale` [rows, groups] in the model's dtype;
+`weight_shape` int64 [rows, cols]. These are our own codes and scales under other names (parts/affine.py). Symmetric
+integer levels only, on all rows, 2 to 8 bits, groups that divide the columns or whole rows; a scale may be negative.
+
+    "quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized",
+      "quantization_status": "compressed", "ignore": ["lm_head", ...],
+      "config_groups": {"group_0": {"targets": ["model.layers.0.mlp.up_proj", ...], "format": "pack-quantized",
+        "input_activations": null, "output_activations": null, "weights": {"num_bits": 3, "type": "int",
+        "symmetric": true, "strategy": "group", "group_size": 128, "dynamic": false}}}}
+
+One config group per width and group size, its modules named one by one: a class name as a target would swallow all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.parts import Affine, Grid, Part, Spec, spec_grid
+from llmsqueeze.plan import Plan
+
+METHOD = "compressed-tensors"
+FORMAT = "pack-quantized"
+SHAPE_NBYTES = 16  # of a linear's `weight_shape`
+NAMES = {"codes": "weight_packed", "scale": "weight_scale"}
+
+
+def lost(shape: tuple[int, int], specs: Sequence[Spec]) -> str | None:
+    """What of a linear's parts this format cannot hold, in words; None if it can."""
+    others = [spec["part"] for spec in specs if spec["part"] != Affine.kind]
+    if others:
+        words: dict[str, str] = {
+            "sparse": "outliers",
+            "lowrank": "a low-rank part",
+            "dual_binary": "dual-binary planes",
+        }
+        return words.get(others[0], f"a part of kind {others[0]}")
+    if len(specs) > 1 or "rows" in specs[0]:
+        return "rows on several grids"
+    grid = spec_grid(specs[0])
+    if grid.half:
+        return "half-integer levels"
+    if not grid.symmetric:
+        return "zeros (transformers does not open asymmetric ones)"
+    if shape[1] % grid.width(shape[1]):
+        return f"a short last group ({shape[1]} columns in groups of {grid.group_size})"
+    return None
+
+
+def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The tensors of a linear's one part under the names they have in the file."""
+    (part,) = weight_parts
+    assert isinstance(part, Affine), "what cannot be held was refused before"
+    tensors = {f"{linear}.{NAMES[name]}": tensor for name, tensor in part.tensors().items()}
+    return tensors | {f"{linear}.weight_shape": torch.tensor(part.shape, dtype=torch.int64)}
+
+
+def quantization_config(grids: Mapping[str, tuple[Grid, int]], ignore: Iterable[str]) -> dict[str, Any]:
+    """What `config.json` holds. grids: linear -> its grid and number of columns; ignore: linears left as they are."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, (grid, cols) in grids.items():
+        size = -1 if grid.width(cols) == cols else grid.group_size
+        groups.setdefault((grid.bits, size), []).append(name)
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": _group(bits, size, names) for i, ((bits, size), names) in enumerate(sorted(groups.items()))
+        },
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def config_of(plan: Plan, ignore: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` of a plan that the format can hold."""
+    return quantization_config({name: (weight.grid, weight.shape[1]) for name, weight in plan.weights.items()}, ignore)
+
+
+def _group(bits: int, size: int, names: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if size == -1 else "group",
+        "group_size": None if size == -1 else size,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    return {
+        "targets": names,
+        "weights": weights,
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }

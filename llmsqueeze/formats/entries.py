@@ -1,0 +1,92 @@
+"""What a compressed folder's config says of its linears, whichever of our formats it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmsqueeze import parts
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.errors import CheckpointError, UnsupportedError
+from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.parts import Grid, Part, Spec
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A compressed linear: shape [rows, cols], its parts' specs, and for each part the names of its tensors in the
+    file.
+
+    `beside`: tensors that belong to it and to no part.
+    """
+
+    shape: tuple[int, int]
+    specs: tuple[Spec, ...]
+    names: tuple[Mapping[str, str], ...]
+    beside: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> list[str]:
+        """Everything that the file holds of it."""
+        return [name for names in self.names for name in names.values()] + list(self.beside)
+
+
+def is_compressed(checkpoint: Checkpoint) -> bool:
+    """Whether the folder is in one of our formats."""
+    return _method(checkpoint) in (native.METHOD, compressed_tensors.METHOD)
+
+
+def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """linear -> what the folder holds of it. Raises UnsupportedError for a format that we do not read."""
+    config: Any = checkpoint.config.get("quantization_config")
+    method = _method(checkpoint)
+    if method == native.METHOD:
+        return {name: _native(name, entry) for name, entry in native.weight_entries(config).items()}
+    if method == compressed_tensors.METHOD:
+        return _compressed_tensors(checkpoint, config)
+    raise UnsupportedError(f"{checkpoint.path} was not compressed by llmsqueeze (its config has {method})")
+
+
+def read_parts(checkpoint: Checkpoint, entry: Entry) -> list[Part]:
+    """A linear's parts from the file."""
+    return [
+        parts.restore(entry.shape, spec, {kind: checkpoint.read_raw(name) for kind, name in names.items()})
+        for spec, names in zip(entry.specs, entry.names, strict=True)
+    ]
+
+
+def _method(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config.get("quantization_config")
+    return str(config.get("quant_method")) if isinstance(config, dict) else "no quantization"
+
+
+def _native(linear: str, entry: Mapping[str, Any]) -> Entry:
+    shape = (entry["shape"][0], entry["shape"][1])
+    names = tuple(
+        {kind: f"{linear}.parts.{i}.{kind}" for kind in parts.layout(shape, spec)}
+        for i, spec in enumerate(entry["parts"])
+    )
+    return Entry(shape, tuple(entry["parts"]), names)
+
+
+def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Entry]:
+    """Only what we write: symmetric integers, modules named one by one."""
+    found = {}
+    for group in config["config_groups"].values():
+        weights = group["weights"]
+        if weights["type"] != "int" or not weights["symmetric"] or group.get("input_activations"):
+            raise UnsupportedError(
+                f"{checkpoint.path} holds compressed tensors of a kind that llmsqueeze does not write"
+            )
+        grid = Grid(weights["num_bits"], weights["group_size"] or -1, symmetric=True)
+        for linear in group["targets"]:
+            names = {kind: f"{linear}.{name}" for kind, name in compressed_tensors.NAMES.items()}
+            beside = f"{linear}.weight_shape"
+            missing = next((name for name in (*names.values(), beside) if name not in checkpoint.tensors), None)
+            if missing is not None:
+                raise CheckpointError(f"{checkpoint.path} lacks {missing}, which its config describes")
+            rows, cols = checkpoint.read_raw(beside).tolist()
+            spec = parts.grid_spec(grid, checkpoint.tensors[names["scale"]].dtype)
+            found[linear] = Entry((rows, cols), (spec,), (names,), (beside,))
+    return found

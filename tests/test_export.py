@@ -1,0 +1,220 @@
+"""Exports: what stock transformers opens without us computes the same, and what would be lost is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import llmsqueeze
+from llmsqueeze import bitpack, parts
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.cli import app
+from llmsqueeze.compress import quantize
+from llmsqueeze.errors import RecipeError, UnsupportedError
+from llmsqueeze.exporting import export
+from llmsqueeze.formats import compressed_tensors
+from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.parts import Affine, Grid
+from llmsqueeze.recipes import make_recipe
+from llmsqueeze.show import contents
+
+pytest.importorskip("compressed_tensors")
+
+TEXT = {"samples": 6, "seq_len": 64}
+# stands where llmsqueeze would be found, so that importing it fails
+STOCK = """
+import sys, json
+sys.modules["llmsqueeze"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokens = torch.tensor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    torch.save(model(input_ids=tokens).logits, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several widths, one per fusion group."""
+    out = tmp_path_factory.mktemp("native") / "native"
+    recipe = {"method": "auto", "bits": 3.2, "portable": True, "group_size": 64, "widths": "2,3,4,5,8", **TEXT}
+    quantize("demo", make_recipe(recipe), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def portable(native: Path) -> Path:
+    out = native.with_name("portable")
+    export(str(native), "compressed-tensors", out)
+    return out
+
+
+def logits_of_stock(folder: Path, tokens: torch.Tensor, scratch: Path) -> torch.Tensor:
+    """In a process of its own, in which llmsqueeze cannot be imported."""
+    made = scratch / "logits.pt"
+    subprocess.run(
+        [sys.executable, "-c", STOCK, str(folder), json.dumps(tokens.tolist()), str(made)],
+        check=True,
+        capture_output=True,
+        cwd=scratch,
+    )
+    return torch.load(made)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def test_stock_transformers_computes_what_the_parts_do(native: Path, portable: Path, tmp_path: Path) -> None:
+    widths = {spec["bits"] for entry in read_entries(open_checkpoint(native)).values() for spec in entry.specs}
+    assert len(widths) > 2, "one config group would hide what mixed ones do"
+    ours = llmsqueeze.load(str(native), dtype=torch.float32)
+    with torch.no_grad():
+        expected = ours(input_ids=tokens()).logits
+    assert torch.allclose(logits_of_stock(portable, tokens(), tmp_path), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_every_width_is_unpacked_by_the_library_as_by_us(bits: int, size: int, generator: torch.Generator) -> None:
+    """compressed-tensors' own unpacking of our bytes, with scales of either sign."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    grid = Grid(bits, size, symmetric=True)
+    codes = torch.randint(0, grid.max_code + 1, (6, 96), generator=generator).to(torch.uint8)
+    scale = torch.randn(6, grid.groups(96), generator=generator)
+    part = Affine.from_codes(codes, scale, torch.zeros_like(scale), grid)
+    stored = compressed_tensors.stored_tensors("x", [part])
+    assert set(stored) == {"x.weight_packed", "x.weight_scale", "x.weight_shape"}
+    assert stored["x.weight_shape"].tolist() == [6, 96]
+    assert stored["x.weight_packed"].shape == (6, bitpack.words(96, bits))
+    signed = unpack_from_int32(stored["x.weight_packed"], bits, torch.Size([6, 96]))
+    assert torch.equal(signed.int() + 2 ** (bits - 1), codes.int())
+    width = grid.width(96)
+    assert torch.equal(part.dense(), signed.float() * scale.repeat_interleave(width, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("bits", "golden"),
+    [
+        (2, "e4e4e4e4e4e4e4e4"),
+        (3, "88c6fa88c6fa88c6fa88c6fa"),
+        (4, "10325476981032547698103254769810"),
+        (5, "20886252a4100c4562942831869021a418838a52"),
+    ],
+)
+def test_golden_bytes(bits: int, golden: str) -> None:
+    """Codes 0, 1, 2 ... over one row of 32, as the bytes have to lie in the file."""
+    top = {2: 4, 3: 8, 4: 10, 5: 32}[bits]
+    codes = (torch.arange(32) % top).to(torch.uint8)[None]
+    bit_string = "".join(format(int(code), f"0{bits}b")[::-1] for code in codes[0])
+    slow = bytes(int(bit_string[i : i + 8][::-1], 2) for i in range(0, len(bit_string), 8)).hex()
+    packed = bitpack.pack(codes, bits).view(torch.uint8).flatten()
+    assert bytes(packed.tolist()).hex() == slow
+    if bits != 5:
+        assert slow == golden
+
+
+def test_the_config_names_every_module_and_ignores_the_rest(portable: Path) -> None:
+    config = open_checkpoint(portable).config["quantization_config"]
+    named = [name for group in config["config_groups"].values() for name in group["targets"]]
+    assert len(named) == len(set(named)) == 28
+    assert not any(name in ("Linear",) or name.startswith("re:") for name in named)
+    assert config["ignore"] == ["lm_head"]
+    grids = [(g["weights"]["num_bits"], g["weights"]["group_size"]) for g in config["config_groups"].values()]
+    assert len(grids) == len(set(grids)), "one group per width and group size"
+    assert all(group["weights"]["symmetric"] for group in config["config_groups"].values())
+
+
+def test_nothing_is_rounded_again(native: Path, portable: Path) -> None:
+    before, after = open_checkpoint(native), open_checkpoint(portable)
+    for name, entry in read_entries(before).items():
+        ours = parts.sum_of_parts(read_parts(before, entry))
+        assert torch.equal(ours, parts.sum_of_parts(read_parts(after, read_entries(after)[name])))
+    kept = [name for name in before.tensors if ".parts." not in name]
+    assert kept
+    assert all(torch.equal(before.read(name), after.read(name)) for name in kept)
+
+
+def test_show_counts_the_same_and_the_shapes(native: Path, portable: Path) -> None:
+    before, after = contents(str(native)), contents(str(portable))
+    assert after.nbytes == before.nbytes + 16 * 28
+    assert sorted(row.holds for row in after.rows) == sorted(row.holds for row in before.rows)
+    assert json.loads((portable / "llmsqueeze.json").read_text())["bits_per_weight"] == round(after.bits_per_weight, 6)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"method": "dbllm"}, {"method": "gwq", "bits": 3, "lorc_rank": 2}])
+def test_dense_is_the_sum_of_the_parts(settings: dict, tmp_path: Path) -> None:
+    quantize("demo", make_recipe({**settings, **TEXT}), tmp_path / "in")
+    export(str(tmp_path / "in"), "dense", tmp_path / "out", dtype="fp32")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert "quantization_config" not in checkpoint.config
+    before = open_checkpoint(tmp_path / "in")
+    for name, entry in read_entries(before).items():
+        assert torch.equal(checkpoint.read(f"{name}.weight"), parts.sum_of_parts(read_parts(before, entry)))
+    ours = llmsqueeze.load(str(tmp_path / "in"), dtype=torch.float32)
+    with torch.no_grad():
+        expected = ours(input_ids=tokens()).logits
+    assert torch.allclose(logits_of_stock(tmp_path / "out", tokens(), tmp_path), expected, atol=1e-4)
+
+
+def test_transposed_weights_are_written_as_their_modules_store_them(random_model, tmp_path: Path) -> None:
+    original = random_model("gpt2")
+    quantize(str(original), make_recipe({"method": "rtn", "bits": 4, "group_size": 16}), tmp_path / "in")
+    export(str(tmp_path / "in"), "dense", tmp_path / "out")
+    ids = tokens() % 96
+    with torch.no_grad():
+        ours = llmsqueeze.load(str(tmp_path / "in"))(input_ids=ids).logits
+        dense = llmsqueeze.load(str(tmp_path / "out"))(input_ids=ids).logits
+    assert torch.allclose(ours, dense, atol=1e-5)
+    with pytest.raises(UnsupportedError, match="transposed"):
+        export(str(tmp_path / "in"), "compressed-tensors", tmp_path / "portable")
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"method": "dbllm"}, "dual-binary planes"),
+        ({"method": "gwq", "bits": 3}, "outliers"),
+        ({"bits": 3, "lorc_rank": 2}, "a low-rank part"),
+        ({"bits": 2, "levels": "half"}, "half-integer levels"),
+        ({"bits": 3, "symmetric": False}, "zeros"),
+        ({"bits": 3, "group_size": 100}, "a short last group"),
+        ({"method": "mixllm", "quantizer": "rtn", "importance": "random"}, "rows on several grids"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_would_be_lost_is_named(settings: dict, what: str, tmp_path: Path) -> None:
+    quantize("demo", make_recipe({**settings, "samples": 2, "seq_len": 32}), tmp_path / "in")
+    with pytest.raises(UnsupportedError, match=what):
+        export(str(tmp_path / "in"), "compressed-tensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_wishes_are_refused(native: Path, demo_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown target 'dens'; did you mean 'dense'"):
+        export(str(native), "dens", tmp_path / "out")
+    with pytest.raises(RecipeError, match="dtype bf16 goes with --to dense"):
+        export(str(native), "compressed-tensors", tmp_path / "out", dtype="bf16")
+    with pytest.raises(UnsupportedError, match="was not compressed by llmsqueeze"):
+        export(str(demo_dir), "dense", tmp_path / "out")
+    with pytest.raises(RecipeError, match="is no folder"):
+        export(str(tmp_path / "nowhere"), "dense", tmp_path / "out")
+
+
+def test_the_command(native: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["export", str(native), "--to", "dense", "--out", str(out), "--json", "-q"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["target"] == "dense"
+    assert (out / "tokenizer.json").exists()
+    again = CliRunner().invoke(app, ["export", str(native), "--to", "dense", "--out", str(out), "-q"])
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
