@@ -15,6 +15,7 @@ from typing import Any
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import EVALUATION, SIDECAR, read_json, read_json_if_there
+from llmsqueeze.snippets import how_to_load
 
 MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file anew. -->"
 SCORES = {"perplexity": "Perplexity", "kl_mean": "KL divergence, mean", "kl_p99": "KL, 99th percentile"}
@@ -52,9 +53,7 @@ def model_card(directory: Path, repo: str | None = None) -> str:
         MARK,
         f"# {name.rpartition('/')[2]}",
         _what(sidecar),
-        _WARNING,
-        "## Load",
-        _load(name),
+        *how_to_load(name, sidecar.get("format", "llmsqueeze")),
         "## Size",
         _sizes(directory, sidecar),
         "## Scores",
@@ -144,37 +143,6 @@ def _what(sidecar: dict[str, Any]) -> str:
         f"This is {link}{revision} with the weights of its linear layers compressed by llmsqueeze "
         f"to {sidecar['bits_per_weight']:.2f} bits per weight."
     )
-
-
-_WARNING = """\
-> [!WARNING]
-> **LOAD THIS MODEL WITH `llmsqueeze.load`, OR IMPORT `llmsqueeze.hf` FIRST.**
-> transformers alone does not know this format. Without `import llmsqueeze.hf` it does not stop: it only prints a
-> warning, fills the weights it misses with **RANDOM VALUES**, and the model then writes nonsense."""
-
-
-def _load(name: str) -> str:
-    return f"""\
-```
-pip install llmsqueeze
-```
-
-```python
-import llmsqueeze
-from transformers import AutoTokenizer
-
-model = llmsqueeze.load("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-or, in code that already calls transformers:
-
-```python
-import llmsqueeze.hf  # makes the format known to transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-```"""
 
 
 def _sizes(directory: Path, sidecar: dict[str, Any]) -> str:

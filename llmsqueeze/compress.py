@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmsqueeze import parts, record
 from llmsqueeze.activations import Activations, Spill
@@ -21,7 +21,7 @@ from llmsqueeze.allocate import gwq
 from llmsqueeze.blocks import Walk
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
-from llmsqueeze.formats import native
+from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.measure import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
@@ -138,11 +138,19 @@ def measure_and_decide(
 def write_rest(output: Output, job: Job, recipe: Recipe, decided: Decision, errors: dict[str, float]) -> None:
     """Everything in the folder beside the shards."""
     output.copy_rest(job.path)
-    config = job.checkpoint.config | {"quantization_config": native.quantization_config(decided.plan)}
+    config = job.checkpoint.config | {"quantization_config": quantization_config(job.skeleton, decided.plan, recipe)}
     output.write_json("config.json", config)
-    result = record.outcome(decided, output.nbytes, job.checkpoint.nbytes, errors)
+    result = record.outcome(decided, recipe, output.nbytes, job.checkpoint.nbytes, errors)
     made = record.provenance(job.source, job.path) | record.settings(recipe, job.calibration)
     output.write_json(SIDECAR, made | result)
+
+
+def quantization_config(skeleton: Skeleton, plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """What `config.json` says of the compressed linears, in the format that the recipe wants."""
+    if not recipe.portable:
+        return native.quantization_config(plan)
+    linears = {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
+    return compressed_tensors.config_of(plan, linears - set(plan.weights))
 
 
 def needed_streams(inputs: Activations | None, recipe: Recipe) -> Streams:
@@ -190,7 +198,7 @@ def compress_blocks(
         streams = ahead
         shard: dict[str, Tensor] = {}
         for name, (weight_parts, error) in made.items():
-            shard |= native.stored_tensors(name, weight_parts)
+            shard |= (compressed_tensors if recipe.portable else native).stored_tensors(name, weight_parts)
             errors[name] = error
             if not any(isinstance(part, LowRank) for part in weight_parts):
                 plan.weights[name] = replace(plan.weights[name], rank=0)

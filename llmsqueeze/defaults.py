@@ -189,6 +189,11 @@ def _about_portable(recipe: Recipe) -> Iterator[str]:
         yield f"portable contradicts lorc rank {recipe.lorc_rank}: the factors need an adapter beside the model"
     if recipe.outliers or recipe.row_outliers:
         yield "portable contradicts outliers: no other runtime opens them"
+    if recipe.distill_steps:
+        yield (
+            f"portable contradicts distill steps {recipe.distill_steps}: quantize with --per-group --levels integer, "
+            "distil, then `llmsqueeze export --to compressed-tensors`"
+        )
     if recipe.dual:
         yield "portable contradicts dual: no other runtime opens two planes"
     if recipe.granularity in ("row", "linear"):

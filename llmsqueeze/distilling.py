@@ -25,6 +25,7 @@ from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, Unsupp
 from llmsqueeze.files import SIDECAR, read_json, read_json_if_there
 from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.formats import native
+from llmsqueeze.formats.entries import is_compressed
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.output import check_writable
 from llmsqueeze.parts import LowRank
@@ -126,8 +127,13 @@ def open_student(source: Path) -> Checkpoint:
     if not source.is_dir():
         raise RecipeError(f"{source} is no folder; distill refines one that `llmsqueeze quantize` wrote")
     checkpoint = open_checkpoint(source)
-    config = checkpoint.config.get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != native.METHOD:
+    config: Any = checkpoint.config.get("quantization_config")
+    if is_compressed(checkpoint) and config["quant_method"] != native.METHOD:
+        raise UnsupportedError(
+            f"{source} is in {config['quant_method']}, whose scales are not trained here: quantize with --per-group "
+            "--levels integer instead of --portable, distil, then export"
+        )
+    if not is_compressed(checkpoint):
         raise UnsupportedError(f"{source} was not compressed by llmsqueeze, so there is nothing to distil")
     native.weight_entries(config)
     return checkpoint

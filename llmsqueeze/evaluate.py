@@ -11,7 +11,9 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -129,7 +131,8 @@ def evaluate_rows(
 
 
 def _open(name: str, device: torch.device, trust_remote_code: bool) -> _Opened:
-    loaded = hf.load(name, trust_remote_code=trust_remote_code, device_map={"": device})
+    with redirect_stderr(StringIO()):  # bars of other libraries
+        loaded = hf.load(name, trust_remote_code=trust_remote_code, device_map={"": device})
     return _Opened(name, loaded, load_tokenizer(locate(name), trust_remote_code))
 
 

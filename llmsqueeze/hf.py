@@ -42,6 +42,11 @@ def load(model: str, **kwargs: Any) -> PreTrainedModel:
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        if isinstance(error, ImportError) and "compressed" in str(error):
+            raise UnsupportedError(
+                f"{model} is in compressed-tensors, which transformers opens with the package of that name: "
+                "pip install 'llmsqueeze[compressed-tensors]'"
+            ) from error
         if isinstance(error.__cause__, SqueezeError):
             raise error.__cause__ from error
         raise UnsupportedError(f"transformers cannot open {model}: {first_line(error)}") from error

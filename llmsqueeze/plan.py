@@ -17,7 +17,9 @@ from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.parts import Grid, Spec
 from llmsqueeze.recipe import Recipe
-from llmsqueeze.skeleton import Skeleton
+from llmsqueeze.skeleton import Skeleton, is_transposed
+
+SHAPE_NBYTES = 16  # compressed-tensors stores the shape of every weight
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class WeightPlan:
 
     grids: how many rows are on which grid, the best-ranked rows first. outliers: how many weights stay as they are
     by a ranking of single weights (GWQ's), over those that `grids` give to rows. rank: of the low-rank compensation.
+    beside: bytes that the format stores for it beside its parts.
     """
 
     name: str
@@ -47,6 +50,7 @@ class WeightPlan:
     grids: Grids
     outliers: int = 0
     rank: int = 0
+    beside: int = 0
 
     @property
     def numel(self) -> int:
@@ -88,7 +92,7 @@ class WeightPlan:
 
     @property
     def nbytes(self) -> int:
-        return parts.layout_nbytes(self.shape, self.specs)
+        return parts.layout_nbytes(self.shape, self.specs) + self.beside
 
     def on(self, *grids: Rows) -> WeightPlan:
         """The same linear with these grids; those without rows are left out, neighbours that agree are joined."""
@@ -159,8 +163,12 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
                     f"lorc rank {recipe.lorc_rank} is more than {name} has: it is {shape[0]} x {shape[1]}"
                 )
             rows = Rows(grid, shape[0])
-            dtype, rank = skeleton.dtype(name), recipe.rank
-            weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=rank)
+            if recipe.portable and is_transposed(skeleton.module(name)):
+                raise RecipeError(
+                    f"portable: {name} is stored transposed (Conv1D), which compressed-tensors cannot hold"
+                )
+            dtype, beside = skeleton.dtype(name), SHAPE_NBYTES if recipe.portable else 0
+            weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=recipe.rank, beside=beside)
     if not weights:
         raise RecipeError("skip leaves no linear to compress")
     if recipe.portable:

@@ -12,7 +12,7 @@ from llmsqueeze import __version__
 from llmsqueeze.calibrate import Calibration
 from llmsqueeze.card import license_of
 from llmsqueeze.decide import Decision
-from llmsqueeze.formats import native
+from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.prepare import Source
 from llmsqueeze.recipe import Recipe
 
@@ -39,12 +39,15 @@ def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
     }
 
 
-def outcome(decided: Decision, nbytes: int, nbytes_original: int, errors: dict[str, float]) -> dict[str, Any]:
+def outcome(
+    decided: Decision, recipe: Recipe, nbytes: int, nbytes_original: int, errors: dict[str, float]
+) -> dict[str, Any]:
     """What came of it: sizes in bytes, and each weight's relative output error."""
     plan = decided.plan
     return {
         "llmsqueeze_version": __version__,
-        "format_version": native.format_version(plan),
+        "format": compressed_tensors.METHOD if recipe.portable else native.METHOD,
+        "format_version": None if recipe.portable else native.format_version(plan),
         "code_bits": plan.code_bits,
         "bits_per_weight": round(plan.bits_per_weight, 6),
         "predicted_loss_increase": decided.predicted,

@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import bitpack, parts
+from llmsqueeze.card import model_card
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
+from llmsqueeze.distillation import make_distillation
+from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
@@ -44,7 +47,7 @@ with torch.no_grad():
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Several widths, one per fusion group."""
     out = tmp_path_factory.mktemp("native") / "native"
-    recipe = {"method": "auto", "bits": 3.2, "portable": True, "group_size": 64, "widths": "2,3,4,5,8", **TEXT}
+    recipe = {"method": "auto", "bits": 3.2, "granularity": "group", "levels": "integer", "group_size": 64, **TEXT}
     quantize("demo", make_recipe(recipe), out)
     return out
 
@@ -141,6 +144,46 @@ def test_nothing_is_rounded_again(native: Path, portable: Path) -> None:
     kept = [name for name in before.tensors if ".parts." not in name]
     assert kept
     assert all(torch.equal(before.read(name), after.read(name)) for name in kept)
+
+
+def test_portable_writes_what_an_export_would(tmp_path: Path) -> None:
+    settings = {"method": "descent", "bits": 3, "group_size": 64, **TEXT}
+    quantize("demo", make_recipe(settings), tmp_path / "native")
+    export(str(tmp_path / "native"), "compressed-tensors", tmp_path / "exported")
+    summary = quantize("demo", make_recipe({**settings, "portable": True}), tmp_path / "portable")
+    exported, direct = open_checkpoint(tmp_path / "exported"), open_checkpoint(tmp_path / "portable")
+    assert exported.config == direct.config
+    assert set(exported.tensors) == set(direct.tensors)
+    assert all(torch.equal(exported.read_raw(name), direct.read_raw(name)) for name in exported.tensors)
+    assert summary.nbytes == direct.nbytes == contents(str(tmp_path / "portable")).nbytes
+    assert json.loads((tmp_path / "portable" / "llmsqueeze.json").read_text())["format"] == "compressed-tensors"
+
+
+def test_a_portable_budget_counts_the_shapes(tmp_path: Path) -> None:
+    recipe = make_recipe({"method": "auto", "size": "450kB", "portable": True, "group_size": 64, **TEXT})
+    summary = quantize("demo", recipe, tmp_path / "out")
+    on_disk = open_checkpoint(tmp_path / "out").nbytes
+    assert 440_000 < summary.nbytes == on_disk <= 450_000
+
+
+def test_the_card_of_a_portable_folder_needs_no_import(portable: Path, native: Path) -> None:
+    assert "llmsqueeze.load" in model_card(native)
+    card = model_card(portable)
+    assert "llmsqueeze.load" not in card
+    assert "vllm serve" in card
+
+
+def test_what_is_portable_is_not_distilled(portable: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="compressed-tensors, whose scales are not trained here"):
+        distill(str(portable), "demo", make_distillation({"steps": 1}), tmp_path / "out")
+    with pytest.raises(RecipeError, match="portable contradicts distill steps 5"):
+        make_recipe({"bits": 3, "portable": True, "distill_steps": 5})
+
+
+def test_transposed_weights_are_refused_before_anything_is_read(random_model, tmp_path: Path) -> None:
+    recipe = make_recipe({"method": "rtn", "bits": 4, "group_size": 16, "portable": True})
+    with pytest.raises(RecipeError, match="transposed"):
+        quantize(str(random_model("gpt2")), recipe, tmp_path / "out")
 
 
 def test_show_counts_the_same_and_the_shapes(native: Path, portable: Path) -> None:

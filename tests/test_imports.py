@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
 # each file may import only from the layers below its own; `quantize` is one layer in which descent builds on gptq
 LAYERS = [
     {"errors", "__init__", "demo"},
-    {"files", "progress", "memory", "curvature", "checks"},
+    {"files", "progress", "memory", "curvature", "checks", "snippets"},
     {"bitpack", "activations", "checkpoint", "recipe", "calibrate", "output", "card"},
     {"parts", "skeleton", "locate", "defaults", "fingerprint"},
     {"plan", "blocks", "recipes", "rewrite"},

@@ -27,7 +27,6 @@ from llmsqueeze.plan import Plan
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
-SHAPE_NBYTES = 16  # of a linear's `weight_shape`
 NAMES = {"codes": "weight_packed", "scale": "weight_scale"}
 
 
