@@ -24,7 +24,8 @@ HEADS = {
 def main() -> None:
     for file in sys.argv[1:]:
         results = json.loads(Path(file).read_text())
-        print(allocations(results) if "table" in results[0] else methods(results))
+        kind = allocations if "table" in results[0] else sizes if "size" in results[0] else methods
+        print(kind(results))
 
 
 def methods(results: list[dict[str, Any]]) -> str:
@@ -40,6 +41,35 @@ def methods(results: list[dict[str, Any]]) -> str:
     ]
     for name in names:
         lines.append(f"| {name} | " + " | ".join(cell(cells.get((name, bits))) for bits in widths) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def sizes(results: list[dict[str, Any]]) -> str:
+    """Rows of `below_three.py` by name, a column per size."""
+    wanted = sorted({row["size"] for row in results})
+
+    # the width and the group size that a name carries differ from size to size
+    def plain(row: dict[str, Any]) -> str:
+        return re.sub(r" \d bit g\d+", "", row["name"])
+
+    names = list(dict.fromkeys(plain(row) for row in results))
+    cells = {(plain(row), row["size"]): row for row in results}
+    lines = [
+        f"### {results[0]['model']}",
+        "",
+        "| | " + " | ".join(f"{size} bits: bpw | loss | KL" for size in wanted) + " |",
+        "|---|" + "---:|---:|---:|" * len(wanted),
+    ]
+    for name in names:
+        found = [cells.get((name, size)) for size in wanted]
+        shown = [
+            "| | "
+            if row is None
+            else f"{row['bits_per_weight']:.2f} | {row['nll_difference']:.4f} ± {row['nll_difference_stderr']:.4f} | "
+            f"{row['kl_mean']:.4f}"
+            for row in found
+        ]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 

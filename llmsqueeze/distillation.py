@@ -14,7 +14,7 @@ from llmsqueeze.errors import RecipeError, nearest
 LOSSES = ("kd", "dad")
 TRAINABLE = ("scales", "norms", "lowrank", "codes")
 TARGETS = ("stream", "inputs")
-WISH = 3.0  # levels over a run at the full rate
+WISH, WISH_STEP = 3.0, 0.03  # levels over a run at the full rate, and the most at a step
 LAST = 0.1  # of the learning rate is left at the end
 
 
@@ -50,8 +50,8 @@ class Distillation:
         return LAST + (1 - LAST) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def wish(self, step: int) -> float:
-        """How far a code with a gradient of mean size is drawn at a step, in levels: the same over any run."""
-        return WISH * self.rate(step) / self.steps
+        """How far a code with a gradient of mean size is drawn at a step, in levels: the same over any long run."""
+        return self.rate(step) * min(WISH / self.steps, WISH_STEP)
 
     @property
     def text(self) -> dict[str, Any]:
@@ -95,8 +95,10 @@ def make_distillation(given: Mapping[str, Any]) -> Distillation:
         wrong += _contradictions(made, values)
     if wrong:
         raise RecipeError("\n       ".join(wrong))
-    if made.blockwise and "steps" not in values:
-        made = dataclasses.replace(made, steps=200)
+    if made.blockwise:
+        # codes cost memory, but only a block's; and a block has fewer of them to learn from
+        steps, train = values.get("steps", 200), values.get("train", TRAINABLE)
+        made = dataclasses.replace(made, steps=steps, train=train)
     return made
 
 
