@@ -281,6 +281,26 @@ def show(
 
 
 @app.command()
+def check(
+    folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
+    target: Annotated[str | None, typer.Option(help="native, transformers or vllm. [all]")] = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check that FOLDER is whole and sound, and what opens it; no model is run."""
+    with friendly(debug):
+        from llmsqueeze import report
+        from llmsqueeze.checking import check as check_folder
+
+        hush()
+        result = check_folder(folder, target, trust_remote_code)
+        print_result(result, as_json, report.print_check)
+        if not result["sound"] or (target and result["verdicts"][target]):
+            raise typer.Exit(2)
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder that llmsqueeze wrote")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, owner/name")],

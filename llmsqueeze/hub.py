@@ -80,16 +80,16 @@ def check_folder(directory: Path) -> list[str]:
             f"'{directory}' is the unfinished output of `llmsqueeze quantize`; run that command again to "
             f"make it whole, then push '{name.removesuffix('.partial')}'"
         )
-    read_sidecar(directory)
+    told = read_sidecar(directory).get("format", "llmsqueeze")
     config = directory / "config.json"
     if not config.is_file():
         raise CheckpointError(f"'{directory}' has no config.json; run `llmsqueeze quantize` again to write it")
     quantization = read_json(config).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method != "llmsqueeze":
+    if method not in ("llmsqueeze", "compressed-tensors", None) or (method or "dense") != told:
         raise UnsupportedError(
-            f"'{config}' has quant_method {method!r}; push handles only 'llmsqueeze' "
-            "(`hf upload` uploads any other folder)"
+            f"'{config}' has quant_method {method!r} where {SIDECAR} says {told!r}; push handles only what llmsqueeze "
+            "writes (`hf upload` uploads any other folder)"
         )
     return _shards(directory)
 

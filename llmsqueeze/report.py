@@ -337,5 +337,22 @@ def print_contents(contents: dict[str, Any]) -> None:
             out.print(f"    {key}: {json.dumps(value)}", soft_wrap=True, markup=False)
 
 
+def print_check(result: dict[str, Any]) -> None:
+    """What `check` found: a verdict per target, then what is wrong and what is good to know."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    names = {"native": "llmsqueeze.load", "transformers": "stock transformers", "vllm": "vLLM"}
+    for target, why in result["verdicts"].items():
+        table.add_row(names[target], f"does not open it: {why}" if why else "opens it, by all that is written here")
+    for error in result["errors"][:20]:
+        table.add_row("error", error)
+    for note in result["notes"]:
+        table.add_row("note", note)
+    out = console()
+    out.print(f"{result['folder']}: format {result['format']}, {'sound' if result['sound'] else 'not sound'}")
+    out.print(table)
+
+
 def print_error(message: str) -> None:
     console(stderr=True).print(f"error: {message}", style="red", markup=False, soft_wrap=not sys.stderr.isatty())

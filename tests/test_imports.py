@@ -29,7 +29,7 @@ LAYERS = [
     {"training"},
     {"blockwise"},
     {"evaluate", "trial"},
-    {"planning", "search", "distilling", "exporting"},
+    {"planning", "search", "distilling", "exporting", "checking"},
     {"run", "options", "terminal"},
     {"cli"},
 ]
