@@ -78,10 +78,21 @@ def distill(
         progress.note("nothing that was tried is better than what there was: the result is the same folder again")
     write(student, best, record_of(job, settings, state), out, overwrite)
     shutil.rmtree(work, ignore_errors=True)
+    return summary_of(job, settings, state, folder, out) | {
+        "nbytes": student.nbytes,
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_mb": peak_memory_mb(),
+        "peak_device_memory_mb": peak_device_memory_mb(str(place)),
+    }
+
+
+def summary_of(job: Job, settings: Distillation, state: State, folder: str, out: Path) -> dict[str, Any]:
+    """What the command says of how it went."""
+    assert job.calibration is not None
     return {
         "out": str(out),
         "model": folder,
-        "teacher": original.model,
+        "teacher": job.source.model,
         "loss": "blockwise" if settings.blockwise else settings.loss,
         "steps": state.step,
         "best_step": state.best_step,
@@ -90,11 +101,7 @@ def distill(
         "codes_moved": state.moved,
         "guarded": state.guarded,
         "stopped": state.stopped,
-        "nbytes": student.nbytes,
-        "calibration": text.as_dict(),
-        "seconds": round(time.monotonic() - start, 3),
-        "peak_memory_mb": peak_memory_mb(),
-        "peak_device_memory_mb": peak_device_memory_mb(str(place)),
+        "calibration": job.calibration.as_dict(),
     }
 
 

@@ -6,7 +6,7 @@ part has no place there. dense: the sum of the parts as an ordinary checkpoint, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,7 @@ def export(
 
     Raises UnsupportedError where a part would be lost, naming the first.
     """
-    target = choice(TARGETS)("target", target)
-    if dtype is not None:
-        dtype = choice(tuple(DTYPES))("dtype", dtype)
-        if target != "dense":
-            raise RecipeError(f"dtype {dtype} goes with --to dense; {target} keeps the model's own")
+    target, dtype = checked(target, dtype)
     source, progress = Path(folder), progress or Progress()
     if not source.is_dir():
         raise RecipeError(f"{source} is no folder; export converts one that llmsqueeze wrote")
@@ -65,10 +61,45 @@ def export(
         config["quantization_config"] = portable_config(model, entries)
     elif dtype is not None:
         config["dtype"] = parts.dtype_name(DTYPES[dtype])
+    record = read_json_if_there(source / SIDECAR)
+    stored = {name for entry in entries.values() for name in entry.tensors}
+    kept = checkpoint.nbytes - sum(checkpoint.tensors[name].nbytes for name in stored)
+    numel = sum(rows * cols for rows, cols in (entry.shape for entry in entries.values()))
+
+    def sidecar(nbytes: int) -> Mapping[str, Any]:
+        return record | {"nbytes": nbytes, "bits_per_weight": round((nbytes - kept) * 8 / numel, 6), "format": target}
+
+    needed = 2 * checkpoint.nbytes if target == "compressed-tensors" else dense_nbytes(entries, dtype) + kept
+    shard_of = converter(checkpoint, entries, target, dtype, transposed)
+    nbytes = rewrite(checkpoint, out, needed, overwrite, shard_of, config, sidecar, progress)
+    return {
+        "out": str(out),
+        "model": folder,
+        "target": target,
+        "nbytes_before": checkpoint.nbytes,
+        "nbytes": nbytes,
+        "linears": len(entries),
+    }
+
+
+def checked(target: str, dtype: str | None) -> tuple[str, str | None]:
+    """What was asked for, if there is such a thing. Raises RecipeError."""
+    target = choice(TARGETS)("target", target)
+    if dtype is not None:
+        dtype = choice(tuple(DTYPES))("dtype", dtype)
+        if target != "dense":
+            raise RecipeError(f"dtype {dtype} goes with --to dense; {target} keeps the model's own")
+    return target, dtype
+
+
+def converter(
+    checkpoint: Checkpoint, entries: Mapping[str, Entry], target: str, dtype: str | None, transposed: set[str]
+) -> Callable[[list[str]], dict[str, Tensor]]:
+    """Names of the tensors in a file -> those of the new file; a linear goes where the first of its tensors was."""
     owner = {name: linear for linear, entry in entries.items() for name in entry.tensors}
     first = {entry.tensors[0] for entry in entries.values()}
 
-    def replaced(names: list[str]) -> dict[str, Tensor]:
+    def shard_of(names: list[str]) -> dict[str, Tensor]:
         held: dict[str, Tensor] = {}
         for name in names:
             if name not in owner:
@@ -78,23 +109,7 @@ def export(
                 held |= converted(checkpoint, linear, entries[linear], target, dtype, linear in transposed)
         return held
 
-    record = read_json_if_there(source / SIDECAR)
-    kept = checkpoint.nbytes - sum(checkpoint.tensors[name].nbytes for name in owner)
-
-    def sidecar(nbytes: int) -> Mapping[str, Any]:
-        numel = sum(rows * cols for rows, cols in (entry.shape for entry in entries.values()))
-        return record | {"nbytes": nbytes, "bits_per_weight": round((nbytes - kept) * 8 / numel, 6), "format": target}
-
-    needed = 2 * checkpoint.nbytes if target == "compressed-tensors" else dense_nbytes(entries, dtype) + kept
-    nbytes = rewrite(checkpoint, out, needed, overwrite, replaced, config, sidecar, progress)
-    return {
-        "out": str(out),
-        "model": folder,
-        "target": target,
-        "nbytes_before": checkpoint.nbytes,
-        "nbytes": nbytes,
-        "linears": len(entries),
-    }
+    return shard_of
 
 
 def refuse_loss(source: Path, entries: Mapping[str, Entry], transposed: set[str]) -> None:

@@ -18,52 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze import bitpack, parts
+from llmsqueeze.compensate.adjusted import Adjusted, scale_of
 from llmsqueeze.parts import Affine, DualBinary, LowRank, Sparse, Spec
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.parts.grid import onto_rows
 from llmsqueeze.quantize import dual_binary
-from llmsqueeze.quantize.grids import storable
-
-
-class Adjusted(nn.Module):
-    """A tensor as `start + delta * unit`, delta being trained; `unit` is a number or as large as the tensor.
-
-    With `as_stored` it has the value that the file will hold. A `scale` that was not 0 never becomes it.
-    """
-
-    start: Tensor
-    unit: Tensor
-
-    def __init__(self, start: Tensor, unit: Tensor | float, dtype: torch.dtype, scale: bool = False) -> None:
-        super().__init__()
-        self.dtype, self.scale, self.as_stored = dtype, scale, False
-        self.register_buffer("start", start.float(), persistent=False)
-        self.register_buffer("unit", torch.as_tensor(unit, dtype=torch.float32, device=start.device), persistent=False)
-        self.delta = nn.Parameter(torch.zeros_like(self.start))
-
-    def forward(self) -> Tensor:
-        return self.stored().float() if self.as_stored else torch.addcmul(self.start, self.delta, self.unit)
-
-    @torch.no_grad()
-    def stored(self) -> Tensor:
-        """The value in its dtype in the file, finite."""
-        limits = torch.finfo(self.dtype)
-        value = torch.addcmul(self.start, self.delta, self.unit).clamp(-limits.max, limits.max)
-        if self.scale:
-            tiny = torch.full_like(value, torch.finfo(torch.float32).tiny).copysign(self.start)
-            kept = storable(torch.where(value == 0, tiny, value), self.dtype)
-            value = torch.where(self.start == 0, value, kept)
-        return value.to(self.dtype)
-
-    @torch.no_grad()
-    def put(self, value: Tensor) -> None:
-        """Makes `value` the current one, where it is not so already."""
-        self.delta.copy_(torch.where(self.forward() == value, self.delta, (value - self.start) / self.unit))
-
-
-def scale_of(stored: Tensor) -> Adjusted:
-    """A scale, trained relative to itself."""
-    return Adjusted(stored, stored.float().abs().clamp(min=torch.finfo(torch.float32).tiny), stored.dtype, True)
 
 
 class TrainedCodes(nn.Module):
