@@ -145,6 +145,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row("predicted", promise(summary["predicted_loss_increase"]))
     if "kl_before" in summary:
         table.add_row("distilled", divergence(summary))
+    elif summary["method"] == "dbllm":
+        command = shlex.join(["llmsqueeze", "distill", summary["out"]])
+        table.add_row("next", f"{command} trains the scales, as the paper does")
     if "rounds" in summary:
         found = f"perplexity {100 * summary['perplexity_increase']:+.2f} %, KL {summary['kl_mean']:.4f}"
         table.add_row("on held-back text", f"{found} (measured, {len(summary['rounds'])} sizes tried)")
