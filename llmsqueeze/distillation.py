@@ -95,10 +95,8 @@ def make_distillation(given: Mapping[str, Any]) -> Distillation:
         wrong += _contradictions(made, values)
     if wrong:
         raise RecipeError("\n       ".join(wrong))
-    if made.blockwise:
-        # codes cost memory, but only a block's; and a block has fewer of them to learn from
-        steps, train = values.get("steps", 200), values.get("train", TRAINABLE)
-        made = dataclasses.replace(made, steps=steps, train=train)
+    if made.blockwise and "steps" not in values:
+        made = dataclasses.replace(made, steps=200)
     return made
 
 

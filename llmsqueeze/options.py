@@ -93,7 +93,7 @@ DISTILLATION: dict[str, Any] = {
     "lr": Annotated[Real, typer.Option(help="Learning rate, relative to what is trained. [0.005]")],
     "weight": Annotated[Real, typer.Option(help="For dad: how much ambiguity counts. [1]")],
     "gamma": Annotated[Real, typer.Option(help="For dad: power of the ambiguity. [1]")],
-    "train": Annotated[Text, typer.Option(help="Of scales, norms, lowrank, codes. [all but codes; blockwise all]")],
+    "train": Annotated[Text, typer.Option(help="Of scales, norms, lowrank, codes. [scales,norms,lowrank]")],
     "batch_size": Annotated[Whole, typer.Option(help="Samples in a step. [4]")],
     "moves": Annotated[Real, typer.Option(help="With codes: share of them that a step may move. [0.01]")],
     "blockwise": Annotated[

@@ -106,7 +106,8 @@ def folder_name(source: Source, recipe: Recipe) -> Path:
     """`<model>-3bit`, or what else the budget is called."""
     name = Path(source.model).expanduser().resolve().name
     if recipe.size is not None:
-        return Path(f"{name}-{recipe.size / 1e9:.3g}GB")
+        unit, label = next((u, s) for u, s in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if recipe.size >= u)
+        return Path(f"{name}-{recipe.size / unit:.4g}{label}")
     if recipe.bounded:
         return Path(f"{name}-smallest")
     return Path(f"{name}-{recipe.bits or recipe.code_bits:g}bit")

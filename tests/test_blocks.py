@@ -61,7 +61,7 @@ def ordinary_gradients(folder: Path, rows: list[Tensor], dtype: torch.dtype) -> 
         logits = model(input_ids=tokens, use_cache=False).logits
         losses.append(nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]))
     torch.stack(losses).sum().backward()
-    return [float(loss) for loss in losses], model
+    return [float(loss.detach()) for loss in losses], model
 
 
 def largest_difference(walked: dict[str, Tensor], model: nn.Module) -> float:
