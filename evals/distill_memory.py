@@ -18,9 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memory import MAKE, python, run
-
-from llmsqueeze.demo import MODEL_DIR
+from memory import make_model, python, run
 
 ORDINARY = """
 import json, sys, torch
@@ -56,10 +54,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, Any]:
-    model, student = folder / f"random-{layers}", folder / f"student-{layers}"
-    python(MAKE, str(model), *map(str, (layers, args.hidden, args.ffn, args.vocab)))
-    for file in MODEL_DIR.glob("tokenizer*"):
-        shutil.copy(file, model)
+    model, student = make_model(args, folder, layers), folder / f"student-{layers}"
     command = [sys.executable, "-m", "llmsqueeze.cli"]
     run([*command, "quantize", str(model), "--method", "rtn", "--bits", "2", "--out", str(student), "--json", "-q"])
     found = {"ordinary": json.loads(python(ORDINARY, str(model)))["peak_memory_mb"]}

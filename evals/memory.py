@@ -68,10 +68,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, object]:
-    model, out = folder / f"random-{layers}", folder / f"compressed-{layers}"
-    python(MAKE, str(model), *map(str, (layers, args.hidden, args.ffn, args.vocab)))
-    for file in MODEL_DIR.glob("tokenizer*"):
-        shutil.copy(file, model)
+    model, out = make_model(args, folder, layers), folder / f"compressed-{layers}"
     ordinary = json.loads(python(ORDINARY, str(model), args.device))
     print(f"{layers} layers, ordinary: {ordinary}", file=sys.stderr, flush=True)
     nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -93,6 +90,15 @@ def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, ob
         "ordinary_backward_device_mb": ordinary["peak_device_memory_mb"],
         "quantize_seconds": ours["seconds"],
     }
+
+
+def make_model(args: argparse.Namespace, folder: Path, layers: int) -> Path:
+    """A random model of that depth, with the demo's tokenizer."""
+    model = folder / f"random-{layers}"
+    python(MAKE, str(model), *map(str, (layers, args.hidden, args.ffn, args.vocab)))
+    for file in MODEL_DIR.glob("tokenizer*"):
+        shutil.copy(file, model)
+    return model
 
 
 def run_until(command: list[str], out: Path, blocks: int) -> dict[str, float]:

@@ -88,6 +88,14 @@ class Walk:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def through(self, index: int, inputs: Activations, tensors: dict[str, Tensor] | None = None) -> Activations:
+        """Block `index` on every sample's input, as `run` does it, without gradients; `inputs` are left as they are."""
+        outputs = Activations(self.spill)
+        with torch.no_grad():
+            for sample, hidden in enumerate(inputs.each(self.device)):
+                outputs.append(self.run(index, sample, hidden, tensors))
+        return outputs
+
     def head_gradient(self, hidden: Tensor, tokens: Tensor, draw: Tensor | None = None) -> tuple[float, Tensor]:
         """Mean next-token loss (nats) of `tokens` [1, length] and its gradient at `hidden`, the last block's output.
 

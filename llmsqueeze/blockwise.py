@@ -23,19 +23,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmsqueeze import parts
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.compensate.distill import teacher_losses, token_losses
+from llmsqueeze.compensate.distill import divergences
 from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.distillation import Distillation
-from llmsqueeze.errors import CheckpointError, OutputError
+from llmsqueeze.errors import CheckpointError
+from llmsqueeze.files import whole_file
+from llmsqueeze.formats.entries import read_entries
 from llmsqueeze.observe import as_rows
 from llmsqueeze.progress import Progress
 from llmsqueeze.skeleton import Skeleton
 from llmsqueeze.teacher import answers, together
-from llmsqueeze.training import Answers, State, batch_of
+from llmsqueeze.training import BETAS, Answers, State, batch_of, set_rate
 
 CHECKS = 5  # measurements on held-back samples, per block
 
@@ -56,15 +57,12 @@ class StudentBlock:
         self, skeleton: Skeleton, student: Checkpoint, index: int, train: frozenset[str], device: torch.device
     ) -> None:
         self.skeleton, self.prefix = skeleton, skeleton.blocks[index] + "."
-        entries = student.config["quantization_config"]["weights"]
+        entries = read_entries(student)
         weights = {}
         for name in (name for name in skeleton.linears[index] if name in entries):
-            (rows, cols), specs = entries[name]["shape"], entries[name]["parts"]
-            tensors = [
-                {t: student.read_raw(f"{name}.parts.{i}.{t}").to(device) for t in parts.layout((rows, cols), spec)}
-                for i, spec in enumerate(specs)
-            ]
-            weights[name] = TrainedWeight((rows, cols), specs, tensors, train)
+            entry = entries[name]
+            tensors = [{kind: student.read_raw(n).to(device) for kind, n in names.items()} for names in entry.names]
+            weights[name] = TrainedWeight(entry.shape, entry.specs, tensors, train)
         replaced = {f"{name}.weight" for name in weights}
         names = [name for name in skeleton.names_in(skeleton.blocks[index]) if name not in replaced]
         stored = {name: student.read_raw(name).to(device) for name in names}
@@ -109,10 +107,10 @@ def train_blocks(
         for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
             block = StudentBlock(skeleton, student, index, train, device)
             targets = Activations(spill)
-            with walk.resident_block(index), torch.no_grad():
-                ahead = run_all(walk, index, original, None, spill)
+            with walk.resident_block(index):
+                ahead = walk.through(index, original)
                 if settings.targets == "inputs":
-                    targets = run_all(walk, index, compressed, None, spill)
+                    targets = walk.through(index, compressed)
             wanted = targets if settings.targets == "inputs" else ahead
             done = trained_before(work, index)
             if done is None:
@@ -122,8 +120,7 @@ def train_blocks(
             state.moved += tally.moved
             state.guarded += tally.guarded
             state.stopped = state.stopped or tally.stopped
-            with torch.no_grad():
-                behind = run_all(walk, index, compressed, block.overlay(stored), spill)
+            behind = walk.through(index, compressed, block.overlay(stored))
             for stream in {id(s): s for s in (original, compressed, targets)}.values():
                 stream.clear()
             original, compressed = ahead, behind
@@ -155,8 +152,7 @@ def train_block(
     groups = trained.parameter_groups(settings.lr)
     if not groups:
         return {}, tally
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
     apart = range(count, len(walk.samples))
 
     def measured() -> float:
@@ -168,8 +164,7 @@ def train_block(
     best, numbers = trained.stored(), [torch.tensor([i]) for i in range(count)]
     every = max(1, settings.steps // CHECKS)
     for step in range(1, settings.steps + 1):
-        for group, full in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = full * settings.rate(step - 1)
+        set_rate(optimizer, settings.rate(step - 1))
         optimizer.zero_grad()
         batch = [int(i) for i in batch_of(numbers, settings, step - 1)]
         tensors = block.tensors()
@@ -199,16 +194,6 @@ def mismatch(
     return (found - wanted).square().sum() / (wanted - hidden).square().sum().clamp(min=1e-12)
 
 
-def run_all(
-    walk: Walk, index: int, inputs: Activations, tensors: dict[str, Tensor] | None, spill: Spill
-) -> Activations:
-    """The block's outputs for all samples."""
-    outputs = Activations(spill)
-    for sample, hidden in enumerate(inputs.each(walk.device)):
-        outputs.append(walk.run(index, sample, hidden, tensors))
-    return outputs
-
-
 def divergence(
     skeleton: Skeleton,
     student: Checkpoint,
@@ -228,14 +213,14 @@ def divergence(
         for index in range(len(skeleton.blocks)):
             block = StudentBlock(skeleton, student, index, frozenset(("scales", "norms", "lowrank", "codes")), device)
             mine = {name: t for name, t in stored.items() if name.startswith(block.prefix)}
-            ahead = run_all(walk, index, hidden, block.overlay(mine), spill)
+            ahead = walk.through(index, hidden, block.overlay(mine))
             hidden.clear()
             hidden = ahead
         with walk.resident_head():
             for row, last in zip(apart, hidden.each(device), strict=True):
                 logits = torch.cat([part for _, part in walk.logits(last)], dim=1)
                 teacher = together([answers(*answered, row)], device)
-                total += float((token_losses(logits, teacher) - teacher_losses(teacher)).double().sum())
+                total += float(divergences(logits, teacher).double().sum())
                 tokens += len(logits)
     return total / tokens if math.isfinite(total) else math.inf
 
@@ -246,13 +231,9 @@ def block_file(work: Path, index: int) -> Path:
 
 def keep_block(work: Path, index: int, stored: dict[str, Tensor], tally: Tally) -> None:
     """Writes what was trained of a finished block."""
-    half = block_file(work, index).with_suffix(".half")
-    try:
-        held = {name: tensor.contiguous() for name, tensor in stored.items()}
+    held = {name: tensor.contiguous() for name, tensor in stored.items()}
+    with whole_file(block_file(work, index)) as half:
         save_file(held, half, {"tally": json.dumps(asdict(tally))})
-        half.rename(block_file(work, index))
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {block_file(work, index)}: {error}") from error
 
 
 def trained_before(work: Path, index: int) -> tuple[dict[str, Tensor], Tally] | None:

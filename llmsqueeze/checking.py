@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from llmsqueeze import bitpack, parts
@@ -22,7 +21,7 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
 from llmsqueeze.parts import Affine, DualBinary, LowRank, Sparse, spec_grid
 from llmsqueeze.quantize import dual_binary
-from llmsqueeze.skeleton import empty_model, load_config
+from llmsqueeze.skeleton import all_linears, empty_model, load_config
 
 TARGETS = ("native", "transformers", "vllm")
 # what vLLM makes one linear of, by the last part of their names
@@ -149,11 +148,10 @@ def _of_part(
         yield from _beyond(names["plane1"], held["plane1"], cols)
         yield from _beyond(names["plane2"], held["plane2"], cols)
     elif spec["part"] == Sparse.kind:
-        index = held["index"].long() & (0xFFFF if held["index"].dtype == torch.int16 else -1)
-        counts = held["row_count"].long() & (0xFFFF if held["row_count"].dtype == torch.int16 else -1)
-        if int(counts.sum()) != spec["count"]:
-            yield f"{names['row_count']} counts {int(counts.sum())} outliers; there are {spec['count']}"
-        if len(index) and int(index.max()) >= cols:
+        part = Sparse.restore(entry.shape, spec, held)
+        if int(part.counts.sum()) != spec["count"]:
+            yield f"{names['row_count']} counts {int(part.counts.sum())} outliers; there are {spec['count']}"
+        if len(part.columns) and int(part.columns.max()) >= cols:
             yield f"{names['index']} points beyond the {cols} columns of {linear}"
     elif spec["part"] != LowRank.kind:
         yield f"{linear} holds a part of kind {spec['part']}, which is not known"
@@ -188,7 +186,7 @@ def _obstacles(checkpoint: Checkpoint, entries: Mapping[str, Entry], model: nn.M
 def _ignored(checkpoint: Checkpoint, entries: Mapping[str, Entry], model: nn.Module) -> Iterator[str]:
     """Every linear is either a target or ignored."""
     ignored = set(checkpoint.config["quantization_config"].get("ignore", []))
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = all_linears(model)
     for name in sorted(linears - set(entries) - ignored):
         yield f"{name} is neither a target nor on the ignore list"
     for name in sorted(ignored - linears):
@@ -199,7 +197,7 @@ def _ignored(checkpoint: Checkpoint, entries: Mapping[str, Entry], model: nn.Mod
 
 def _for_vllm(entries: Mapping[str, Entry], model: nn.Module, found: Found) -> None:
     """Fused linears agree; groups that its kernels take; over how many devices the groups can be divided."""
-    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = all_linears(model)
     for name in sorted(names):
         parent, _, leaf = name.rpartition(".")
         for fused in FUSED:

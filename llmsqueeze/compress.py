@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmsqueeze import parts, record
 from llmsqueeze.activations import Activations, Spill
@@ -33,7 +33,7 @@ from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.rounding import compress_weight, group_targets
-from llmsqueeze.skeleton import Skeleton
+from llmsqueeze.skeleton import Skeleton, all_linears
 
 SHARD_BYTES = 1 << 30
 
@@ -149,8 +149,7 @@ def quantization_config(skeleton: Skeleton, plan: Plan, recipe: Recipe) -> dict[
     """What `config.json` says of the compressed linears, in the format that the recipe wants."""
     if not recipe.portable:
         return native.quantization_config(plan)
-    linears = {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
-    return compressed_tensors.config_of(plan, linears - set(plan.weights))
+    return compressed_tensors.config_of(plan, all_linears(skeleton.model) - set(plan.weights))
 
 
 def needed_streams(inputs: Activations | None, recipe: Recipe) -> Streams:

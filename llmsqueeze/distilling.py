@@ -22,10 +22,10 @@ from llmsqueeze.blockwise import train_blocks
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.distillation import Distillation
 from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
-from llmsqueeze.files import SIDECAR, read_json, read_json_if_there
+from llmsqueeze.files import SIDECAR, read_json, read_json_if_there, whole_file
 from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.formats import native
-from llmsqueeze.formats.entries import is_compressed
+from llmsqueeze.formats.entries import is_compressed, read_entries
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.output import check_writable
 from llmsqueeze.parts import LowRank
@@ -142,14 +142,13 @@ def open_student(source: Path) -> Checkpoint:
         )
     if not is_compressed(checkpoint):
         raise UnsupportedError(f"{source} was not compressed by llmsqueeze, so there is nothing to distil")
-    native.weight_entries(config)
+    read_entries(checkpoint)
     return checkpoint
 
 
 def check_trainable(student: Checkpoint, settings: Distillation) -> None:
     """Raises RecipeError if the folder holds nothing of what `train` names."""
-    entries = student.config["quantization_config"]["weights"].values()
-    kinds = {spec["part"] for entry in entries for spec in entry["parts"]}
+    kinds = {spec["part"] for entry in read_entries(student).values() for spec in entry.specs}
     if set(settings.train) == {"lowrank"} and LowRank.kind not in kinds:
         raise RecipeError(f"train lowrank: {student.path} holds no low-rank parts; choose scales, norms or codes too")
 
@@ -177,11 +176,10 @@ def check_teacher(skeleton: Skeleton, student: Checkpoint, source: Path, teacher
             f"{source} was made from {made_from}"
         )
     wrong = f"{source} was made from {made_from}, and {teacher} is another model: "
-    shapes = {n: tuple(entry["shape"]) for n, entry in student.config["quantization_config"]["weights"].items()}
     linears = {name for block in skeleton.linears for name in block}
-    for linear, shape in shapes.items():
-        if linear not in linears or skeleton.shape(linear) != shape:
-            raise RecipeError(f"{wrong}it has no {linear} of {shape[0]} x {shape[1]}")
+    for linear, entry in read_entries(student).items():
+        if linear not in linears or skeleton.shape(linear) != entry.shape:
+            raise RecipeError(f"{wrong}it has no {linear} of {entry.shape[0]} x {entry.shape[1]}")
     if held is None or not torch.equal(student.read(name), skeleton.checkpoint.read(skeleton.sources[name])):
         raise RecipeError(f"{wrong}its embeddings are not those that {source} kept")
 
@@ -206,11 +204,10 @@ def working_folder(out: Path, student: Checkpoint, skeleton: Skeleton, settings:
         return work
     try:
         work.mkdir(parents=True, exist_ok=True)
-        half = work / "settings.half"
-        half.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        half.rename(work / "settings.json")
     except OSError as error:
         raise OutputError(f"cannot write {work}: {error}") from error
+    with whole_file(work / "settings.json") as half:
+        half.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return work
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmsqueeze import parts
@@ -25,7 +25,7 @@ from llmsqueeze.output import check_writable
 from llmsqueeze.parts import spec_grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.rewrite import rewrite
-from llmsqueeze.skeleton import empty_model, is_transposed, load_config
+from llmsqueeze.skeleton import all_linears, empty_model, is_transposed, load_config
 
 TARGETS = ("compressed-tensors", "dense")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -126,9 +126,8 @@ def refuse_loss(source: Path, entries: Mapping[str, Entry], transposed: set[str]
 
 def portable_config(model: PreTrainedModel, entries: Mapping[str, Entry]) -> dict[str, Any]:
     """The quantization config of linears that compressed-tensors can hold; all others are on its ignore list."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     grids = {name: (spec_grid(entry.specs[0]), entry.shape[1]) for name, entry in entries.items()}
-    return compressed_tensors.quantization_config(grids, linears - set(entries))
+    return compressed_tensors.quantization_config(grids, all_linears(model) - set(entries))
 
 
 def converted(

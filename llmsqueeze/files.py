@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.errors import CheckpointError, RecipeError
+from safetensors import SafetensorError
+
+from llmsqueeze.errors import CheckpointError, OutputError, RecipeError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,6 +31,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' holds a {type(value).__name__}; a JSON object is expected")
     return value
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The name to write to; the file appears at `path` when the block ends, whole. Raises OutputError."""
+    half = path.with_suffix(".half")
+    try:
+        yield half
+        half.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
 
 
 def read_yaml(path: Path, what: str) -> Any:

@@ -110,11 +110,8 @@ def advance(walk: Walk, index: int, stream: Activations | None, weights: Mapping
     """The stream behind a resident block that computes with `weights`; the old stream is left as it is."""
     if stream is None:
         return None
-    outputs = Activations(walk.spill)
-    with using(walk.skeleton, weights), torch.no_grad():
-        for sample, hidden in enumerate(stream.each(walk.device)):
-            outputs.append(walk.run(index, sample, hidden))
-    return outputs
+    with using(walk.skeleton, weights):
+        return walk.through(index, stream)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -85,7 +85,7 @@ OPTIONS: dict[str, Any] = {
     "skip": Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave alone; repeatable.")],
     "recipe": Annotated[Text, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options win.")],
 }
-FLAGS = ("per_row", "per_linear", "per_group", "blockwise")
+GRANULARITIES = ("per_row", "per_linear", "per_group")
 
 DISTILLATION: dict[str, Any] = {
     "steps": Annotated[Whole, typer.Option(help="Steps; with --blockwise for every block. [100; blockwise 200]")],
@@ -125,7 +125,7 @@ def _with_options(command: Callable[..., None], taken: dict[str, Any]) -> Callab
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [
-        inspect.Parameter(name, keyword, default=False if name in FLAGS else None, annotation=kind)
+        inspect.Parameter(name, keyword, default=False if get_args(kind)[0] is bool else None, annotation=kind)
         for name, kind in taken.items()
     ]
     first, rest = own[0], [p.replace(kind=keyword) for p in own[1:]]
@@ -145,11 +145,13 @@ def settings_of(given: dict[str, Any]) -> dict[str, Any]:
     """Recipe settings from the options as they were given, over those of the recipe that they name."""
     from llmsqueeze.recipes import find_recipe, read_recipe
 
-    named = [name for name in FLAGS if given.get(name)]
+    named = [name for name in GRANULARITIES if given[name]]
     if len(named) > 1:
         spoken = " contradicts ".join(f"--{name.replace('_', '-')}" for name in named[:2])
         raise RecipeError(f"{spoken}: what gets a width of its own?")
-    settings = {key: value for key, value in given.items() if value not in (None, []) and key not in (*FLAGS, "recipe")}
+    settings = {
+        key: value for key, value in given.items() if value not in (None, []) and key not in (*GRANULARITIES, "recipe")
+    }
     if named:
         settings["granularity"] = named[0].removeprefix("per_")
     base = read_recipe(find_recipe(given["recipe"])) if given["recipe"] else {}

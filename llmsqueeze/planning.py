@@ -53,8 +53,7 @@ def plan(
         "nbytes": job.kept_nbytes + decided.plan.nbytes,
         "predicted_loss_increase": decided.predicted,
     }
-    stored = PROFILE if weights else None
-    write_plan(folder / PLAN, decided.plan, recipe, about, rows_by(recipe), stored)
+    write_plan(folder / PLAN, decided.plan, recipe, about, rows_by(recipe), PROFILE if weights else None)
     points = curve(job.plan, recipe, profile)
     draw(folder, job, decided, points, progress)
     predicted = run_trial(job, folder / PLAN, place, progress) if trial and weights else {}

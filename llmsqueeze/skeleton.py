@@ -258,6 +258,11 @@ def find_linears(model: nn.Module, block: str) -> list[str]:
     return [f"{block}.{name}" for name, module in inside if isinstance(module, nn.Linear) or is_transposed(module)]
 
 
+def all_linears(model: nn.Module) -> set[str]:
+    """Full names of every nn.Linear of the model, the head among them."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module is a linear that stores its weight as [in_features, out_features]."""
     from transformers.pytorch_utils import Conv1D

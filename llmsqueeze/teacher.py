@@ -18,8 +18,8 @@ from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.compensate.distill import Teacher
 from llmsqueeze.errors import OutputError
+from llmsqueeze.files import whole_file
 from llmsqueeze.fingerprint import file_digests, weights_digest
-from llmsqueeze.measure import forward_block
 from llmsqueeze.progress import Progress
 from llmsqueeze.skeleton import Skeleton
 
@@ -59,16 +59,15 @@ def ask(
             walk = Walk(skeleton, missing, spill, torch.float32, device)
             hidden = walk.embed()
             for index in progress.over(range(len(skeleton.blocks)), "teacher", len(skeleton.blocks)):
-                ahead, _ = forward_block(walk, index, hidden)
+                with walk.resident_block(index):
+                    ahead = walk.through(index, hidden)
                 hidden.clear()
                 hidden = ahead
             with walk.resident_head(), torch.no_grad():
                 for row, last in progress.over(zip(missing, hidden.each(device), strict=True), "answers", len(missing)):
                     said = most_likely(walk, last, k)
-                    file = row_file(folder, key, row)
-                    half = file.with_suffix(".half")
-                    save_file({name: value.cpu().contiguous() for name, value in vars(said).items()}, half)
-                    half.rename(file)
+                    with whole_file(row_file(folder, key, row)) as half:
+                        save_file({name: value.cpu().contiguous() for name, value in vars(said).items()}, half)
     except OSError as error:
         raise OutputError(f"cannot keep the teacher's answers in {folder}: {error}") from error
     return key

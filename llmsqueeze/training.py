@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmsqueeze.compensate.distill import distillation_loss, teacher_losses, token_losses
+from llmsqueeze.compensate.distill import distillation_loss, divergences
 from llmsqueeze.compensate.trained import Trained
 from llmsqueeze.distillation import Distillation
-from llmsqueeze.errors import CheckpointError, OutputError, RecipeError
+from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.files import whole_file
 from llmsqueeze.progress import Progress
 from llmsqueeze.student import Student
 from llmsqueeze.teacher import answers, together
@@ -30,6 +31,7 @@ CHECKS = 10  # measurements on held-back samples, over a run
 BATCH_TOKENS = 2048  # that go through the student at once; a batch of more is summed up
 LOGITS_BYTES = 256 << 20  # likewise
 
+BETAS = (0.9, 0.95)  # Adam's
 Answers = tuple[Path, str]  # where the teacher's are, and under which key
 
 
@@ -60,8 +62,7 @@ def train(
     groups = trained.parameter_groups(settings.lr)
     if not groups:
         raise RecipeError(f"train {', '.join(settings.train)} names nothing that the folder holds")
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
     state, best = resume(work, trained, optimizer)
     every = max(1, settings.steps // CHECKS)
     if state.step == 0:
@@ -70,8 +71,7 @@ def train(
         progress.note(f"before: divergence from the teacher on held-back text {state.before:.4f} nats per token")
     progress.stage("distill", settings.steps - state.step)
     while state.step < settings.steps and state.stopped is None:
-        for group, full in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = full * settings.rate(state.step)
+        set_rate(optimizer, settings.rate(state.step))
         loss = step(student, optimizer, batch_of(rows, settings, state.step), settings, answered, state)
         state.step += 1
         if not math.isfinite(loss):
@@ -85,6 +85,12 @@ def train(
             keep(work, trained, optimizer, state, best)
         progress.advance()
     return state, best
+
+
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Sets every group's learning rate to this share of its full one."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["full_lr"] * share
 
 
 def batch_of(rows: Sequence[Tensor], settings: Distillation, step: int) -> list[Tensor]:
@@ -129,7 +135,7 @@ def held_back_divergence(student: Student, rows: Sequence[Tensor], answered: Ans
     with student.trained.as_stored():
         for some in chunks(rows, student.vocabulary):
             teacher = together([answers(*answered, row) for row in some], student.device)
-            losses = token_losses(student.logits(torch.cat(some)), teacher) - teacher_losses(teacher)
+            losses = divergences(student.logits(torch.cat(some)), teacher)
             total += float(losses.double().sum())
             tokens += len(losses)
     return total / tokens if math.isfinite(total) else math.inf
@@ -150,12 +156,8 @@ def keep(
     held |= {f"best.{name}": tensor for name, tensor in best.items()}
     for number, moments in optimizer.state_dict()["state"].items():
         held |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    half = work / f"{STATE}.half"
-    try:
+    with whole_file(work / STATE) as half:
         save_file({name: t.cpu().contiguous() for name, t in held.items()}, half, {"state": json.dumps(asdict(state))})
-        half.rename(work / STATE)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {work / STATE}: {error}") from error
 
 
 def resume(work: Path, trained: Trained, optimizer: torch.optim.Optimizer) -> tuple[State, dict[str, Tensor]]:

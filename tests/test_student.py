@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES
 import llmsqueeze
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
-from llmsqueeze.blockwise import StudentBlock, run_all
+from llmsqueeze.blockwise import StudentBlock
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.compress import quantize
 from llmsqueeze.recipes import make_recipe
@@ -81,7 +81,7 @@ def test_blocks_one_by_one_are_the_model(pair: tuple[Path, Path], rows: list[tor
             tensors = block.tensors()
             for name, tensor in block.overlay(block.trained.stored()).items():
                 assert torch.allclose(tensor, tensors[name], atol=1e-6), name
-            hidden = run_all(walk, index, hidden, tensors, spill)
+            hidden = walk.through(index, hidden, tensors)
         with walk.resident_head():
             for i, row in enumerate(rows):
                 logits = torch.cat([part for _, part in walk.logits(hidden.get(i, CPU))], dim=1)

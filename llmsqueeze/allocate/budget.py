@@ -31,11 +31,21 @@ TRIES = 50
 
 @dataclass(frozen=True)
 class Units:
-    """What gets an option of its own, for linears that share theirs: cost [options, units], bytes [options]."""
+    """What gets an option of its own, for linears that share theirs: cost [options, units], bytes [options].
+
+    The options are sorted by their bytes; `order` [options] has their numbers.
+    """
 
     names: tuple[str, ...]
     cost: Tensor
     nbytes: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], cost: Tensor, nbytes: Tensor) -> Units:
+        """From options in any order."""
+        order = torch.argsort(nbytes, stable=True)
+        return cls(names, cost[order], nbytes[order], order)
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,14 @@ def allocate(
 
     `costs`: name -> [options, rows]; `groups`: the fusion groups. Raises RecipeError where nothing fits.
     """
-    units, order = sorted_units(plan, costs, options, granularity, groups)
+    units = make_units(plan, costs, options, granularity, groups)
     counts = [unit.cost.shape[1] for unit in units]
     steps = best_first([hull_steps(unit.cost, unit.nbytes) for unit in units], counts)
 
     def plan_at(state: Tensor) -> Plan:
         grids = {}
-        for unit, rank, part in zip(units, order, state.split(counts), strict=True):
-            chosen = rank[part]
+        for unit, part in zip(units, state.split(counts), strict=True):
+            chosen = unit.order[part]
             for name in unit.names:
                 grids[name] = row_counts(plan.weights[name], chosen, options)
         return plan.on(grids)
@@ -134,7 +144,7 @@ def make_units(
 
     known = [name for name in plan.weights if name in costs]
     if granularity == "row":
-        return [Units((name,), costs[name].double(), sizes(name)) for name in known]
+        return [Units.of((name,), costs[name].double(), sizes(name)) for name in known]
     shared = [tuple(names) for names in groups] if granularity == "group" else []
     alone = [(name,) for name in known if not any(name in names for names in shared)]
     result = []
@@ -143,22 +153,8 @@ def make_units(
         if held:
             cost = torch.stack([costs[name].double().sum(dim=1) for name in held]).sum(dim=0)
             nbytes = torch.stack([sizes(name) * plan.weights[name].shape[0] for name in held]).sum(dim=0)
-            result.append(Units(tuple(held), cost[:, None], nbytes))
+            result.append(Units.of(tuple(held), cost[:, None], nbytes))
     return result
-
-
-def sorted_units(
-    plan: Plan,
-    costs: Mapping[str, Tensor],
-    options: Sequence[Option],
-    granularity: str,
-    groups: Sequence[Sequence[str]],
-) -> tuple[list[Units], list[Tensor]]:
-    """The units with their options in the order of their bytes, and for each the numbers of the options in it."""
-    units = make_units(plan, costs, options, granularity, groups)
-    order = [torch.argsort(unit.nbytes, stable=True) for unit in units]
-    sorted_ = [Units(u.names, u.cost[rank], u.nbytes[rank]) for u, rank in zip(units, order, strict=True)]
-    return sorted_, order
 
 
 def row_nbytes(weight: WeightPlan, option: Option) -> float:
@@ -220,7 +216,7 @@ def ladder(
     groups: Sequence[Sequence[str]],
 ) -> list[tuple[float, float]]:
     """Bytes and predicted cost after every step of the greedy, from the smallest plan on; row marks are not counted."""
-    units, _ = sorted_units(plan, costs, options, granularity, groups)
+    units = make_units(plan, costs, options, granularity, groups)
     found = [hull_steps(unit.cost, unit.nbytes) for unit in units]
     steps = best_first(found, [unit.cost.shape[1] for unit in units])
     nbytes = sum(float(unit.nbytes[0]) * unit.cost.shape[1] for unit in units)

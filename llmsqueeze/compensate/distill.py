@@ -51,6 +51,11 @@ def teacher_losses(teacher: Teacher) -> Tensor:
     return least - rest.exp() * rest
 
 
+def divergences(logits: Tensor, teacher: Teacher) -> Tensor:
+    """KL(teacher || student) [tokens], nats, over the kept outcomes."""
+    return token_losses(logits, teacher) - teacher_losses(teacher)
+
+
 def token_weights(logits: Tensor, teacher: Teacher, weight: float, gamma: float) -> Tensor:
     """w_i [tokens] before they are brought to a mean of 1; no gradient flows through them."""
     log_q = logits.detach().log_softmax(dim=1)

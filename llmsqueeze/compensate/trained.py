@@ -4,7 +4,7 @@ Scales, zeros, alphas and low-rank factors are `start + delta * unit`, delta bei
 fits all. Codes, where they are trained, get the gradient of the dense weight straight through: every code has a wish,
 in levels, that Adam moves; codes whose wish is beyond half a level go one level that way, at each step only the share
 that wishes most, for a step of all would undo itself, after PV-Tuning (arXiv 2405.14852). Memory: a part's dense
-weight while it is used; with codes, 17 bytes a code.
+weight while it is used; with codes, 9 bytes a code.
 """
 
 from __future__ import annotations
@@ -246,9 +246,10 @@ class Trained:
         wishes = {id(part.wish) for part in self.codes}  # they move by a rule of their own
         every = [p for weight in self.weights.values() for p in weight.parameters()]
         deltas = [p for p in every if p.requires_grad and id(p) not in wishes]
-        groups: list[dict[str, Any]] = [{"params": deltas, "lr": lr}] if deltas else []
+        groups: list[dict[str, Any]] = [{"params": deltas, "lr": lr, "full_lr": lr}] if deltas else []
         for norm in self.norms.values():
-            groups.append({"params": [norm], "lr": lr * (float(norm.detach().abs().mean()) or 1.0)})
+            own = lr * (float(norm.detach().abs().mean()) or 1.0)
+            groups.append({"params": [norm], "lr": own, "full_lr": own})
         return groups
 
     def after_step(self, moves: float, wish: float) -> int:

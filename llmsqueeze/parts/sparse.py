@@ -39,10 +39,20 @@ class Sparse:
         self.put(dense)
         return dense
 
+    @property
+    def columns(self) -> Tensor:
+        """int64 [count]: the column of each entry, row by row."""
+        return _unwrap(self.index)
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [rows]: how many entries each row has."""
+        return _unwrap(self.row_count)
+
     def put(self, dense: Tensor) -> None:
         """Sets the entries in `dense` [rows, cols]."""
-        row = torch.arange(self.shape[0], device=dense.device).repeat_interleave(_unwrap(self.row_count))
-        dense[row, _unwrap(self.index)] = self.value.float()
+        row = torch.arange(self.shape[0], device=dense.device).repeat_interleave(self.counts)
+        dense[row, self.columns] = self.value.float()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"index": self.index, "row_count": self.row_count, "value": self.value}
