@@ -20,7 +20,7 @@ from methods import add_arguments
 
 from llmsqueeze.calibrate import evaluation_text
 from llmsqueeze.compress import quantize
-from llmsqueeze.distillation import make_distillation
+from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.evaluate import evaluate
 from llmsqueeze.recipes import make_recipe

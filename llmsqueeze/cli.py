@@ -160,7 +160,7 @@ def distill(
 ) -> None:
     """Train the scales in a compressed FOLDER until it answers as the original does; the size stays."""
     with friendly(debug):
-        from llmsqueeze.distillation import make_distillation
+        from llmsqueeze.distillation.settings import make_distillation
 
         settings = make_distillation(given)
 

@@ -1,8 +1,8 @@
 """The verb `distill`: a folder that we wrote and its original -> the same folder, trained to answer as that does.
 
-The teacher answers first, and its answers are kept (teacher.py); then the student trains on them, as a whole
-(training.py) or block by block (blockwise.py). What is written in the end is the best that was measured, which may be
-what there was before. Until then everything that a run needs to go on is in `<out>.distill`.
+The teacher answers first, and its answers are kept (distillation/teacher.py); then the student trains on them, as a
+whole (training.py there) or block by block (blockwise.py). What is written in the end is the best that was measured,
+which may be what there was before. Until then everything that a run needs to go on is in `<out>.distill`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.blockwise import train_blocks
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.distillation import Distillation
+from llmsqueeze.distillation.blockwise import train_blocks
+from llmsqueeze.distillation.settings import Distillation
+from llmsqueeze.distillation.student import Student
+from llmsqueeze.distillation.teacher import ask
+from llmsqueeze.distillation.training import State, train
 from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json, read_json_if_there, whole_file
 from llmsqueeze.fingerprint import file_digests, weights_digest
@@ -34,9 +37,6 @@ from llmsqueeze.progress import Progress
 from llmsqueeze.recipes import make_recipe
 from llmsqueeze.rewrite import rewrite
 from llmsqueeze.skeleton import Skeleton
-from llmsqueeze.student import Student
-from llmsqueeze.teacher import ask
-from llmsqueeze.training import State, train
 
 
 def distill(

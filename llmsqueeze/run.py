@@ -73,7 +73,7 @@ def distilled(
     source: Source, recipe: Recipe, first: Path, out: Path, device: str, overwrite: bool, progress: Progress
 ) -> dict[str, Any]:
     """Distils the folder `first` into `out` and removes it; returns what changes in the summary."""
-    from llmsqueeze.distillation import Distillation
+    from llmsqueeze.distillation.settings import Distillation
     from llmsqueeze.distilling import distill
 
     settings = Distillation(

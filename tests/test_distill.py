@@ -21,7 +21,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import llmsqueeze
-from llmsqueeze import blockwise, teacher, training
 from llmsqueeze.calibrate import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.cli import app
 from llmsqueeze.compensate.distill import (
@@ -29,7 +28,8 @@ from llmsqueeze.compensate.distill import (
 )
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo import stories as demo_stories
-from llmsqueeze.distillation import make_distillation
+from llmsqueeze.distillation import blockwise, teacher, training
+from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.progress import Progress

@@ -17,7 +17,7 @@ from llmsqueeze.card import model_card
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
-from llmsqueeze.distillation import make_distillation
+from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.exporting import export

@@ -12,13 +12,13 @@ from conftest import ARCHITECTURES
 import llmsqueeze
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
-from llmsqueeze.blockwise import StudentBlock
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.compress import quantize
+from llmsqueeze.distillation.blockwise import StudentBlock
+from llmsqueeze.distillation.student import Student
+from llmsqueeze.distillation.training import chunks
 from llmsqueeze.recipes import make_recipe
 from llmsqueeze.skeleton import build_skeleton
-from llmsqueeze.student import Student
-from llmsqueeze.training import chunks
 
 CPU = torch.device("cpu")
 EVERYTHING = frozenset(("scales", "norms", "lowrank", "codes"))

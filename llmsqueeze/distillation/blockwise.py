@@ -28,15 +28,15 @@ from llmsqueeze.blocks import Walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compensate.distill import divergences
 from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
-from llmsqueeze.distillation import Distillation
+from llmsqueeze.distillation.settings import Distillation
+from llmsqueeze.distillation.teacher import answers, together
+from llmsqueeze.distillation.training import BETAS, Answers, State, batch_of, set_rate
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
 from llmsqueeze.formats.entries import read_entries
 from llmsqueeze.observe import as_rows
 from llmsqueeze.progress import Progress
 from llmsqueeze.skeleton import Skeleton
-from llmsqueeze.teacher import answers, together
-from llmsqueeze.training import BETAS, Answers, State, batch_of, set_rate
 
 CHECKS = 5  # measurements on held-back samples, per block
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from llmsqueeze.compensate.distill import distillation_loss, divergences
 from llmsqueeze.compensate.trained import Trained
-from llmsqueeze.distillation import Distillation
+from llmsqueeze.distillation.settings import Distillation
+from llmsqueeze.distillation.student import Student
+from llmsqueeze.distillation.teacher import answers, together
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import whole_file
 from llmsqueeze.progress import Progress
-from llmsqueeze.student import Student
-from llmsqueeze.teacher import answers, together
 
 STATE = "state.safetensors"
 CHECKS = 10  # measurements on held-back samples, over a run
