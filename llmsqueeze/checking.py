@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from llmsqueeze import bitpack, parts
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.checks import choice
-from llmsqueeze.errors import RecipeError, SqueezeError
+from llmsqueeze.errors import RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
-from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats import compressed_tensors, gguf, native, peft
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
 from llmsqueeze.parts import Affine, DualBinary, LowRank, Sparse, spec_grid
 from llmsqueeze.quantize import dual_binary
 from llmsqueeze.skeleton import all_linears, empty_model, load_config
 
+FORMATS = (native.METHOD, compressed_tensors.METHOD)
 TARGETS = ("native", "transformers", "vllm")
 # what vLLM makes one linear of, by the last part of their names
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SPLIT_BY_COLUMNS = ("o_proj", "down_proj")  # over which tensor parallelism divides the inputs
 VLLM_GROUPS = (-1, 32, 64, 128)
+LEAST_HEAD = 32
 
 
 @dataclass
@@ -48,9 +50,21 @@ def check(folder: str, target: str | None = None, trust_remote_code: bool = Fals
         raise RecipeError(f"{path} is no folder; check looks at one that llmsqueeze wrote")
     found = Found()
     form = "unknown"
+    told = read_json_if_there(path / SIDECAR).get("format")
+    if told == peft.FORMAT:
+        found.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
+        path = path / peft.BASE
     try:
+        if told == gguf.FORMAT:
+            raise UnsupportedError(
+                f"{path} holds a plan for llama.cpp and no weights; quantize.sh in it makes the model"
+            )
         checkpoint = open_checkpoint(path)
         form = form_of(checkpoint)
+        if form not in (*FORMATS, "dense"):
+            raise UnsupportedError(
+                f"{path} is in {form}, another tool's format; check knows {', '.join(FORMATS)} and dense"
+            )
         entries = read_entries(checkpoint) if is_compressed(checkpoint) else {}
         model = empty_model(path, load_config(path, trust_remote_code), trust_remote_code)
         found.errors += [*names_and_shapes(checkpoint, entries, model), *sizes(checkpoint)]
@@ -59,6 +73,8 @@ def check(folder: str, target: str | None = None, trust_remote_code: bool = Fals
         _obstacles(checkpoint, entries, model, form, found)
     except SqueezeError as error:
         found.errors.append(str(error))
+    if path.resolve().name.endswith(".partial"):
+        found.notes.append("a folder of this name is what a run that did not end well left behind")
     verdicts = {
         one: found.errors[0] if found.errors else "; ".join(found.obstacles[one])
         for one in ([target] if target else TARGETS)
@@ -178,9 +194,6 @@ def _obstacles(checkpoint: Checkpoint, entries: Mapping[str, Entry], model: nn.M
     elif form == compressed_tensors.METHOD:
         found.errors += _ignored(checkpoint, entries, model)
         _for_vllm(entries, model, found)
-    elif form != "dense":
-        for target in TARGETS:
-            found.obstacles[target].append(f"the format {form} is not one that llmsqueeze writes")
 
 
 def _ignored(checkpoint: Checkpoint, entries: Mapping[str, Entry], model: nn.Module) -> Iterator[str]:
@@ -213,6 +226,10 @@ def _for_vllm(entries: Mapping[str, Entry], model: nn.Module, found: Found) -> N
         found.obstacles["vllm"].append(f"its kernels take groups of 32, 64 and 128 or whole rows, not {odd[0]}")
     if widths - {4}:
         found.notes.append(f"vLLM wants a GPU for widths other than 4 (here {', '.join(map(str, sorted(widths)))})")
+    config: Any = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head < LEAST_HEAD:
+        found.notes.append(f"vLLM's attention on a CPU wants heads of {LEAST_HEAD} or more (here {head})")
     whole = [n for n in (1, 2, 4, 8) if all(_divides(name, entry, n) for name, entry in entries.items())]
     found.notes.append(f"tensor parallelism over {', '.join(map(str, whole))} devices keeps groups whole")
 

@@ -58,6 +58,8 @@ class Checkpoint:
 
     def read_raw(self, name: str) -> Tensor:
         """The tensor as stored, unchecked."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} lacks {name}, which its config describes")
         file = self.tensors[name].file
         try:
             with safe_open(file, framework="pt") as handle:

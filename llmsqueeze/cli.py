@@ -11,9 +11,20 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze import __version__
+from llmsqueeze import __version__, cli_results
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.options import settings_of, takes_distillation, takes_recipe
+from llmsqueeze.options import (
+    MODEL_HELP,
+    Debug,
+    Device,
+    Json,
+    Quiet,
+    Revision,
+    TrustCode,
+    settings_of,
+    takes_distillation,
+    takes_recipe,
+)
 from llmsqueeze.terminal import friendly, hush, print_result
 
 app = typer.Typer(
@@ -24,14 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-MODEL_HELP = "Hub id, local folder, or 'demo' (the built-in model)"
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
 
 
 def _version(wanted: bool) -> None:
@@ -58,6 +61,9 @@ def quantize(
     profile: Annotated[Path | None, typer.Option(help="Measurements that `llmsqueeze plan` wrote.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. [./<model>-<bits>bit]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it with what was meant.")
+    ] = True,
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
@@ -83,6 +89,7 @@ def quantize(
                 profile=profile,
                 device=device,
                 overwrite=overwrite,
+                verify=verify,
                 progress=progress,
             )
         print_result(summary, as_json, report.print_summary)
@@ -187,8 +194,10 @@ def distill(
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
-    to: Annotated[str, typer.Option(help="compressed-tensors (stock transformers, vLLM) or dense (anything).")],
-    dtype: Annotated[str | None, typer.Option(help="For dense: bf16, fp16 or fp32. [the model's own]")] = None,
+    to: Annotated[
+        str, typer.Option(help="compressed-tensors (stock transformers, vLLM), dense (anything), peft or gguf-map.")
+    ],
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [dense: the model's own; peft: fp32]")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-<to>]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     trust_remote_code: TrustCode = False,
@@ -215,103 +224,7 @@ def export(
         print_result(summary, as_json, report.print_export)
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP + "; compressed or not")],
-    baseline: Annotated[str | None, typer.Option(help="Model to compare with, usually the original.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, separated by commas; demo_stories is built in.")
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="Text file or Hub data set for perplexity. [WikiText-2 test, unless --tasks]"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with own lm-eval task definitions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for tasks.")] = 8,
-    device: Device = "auto",
-    trust_remote_code: TrustCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Measure MODEL: perplexity, divergence from a baseline, lm-eval tasks."""
-    with friendly(debug):
-        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-        if tasks is not None and not names:
-            raise RecipeError("--tasks is empty; name lm-eval tasks separated by commas, such as piqa,arc_easy")
-
-        from llmsqueeze import evaluate as evaluation
-        from llmsqueeze import report
-        from llmsqueeze.prepare import pick_device
-
-        hush()
-        with report.TerminalProgress(quiet) as progress:
-            result = evaluation.evaluate(
-                model,
-                baseline=baseline,
-                text=evaluation.choose_text(model, text, wanted=text is not None or not names),
-                tasks=names,
-                include_path=include_path,
-                limit=limit,
-                window=seq_len,
-                batch_size=batch_size,
-                device=pick_device(device),
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            ).as_dict()
-        if limit is None:
-            evaluation.remember(model, result)
-        print_result(result, as_json, report.print_evaluation)
-
-
-@app.command()
-def show(
-    folder: Annotated[str, typer.Argument(help="Folder or Hub id that llmsqueeze wrote")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Print what each weight of a compressed folder holds, and its size."""
-    with friendly(debug):
-        from llmsqueeze import report
-        from llmsqueeze.show import contents
-
-        print_result(contents(folder).as_dict(), as_json, report.print_contents)
-
-
-@app.command()
-def check(
-    folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
-    target: Annotated[str | None, typer.Option(help="native, transformers or vllm. [all]")] = None,
-    trust_remote_code: TrustCode = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check that FOLDER is whole and sound, and what opens it; no model is run."""
-    with friendly(debug):
-        from llmsqueeze import report
-        from llmsqueeze.checking import check as check_folder
-
-        hush()
-        result = check_folder(folder, target, trust_remote_code)
-        print_result(result, as_json, report.print_check)
-        if not result["sound"] or (target and result["verdicts"][target]):
-            raise typer.Exit(2)
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="Folder that llmsqueeze wrote")],
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub, owner/name")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Upload a compressed folder to the Hub, with a model card."""
-    with friendly(debug):
-        from llmsqueeze.hub import push as upload
-
-        typer.echo(upload(folder, repo, private))
+cli_results.register(app)
 
 
 def main() -> None:

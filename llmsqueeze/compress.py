@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze import parts, record
+from llmsqueeze import parts, record, verification
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.allocate import gwq
 from llmsqueeze.blocks import Walk
@@ -27,20 +27,24 @@ from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.output import Output, check_writable, output_folder
 from llmsqueeze.parts import LowRank, Part
-from llmsqueeze.plan import Plan
+from llmsqueeze.plan import Plan, unfit, why_native
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.rounding import compress_weight, group_targets
 from llmsqueeze.skeleton import Skeleton, all_linears
+from llmsqueeze.verification import Witness, named
 
 SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `quantize` reports; the JSON names are these. `bits`: mean width of the codes."""
+    """What `quantize` reports; the JSON names are these. `bits`: mean width of the codes. verified: how much of the
+    result was read back and compared; opens: by target why it does not open the result, "" if it does. why_native:
+    what compressed-tensors has no place for; predicted_portable: the loss increase that the same bytes promise there.
+    """
 
     out: str
     model: str
@@ -55,6 +59,11 @@ class Summary:
     seconds: float
     peak_memory_mb: float
     peak_device_memory_mb: float
+    verified: dict[str, float] | None
+    opens: dict[str, str]
+    format: str
+    why_native: str | None
+    predicted_portable: float | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,12 +78,14 @@ def quantize(
     overwrite: bool = False,
     decided: Decision | None = None,
     profile: Profile | None = None,
+    verify: bool = True,
     progress: Progress | None = None,
 ) -> Summary:
-    """Compresses a model into the folder `out`, which appears when all is written.
+    """Compresses a model into the folder `out`, which appears when all is written, checked and, with `verify`, read
+    back and compared with what was meant.
 
     `decided`: a plan made before; `profile`: measurements made before, which serve the recipe. What is not given is
-    made here.
+    made here. Raises VerificationError for a result that is not what was meant, which stays in `<out>.partial`.
     """
     start, progress = time.monotonic(), progress or Progress()
     keep_little()
@@ -91,16 +102,29 @@ def quantize(
         walk = Walk(job.skeleton, job.calibration.rows if job.calibration else [], spill, torch.float32, place)
         inputs = walk.embed() if recipe.needs_text else None
         decided = decided or measure_and_decide(walk, inputs, job, recipe, profile, target, progress)
+        decided = replace(decided, plan=compressed_tensors.settled(decided.plan, recipe.portable))
         for names in outer:
             output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
-        plan, errors = compress_blocks(walk, needed_streams(inputs, recipe), decided, recipe, output, progress)
+        witness = Witness(walk, recipe.seed, progress) if verify else None
+        streams = needed_streams(inputs, recipe)
+        plan, errors = compress_blocks(walk, streams, decided, recipe, output, progress, witness)
         decided = replace(decided, plan=plan)
         write_rest(output, job, recipe, decided, errors)
-    return summarize(job, recipe, decided, output, place, time.monotonic() - start)
+        trust = job.source.trust_remote_code
+        verified = verification.verify(output, witness.meant, place, trust, progress) if witness else None
+        opens = verification.inspected(output, trust)
+    return summarize(job, recipe, decided, output, place, time.monotonic() - start, verified, opens)
 
 
 def summarize(
-    job: Job, recipe: Recipe, decided: Decision, output: Output, place: torch.device, seconds: float
+    job: Job,
+    recipe: Recipe,
+    decided: Decision,
+    output: Output,
+    place: torch.device,
+    seconds: float,
+    verified: dict[str, float] | None,
+    opens: dict[str, str],
 ) -> Summary:
     """What to say of a folder that has been written."""
     plan = decided.plan
@@ -118,7 +142,17 @@ def summarize(
         seconds=round(seconds, 3),
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=peak_device_memory_mb(str(place)),
+        verified=verified,
+        opens=opens,
+        format=compressed_tensors.METHOD if plan.portable else native.METHOD,
+        why_native=None if plan.portable else reason(recipe, job, plan),
+        predicted_portable=None if unfit(recipe, job.skeleton, plan.weights) else decided.predicted_portable,
     )
+
+
+def reason(recipe: Recipe, job: Job, plan: Plan) -> str:
+    """Why a plan is written in our own format."""
+    return why_native(recipe, job.skeleton, plan.weights) or compressed_tensors.barred(plan) or "--native"
 
 
 def measure_and_decide(
@@ -138,16 +172,17 @@ def measure_and_decide(
 def write_rest(output: Output, job: Job, recipe: Recipe, decided: Decision, errors: dict[str, float]) -> None:
     """Everything in the folder beside the shards."""
     output.copy_rest(job.path)
-    config = job.checkpoint.config | {"quantization_config": quantization_config(job.skeleton, decided.plan, recipe)}
+    config = job.checkpoint.config | {"quantization_config": quantization_config(job.skeleton, decided.plan)}
     output.write_json("config.json", config)
-    result = record.outcome(decided, recipe, output.nbytes, job.checkpoint.nbytes, errors)
+    result = record.outcome(decided, output.nbytes, job.checkpoint.nbytes, errors)
     made = record.provenance(job.source, job.path) | record.settings(recipe, job.calibration)
     output.write_json(SIDECAR, made | result)
+    output.finish()
 
 
-def quantization_config(skeleton: Skeleton, plan: Plan, recipe: Recipe) -> dict[str, Any]:
-    """What `config.json` says of the compressed linears, in the format that the recipe wants."""
-    if not recipe.portable:
+def quantization_config(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
+    """What `config.json` says of the compressed linears, in the format of the plan."""
+    if not plan.portable:
         return native.quantization_config(plan)
     return compressed_tensors.config_of(plan, all_linears(skeleton.model) - set(plan.weights))
 
@@ -170,9 +205,10 @@ def compress_blocks(
     recipe: Recipe,
     output: Output,
     progress: Progress,
+    witness: Witness | None = None,
     count: int | None = None,
 ) -> tuple[Plan, dict[str, float]]:
-    """Compresses and writes every block in turn, or the first `count`.
+    """Compresses and writes every block in turn, or the first `count`; `witness` sees what each has become.
 
     Returns the plan as it came out (a compensation that does not help is left out), and each weight's relative output
     error.
@@ -185,6 +221,8 @@ def compress_blocks(
         with walk.resident_block(index):
             original = {name: skeleton.linear(name).weight.data for name in linears}
             made, current = compress_block(walk, index, streams, original, decided, recipe, progress)
+            if witness is not None:
+                witness.see(index, current)
             ahead = Streams(None, None)
             if index + 1 < len(skeleton.blocks):
                 ahead = Streams(
@@ -197,7 +235,7 @@ def compress_blocks(
         streams = ahead
         shard: dict[str, Tensor] = {}
         for name, (weight_parts, error) in made.items():
-            shard |= (compressed_tensors if recipe.portable else native).stored_tensors(name, weight_parts)
+            shard |= (compressed_tensors if plan.portable else native).stored_tensors(name, weight_parts)
             errors[name] = error
             if not any(isinstance(part, LowRank) for part in weight_parts):
                 plan.weights[name] = replace(plan.weights[name], rank=0)
@@ -229,7 +267,8 @@ def compress_block(
             planned, chosen, mask = decided.plan.weights[name], decided.chosen.get(name), None
             if planned.outliers:
                 mask = gwq.outlier_mask(decided.candidates[name], planned.outliers, planned.shape)
-            made, dense, error = compress_weight(group[name], target, planned, curvature, mask, chosen, recipe)
+            with named(name):
+                made, dense, error = compress_weight(group[name], target, planned, curvature, mask, chosen, recipe)
             current[name] = as_rows(skeleton.module(name), dense).contiguous()
             result[name] = made, error
             progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)

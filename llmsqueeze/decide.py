@@ -16,7 +16,7 @@ from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure import Wanted
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, dual_grid, recipe_grid
+from llmsqueeze.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.recipe import Recipe
@@ -29,19 +29,21 @@ class Decision:
     """What will be done with every linear.
 
     chosen: linear -> [rows], which of its grids a row is on, for every mixed linear. candidates: which weights its
-    outliers are. predicted: loss increase in nats per token, where there are costs that promise one.
+    outliers are. predicted: loss increase in nats per token, where there are costs that promise one;
+    predicted_portable: what the same bytes promise where only what compressed-tensors holds is allowed.
     """
 
     plan: Plan
     chosen: Mapping[str, Tensor] = field(default_factory=dict)
     candidates: Mapping[str, Candidates] = field(default_factory=dict)
     predicted: float | None = None
+    predicted_portable: float | None = None
 
 
 def wanted_by(recipe: Recipe) -> Wanted:
     """What the recipe needs to know of the model."""
     return Wanted(
-        options=options_of(recipe) if recipe.needs_costs else (),
+        options=priced(recipe) if recipe.needs_costs else (),
         salience=(recipe.code_bits,) if recipe.needs_salience else (),
         outliers=bool(recipe.outlier_fraction),
         ranks=recipe.buys_ranks,
@@ -66,6 +68,31 @@ def options_of(recipe: Recipe) -> tuple[Option, ...]:
     return tuple(found)
 
 
+def priced(recipe: Recipe) -> tuple[Option, ...]:
+    """`options_of`, and what tells the price of a portable result beside one that is not."""
+    found = options_of(recipe)
+    if recipe.method == "auto" and recipe.portable is None:
+        found += tuple(option for option in options_of(portable_twin(recipe)) if option not in found)
+    return found
+
+
+def portable_twin(recipe: Recipe) -> Recipe:
+    """The same budget of method auto with nothing in it but what compressed-tensors holds."""
+    assert recipe.widths is not None, "the recipe is filled in"
+    return replace(
+        recipe,
+        portable=True,
+        granularity="group",
+        levels="integer",
+        widths=tuple(width for width in recipe.widths if width > 1) or (2,),
+        symmetric=True,
+        row_outliers=None,
+        outliers=0.0,
+        dual=None,
+        lorc_rank=0,
+    )
+
+
 def decide(
     plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
 ) -> Decision:
@@ -78,8 +105,22 @@ def decide(
         plan = _mixllm(plan, profile, recipe, target)
     elif recipe.method == "auto":
         assert target is not None, "method auto has a budget"
-        plan = _auto(plan, profile, recipe, target)
+        decision = with_rows(_auto(plan, profile, recipe, target), profile, recipe)
+        return replace(decision, predicted_portable=_predicted_portable(plan, profile, recipe, target))
     return with_rows(plan, profile, recipe)
+
+
+def _predicted_portable(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> float | None:
+    """What a portable plan of the same bytes promises; None where it is one, or where that was not measured."""
+    twin = portable_twin(recipe)
+    options = options_of(twin)
+    if plan.portable or recipe.importance != "cost" or any(option not in profile.options for option in options):
+        return None
+    bare = Plan({name: replace(w, outliers=0, rank=0, beside=SHAPE_NBYTES) for name, w in plan.weights.items()})
+    try:
+        return profile.predicted(_auto(bare, profile, twin, target), {})
+    except RecipeError:
+        return None  # so few bytes hold none
 
 
 def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:

@@ -49,8 +49,6 @@ def impossible(recipe: Recipe) -> Iterator[str]:
     if recipe.outliers and (halves or low == 1):
         what = f"levels {recipe.levels}" if halves else "low bits 1"
         yield f"{what} contradicts outliers {recipe.outliers:g}: they are pinned to level 0, which it lacks"
-    if recipe.portable and low == 1:
-        yield "portable contradicts low bits 1: compressed-tensors has 2 to 8"
     if recipe.method == "auto" and not recipe.widths:
         yield "no width is left: one bit has half-integer levels only"
 
@@ -163,7 +161,7 @@ def _about_method(recipe: Recipe) -> Iterator[str]:
     if recipe.row_outliers and recipe.outliers:
         yield f"row outliers contradict outliers {recipe.outliers:g}: the allocator chooses them, or a ranking does"
     if recipe.portable:
-        yield from _about_portable(recipe)
+        yield from (f"portable contradicts {what}: {why}" for what, why in unportable(recipe))
 
 
 def _about_dual(recipe: Recipe) -> Iterator[str]:
@@ -182,28 +180,28 @@ def _about_dual(recipe: Recipe) -> Iterator[str]:
         yield "asymmetric contradicts dual levels: each group has two scales and no zero"
 
 
-def _about_portable(recipe: Recipe) -> Iterator[str]:
-    if recipe.method in ("mixllm", "gwq", "dbllm"):
-        yield f"portable contradicts method {recipe.method}: no other runtime opens what it makes"
+def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The settings that compressed-tensors has no place for, and why it has none."""
+    if recipe.method == "mixllm" or recipe.granularity in ("row", "linear"):
+        what = "method mixllm" if recipe.method == "mixllm" else f"per {recipe.granularity}"
+        yield what, "runtimes want one width per fusion group"
+    if recipe.importance == "uniform":
+        yield "importance uniform", "it puts the rows of a linear on two widths"
+    if recipe.outliers or recipe.row_outliers or recipe.method == "gwq":
+        yield ("method gwq" if recipe.method == "gwq" else "outliers"), "no other runtime opens outliers"
     if recipe.lorc_rank:
-        yield f"portable contradicts lorc rank {recipe.lorc_rank}: the factors need an adapter beside the model"
-    if recipe.outliers or recipe.row_outliers:
-        yield "portable contradicts outliers: no other runtime opens them"
-    if recipe.distill_steps:
-        yield (
-            f"portable contradicts distill steps {recipe.distill_steps}: quantize with --per-group --levels integer, "
-            "distil, then `llmsqueeze export --to compressed-tensors`"
-        )
-    if recipe.dual:
-        yield "portable contradicts dual: no other runtime opens two planes"
-    if recipe.granularity in ("row", "linear"):
-        yield f"portable contradicts per {recipe.granularity}: runtimes want one width per fusion group"
+        yield f"lorc rank {recipe.lorc_rank}", "the low-rank factors need an adapter beside the model"
+    if recipe.dual or recipe.method == "dbllm" or recipe.levels == "dual":
+        what = "dual" if recipe.dual else "method dbllm" if recipe.method == "dbllm" else "levels dual"
+        yield what, "no other runtime opens two planes"
+    elif recipe.levels in ("half", "by-width"):
+        yield f"levels {recipe.levels}", "compressed-tensors has integer levels"
     if recipe.symmetric is False:
-        yield "portable contradicts asymmetric: transformers does not open it"
-    if recipe.levels in ("half", "by-width"):
-        yield f"portable contradicts levels {recipe.levels}: compressed-tensors has integer levels"
-    if recipe.widths and recipe.widths[0] == 1:
-        yield "portable contradicts width 1: compressed-tensors has 2 to 8"
+        yield "asymmetric", "transformers does not open zeros"
+    if recipe.low_bits == 1:
+        yield "low bits 1", "compressed-tensors has 2 to 8"
+    if recipe.widths and recipe.widths[0] == 1 and recipe.levels != "integer":
+        yield "width 1", "compressed-tensors has 2 to 8"
 
 
 def _about_budget(recipe: Recipe) -> Iterator[str]:

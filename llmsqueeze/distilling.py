@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze import verification
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.distillation.blockwise import train_blocks
 from llmsqueeze.distillation.settings import Distillation
@@ -27,10 +28,9 @@ from llmsqueeze.distillation.training import State, train
 from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json, read_json_if_there, whole_file
 from llmsqueeze.fingerprint import file_digests, weights_digest
-from llmsqueeze.formats import native
-from llmsqueeze.formats.entries import is_compressed, read_entries
+from llmsqueeze.formats.entries import is_compressed, own_names, read_entries
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
-from llmsqueeze.output import check_writable
+from llmsqueeze.output import Output, check_writable
 from llmsqueeze.parts import LowRank
 from llmsqueeze.prepare import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.progress import Progress
@@ -76,7 +76,7 @@ def distill(
         state, best = train(opened, rows, apart, settings, answered, work, progress)
     if not best:
         progress.note("nothing that was tried is better than what there was: the result is the same folder again")
-    write(student, best, record_of(job, settings, state), out, overwrite)
+    write(student, best, record_of(job, settings, state), out, overwrite, trust_remote_code)
     shutil.rmtree(work, ignore_errors=True)
     return summary_of(job, settings, state, folder, out) | {
         "nbytes": student.nbytes,
@@ -134,12 +134,6 @@ def open_student(source: Path) -> Checkpoint:
     if not source.is_dir():
         raise RecipeError(f"{source} is no folder; distill refines one that `llmsqueeze quantize` wrote")
     checkpoint = open_checkpoint(source)
-    config: Any = checkpoint.config.get("quantization_config")
-    if is_compressed(checkpoint) and config["quant_method"] != native.METHOD:
-        raise UnsupportedError(
-            f"{source} is in {config['quant_method']}, whose scales are not trained here: quantize with --per-group "
-            "--levels integer instead of --portable, distil, then export"
-        )
     if not is_compressed(checkpoint):
         raise UnsupportedError(f"{source} was not compressed by llmsqueeze, so there is nothing to distil")
     read_entries(checkpoint)
@@ -212,13 +206,26 @@ def working_folder(out: Path, student: Checkpoint, skeleton: Skeleton, settings:
 
 
 def write(
-    student: Checkpoint, best: Mapping[str, Tensor], about: Mapping[str, Any], out: Path, overwrite: bool
+    student: Checkpoint,
+    best: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    out: Path,
+    overwrite: bool,
+    trust_remote_code: bool,
 ) -> None:
     """The folder again, with the `best` tensors in the place of those that it had."""
     record = read_json_if_there(student.path / SIDECAR)
     taught = record | {"distillation": [*record.get("distillation", []), dict(about)]}
 
+    stored_as = own_names(read_entries(student))
+    best = {stored_as.get(name, name): tensor for name, tensor in best.items()}
+
     def shard_of(names: list[str]) -> dict[str, Tensor]:
         return {name: best[name] if name in best else student.read_raw(name) for name in names}
 
-    rewrite(student, out, student.nbytes, overwrite, shard_of, student.config, lambda _: taught)
+    def inspect(output: Output) -> None:
+        with verification.doubts(output.partial):
+            verification.read_back(open_checkpoint(output.partial), output.digests)
+        verification.inspected(output, trust_remote_code)
+
+    rewrite(student, out, student.nbytes, overwrite, shard_of, student.config, lambda _: taught, inspect)

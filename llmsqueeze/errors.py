@@ -7,6 +7,7 @@
     +-- CalibrationError    the text cannot serve as calibration or evaluation text
     +-- OutputError         the result cannot be written
     +-- HubError            the Hub cannot be reached, or refuses
+    +-- VerificationError   what was written is not what was meant
 
 A message says what was wrong, the value, what is allowed, and the nearest valid choice.
 """
@@ -43,6 +44,10 @@ class OutputError(SqueezeError):
 
 class HubError(SqueezeError):
     """The Hub cannot be reached, or refuses the request."""
+
+
+class VerificationError(SqueezeError):
+    """What was written, read back, is not what was meant."""
 
 
 def first_line(error: BaseException) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,10 @@ CHUNK = 512  # tokens whose distributions exist in float32 at a time
 
 @dataclass
 class Scores:
-    """One model's scores; None where nothing was measured. The JSON names are these."""
+    """One model's scores; None where nothing was measured. The JSON names are these.
+
+    top1_changed: share of the positions at which the likeliest next token is another than the baseline's.
+    """
 
     model: str
     perplexity: float | None = None
@@ -47,7 +51,16 @@ class Scores:
     tokens: int = 0
     kl_mean: float | None = None
     kl_p99: float | None = None
+    top1_changed: float | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """A task's `<metric>` and `<metric>_stderr`; and metric -> document -> its value, where a document has one."""
+
+    metrics: dict[str, float]
+    documents: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,7 +86,9 @@ class Evaluation:
 
 
 @dataclass
-class _Opened:
+class Opened:
+    """A model in memory, with the name that it was given."""
+
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -100,18 +115,18 @@ def evaluate(
     """
     progress, device = progress or Progress(), device or torch.device("cpu")
     task_objects = find_tasks(tasks, include_path)
-    opened = [_open(name, device, trust_remote_code) for name in (model, baseline) if name is not None]
+    opened = [open_model(name, device, trust_remote_code) for name in (model, baseline) if name is not None]
     scores = [Scores(item.name) for item in opened]
     result = Evaluation(scores[0], scores[1] if baseline else None, text.source if text else None, None)
     if text is not None:
-        context = getattr(opened[0].model.config, "max_position_embeddings", None) or DEFAULT_WINDOW
-        result.window = min(window or min(context, DEFAULT_WINDOW), context)
+        result.window = choose_window(opened[0], window)
         rows = windows(text, opened[0].tokenizer, result.window, tail=True)[:limit]
-        _score_text(opened, rows, result, device, progress)
+        score_text(opened, rows, result, device, progress)
     if task_objects:
         for item, score in zip(opened, scores, strict=True):
             with progress.foreign("tasks"):
-                score.tasks = run_tasks(item.model, item.tokenizer, task_objects, include_path, limit, batch_size)
+                found = run_tasks(item.model, item.tokenizer, task_objects, include_path, limit, batch_size)
+                score.tasks = {name: values.metrics for name, values in found.items()}
     return result
 
 
@@ -124,25 +139,36 @@ def evaluate_rows(
     progress: Progress,
 ) -> Evaluation:
     """Perplexity and KL of `model` against `baseline` on token rows [1, length]."""
-    opened = [_open(name, device, trust_remote_code) for name in (model, baseline)]
+    opened = [open_model(name, device, trust_remote_code) for name in (model, baseline)]
     result = Evaluation(Scores(model), Scores(baseline), None, rows[0].shape[1])
-    _score_text(opened, rows, result, device, progress)
+    score_text(opened, rows, result, device, progress)
     return result
 
 
-def _open(name: str, device: torch.device, trust_remote_code: bool) -> _Opened:
+def open_model(
+    name: str, device: torch.device, trust_remote_code: bool, load: Callable[..., PreTrainedModel] = hf.load
+) -> Opened:
+    """The model and its tokenizer; `load` opens it."""
     with redirect_stderr(StringIO()):  # bars of other libraries
-        loaded = hf.load(name, trust_remote_code=trust_remote_code, device_map={"": device})
-    return _Opened(name, loaded, load_tokenizer(locate(name), trust_remote_code))
+        loaded = load(name, trust_remote_code=trust_remote_code, device_map={"": device})
+    return Opened(name, loaded, load_tokenizer(locate(name), trust_remote_code))
 
 
-def _score_text(
-    opened: list[_Opened], rows: list[Tensor], result: Evaluation, device: torch.device, progress: Progress
+def choose_window(opened: Opened, wanted: int | None) -> int:
+    """Tokens in a window of text: as wanted, but no more than the context, and by default at most 2048."""
+    context = getattr(opened.model.config, "max_position_embeddings", None) or DEFAULT_WINDOW
+    return min(wanted or min(context, DEFAULT_WINDOW), context)
+
+
+def score_text(
+    opened: list[Opened], rows: list[Tensor], result: Evaluation, device: torch.device, progress: Progress
 ) -> None:
+    """Fills in the scores on token rows [1, length], of `opened`'s first model beside its second, if there is one."""
     if len({item.model.config.vocab_size for item in opened}) > 1:
         raise UnsupportedError("model and baseline have vocabularies of different size, so they cannot be compared")
     nll: list[list[Tensor]] = [[] for _ in opened]  # per model, per window: [predicted tokens]
     kl: list[Tensor] = []
+    changed = 0
     batches = list(_batches(rows))
     for batch in progress.over(batches, "text", len(batches)):
         logits = [_logits(item.model, batch.to(device)) for item in opened]
@@ -152,6 +178,7 @@ def _score_text(
             nll[i] += losses.view(labels.shape).cpu().double().unbind()
         if len(opened) > 1:
             kl.append(divergence(logits[1].flatten(0, 1), logits[0].flatten(0, 1)).cpu())
+            changed += int((logits[0].argmax(-1) != logits[1].argmax(-1)).sum())
     for item_nll, score in zip(nll, (result.scores, result.baseline), strict=False):
         assert score is not None
         losses = torch.cat(item_nll)
@@ -162,7 +189,8 @@ def _score_text(
         all_kl = torch.cat(kl).double()
         result.scores.kl_mean = float(all_kl.mean())
         result.scores.kl_p99 = float(all_kl.kthvalue(max(1, math.ceil(0.99 * len(all_kl)))).values)
-        result.baseline.kl_mean = result.baseline.kl_p99 = 0.0
+        result.scores.top1_changed = changed / len(all_kl)
+        result.baseline.kl_mean = result.baseline.kl_p99 = result.baseline.top1_changed = 0.0
         differences = [a - b for a, b in zip(nll[0], nll[1], strict=True)]
         result.nll_difference = float(torch.cat(differences).mean())
         result.nll_difference_stderr = _stderr(differences)
@@ -258,6 +286,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> list[Any]:
     return found
 
 
+@cache
 def _task_manager(include_path: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -271,8 +300,8 @@ def run_tasks(
     include_path: Path | None,
     limit: int | None,
     batch_size: int,
-) -> dict[str, dict[str, float]]:
-    """lm-eval's metrics by task, `<metric>` and `<metric>_stderr`, for a model that is already open."""
+) -> dict[str, TaskScores]:
+    """lm-eval's metrics by task, for a model that is already open."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -285,14 +314,26 @@ def run_tasks(
                 limit=limit,
                 task_manager=_task_manager(include_path),
                 bootstrap_iters=0 if limit == 1 else 1000,
-                log_samples=False,
+                log_samples=True,
                 verbosity="ERROR",
             )
     except (OSError, ImportError) as error:  # its data cannot be had, or it needs a package
         names = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
         raise HubError(f"lm-eval cannot run {names}: {first_line(error)}") from error
     results: dict[str, dict[str, Any]] = outcome["results"]
-    return {name: _metrics(values) for name, values in results.items()}
+    answers: dict[str, list[dict[str, Any]]] = outcome.get("samples") or {}
+    return {name: TaskScores(_metrics(values), _documents(answers.get(name, []))) for name, values in results.items()}
+
+
+def _documents(answers: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """Metric -> document -> value, of what lm-eval logged of the documents; sums over a document's words have none."""
+    found: dict[str, dict[int, float]] = {}
+    for answer in answers:
+        suffix = "" if answer.get("filter", "none") == "none" else f"_{answer['filter']}"
+        for metric in answer.get("metrics", []):
+            if isinstance(answer.get(metric), (int, float)):
+                found.setdefault(f"{metric}{suffix}", {})[int(answer["doc_id"])] = float(answer[metric])
+    return found
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SIDECAR = "llmsqueeze.json"  # what was done: recipe, calibration, sizes, errors
 EVALUATION = "evaluation.json"  # the last scores that `llmsqueeze eval` measured
+COMPARISON = "comparison.json"  # the table that `llmsqueeze compare` measured, this folder among the models
+FRONTIER = "frontier.png"  # and its picture
 TEMPLATES = "additional_chat_templates"
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -31,6 +33,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' holds a {type(value).__name__}; a JSON object is expected")
     return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Raises OutputError."""
+    try:
+        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
 @contextmanager

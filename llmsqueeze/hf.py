@@ -9,6 +9,7 @@ Without the import, transformers warns of an unknown method and fills the weight
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from llmsqueeze import parts
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, first_line
-from llmsqueeze.formats import native
+from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats.entries import is_compressed, native_config, read_entries
 from llmsqueeze.locate import locate
 from llmsqueeze.parts import Spec
 from llmsqueeze.skeleton import is_transposed, load_config
@@ -31,14 +33,19 @@ from llmsqueeze.skeleton import is_transposed, load_config
 def load(model: str, **kwargs: Any) -> PreTrainedModel:
     """The model in a folder or Hub repository, or 'demo'; `kwargs` go to `from_pretrained`. Compressed or not.
 
+    What we wrote as compressed-tensors is opened as what we wrote natively, and stays compressed in memory.
     Raises CheckpointError if the folder is damaged or any weight is missing, where transformers would only warn.
     """
     path = locate(model, kwargs.pop("revision", None))
     checkpoint = open_checkpoint(path)
-    load_config(path, kwargs.get("trust_remote_code", False))
+    config: Any = load_config(path, kwargs.get("trust_remote_code", False))
     quantization = checkpoint.config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == native.METHOD:
         native.weight_entries(quantization)
+    elif is_compressed(checkpoint):
+        with suppress(UnsupportedError):  # another tool's, which transformers opens
+            config.quantization_config = native_config(read_entries(checkpoint))
+            kwargs |= {"config": config, "key_mapping": compressed_tensors.OWN_NAMES}
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
@@ -133,6 +140,9 @@ class LlmsqueezeQuantizer(HfQuantizer):
             if layer.bias is not None:
                 layer.bias = nn.Parameter(layer.bias.to(old.bias.dtype), requires_grad=False)
             model.set_submodule(name, layer)
+        # a linear's shape, which compressed-tensors stores, is in the config too
+        ignored: Any = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.weight_shape$"}
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,71 +1,182 @@
 """Push a compressed folder to the Hugging Face Hub: the only file that uploads.
 
-Order: everything that can be refused without the network, then the repo, then the card, then the files. The
-first request carries no retries, so a Hub that cannot be reached is reported at once; only the upload itself
-is retried, by huggingface_hub.
+Order: everything that can be refused without the network, then the repo and the card's metadata, then each file of
+weights into the Hub's storage, then one commit with all files. The repo goes from what it was to the whole new model
+in one step: a push that breaks off changes nothing in it, and what has reached the storage is not sent again. The first
+request carries no retries, so a Hub that cannot be reached is reported at once; only the upload itself is retried, by
+huggingface_hub.
 """
 
 from __future__ import annotations
 
-import glob
+import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.card import MARK, model_card, read_sidecar
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError, nearest
-from llmsqueeze.files import EVALUATION, INDEX, SIDECAR, read_json
+from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json
+from llmsqueeze.progress import Progress
+from llmsqueeze.public import human_bytes, shown
+from llmsqueeze.refusals import hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-
+README = "README.md"
+KEPT_README = "README.before-push.md"
+OURS = (SIDECAR, EVALUATION, COMPARISON)  # made by us, and sent without what `shown` cuts
 # What may leave the disk beside the shards. A list of the allowed, because the folder may also hold logs,
 # notes, or the shards of an earlier run.
 BELONGS = (
-    *("config.json", "generation_config.json", SIDECAR, EVALUATION, "README.md", INDEX),
+    *("config.json", "generation_config.json", README, INDEX, FRONTIER, *OURS),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken"),
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("processor_config.json", "preprocessor_config.json"),
     *("*LICENSE*", "*LICENCE*", "*NOTICE*", "USE_POLICY*"),
 )
+RESUME = "the same command goes on from there: what has arrived is not sent again"
 
 
-def push(directory: Path, repo: str, private: bool = False) -> str:
-    """Upload a compressed folder and its model card to `repo` on the Hub; returns the repo's URL.
+def push(
+    directory: Path,
+    repo: str,
+    private: bool | None = None,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Upload a compressed folder and its model card to `repo` on the Hub; says what went where.
 
+    private: None makes a new repo private and leaves one that exists as it is. dry_run: no request, no change.
     Writes README.md into the folder; one that is not ours is kept beside it as README.before-push.md.
-    Raises UnsupportedError or CheckpointError for a folder that is not a whole one of ours, OutputError when
+    Raises UnsupportedError or CheckpointError for a folder that is not a whole and sound one of ours, OutputError when
     the card cannot be written, and HubError when the Hub cannot be reached or refuses.
     """
     shards = check_folder(directory)
     check_repo_id(repo)
-    model_card(directory, repo)  # a folder that cannot be described is refused before a repo is made
-    token = _token()
+    model_card(directory, repo)  # a folder that cannot be described is refused before the long look at its weights
+    token = None if dry_run else _token()
+    checked = _sound(directory, trust_remote_code)
 
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with _hub_errors(api, repo):
-        # without --private the namespace's own default applies, which an organisation may have set to private
-        url = api.create_repo(repo, private=private or None, exist_ok=True)
-        if private and not api.model_info(url.repo_id).private:
-            raise HubError(
-                f"'{url.repo_id}' exists and is public, and --private does not change a repo that exists; "
-                "make it private in its settings on the Hub, or push to a new name"
-            )
-    write_card(directory, url.repo_id)
-    with _hub_errors(api, url.repo_id):
-        api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=directory,
-            allow_patterns=[glob.escape(name) for name in files_to_upload(directory, shards)],
-            commit_message="Upload a model compressed by llmsqueeze",
+    if dry_run:
+        return _foreseen(directory, repo, private, shards, model_card(directory, repo, checked), api.endpoint)
+    with hub_errors(api, repo):
+        url = api.create_repo(repo, private=private is not False, exist_ok=True)
+        is_private = _fits(api, url.repo_id, private)
+    card = model_card(directory, url.repo_id, checked)
+    with hub_errors(api, url.repo_id):
+        _check_metadata(card)
+    write_card(directory, card)
+    names = files_to_upload(directory, shards)
+    _upload(api, url.repo_id, directory, names, shards, progress or Progress())
+    sizes = {name: _nbytes(directory / name) for name in names}
+    return _summary(url.repo_id, str(url), is_private, sizes, dry_run=False)
+
+
+def _sound(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What `llmsqueeze check` finds; raises CheckpointError for a folder that does not pass."""
+    from llmsqueeze.checking import check
+
+    checked = check(str(directory), trust_remote_code=trust_remote_code)
+    if not checked["sound"]:
+        more = len(checked["errors"]) - 1
+        raise CheckpointError(
+            f"'{directory}' is not sound, nothing was sent: {checked['errors'][0]}"
+            + (f" (and {more} more)" if more else "")
+            + f"; `llmsqueeze check {directory}` tells all"
         )
-    return str(url)
+    return checked
+
+
+def _fits(api: HfApi, repo: str, private: bool | None) -> bool:
+    """Whether the repo is private; raises HubError where that is not what was asked for, or a file is in the way."""
+    info = api.model_info(repo)
+    if private is not None and private != info.private:
+        is_, flag, wanted = ("private", "--public", "public") if info.private else ("public", "--private", "private")
+        raise HubError(
+            f"'{repo}' exists and is {is_}, and {flag} does not change a repo that exists; "
+            f"make it {wanted} in its settings on the Hub, push to a new name, or leave {flag} out"
+        )
+    if SINGLE in (file.rfilename for file in info.siblings or []):
+        raise HubError(
+            f"'{repo}' holds {SINGLE}, which programs would open instead of the weights that a push brings; "
+            "delete it there, or push to a new name"
+        )
+    return bool(info.private)
+
+
+def _check_metadata(card: str) -> None:
+    """Raises ValueError for a card that the Hub would refuse: before the weights are sent, not after."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(card).validate()
+    except ValueError as error:
+        raise ValueError(f"the Hub refuses the model card's metadata: {error}") from error
+
+
+def _upload(api: HfApi, repo: str, directory: Path, names: list[str], shards: list[str], progress: Progress) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    with hub_errors(api, repo, f"the repo is as it was, and {RESUME}"):
+        files = {name: CommitOperationAdd(name, _content(directory / name)) for name in names}
+        # one after the other: together, all would be half there when the connection breaks
+        for shard in progress.over(shards, "sending weights, by file", len(shards)):
+            api.preupload_lfs_files(repo, [files[shard]], free_memory=False)
+    with hub_errors(api, repo, RESUME):
+        api.create_commit(repo, list(files.values()), commit_message="Upload a model compressed by llmsqueeze")
+
+
+def _content(path: Path) -> Path | bytes:
+    """What is sent of a file: the file, or the text of a JSON of ours that names something of the maker's disk."""
+    if path.name in OURS:
+        value = read_json(path)
+        if shown(value) != value:
+            return (json.dumps(shown(value), indent=2, ensure_ascii=False) + "\n").encode()
+    return path
+
+
+def _nbytes(path: Path) -> int:
+    content = _content(path)
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _foreseen(
+    directory: Path, repo: str, private: bool | None, shards: list[str], card: str, endpoint: str
+) -> dict[str, Any]:
+    """What a push would do; the card is added, because it is not written."""
+    sizes = {name: _nbytes(directory / name) for name in files_to_upload(directory, shards) if name != README}
+    sizes = dict(sorted((sizes | {README: len(card.encode())}).items()))
+    return _summary(repo, f"{endpoint}/{repo}", private, sizes, dry_run=True) | {"card": card}
+
+
+def _summary(repo: str, url: str, private: bool | None, files: dict[str, int], dry_run: bool) -> dict[str, Any]:
+    nbytes = sum(files.values())
+    return {"repo": repo, "url": url, "private": private, "files": files, "nbytes": nbytes, "dry_run": dry_run}
+
+
+def describe(pushed: dict[str, Any], directory: Path) -> str:
+    """What `push` returned, for people."""
+    total = f"{len(pushed['files'])} files, {human_bytes(pushed['nbytes'])}"
+    if not pushed["dry_run"]:
+        return f"{pushed['url']} ({'private' if pushed['private'] else 'public'}): {total}"
+    seen = {True: "private", False: "public", None: "private; one that exists stays as it is"}[pushed["private"]]
+    width = max(len(name) for name in pushed["files"])
+    _, front, _ = pushed["card"].split("---\n", 2)
+    return "\n".join(
+        [
+            *(f"  {name:{width}}  {nbytes:>15,}" for name, nbytes in pushed["files"].items()),
+            f"\nThe card's metadata ({directory / README} would hold the card, {pushed['files'][README]:,} bytes):\n",
+            front,
+            f"dry run, nothing was sent or written: {pushed['url']} ({seen}) would get {total}",
+        ]
+    )
 
 
 def check_folder(directory: Path) -> list[str]:
@@ -132,13 +243,12 @@ def check_repo_id(repo: str) -> None:
         ) from error
 
 
-def write_card(directory: Path, repo: str) -> None:
-    """Write README.md; one that llmsqueeze did not write is first renamed README.before-push.md."""
-    readme = directory / "README.md"
-    card = model_card(directory, repo)
+def write_card(directory: Path, card: str) -> None:
+    """Write README.md; one that llmsqueeze did not write is first renamed README.before-push.md. Raises OutputError."""
+    readme = directory / README
     try:
         if readme.is_file() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
-            readme.replace(directory / "README.before-push.md")
+            readme.replace(directory / KEPT_README)
         readme.write_text(card, encoding="utf-8", newline="\n")
     except OSError as error:
         raise OutputError(f"the model card '{readme}' cannot be written: {error.strerror}") from error
@@ -159,66 +269,3 @@ def _token() -> str:
     if not token:
         raise HubError("not logged in to the Hub; run `hf auth login`, or set HF_TOKEN to a token with write access")
     return token
-
-
-@contextmanager
-def _hub_errors(api: HfApi, repo: str) -> Iterator[None]:
-    """Turn what the Hub, the network and huggingface_hub's checks raise into a HubError."""
-    # huggingface_hub changed its HTTP library between versions; this name follows it
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    try:
-        yield
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
-        raise HubError(_explain(api, repo, error)) from error
-
-
-def _explain(api: HfApi, repo: str, error: BaseException) -> str:
-    """One line on what went wrong and what to do about it."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
-
-    # the upload's threads wrap what happened in a RuntimeError
-    causes = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    for cause in causes:
-        if isinstance(cause, HfHubHTTPError):
-            # a server may quote the request, and with it the token
-            said = _first_line(cause.server_message).replace(str(api.token), "...")
-            return _refusal(api, repo, cause.response.status_code, said)
-        if isinstance(cause, OfflineModeIsEnabled):
-            return "offline mode is on: nothing can be uploaded; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
-        if isinstance(cause, HTTPError):
-            return f"cannot reach the Hub at {api.endpoint}: {_first_line(cause)}; check the network and HF_ENDPOINT"
-    return f"the upload to '{repo}' failed: {_first_line(error)}"
-
-
-def _refusal(api: HfApi, repo: str, status: int, said: str) -> str:
-    """What an HTTP status of the Hub means for this push; `said` is the Hub's own word on it."""
-    said = f" ({said})" if said else ""
-    if status == 401:
-        return (
-            f"the Hub does not accept your token{said}; run `hf auth login` again, "
-            "or set HF_TOKEN to a valid token with write access"
-        )
-    if status in (403, 404):
-        return f"you may not write to '{repo}' on the Hub{said}; {_where_allowed(api, repo)}"
-    return f"the Hub answered {status} for '{repo}'{said}"
-
-
-def _where_allowed(api: HfApi, repo: str) -> str:
-    """The nearest repo that the user may write to, or what the token lacks for this one."""
-    owner, _, name = repo.rpartition("/")
-    try:
-        user = str(api.whoami()["name"])
-    except Exception:
-        # only a hint on top of an error that is reported anyway
-        user = ""
-    if owner in ("", user):
-        return "use a token with write access to it (https://huggingface.co/settings/tokens)"
-    own = f"'{user}/{name}'" if user else "a repo under your own name"
-    return f"push to {own}, or use a token with write access to '{owner}'"
-
-
-def _first_line(text: object) -> str:
-    return next((line.strip() for line in str(text or "").splitlines() if line.strip()), "")

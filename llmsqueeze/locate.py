@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmsqueeze.checkpoint import pickled_only
-from llmsqueeze.errors import CheckpointError, HubError, first_line
+from llmsqueeze.errors import CheckpointError, HubError, first_line, nearest
 from llmsqueeze.files import OTHER_WEIGHTS, PICKLES
 
 
@@ -26,7 +26,11 @@ def locate(model: str, revision: str | None = None, weights: bool = True) -> Pat
     if path.exists():
         raise CheckpointError(f"{model} is a file; name the model's folder, a Hub id such as owner/name, or 'demo'")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no folder {model}; name a local folder, a Hub id (owner/name), or 'demo'")
+        siblings = [folder.name for folder in path.parent.glob("*/")] if path.parent.is_dir() else []
+        hint = nearest(path.name, [*siblings, "demo"])
+        raise CheckpointError(
+            f"there is no folder {model}; name a local folder, a Hub id (owner/name), or 'demo'{hint}"
+        )
     return _download(model, revision, weights)
 
 

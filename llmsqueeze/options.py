@@ -1,4 +1,4 @@
-"""The options of a recipe on the command line, the same for every command that takes one."""
+"""Options of the command line that several verbs have, those of a recipe above all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Annotated, Any, get_args
 import typer
 
 from llmsqueeze.errors import RecipeError
+
+MODEL_HELP = "Hub id, local folder, or 'demo' (the built-in model)"
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
+
 
 Text = str | None
 Whole = int | None
@@ -57,7 +66,12 @@ OPTIONS: dict[str, Any] = {
     "row_outliers": Annotated[Text, typer.Option(help="Shares of a row that auto may keep at 16 bits, such as 0.01.")],
     "dual": Annotated[Flag, typer.Option("--dual", help="auto may also give dual-binary rows (2 bits, two scales).")],
     "portable": Annotated[
-        Flag, typer.Option("--portable", help="Only what compressed-tensors can hold; implies --per-group.")
+        Flag,
+        typer.Option(
+            "--portable/--native",
+            help="Only what compressed-tensors holds, a budget per fusion group; or our own format in any case. "
+            "[compressed-tensors where the parts have a place there]",
+        ),
     ],
     "labels": Annotated[
         Text, typer.Option(help="Labels of the measured loss: model (drawn from it) or text. [auto model, else text]")

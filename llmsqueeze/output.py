@@ -6,7 +6,7 @@ it; one that was killed leaves it to the next run.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import shutil
 import tempfile
@@ -15,12 +15,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmsqueeze.errors import OutputError
-from llmsqueeze.files import EVALUATION, INDEX, OTHER_WEIGHTS, PICKLES, SIDECAR, TEMPLATES
+from llmsqueeze.errors import OutputError, VerificationError
+from llmsqueeze.files import (
+    COMPARISON,
+    EVALUATION,
+    FRONTIER,
+    INDEX,
+    OTHER_WEIGHTS,
+    PICKLES,
+    SIDECAR,
+    TEMPLATES,
+    write_json,
+)
 
 OWNER = ".owner"  # in a .partial: the process that writes it
 NOT_COPIED = (
@@ -30,8 +41,12 @@ NOT_COPIED = (
     "*.safetensors.index.json",
     "config.json",
     "README.md",
+    "README.before-push.md",
+    "report.html",
     SIDECAR,
     EVALUATION,
+    COMPARISON,
+    FRONTIER,
     ".*",
 )
 
@@ -45,6 +60,7 @@ class Output:
         self.shards = shards
         self.weight_map: dict[str, str] = {}
         self.nbytes = 0
+        self.digests: dict[str, bytes] = {}  # of every tensor as it was handed over
         self._written = 0
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
@@ -52,13 +68,14 @@ class Output:
         self._written += 1
         name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
         held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+        self.digests |= {key: digest(tensor) for key, tensor in held.items()}
         save_file(held, self.partial / name, metadata={"format": "pt"})
+        settle(self.partial / name)
         self.weight_map.update(dict.fromkeys(held, name))
         self.nbytes += sum(tensor.nbytes for tensor in held.values())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        (self.partial / name).write_text(text + "\n", encoding="utf-8")
+        write_json(self.partial / name, value)
 
     def copy_rest(self, source: Path) -> None:
         """Tokenizer, generation config, licence, code: every file of the model that is not weights or config."""
@@ -69,8 +86,31 @@ class Output:
             shutil.copytree(source / TEMPLATES, self.partial / TEMPLATES)
 
     def finish(self) -> None:
+        """Writes the index: now the folder can be opened."""
         assert self._written == self.shards, f"{self._written} of {self.shards} shards were written"
         self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map})
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Of a tensor's shape, dtype and bits."""
+    made = hashlib.blake2b(f"{list(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
+    held: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    made.update(held)
+    return made.digest()
+
+
+def settle(file: Path) -> None:
+    """Has the file on the disk and, where the system can be told, out of its cache: reading it back reads the disk.
+
+    safetensors makes files that only their owner may read; a server may be another user.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
@@ -90,6 +130,7 @@ def check_writable(path: Path, overwrite: bool) -> None:
 def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False) -> Iterator[Output]:
     """A folder that appears at `path` when the block ends without error, and not at all when it does not.
 
+    The block calls `finish` when all is written; what it finds wrong then (VerificationError) keeps its `.partial`.
     `needed` bytes must be free. A `.partial` left behind by a run that was killed is replaced. What is at `path` by the
     end is replaced only with `overwrite`, and put back if its successor cannot take the name.
     """
@@ -103,7 +144,7 @@ def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False)
                     f"samples need less), and {free / 1e9:.2f} GB are free on that disk"
                 )
             yield output
-            output.finish()
+            assert (partial / INDEX).exists(), "finish was called"
             publish(partial, path, overwrite)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path}: {error}") from error
@@ -111,7 +152,7 @@ def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False)
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """`<path>.partial`, marked as this process's, removed at the end unless it was renamed.
+    """`<path>.partial`, marked as this process's, removed at the end unless it was renamed or failed verification.
 
     One left behind by a run that was killed is replaced; OutputError if it is anybody else's.
     """
@@ -121,8 +162,12 @@ def partial_folder(path: Path) -> Iterator[Path]:
     try:
         _write_owner(partial)
         yield partial
-    finally:
+    except VerificationError:
+        raise  # what is wrong can be looked at
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def publish(folder: Path, path: Path, overwrite: bool) -> None:

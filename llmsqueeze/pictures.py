@@ -107,10 +107,48 @@ def cost_curve(curve: Sequence[tuple[float, float]], chosen: tuple[float, float]
     return figure
 
 
-def write(figure: Figure, path: Path) -> list[Path]:
+def frontier(models: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """What every model costs in loss against its bytes, and the line of those that none beats in both.
+
+    `models`: as in `comparison.json`, the original first, all with their loss measured.
+    """
+    from matplotlib.figure import Figure
+
+    unit, scale = ("GB", 1e9) if models[0]["nbytes"] >= 1e9 else ("MB", 1e6)
+    points = [(m["nbytes"] / scale, m["nll_difference"], m) for m in models[1:]]
+    with _style():
+        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(xlabel=f"all weights, {unit}", ylabel="loss above the original's, nats per token")
+        axes.grid(color="#e6e6e6", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        logarithmic = min((loss for _, loss, _ in points), default=0.0) > 0
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.margins(x=0.12, y=0.12)
+        best = sorted((size, loss) for size, loss, m in points if m["on_frontier"])
+        axes.plot(*zip(*best, strict=True), color="#2a6f97", linewidth=1.4, label="frontier") if best else None
+        for size, loss, model in points:
+            on = model["on_frontier"]
+            error = model["nll_difference_stderr"] or 0.0
+            style: dict[str, Any] = {"color": "#2a6f97" if on else "#8a8a8a", "capsize": 2, "elinewidth": 0.8}
+            axes.errorbar(
+                [size], [loss], yerr=[[min(error, 0.95 * loss) if logarithmic else error], [error]], fmt="o", **style
+            )
+        original = models[0]["nbytes"] / scale
+        axes.axvline(original, color="#d1495b", linewidth=0.9, linestyle=":", label="size of the original")
+        axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+        _finish(figure, title)
+        names = [textwrap.shorten(str(m["model"]).rstrip("/").rpartition("/")[2], 34) for _, _, m in points]
+        _name_points(figure, axes, [(size, loss) for size, loss, _ in points], names)
+    return figure
+
+
+def write(figure: Figure, path: Path, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Writes `figure` as PNG and SVG beside each other; `path` has no suffix. Returns the files."""
     files = []
-    for kind, metadata in METADATA.items():
+    for kind, metadata in ((kind, METADATA[kind]) for kind in kinds):
         image = BytesIO()
         with _style():
             figure.savefig(image, format=kind, dpi=150, metadata=metadata)
@@ -260,6 +298,25 @@ def _draw_chosen(axes: Axes, chosen: tuple[float, float], logarithmic: bool) -> 
         axes.axhline(loss, color="#d1495b", linewidth=0.8, linestyle=":")
     y = 0.0 if at_edge else loss
     axes.plot([size], [y], color="#d1495b", clip_on=False, zorder=5, label=label, **style, **place)
+
+
+def _name_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Writes every point's name beside it, where it hides none of the points and names before it."""
+    placed: list[tuple[float, float, float, float]] = []  # left, bottom, right, top in points
+    scale = 72 / figure.dpi
+    spots = [tuple(float(v) * scale for v in axes.transData.transform(point)) for point in points]
+    for (x, y), point, name in zip(spots, points, names, strict=True):
+        wide, tall = 4.6 * len(name), 9.0
+        places = [(6.0, up) for up in (3, -11, 14, -22, 25)] + [(-6 - wide, up) for up in (3.0, -11, 14, -22)]
+        boxes = [(x + dx, y + dy, x + dx + wide, y + dy + tall) for dx, dy in places]
+
+        def hides(box: tuple[float, float, float, float]) -> int:
+            others = [*placed, *((u - 3, v - 3, u + 3, v + 3) for u, v in spots)]
+            return sum(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in others)
+
+        least = min(range(len(boxes)), key=lambda i: (hides(boxes[i]), i))
+        placed.append(boxes[least])
+        axes.annotate(name, point, places[least], textcoords="offset points", fontsize=8, parse_math=False)
 
 
 def _finish(figure: Figure, title: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmsqueeze import parts
+from llmsqueeze.defaults import unportable
 from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.parts import Grid, Spec
 from llmsqueeze.recipe import Recipe
@@ -136,6 +137,11 @@ class Plan:
         """Whether any linear has rows on different grids."""
         return any(weight.mixed for weight in self.weights.values())
 
+    @property
+    def portable(self) -> bool:
+        """Whether it is to be written as compressed-tensors, which stores something beside every weight's parts."""
+        return all(weight.beside for weight in self.weights.values())
+
     def on(self, grids: Mapping[str, Grids]) -> Plan:
         """The same linears, those named with other grids."""
         return Plan({n: w.on(*grids[n]) if n in grids else w for n, w in self.weights.items()})
@@ -163,30 +169,42 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
                     f"lorc rank {recipe.lorc_rank} is more than {name} has: it is {shape[0]} x {shape[1]}"
                 )
             rows = Rows(grid, shape[0])
-            if recipe.portable and is_transposed(skeleton.module(name)):
-                raise RecipeError(
-                    f"portable: {name} is stored transposed (Conv1D), which compressed-tensors cannot hold"
-                )
-            dtype, beside = skeleton.dtype(name), SHAPE_NBYTES if recipe.portable else 0
-            weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=recipe.rank, beside=beside)
+            dtype = skeleton.dtype(name)
+            weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=recipe.rank)
     if not weights:
         raise RecipeError("skip leaves no linear to compress")
-    if recipe.portable:
-        check_groups(weights, recipe.group_sizes or (recipe.group_size,))
-    return Plan(weights)
+    why = why_native(recipe, skeleton, weights)
+    if why and recipe.portable:
+        raise RecipeError(f"portable contradicts {why}")
+    if why or recipe.portable is False:
+        return Plan(weights)
+    return Plan({name: replace(weight, beside=SHAPE_NBYTES) for name, weight in weights.items()})
 
 
-def check_groups(weights: Mapping[str, WeightPlan], sizes: Sequence[int]) -> None:
-    """Raises RecipeError for a group size that leaves a short last group, which compressed-tensors does not have."""
+def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:
+    """What the recipe makes of these linears that compressed-tensors has no place for, and why; None if nothing."""
+    found = next((f"{setting}: {why}" for setting, why in unportable(recipe)), None)
+    return found or unfit(recipe, skeleton, weights)
+
+
+def unfit(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:
+    """What of the linears themselves compressed-tensors has no place for, whatever becomes of them."""
+    transposed = next((name for name in weights if is_transposed(skeleton.module(name))), None)
+    if transposed is not None:
+        return f"{transposed}: a weight that is stored transposed (Conv1D)"
+    return short_groups(weights, recipe.group_sizes or (recipe.group_size,))
+
+
+def short_groups(weights: Mapping[str, WeightPlan], sizes: Sequence[int]) -> str | None:
+    """A group size that leaves a short last group, which compressed-tensors does not have, and which would not."""
     for size in sizes:
         uneven = [w for w in weights.values() if size != -1 and w.shape[1] % min(size, w.shape[1])]
         if uneven:
             fitting = [g for g in (128, 64, 32, 16, 8) if not any(w.shape[1] % g for w in weights.values())]
             hint = f"--group-size {fitting[0]}, or -1 for whole rows" if fitting else "--group-size -1 for whole rows"
-            raise RecipeError(
-                f"portable contradicts group size {size}: it does not divide the {uneven[0].shape[1]} columns of "
-                f"{uneven[0].name}; take {hint}"
-            )
+            one = uneven[0]
+            return f"group size {size}: it does not divide the {one.shape[1]} columns of {one.name}; take {hint}"
+    return None
 
 
 def dual_grid(recipe: Recipe) -> Grid:

@@ -58,7 +58,7 @@ def write_plan(
     """Writes the plan; `about` holds what is said of it besides (model, fingerprint, predictions)."""
     import yaml
 
-    settings = {key: value for key, value in recipe.as_dict().items() if value not in (None, [], False)}
+    settings = {key: value for key, value in recipe.as_dict().items() if value is not None and value != []}
     content = {
         "llmsqueeze_plan": VERSION,
         **about,

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze import pictures
+from llmsqueeze.compress import reason
 from llmsqueeze.decide import Decision, decide, target_nbytes
 from llmsqueeze.errors import OutputError, RecipeError
+from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.outlook import curve, table
+from llmsqueeze.plan import unfit
 from llmsqueeze.planfile import PLAN, PROFILE, write_plan
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
@@ -38,11 +41,11 @@ def plan(
     recipe = make_recipe({"method": "auto", **settings})
     if recipe.bounded:
         raise RecipeError("a bound on quality is found by compressing and measuring: use it with `llmsqueeze quantize`")
-    if not weights:
-        recipe = make_recipe({**recipe.as_dict(), "importance": "uniform"})
     folder = make_folder(out or Path(f"{Path(source.model).expanduser().resolve().name}-plan"))
     place = pick_device(device)
     job = prepare(source, recipe, progress, text=weights, weights=weights, device=place)
+    if not weights:
+        recipe = make_recipe({**recipe.as_dict(), "importance": "uniform", "portable": None})
     target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     profile = stored_or_measured(job, recipe, folder / PROFILE, place, progress) if weights else Profile()
     decided = decide(job.plan, profile, recipe, job.skeleton.linears, target)
@@ -65,6 +68,9 @@ def plan(
         "nbytes_original": job.checkpoint.nbytes,
         "loss": profile.loss,
         "rows": table(decided, job.skeleton.linears, profile),
+        "format": compressed_tensors.METHOD if decided.plan.portable else native.METHOD,
+        "why_native": None if decided.plan.portable else reason(recipe, job, decided.plan),
+        "predicted_portable": None if unfit(recipe, job.skeleton, job.plan.weights) else decided.predicted_portable,
         "curve": points,
         "predicted_seconds": predicted.get("seconds"),
         "predicted_peak_memory_mb": predicted.get("peak_memory_mb"),

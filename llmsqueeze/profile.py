@@ -61,9 +61,14 @@ class Profile:
         return {name: salience[at] for name, salience in self.salience.items()}
 
     def cost_scores(self) -> dict[str, Tensor]:
-        """linear -> [rows], one number for what a row costs at any width: the geometric mean over the options."""
+        """linear -> [rows], one number for what a row costs at any width: the geometric mean over the options.
+
+        Of half-integer and integer levels of one width, the first counts.
+        """
         tiny = torch.finfo(torch.float32).tiny
-        return {name: cost.clamp(min=tiny).log().mean(dim=0) for name, cost in self.costs.items()}
+        kinds = [(o.grid.bits, o.grid.group_size, o.grid.dual, o.outliers) for o in self.options]
+        at = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        return {name: cost[at].clamp(min=tiny).log().mean(dim=0) for name, cost in self.costs.items()}
 
     def option_of(self, rows: Rows, cols: int) -> int | None:
         """The number of the option that some rows of `cols` weights have, None if it has no price."""

@@ -45,7 +45,8 @@ class Recipe:
     rows, for `mixllm`; high_bits with high_fraction is the short form. granularity: what gets a width of its own in
     `auto`. widths, group_sizes, row_outliers: what it may give (shares of a row's weights that stay as they are,
     beside none); dual: whether dual-binary rows as well. labels: of the loss whose gradient is measured, sampled
-    from the model or the text itself. inputs: whose inputs a linear is fitted to: the original model's, those
+    from the model or the text itself. portable: whether the result is in compressed-tensors, which others open, where
+    open if its parts have a place there. inputs: whose inputs a linear is fitted to: the original model's, those
     behind the compressed blocks before it, or the latter with the target corrected for the drift. lorc_rank: rank
     of the low-rank compensation of the rounding error, 0 for none; lorc: what it is weighted by. search: whether
     scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
@@ -71,7 +72,7 @@ class Recipe:
     group_sizes: tuple[int, ...] | None = None
     row_outliers: tuple[float, ...] | None = None
     dual: bool | None = None
-    portable: bool = False
+    portable: bool | None = None
     labels: str | None = None
     lorc_rank: int | str = 0
     lorc: str = "input-weighted"

@@ -39,15 +39,13 @@ def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
     }
 
 
-def outcome(
-    decided: Decision, recipe: Recipe, nbytes: int, nbytes_original: int, errors: dict[str, float]
-) -> dict[str, Any]:
+def outcome(decided: Decision, nbytes: int, nbytes_original: int, errors: dict[str, float]) -> dict[str, Any]:
     """What came of it: sizes in bytes, and each weight's relative output error."""
     plan = decided.plan
     return {
         "llmsqueeze_version": __version__,
-        "format": compressed_tensors.METHOD if recipe.portable else native.METHOD,
-        "format_version": None if recipe.portable else native.format_version(plan),
+        "format": compressed_tensors.METHOD if plan.portable else native.METHOD,
+        "format_version": None if plan.portable else native.format_version(plan),
         "code_bits": plan.code_bits,
         "bits_per_weight": round(plan.bits_per_weight, 6),
         "predicted_loss_increase": decided.predicted,

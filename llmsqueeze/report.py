@@ -5,7 +5,6 @@ When stderr is no terminal, progress is a plain line per compressed weight and p
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -43,6 +42,7 @@ STAGES = {
     "blockwise": "distillation, block by block",
     "sample": "sampling text, by batch",
     "rewrite": "writing, by file",
+    "verify": "verification, block by block",
     "text": "perplexity, by batch",
     "tasks": "tasks, by lm-eval",
 }
@@ -156,6 +156,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     else:
         rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
         table.add_row("calibration", f"{calibration['source']}, {rows}")
+    table.add_row("format", format_and_why(summary))
+    table.add_row("verified", verification(summary["verified"]))
+    table.add_row("opens in", opening(summary["opens"]))
     table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     if summary["peak_device_memory_mb"]:
         table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
@@ -188,8 +191,51 @@ def print_export(summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("written to", summary["out"])
     table.add_row("format", f"{summary['target']}, {summary['linears']} compressed linears of {summary['model']}")
-    table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
-    console().print(table)
+    if summary["target"] == "gguf-map":
+        types = ", ".join(f"{count} x {kind}" for kind, count in summary["types"].items())
+        table.add_row("types", types)
+        bits = f"{summary['bits_per_weight']:.3f} bits per weight in llama.cpp's types"
+        table.add_row("size", f"{bits}, {summary['bits_per_weight_before']:.3f} here")
+    else:
+        table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
+        table.add_row("verified", "all read back from disk, equal bit by bit")
+    if summary["opens"]:
+        table.add_row("opens in" if summary["target"] != "peft" else "base opens in", opening(summary["opens"]))
+    out = console()
+    out.print(table)
+    if summary["target"] == "peft":
+        rank = f"rank {summary['rank']}, for {summary['adapted']} linears, {size(summary['adapter_nbytes'])}"
+        out.print(f"adapter: {rank}; to serve both:\n{summary['command']}", soft_wrap=True)
+        out.print(f"in Python:\n{summary['code']}", soft_wrap=True, markup=False)
+    if summary["target"] == "gguf-map":
+        out.print("llama.cpp rounds the original anew by this map; its programs, in the folder as quantize.sh:")
+        out.print("\n".join(summary["commands"]), soft_wrap=True)
+
+
+def format_and_why(summary: dict[str, Any]) -> str:
+    """The format, what keeps the result from being portable, and what that would cost."""
+    if summary["why_native"] is None:
+        return f"{summary['format']}, which others open"
+    text = f"{summary['format']}, not portable ({summary['why_native']})"
+    if summary["predicted_portable"] is not None:
+        return f"{text}\n--portable at this size: predicted loss +{summary['predicted_portable']:.4f}"
+    return f"{text}\nwhat --portable costs was not measured; `llmsqueeze plan --portable` does"
+
+
+def verification(verified: dict[str, float] | None) -> str:
+    """How much of a result was read back and compared."""
+    if verified is None:
+        return "no (--no-verify); only checked for its form"
+    blocks = f", and the outputs of {verified['blocks']} blocks" if verified["blocks"] else ""
+    return f"{verified['weights']} weights read back from disk, equal bit by bit{blocks}"
+
+
+def opening(verdicts: dict[str, str]) -> str:
+    """Which targets open a folder, and why the others do not."""
+    names = {"native": "llmsqueeze", "transformers": "transformers", "vllm": "vLLM"}
+    good = ", ".join(names[one] for one, why in verdicts.items() if not why)
+    bad = "".join(f"\nnot in {names[one]}: {why}" for one, why in verdicts.items() if why)
+    return good + bad
 
 
 def divergence(summary: dict[str, Any]) -> str:
@@ -243,6 +289,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         after = math.exp(min(plan["loss"] + plan["predicted_loss_increase"], 700.0))
         said = f"on the calibration text {before:.3f} -> {after:.3f}"
         out.print(f"predicted: {promise(plan['predicted_loss_increase'])} ({said})")
+    out.print(f"format: {format_and_why(plan)}")
     if plan["predicted_seconds"] is not None:
         memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
         out.print(f"predicted for quantize --plan: {plan['predicted_seconds']:.0f} s, peak memory {memory}")
@@ -256,105 +303,6 @@ def print_recipes(found: dict[str, Any]) -> None:
     for recipe in found["recipes"]:
         table.add_row(recipe["name"], recipe["purpose"])
     console().print(table)
-
-
-def print_evaluation(result: dict[str, Any]) -> None:
-    """Before, after, difference; or one column of scores where there is no baseline."""
-    baseline = result["baseline"]
-    out = console()
-    if result["text"]:
-        out.print(f"text: {result['text']}, {result['tokens']} tokens predicted in windows of {result['window']}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for head in ("before", "after", "difference") if baseline else ("score",):
-        table.add_column(head, justify="right")
-    if result["perplexity"] is not None:
-        cells = [_with_error(result["perplexity"], result["perplexity_stderr"], 3)]
-        if baseline:
-            change = result["perplexity"] / baseline["perplexity"] - 1
-            before = _with_error(baseline["perplexity"], baseline["perplexity_stderr"], 3)
-            cells = [before, *cells, f"{100 * change:+.2f} % ± {100 * result['nll_difference_stderr']:.2f}"]
-        table.add_row("perplexity", *cells)
-    if result["kl_mean"] is not None:
-        table.add_row("KL to before, mean (nats)", "0", f"{result['kl_mean']:.4f}", "")
-        table.add_row("KL to before, 99th percentile", "0", f"{result['kl_p99']:.4f}", "")
-    for task, metrics in result["tasks"].items():
-        for metric in [name for name in metrics if not name.endswith("_stderr")]:
-            _task_row(table, task, metric, metrics, baseline["tasks"].get(task, {}) if baseline else None)
-    out.print(table)
-
-
-def _task_row(table: Table, task: str, metric: str, after: dict[str, float], before: dict[str, float] | None) -> None:
-    error = after.get(f"{metric}_stderr")
-    cells = [_with_error(after[metric], error, 4)]
-    if before is not None:
-        both = [before.get(f"{metric}_stderr"), error]
-        spread = sum(e**2 for e in both if e is not None) ** 0.5
-        cells = [
-            _with_error(before[metric], both[0], 4),
-            *cells,
-            f"{after[metric] - before[metric]:+.4f} ± {spread:.4f}",
-        ]
-    table.add_row(f"{task} {metric}", *cells)
-
-
-def _with_error(value: float, error: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
-
-
-def print_contents(contents: dict[str, Any]) -> None:
-    """What `show` prints: one line for linears that differ only by their number."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for head in ("linear", "holds"):
-        table.add_column(head, overflow="fold")
-    for head in ("", "bits/weight", "bytes"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in contents["rows"]:
-        table.add_row(
-            row["pattern"],
-            row["holds"],
-            f"x{row['count']}",
-            f"{row['bits_per_weight']:.3f}",
-            size(row["nbytes"]),
-        )
-    out = console()
-    out.print(table)
-    out.print(
-        f"quantized linears: {contents['bits_per_weight']:.3f} bits per weight, everything stored for them counted; "
-        f"codes of {width(contents['bits'])} bits"
-    )
-    if contents["plane_zeros"]:
-        first, second = contents["plane_zeros"]
-        out.print(f"zeros in the planes of dual-binary weights: {first:.1%} and {second:.1%}")
-    before = f", was {size(contents['nbytes_original'])}" if contents["nbytes_original"] else ""
-    out.print(f"kept as they were: {size(contents['kept_nbytes'])}; all weights: {size(contents['nbytes'])}{before}")
-    if contents["model"]:
-        out.print(f"made from {contents['model']} by method {contents['method']}")
-    for taught in contents["distillation"]:
-        loss = "block by block" if taught["settings"]["blockwise"] else f"loss {taught['settings']['loss']}"
-        steps = f"{taught['settings']['steps']} steps"
-        out.print(f"distilled from {taught['teacher']}, {loss}, {steps}: {divergence(taught)}")
-    if contents["recipe"]:
-        out.print("recipe.yaml that makes it again (llmsqueeze quantize MODEL --recipe recipe.yaml):")
-        for key, value in contents["recipe"].items():
-            out.print(f"    {key}: {json.dumps(value)}", soft_wrap=True, markup=False)
-
-
-def print_check(result: dict[str, Any]) -> None:
-    """What `check` found: a verdict per target, then what is wrong and what is good to know."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    names = {"native": "llmsqueeze.load", "transformers": "stock transformers", "vllm": "vLLM"}
-    for target, why in result["verdicts"].items():
-        table.add_row(names[target], f"does not open it: {why}" if why else "opens it, by all that is written here")
-    for error in result["errors"][:20]:
-        table.add_row("error", error)
-    for note in result["notes"]:
-        table.add_row("note", note)
-    out = console()
-    out.print(f"{result['folder']}: format {result['format']}, {'sound' if result['sound'] else 'not sound'}")
-    out.print(table)
 
 
 def print_error(message: str) -> None:

@@ -11,9 +11,10 @@ import torch
 from llmsqueeze import __version__
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
-from llmsqueeze.decide import Decision, options_of, wanted_by, with_rows
+from llmsqueeze.decide import Decision, options_of, priced, wanted_by, with_rows
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.fingerprint import file_digests, weights_digest
+from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure import Wanted, measure
 from llmsqueeze.planfile import PLAN, PlanFile, plan_of, read_plan
 from llmsqueeze.prepare import Job
@@ -62,7 +63,9 @@ def stored_or_measured(job: Job, recipe: Recipe, path: Path, place: torch.device
             return known
         progress.note(f"{path} does not serve ({reason}); measuring again")
     widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *wanted.salience)))
-    everything = Wanted(options, widths, wanted.outliers, wanted.ranks, lim=True, zd=True)
+    everything = Wanted(
+        priced(recipe) if recipe.method == "auto" else options, widths, wanted.outliers, wanted.ranks, lim=True, zd=True
+    )
     assert job.calibration is not None
     with Spill(parent=path.parent) as spill:
         walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, place)
@@ -76,7 +79,8 @@ def given_profile(job: Job, recipe: Recipe, path: Path) -> Profile:
     """The profile that the user names. Raises RecipeError if it is of something else than the recipe wants."""
     profile = load(path)
     wanted = wanted_by(recipe)
-    reason = lacks(profile, source_of(job, recipe, profile), wanted.options, wanted.salience, wanted.ranks)
+    options = options_of(recipe) if recipe.needs_costs else ()
+    reason = lacks(profile, source_of(job, recipe, profile), options, wanted.salience, wanted.ranks)
     if reason is not None:
         raise RecipeError(f"the profile {path} does not serve: {reason}; leave --profile out to measure anew")
     return profile
@@ -100,7 +104,7 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
         there = len(profile.candidates[name].index) if name in profile.candidates else 0
         if found.weights[name].outliers > there:
             raise RecipeError(f"{file.path}, {name}: {file.profile} ranks {there} of its weights as outliers, no more")
-    return with_rows(found, profile, file.recipe)
+    return with_rows(compressed_tensors.settled(found, file.recipe.portable), profile, file.recipe)
 
 
 def open_plan(path: Path) -> PlanFile:

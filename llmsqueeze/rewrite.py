@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.files import SIDECAR
-from llmsqueeze.output import output_folder
+from llmsqueeze.output import Output, output_folder
 from llmsqueeze.progress import Progress
 
 
@@ -22,12 +22,13 @@ def rewrite(
     shard_of: Callable[[list[str]], dict[str, Tensor]],
     config: Mapping[str, Any],
     sidecar: Callable[[int], Mapping[str, Any]],
+    inspect: Callable[[Output], None],
     progress: Progress | None = None,
 ) -> int:
     """Writes `out` from the checkpoint's folder; returns the bytes of its tensors.
 
     `shard_of`: names of the tensors in a file -> what the new file holds. `sidecar`: bytes of all tensors -> the record
-    of what was done. `needed` bytes must be free.
+    of what was done. `inspect` sees the finished folder before it gets its name. `needed` bytes must be free.
     """
     files = sorted({stored.file for stored in checkpoint.tensors.values()})
     with output_folder(out, len(files), needed, overwrite) as output:
@@ -37,4 +38,6 @@ def rewrite(
         output.copy_rest(checkpoint.path)
         output.write_json("config.json", config)
         output.write_json(SIDECAR, sidecar(output.nbytes))
+        output.finish()
+        inspect(output)
     return output.nbytes

@@ -10,12 +10,14 @@ from torch import Tensor
 from llmsqueeze import parts
 from llmsqueeze.compensate import lorc
 from llmsqueeze.curvature import Curvature, factorize, row_error
+from llmsqueeze.errors import VerificationError
 from llmsqueeze.observe import Moments
 from llmsqueeze.parts import Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.price import row_outliers
 from llmsqueeze.quantize import QUANTIZERS
 from llmsqueeze.quantize.descent import corrected_target
+from llmsqueeze.quantize.grids import Rounded
 from llmsqueeze.recipe import Recipe
 
 # rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
@@ -144,4 +146,8 @@ def _round(
         for rows in (slice(start, start + step) for start in range(0, len(target), step))
     ]
     codes, scale, zero = (torch.cat([getattr(r, field) for r in rounded]) for field in ("codes", "scale", "zero"))
-    return parts.of_codes(codes, scale, zero, grid, on)
+    part = parts.of_codes(codes, scale, zero, grid, on)
+    made = part.dense() if on is None else part.dense()[on]
+    if not torch.equal(made, Rounded(codes, scale, zero, grid).dense()):
+        raise VerificationError(f"the packed codes on {grid} are not those that were chosen")
+    return part

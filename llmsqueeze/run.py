@@ -30,6 +30,7 @@ def quantize(
     profile: Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compresses as the command says; returns its summary."""
@@ -51,7 +52,7 @@ def quantize(
             prepare(source, recipe, progress, text=True, device=pick_device(device)), recipe, profile
         )
     if recipe.bounded:
-        return smallest_within(source, recipe, folder, measured, device, overwrite, progress)
+        return smallest_within(source, recipe, folder, measured, device, overwrite, verify, progress)
     first = folder.with_name(folder.name + ".undistilled") if recipe.distill_steps else folder
     summary = compress.quantize(
         source,
@@ -61,6 +62,7 @@ def quantize(
         overwrite=overwrite or first != folder,
         decided=decided,
         profile=measured,
+        verify=verify,
         progress=progress,
     )
     result = summary.as_dict()

@@ -54,6 +54,7 @@ def smallest_within(
     profile: Profile | None,
     device: str,
     overwrite: bool,
+    verify: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Compresses to the smallest size that keeps the recipe's bound; returns the summary, with every round."""
@@ -65,7 +66,7 @@ def smallest_within(
             f"{len(job.calibration.rows) + len(job.calibration.held_back)}: use fewer --samples or a longer text"
         )
     with partial_folder(out) as folder:
-        search = _Search(source, recipe, job, folder, device, progress, profile)
+        search = _Search(source, recipe, job, folder, device, progress, profile, verify)
         rounds = bisect(search.attempt, search.points, search.bound)
         kept = [one for one in rounds if one.kept]
         if not kept:
@@ -96,9 +97,10 @@ class _Search:
         device: str,
         progress: Progress,
         profile: Profile | None,
+        verify: bool,
     ) -> None:
         self.source, self.recipe, self.job, self.folder = source, recipe, job, folder
-        self.device, self.progress = device, progress
+        self.device, self.progress, self.verify = device, progress, verify
         self.profile = profile or self._measured()
         self.points = curve(job.plan, recipe, self.profile)
         self.best, self.best_bits = folder / "best", math.inf
@@ -114,7 +116,14 @@ class _Search:
         sized = replace(self.recipe, max_ppl_increase=None, max_kl=None, bits=bits)
         made = self.folder / "tried"
         summary = compress.quantize(
-            self.source, sized, made, device=self.device, overwrite=True, profile=self.profile, progress=self.progress
+            self.source,
+            sized,
+            made,
+            device=self.device,
+            overwrite=True,
+            profile=self.profile,
+            verify=self.verify,
+            progress=self.progress,
         )
         assert self.job.calibration is not None
         rows = self.job.calibration.held_back

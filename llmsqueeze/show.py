@@ -81,8 +81,8 @@ def contents(folder: str) -> Contents:
 
 
 def asked(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a stored recipe that say something."""
-    return {key: value for key, value in recipe.items() if value not in (None, [], False)}
+    """The settings of a stored recipe that are not open."""
+    return {key: value for key, value in recipe.items() if value is not None and value != []}
 
 
 def _code_bits(entries: dict[str, Entry]) -> float:

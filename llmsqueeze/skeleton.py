@@ -114,6 +114,16 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     return Skeleton(model, checkpoint, sources, tied, blocks, linears)
 
 
+def compressed_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of a folder that we wrote, whose names are the model's own; a compressed linear's weight has no
+    source."""
+    model = empty_model(checkpoint.path, load_config(checkpoint.path, trust_remote_code), trust_remote_code)
+    sources = {name: name for name in model.state_dict() if name in checkpoint.tensors}
+    blocks = find_blocks(model)
+    linears = [find_linears(model, block) for block in blocks]
+    return Skeleton(model, checkpoint, sources, _tied(model, sources), blocks, linears)
+
+
 def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoint:
     """The checkpoint that the folder's `config.json` describes, as if its weights were there; none can be read.
 

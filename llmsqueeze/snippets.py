@@ -1,13 +1,24 @@
-"""How a model card says to open a folder, by the format that it is in."""
+"""How a model card says to open a folder, by the format that it is in, and what does not open it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+PROGRAMS = {"native": "`llmsqueeze.load`", "transformers": "transformers", "vllm": "vLLM"}
 
 
 def how_to_load(name: str, form: str) -> list[str]:
     """Sections of the card: what to beware of, and the code. `form`: llmsqueeze, compressed-tensors or dense."""
     if form == "llmsqueeze":
         return [WARNING, "## Load", _native(name)]
-    return ["## Load", _portable(name) if form == "compressed-tensors" else _plain(name)]
+    return ["## Load", _portable(name) if form == "compressed-tensors" else _dense(name)]
+
+
+def what_opens_it(form: str, verdicts: Mapping[str, str]) -> list[str]:
+    """A line for each program: that it opens the folder, or why it does not (as `llmsqueeze check` says)."""
+    package = ", with the package compressed-tensors" if form == "compressed-tensors" else ""
+    yes = {"native": "yes", "transformers": f"yes{package}", "vllm": "its loader takes the format; not tried"}
+    return [f"{PROGRAMS[target]}: {why or yes[target]}." for target, why in verdicts.items()]
 
 
 WARNING = """\
@@ -38,16 +49,15 @@ import llmsqueeze.hf  # makes the format known to transformers
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
-```"""
+```
 
+vLLM does not open this format. Where every part has a place in compressed-tensors (`llmsqueeze check model` says
+whether), this makes a folder that its loader takes:
 
-def _plain(name: str) -> str:
-    return f"""\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+hf download {name} --local-dir model
+llmsqueeze export model --to compressed-tensors --out portable
+vllm serve ./portable
 ```"""
 
 
@@ -61,10 +71,48 @@ several widths rightly).
 pip install 'compressed-tensors>=0.18'
 ```
 
-{_plain(name)}
+{_transformers(name)}
 
-vLLM serves them where it has kernels for their widths (on a CPU 4 bits only; it was not tried with this folder):
+vLLM serves them where it has kernels for their widths (4 bits on a CPU, 2 to 8 on a GPU); this folder was not tried:
 
 ```
 vllm serve {name}
+```
+
+llmsqueeze opens them without that package, keeps them compressed in memory, and stops where a weight is missing:
+
+{_ours(name)}"""
+
+
+def _dense(name: str) -> str:
+    return f"""\
+The weights are an ordinary checkpoint again: as many numbers as the original's, nothing packed.
+
+{_transformers(name)}
+
+```
+vllm serve {name}
+```
+
+llmsqueeze opens them too:
+
+{_ours(name)}"""
+
+
+def _transformers(name: str) -> str:
+    return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```"""
+
+
+def _ours(name: str) -> str:
+    return f"""\
+```python
+import llmsqueeze
+
+model = llmsqueeze.load("{name}")
 ```"""

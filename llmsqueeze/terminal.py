@@ -30,7 +30,7 @@ def hush() -> None:
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore")
-    for name in ("lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator", "lm_eval.api.task"):
+    for name in ("bitsandbytes", "lm_eval", "lm_eval.models.huggingface", "lm_eval.evaluator", "lm_eval.api.task"):
         standard_logging.getLogger(name).setLevel(standard_logging.ERROR)
     quiet: Any = logging  # its functions are not annotated
     quiet.set_verbosity_error()

@@ -24,7 +24,7 @@ from llmsqueeze.recipes import make_recipe
 TEXT = {"samples": 2, "seq_len": 48}
 LINEAR = "model.layers.0.self_attn.q_proj"
 RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {"method": "rtn", "bits": 3, "group_size": 64},
+    "plain": {"method": "rtn", "bits": 3, "group_size": 64, "portable": False},
     "uneven": {"method": "rtn", "bits": 3, "group_size": 48, "symmetric": False},
     "gwq": {"method": "gwq", "quantizer": "rtn", "bits": 3, "outlier_ranking": "magnitude"},
     "dual": {"method": "dbllm", "quantizer": "rtn"},

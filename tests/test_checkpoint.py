@@ -150,6 +150,7 @@ def test_output_appears_only_when_complete(tmp_path: Path) -> None:
         output.write_shard({"a": torch.ones(3), "view": torch.arange(10.0)[2:4]})
         output.write_shard({"b": torch.zeros(2, dtype=torch.int16)})
         output.write_json("config.json", {"model_type": "llama"})
+        output.finish()
         assert not path.exists()
         assert output.partial == tmp_path / "out.partial"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

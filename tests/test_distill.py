@@ -80,7 +80,8 @@ def text_file(stories: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # the command, on compressed models
 
 MADE: dict[str, dict[str, Any]] = {
-    "rtn": {"method": "rtn", "bits": 2},
+    "rtn": {"method": "rtn", "bits": 2, "portable": False},
+    "portable": {"method": "rtn", "bits": 2, "portable": True},
     "dbllm": {"method": "dbllm", "quantizer": "rtn"},
     "gwq": {"method": "gwq", "quantizer": "rtn", "bits": 2},
     "mixllm": {"method": "mixllm", "quantizer": "rtn", "low_bits": 2, "high_bits": 4},
@@ -138,7 +139,7 @@ def measured(folder: Path, original: Any) -> float:
     return float(torch.cat(divergences).mean())
 
 
-CONTINUOUS_NAMES = ("scale", "zero", "alpha1", "alpha2", "left", "right")
+CONTINUOUS_NAMES = ("scale", "weight_scale", "zero", "alpha1", "alpha2", "left", "right")
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -169,7 +170,7 @@ def test_results_are_no_worse_and_what_was_measured(
     assert record[0]["teacher"] == "demo"
 
 
-@pytest.mark.parametrize("name", ["rtn", "lorc"])
+@pytest.mark.parametrize("name", ["rtn", "portable", "lorc"])
 def test_enough_steps_make_it_better(name: str, squeezed: Callable[[str], Path], tmp_path: Path) -> None:
     summary = run(squeezed(name), tmp_path / "out", steps=8, samples=16)
     assert summary["best_step"] > 0
@@ -183,9 +184,9 @@ def test_enough_steps_make_it_better(name: str, squeezed: Callable[[str], Path],
 @pytest.mark.parametrize(
     ("train", "may"),
     [
-        ("scales", ("scale", "zero", "alpha1", "alpha2")),
+        ("scales", ("scale", "weight_scale", "zero", "alpha1", "alpha2")),
         ("norms", ("weight",)),
-        ("scales,codes", (*CONTINUOUS_NAMES, "codes", "plane1", "plane2")),
+        ("scales,codes", (*CONTINUOUS_NAMES, "codes", "weight_packed", "plane1", "plane2")),
     ],
 )
 def test_only_what_is_named_is_trained(
@@ -194,7 +195,7 @@ def test_only_what_is_named_is_trained(
     """With a measurement that likes every step, so that the last one is kept."""
     liked = iter(range(100, 0, -1))
     monkeypatch.setattr(training, "held_back_divergence", lambda *_: float(next(liked)))
-    for name in ("gwq", "dbllm"):
+    for name in ("gwq", "dbllm", "portable"):
         summary = run(squeezed(name), tmp_path / name, steps=3, train=train)
         assert summary["best_step"] == 3
         before, after = tensors_of(squeezed(name)), tensors_of(tmp_path / name)
@@ -202,7 +203,7 @@ def test_only_what_is_named_is_trained(
         assert {n.rsplit(".")[-1] for n in changed} <= set(may)
         assert changed
         assert all("norm" in n for n in changed) == (train == "norms")
-        assert any(n.endswith(("codes", "plane1")) for n in changed) == ("codes" in train)
+        assert any(n.endswith(("codes", "weight_packed", "plane1")) for n in changed) == ("codes" in train)
         assert (summary["codes_moved"] > 0) == ("codes" in train)
 
 
@@ -290,7 +291,7 @@ def test_a_block_whose_loss_is_no_number_stops_there(
 # block by block
 
 
-@pytest.mark.parametrize("name", ["rtn", "gwq"])
+@pytest.mark.parametrize("name", ["rtn", "portable", "gwq"])
 def test_blockwise_is_no_worse_and_what_was_measured(
     name: str, squeezed: Callable[[str], Path], original: Any, tmp_path: Path
 ) -> None:
@@ -564,6 +565,17 @@ def test_a_folder_that_does_not_say_what_it_was_made_from(squeezed: Callable[[st
     (folder / "llmsqueeze.json").unlink()
     assert "name it with --teacher" in refused(*arguments)
     assert llmsqueeze_cli(*arguments, "--teacher", "demo")[0] == 0
+
+
+def test_a_portable_folder_without_its_record_is_trained_all_the_same(
+    squeezed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(squeezed("portable"), tmp_path / "folder"))
+    (folder / "llmsqueeze.json").unlink()
+    made, record = (
+        run(one, tmp_path / f"{one.name}-out", steps=3, train="scales") for one in (folder, squeezed("portable"))
+    )
+    assert made["kl_after"] == pytest.approx(record["kl_after"], rel=1e-6)
 
 
 def test_too_little_text_is_refused(squeezed: Callable[[str], Path], tmp_path: Path) -> None:

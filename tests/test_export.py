@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,17 +16,25 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import bitpack, parts
+from llmsqueeze.activations import Spill
+from llmsqueeze.blocks import Walk
 from llmsqueeze.card import model_card
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
+from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.measure import measure
 from llmsqueeze.parts import Affine, Grid
+from llmsqueeze.plan import Rows, why_native
+from llmsqueeze.prepare import Job, Source, prepare
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe import Recipe
 from llmsqueeze.recipes import make_recipe
 from llmsqueeze.show import contents
 
@@ -48,7 +59,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Several widths, one per fusion group."""
     out = tmp_path_factory.mktemp("native") / "native"
     recipe = {"method": "auto", "bits": 3.2, "granularity": "group", "levels": "integer", "group_size": 64, **TEXT}
-    quantize("demo", make_recipe(recipe), out)
+    quantize("demo", make_recipe({**recipe, "portable": False}), out)
     return out
 
 
@@ -148,7 +159,7 @@ def test_nothing_is_rounded_again(native: Path, portable: Path) -> None:
 
 def test_portable_writes_what_an_export_would(tmp_path: Path) -> None:
     settings = {"method": "descent", "bits": 3, "group_size": 64, **TEXT}
-    quantize("demo", make_recipe(settings), tmp_path / "native")
+    quantize("demo", make_recipe({**settings, "portable": False}), tmp_path / "native")
     export(str(tmp_path / "native"), "compressed-tensors", tmp_path / "exported")
     summary = quantize("demo", make_recipe({**settings, "portable": True}), tmp_path / "portable")
     exported, direct = open_checkpoint(tmp_path / "exported"), open_checkpoint(tmp_path / "portable")
@@ -167,17 +178,32 @@ def test_a_portable_budget_counts_the_shapes(tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_portable_folder_needs_no_import(portable: Path, native: Path) -> None:
-    assert "llmsqueeze.load" in model_card(native)
+    assert "import llmsqueeze.hf" in model_card(native)
     card = model_card(portable)
-    assert "llmsqueeze.load" not in card
+    assert "import llmsqueeze.hf" not in card
+    assert "RANDOM VALUES" not in card
+    assert card.index("AutoModelForCausalLM.from_pretrained") < card.index("llmsqueeze.load")
     assert "vllm serve" in card
 
 
-def test_what_is_portable_is_not_distilled(portable: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="compressed-tensors, whose scales are not trained here"):
-        distill(str(portable), "demo", make_distillation({"steps": 1}), tmp_path / "out")
-    with pytest.raises(RecipeError, match="portable contradicts distill steps 5"):
-        make_recipe({"bits": 3, "portable": True, "distill_steps": 5})
+def test_what_is_portable_is_distilled_and_stays_so(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    quantize("demo", make_recipe({"method": "rtn", "bits": 2, "portable": True}), source)
+    settings = {"steps": 8, "samples": 16, "held_back": 3, "batch_size": 2, "seq_len": 32}
+    summary = distill(str(source), "demo", make_distillation(settings), out)
+    assert summary["best_step"] > 0
+    assert summary["kl_after"] < summary["kl_before"]
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    assert after.config == before.config
+    held = [{n: (t.shape, t.dtype) for n, t in one.tensors.items()} for one in (before, after)]
+    assert held[0] == held[1]
+    changed = {name for name in before.tensors if not torch.equal(before.read_raw(name), after.read_raw(name))}
+    assert changed
+    assert all(name.endswith((".weight_scale", "norm.weight")) for name in changed), "shapes and codes stay"
+    with torch.no_grad():
+        expected = llmsqueeze.load(str(out), dtype=torch.float32)(input_ids=tokens()).logits
+    assert torch.allclose(logits_of_stock(out, tokens(), tmp_path), expected, atol=1e-4)
+    assert make_recipe({"bits": 3, "portable": True, "distill_steps": 5}).portable, "nor do they contradict"
 
 
 def test_transposed_weights_are_refused_before_anything_is_read(random_model, tmp_path: Path) -> None:
@@ -261,3 +287,169 @@ def test_the_command(native: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["export", str(native), "--to", "dense", "--out", str(out), "-q"])
     assert again.exit_code == 2
     assert "exists already" in again.stderr
+
+
+# ---------------------------------------------------------------------------------------------- portable by default
+
+
+def planned(settings: dict, model: str = "demo") -> tuple[Job, Recipe]:
+    recipe = make_recipe(settings)
+    return prepare(Source(model), recipe, Progress(), text=False), recipe
+
+
+AUTO = {"method": "auto", "bits": 3.5, "granularity": "group", "levels": "integer"}
+WHERE_POSSIBLE = [
+    {},
+    {"method": "rtn", "bits": 8},
+    {"method": "gptq", "bits": 2, "group_size": -1},
+    {"group_size": 32},
+    {"group_size": 1000},  # which is whole rows here
+    {"method": "layerwise", "bits": 3.2},
+    {"skip": ["down_proj"]},
+    AUTO,
+    {**AUTO, "group_sizes": [32, 64, -1]},
+    {"method": "auto", "size": "450kB", "portable": True},
+]
+NATIVE_BECAUSE = [
+    ({"method": "gwq"}, "method gwq: no other runtime opens outliers"),
+    ({**AUTO, "outliers": 0.01}, "outliers: no other runtime opens outliers"),
+    ({**AUTO, "row_outliers": [0.01]}, "outliers: no other runtime opens outliers"),
+    ({"method": "dbllm"}, ": no other runtime opens two planes"),
+    ({**AUTO, "dual": True}, "dual: no other runtime opens two planes"),
+    ({"method": "mixllm"}, "method mixllm: runtimes want one width per fusion group"),
+    ({"bits": 2.5, "granularity": "row"}, "per row: runtimes want one width per fusion group"),
+    ({**AUTO, "granularity": "linear"}, "per linear: runtimes want one width per fusion group"),
+    ({"lorc_rank": 4}, "lorc rank 4: the low-rank factors need an adapter beside the model"),
+    ({**AUTO, "lorc_rank": "auto"}, "lorc rank auto: the low-rank factors need an adapter beside the model"),
+    ({"levels": "half"}, "levels half: compressed-tensors has integer levels"),
+    ({**AUTO, "levels": "by-width"}, "levels by-width: compressed-tensors has integer levels"),
+    ({"symmetric": False}, "asymmetric: transformers does not open zeros"),
+    ({"method": "layerwise", "low_bits": 1}, "compressed-tensors has 2 to 8"),
+    (
+        {"method": "descent", "group_size": 100},
+        "group size 100: it does not divide the 128 columns of ",
+    ),
+    (
+        {"method": "descent", "group_size": 256},
+        "group size 256: it does not divide the 384 columns of ",
+    ),
+    ({**AUTO, "group_sizes": [64, 96]}, "group size 96: it does not divide the 128 columns"),
+]
+
+
+@pytest.mark.parametrize("settings", WHERE_POSSIBLE, ids=str)
+def test_what_has_a_place_there_is_portable(settings: dict) -> None:
+    job, recipe = planned(settings)
+    assert job.plan.portable
+    assert why_native(recipe, job.skeleton, job.plan.weights) is None
+    entries = [(weight.shape, weight.specs) for weight in job.plan.weights.values()]
+    assert not any(compressed_tensors.lost(*entry) for entry in entries)
+    native, recipe = planned({**settings, "portable": False})
+    assert not native.plan.portable
+    bare = list(native.plan.weights.values())
+    assert job.plan.nbytes == sum(parts.layout_nbytes(w.shape, w.specs) for w in bare) + 16 * len(bare)
+    assert native.plan.nbytes == job.plan.nbytes - 16 * len(bare)
+
+
+@pytest.mark.parametrize(("settings", "why"), NATIVE_BECAUSE, ids=[f"{s}" for s, _ in NATIVE_BECAUSE])
+def test_what_has_none_is_native_and_says_why(settings: dict, why: str) -> None:
+    job, recipe = planned(settings)
+    assert not job.plan.portable
+    told = why_native(recipe, job.skeleton, job.plan.weights)
+    assert told is not None
+    assert why in told
+    with pytest.raises(RecipeError, match=f"portable contradicts .*{re.escape(why)}"):
+        planned({**settings, "portable": True})
+
+
+def test_a_budget_alone_buys_rows_natively() -> None:
+    """Portable, the same budget goes by groups."""
+    for settings in ({"bits": 2.5}, {"size": "450kB"}):
+        job, recipe = planned(settings)
+        assert not job.plan.portable
+        assert str(why_native(recipe, job.skeleton, job.plan.weights)).startswith("per row: ")
+        assert planned({**settings, "portable": True})[0].plan.portable
+
+
+def test_transposed_weights_are_native(random_model) -> None:
+    job, recipe = planned({"method": "rtn", "bits": 4, "group_size": 16}, str(random_model("gpt2")))
+    assert not job.plan.portable
+    assert "c_attn: a weight that is stored transposed" in str(why_native(recipe, job.skeleton, job.plan.weights))
+
+
+def test_the_command_says_the_format_and_why(tmp_path: Path) -> None:
+    def made(name: str, *options: object) -> dict:
+        out = ["--out", str(tmp_path / name), "--json", "-q", "--method", "rtn", "--bits", "4"]
+        result = CliRunner().invoke(app, ["quantize", "demo", *out, *map(str, options)])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    portable, native, uneven = made("a"), made("b", "--native"), made("c", "--group-size", 100)
+    assert [one["format"] for one in (portable, native, uneven)] == ["compressed-tensors", "llmsqueeze", "llmsqueeze"]
+    assert portable["why_native"] is None
+    assert native["why_native"] == "--native"
+    assert uneven["why_native"].startswith("group size 100: it does not divide the 128 columns")
+    assert all(one["predicted_portable"] is None for one in (portable, native, uneven))
+    assert portable["nbytes"] == native["nbytes"] + 16 * 28
+    assert portable["opens"] == {"native": "", "transformers": "", "vllm": ""}
+    assert native["opens"]["native"] == ""
+    assert native["opens"]["transformers"]
+    told = [json.loads((tmp_path / name / "llmsqueeze.json").read_text())["format"] for name in "abc"]
+    assert told == [one["format"] for one in (portable, native, uneven)]
+
+
+def test_a_budget_has_room_for_the_shapes() -> None:
+    """Two bits everywhere and not a byte more is native; portable it needs 16 bytes for each of the 28."""
+    settings = {**AUTO, "bits": None, "widths": [2, 3]}
+    native, _ = planned({**settings, "size": "1MB", "portable": False})
+    grid = Grid(2, 128, symmetric=True)
+    narrow = native.plan.on({name: (Rows(grid, w.shape[0]),) for name, w in native.plan.weights.items()})
+    least = native.kept_nbytes + narrow.nbytes
+
+    def target(size: int, portable: bool) -> int | None:
+        job, recipe = planned({**settings, "size": size, "portable": portable})
+        return target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
+
+    assert target(least, False) == narrow.nbytes
+    assert target(least + 16 * 28, True) == narrow.nbytes + 16 * 28
+    with pytest.raises(RecipeError, match=f"size {least + 16 * 28 - 1} bytes is too small"):
+        target(least + 16 * 28 - 1, True)
+    with pytest.raises(RecipeError, match=f"size {least - 1} bytes is too small"):
+        target(least - 1, False)
+
+
+def test_what_a_portable_result_would_cost_is_what_it_costs() -> None:
+    """With the same bytes and fewer choices the loss increase is no smaller; one profile serves both."""
+    settings = {"method": "auto", "bits": 2.6, "quantizer": "rtn", "samples": 2, "seq_len": 48}
+    free, recipe = planned(settings)
+    free = replace(free, calibration=prepare(Source("demo"), recipe, Progress()).calibration)
+    assert free.calibration is not None
+    with Spill() as spill:
+        walk = Walk(free.skeleton, free.calibration.rows, spill, torch.float32, torch.device("cpu"))
+        profile = measure(walk, walk.embed(), free.plan, recipe, wanted_by(recipe), Progress())
+
+    def decided(settings: dict) -> Decision:
+        job, recipe = planned(settings)
+        target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
+        made = decide(job.plan, profile, recipe, job.skeleton.linears, target)
+        assert target is not None
+        assert 0.9 * target < made.plan.nbytes <= target
+        return made
+
+    native, portable = decided(settings), decided({**settings, "portable": True})
+    assert not native.plan.portable
+    assert portable.plan.portable
+    assert portable.predicted_portable is None
+    assert native.predicted is not None
+    assert native.predicted_portable is not None
+    assert native.predicted_portable >= native.predicted > 0
+    assert native.predicted_portable == pytest.approx(portable.predicted, rel=1e-9)
+    assert decided({**settings, "importance": "uniform"}).predicted_portable is None, "nothing was measured for it"
+
+
+@pytest.mark.parametrize("portable", [None, True])
+def test_a_uniform_budget_by_groups_is_written_or_refused(portable: bool | None, tmp_path: Path) -> None:
+    """Its rows are on two widths, which compressed-tensors has no place for."""
+    settings = {**AUTO, "importance": "uniform", "quantizer": "rtn", "portable": portable, "samples": 2, "seq_len": 32}
+    with contextlib.suppress(RecipeError):
+        assert quantize("demo", make_recipe(settings), tmp_path / "out").format == "llmsqueeze"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -118,6 +119,55 @@ def test_an_edited_plan_is_followed(own: Path, demo_dir: Path, tmp_path: Path) -
     assert down not in held
     stored, original = open_checkpoint(tmp_path / "out"), open_checkpoint(demo_dir)
     assert torch.equal(stored.read(f"{down}.weight"), original.read(f"{down}.weight"))
+
+
+GROUPS = {"granularity": "group", "levels": "integer", "quantizer": "rtn", "samples": 2, "seq_len": 32}
+
+
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({"bits": 3.3}, "compressed-tensors"),
+        ({"bits": 3.3, "portable": False}, "llmsqueeze"),
+        ({"bits": 3.6, "symmetric": False}, "llmsqueeze"),
+    ],
+    ids=["portable", "native", "asymmetric"],
+)
+def test_a_plan_keeps_its_format(settings: dict[str, Any], form: str, tmp_path: Path) -> None:
+    """The file says as much as the settings did: the format, and so the bytes foretold."""
+    foretold = plan(DEMO, {**GROUPS, "widths": [2, 3, 4], **settings}, tmp_path / "plan", trial=False)
+    summary = quantize(DEMO, {}, tmp_path / "out", plan=tmp_path / "plan")
+    assert summary["format"] == form
+    assert summary["nbytes"] == foretold["nbytes"]
+
+
+@pytest.fixture(scope="module")
+def portable_plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("portable") / "plan"
+    plan(DEMO, {**GROUPS, "bits": 3.3, "widths": [2, 3, 4]}, folder, trial=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "2 bit g128 half",
+        "3 bit g128 asymmetric",
+        "3 bit g100",
+        {"3 bit g128": 100, "2 bit g128": 284},
+        {"3 bit g128 + 1 outliers": 384},
+        {"3 bit g128": 384, "rank": 2},
+    ],
+    ids=str,
+)
+def test_an_edit_without_a_place_in_compressed_tensors(entry: Any, portable_plan: Path, tmp_path: Path) -> None:
+    """The result is native then, or one error says what is wrong; it is never written as what it is not."""
+    shutil.copytree(portable_plan, tmp_path / "plan")
+    file = edit(tmp_path / "plan", **{"model.layers.0.mlp.up_proj": entry})
+    with contextlib.suppress(RecipeError):
+        summary = quantize(DEMO, {}, tmp_path / "out", plan=file)
+        assert summary["format"] == "llmsqueeze"
+        assert "model.layers.0.mlp.up_proj" in summary["why_native"]
 
 
 @pytest.mark.parametrize(

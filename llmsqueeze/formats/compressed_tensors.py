@@ -17,17 +17,21 @@ One config group per width and group size, its modules named one by one: a class
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Affine, Grid, Part, Spec, spec_grid
 from llmsqueeze.plan import Plan
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
 NAMES = {"codes": "weight_packed", "scale": "weight_scale"}
+
+OWN_NAMES = {rf"\.{stored}$": f".parts.0.{name}" for name, stored in NAMES.items()}  # as patterns for transformers
 
 
 def lost(shape: tuple[int, int], specs: Sequence[Spec]) -> str | None:
@@ -50,6 +54,24 @@ def lost(shape: tuple[int, int], specs: Sequence[Spec]) -> str | None:
     if shape[1] % grid.width(shape[1]):
         return f"a short last group ({shape[1]} columns in groups of {grid.group_size})"
     return None
+
+
+def barred(plan: Plan) -> str | None:
+    """The first linear of a plan that this format cannot hold, and what of it; None if it can hold all."""
+    found = ((name, lost(weight.shape, weight.specs)) for name, weight in plan.weights.items())
+    return next((f"{name}: {what}" for name, what in found if what is not None), None)
+
+
+def settled(plan: Plan, portable: bool | None) -> Plan:
+    """The plan as it can be written: in our own format if this one has no place for something.
+
+    Raises RecipeError if it was to be `portable`.
+    """
+    if not plan.portable or (what := barred(plan)) is None:
+        return plan
+    if portable:
+        raise RecipeError(f"portable contradicts the plan: compressed-tensors has no place for {what}")
+    return Plan({name: replace(weight, beside=0) for name, weight in plan.weights.items()})
 
 
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from llmsqueeze import parts
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError, UnsupportedError
@@ -48,12 +50,28 @@ def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     raise UnsupportedError(f"{checkpoint.path} was not compressed by llmsqueeze (its config has {method})")
 
 
-def read_parts(checkpoint: Checkpoint, entry: Entry) -> list[Part]:
+def read_parts(checkpoint: Checkpoint, entry: Entry, device: torch.device | str = "cpu") -> list[Part]:
     """A linear's parts from the file."""
     return [
-        parts.restore(entry.shape, spec, {kind: checkpoint.read_raw(name) for kind, name in names.items()})
+        parts.restore(entry.shape, spec, {kind: checkpoint.read_raw(name).to(device) for kind, name in names.items()})
         for spec, names in zip(entry.specs, entry.names, strict=True)
     ]
+
+
+def own_names(entries: Mapping[str, Entry]) -> dict[str, str]:
+    """A part's tensor as the native format calls it -> its name in the file."""
+    return {
+        native.tensor_name(linear, i, kind): name
+        for linear, entry in entries.items()
+        for i, names in enumerate(entry.names)
+        for kind, name in names.items()
+    }
+
+
+def native_config(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """The native format's `quantization_config` for linears that are in whichever of our formats."""
+    weights = {name: {"shape": list(entry.shape), "parts": list(entry.specs)} for name, entry in entries.items()}
+    return {"quant_method": native.METHOD, "format_version": native.FORMAT_VERSIONS[-1], "weights": weights}
 
 
 def _method(checkpoint: Checkpoint) -> str:
@@ -64,18 +82,20 @@ def _method(checkpoint: Checkpoint) -> str:
 def _native(linear: str, entry: Mapping[str, Any]) -> Entry:
     shape = (entry["shape"][0], entry["shape"][1])
     names = tuple(
-        {kind: f"{linear}.parts.{i}.{kind}" for kind in parts.layout(shape, spec)}
+        {kind: native.tensor_name(linear, i, kind) for kind in parts.layout(shape, spec)}
         for i, spec in enumerate(entry["parts"])
     )
     return Entry(shape, tuple(entry["parts"]), names)
 
 
 def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Entry]:
-    """Only what we write: symmetric integers, modules named one by one."""
+    """Only what we write: symmetric integers in groups or rows, columns in order, modules named one by one."""
     found = {}
     for group in config["config_groups"].values():
         weights = group["weights"]
-        if weights["type"] != "int" or not weights["symmetric"] or group.get("input_activations"):
+        ours = weights["type"] == "int" and weights["symmetric"] and weights.get("strategy") in ("group", "channel")
+        ours = ours and weights.get("actorder") in (None, "weight", "static") and not group.get("input_activations")
+        if not ours or not all("." in target and not target.startswith("re:") for target in group["targets"]):
             raise UnsupportedError(
                 f"{checkpoint.path} holds compressed tensors of a kind that llmsqueeze does not write"
             )

@@ -48,10 +48,14 @@ def format_version(plan: Plan) -> int:
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
     """The tensors of a linear's parts under the names they have in the file."""
     return {
-        f"{linear}.parts.{i}.{name}": tensor
+        tensor_name(linear, i, name): tensor
         for i, part in enumerate(weight_parts)
         for name, tensor in part.tensors().items()
     }
+
+
+def tensor_name(linear: str, part: int, tensor: str) -> str:
+    return f"{linear}.parts.{part}.{tensor}"
 
 
 def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:

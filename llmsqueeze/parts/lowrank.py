@@ -31,8 +31,13 @@ class LowRank:
         codes = left / most_left * 127, right / most_right[:, None] * 127
         return cls(codes[0].round().to(torch.int8), codes[1].round().to(torch.int8), scale)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """float32 [rows, rank] and [rank, cols], the scale in the latter."""
+        return self.left.float(), self.right.float() * (self.scale.float() / 127**2)[:, None]
+
     def dense(self) -> Tensor:
-        return self.left.float() @ (self.right.float() * (self.scale.float() / 127**2)[:, None])
+        left, right = self.factors()
+        return left @ right
 
     def tensors(self) -> dict[str, Tensor]:
         return {"left": self.left, "right": self.right, "scale": self.scale}

@@ -1,0 +1,57 @@
+"""bitsandbytes: an original rounded while it is opened, to compare with. No text, no file; NF4 with double quantization
+of its scales (QLoRA, arXiv 2305.14314), or int8 with rows of their own scale (LLM.int8(), arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from llmsqueeze import hf
+from llmsqueeze.errors import UnsupportedError, first_line
+
+NAMES = {"nf4": "bitsandbytes nf4", "int8": "bitsandbytes int8"}
+
+
+def load(model: str, kind: str, **kwargs: Any) -> Any:
+    """The model with its linears in `nf4` or `int8`; `kwargs` go to `from_pretrained`."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return hf.load(model, quantization_config=config, **kwargs)
+
+
+@contextmanager
+def named(model: str) -> Iterator[None]:
+    """What bitsandbytes cannot do, on opening or in its kernels (on a CPU NF4 wants rows of whole blocks of 64).
+
+    Raises UnsupportedError.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
+        raise UnsupportedError(f"bitsandbytes cannot run {model} here: {first_line(error)}") from error
+
+
+def sizes(model: Any) -> tuple[int, float]:
+    """Bytes of all that would be stored of the opened model, and bits per weight of the rounded linears."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    kinds = (Linear4bit, Linear8bitLt)
+    rounded = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    prefixes = tuple(f"{name}." for name in rounded)
+    seen: set[int] = set()
+    nbytes = within = 0
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() in seen:
+            continue  # tied weights are stored once
+        seen.add(tensor.data_ptr())
+        nbytes += tensor.nbytes
+        if name.startswith(prefixes) and not name.endswith(".bias"):
+            within += tensor.nbytes
+    numel = sum(module.in_features * module.out_features for module in rounded.values())
+    return nbytes, round(8 * within / numel, 6)

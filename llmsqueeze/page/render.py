@@ -1,0 +1,61 @@
+"""From a template to one HTML file: styles and script go into it, and it is forbidden to load anything else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from llmsqueeze import __version__
+from llmsqueeze.page import words
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+FOLDER = "templates"
+
+
+def render(template: str, **context: Any) -> str:
+    """The page. Whatever is in the context is text: it is escaped, and a script that got in would not be run, for the
+    policy names ours by its hash."""
+    from markupsafe import Markup
+
+    style, script = asset("page.css"), asset("page.js")
+    policy = (
+        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    inline = {"style": Markup(style), "script": Markup(script), "policy": policy}
+    return environment().get_template(template).render(**inline, version=__version__, **context)
+
+
+@cache
+def environment() -> Environment:
+    import jinja2
+
+    made = jinja2.Environment(
+        loader=jinja2.FunctionLoader(asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "size": words.size,
+        "integer": words.integer,
+        "fixed": words.fixed,
+        "percent": words.percent,
+        "px": lambda value: f"{value:.1f}".removesuffix(".0"),
+    }
+    return made
+
+
+def asset(name: str) -> str:
+    return (files("llmsqueeze.page") / FOLDER / name).read_text(encoding="utf-8")
+
+
+def digest(text: str) -> str:
+    """As a content security policy names an inline style or script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

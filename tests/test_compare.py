@@ -1,0 +1,483 @@
+"""`compare` against slow twins: every number of it by hand, the frontier by brute force, mistakes as one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from typer.testing import CliRunner
+
+from llmsqueeze import bnb, comparing, parts, pictures
+from llmsqueeze import evaluate as evaluation
+from llmsqueeze.calibrate import Text, evaluation_text, load_tokenizer
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.cli import app
+from llmsqueeze.comparing import compare, contenders, mark_frontier, paired
+from llmsqueeze.compress import quantize
+from llmsqueeze.demo.task import TASK_NAME, task_config
+from llmsqueeze.evaluate import TaskScores
+from llmsqueeze.exporting import export
+from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.recipes import make_recipe
+
+CPU = torch.device("cpu")
+WINDOW = 48
+DOCUMENTS = 12
+
+
+@pytest.fixture(scope="module")
+def words() -> str:
+    """Some windows, the last of them a short one."""
+    return evaluation_text("demo", "demo").content[:1100]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Not to be changed: both formats, a dense one, one with a linear left alone."""
+    root = tmp_path_factory.mktemp("made")
+    made: dict[str, dict[str, Any]] = {
+        "portable": {"bits": 2},
+        "native": {"bits": 3, "portable": False},
+        "skipping": {"bits": 4, "group_size": 64, "skip": ["down_proj"]},
+    }
+    for name, recipe in made.items():
+        quantize("demo", make_recipe({"method": "rtn", **recipe}), root / name, verify=False)
+    export(str(root / "native"), "dense", root / "dense")
+    return {name: root / name for name in (*made, "dense")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_list_of_tasks() -> Iterator[None]:
+    """lm-eval reads its thousands of definitions anew for every list; one serves all tests."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluation, "_task_manager", functools.cache(evaluation._task_manager))
+        yield
+
+
+@pytest.fixture(scope="module")
+def compared(folders: dict[str, Path], words: str) -> dict[str, Any]:
+    """Two folders and both of bitsandbytes beside the original, on some windows and some documents."""
+    names = [str(folders["portable"]), str(folders["native"])]
+    return compare(
+        "demo",
+        names,
+        bnb_types=["nf4", "int8"],
+        text=Text("words", words),
+        tasks=[TASK_NAME],
+        window=WINDOW,
+        limit=DOCUMENTS,  # more than there are windows
+    )
+
+
+def row(compared: dict[str, Any], kind: str) -> dict[str, Any]:
+    (found,) = [model for model in compared["models"] if model["kind"] == kind]
+    return found
+
+
+def tensor_bytes(folder: Path) -> dict[str, int]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as held:
+            found |= {name: held.get_tensor(name).nbytes for name in held.keys()}  # noqa: SIM118
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path], demo_dir: Path) -> dict[str, Any]:
+    """By transformers and by hand: the original, and the original with the sums of parts for its weights."""
+    opened: dict[str, Any] = {"original": AutoModelForCausalLM.from_pretrained(demo_dir).eval()}
+    for name, kind in (("portable", "compressed-tensors"), ("native", "llmsqueeze")):
+        model = AutoModelForCausalLM.from_pretrained(demo_dir).eval()
+        checkpoint = open_checkpoint(folders[name])
+        for linear, entry in read_entries(checkpoint).items():
+            dense = parts.sum_of_parts(read_parts(checkpoint, entry))
+            model.get_submodule(linear).weight.data = dense.to(torch.bfloat16)
+        opened[kind] = model
+    return opened
+
+
+def windows_of(words: str, folder: Path) -> list[list[int]]:
+    """Token ids of each window, each from its BOS; the last has what is left."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    step = WINDOW - 1
+    return [[tokenizer.bos_token_id, *ids[i : i + step]] for i in range(0, len(ids), step)]
+
+
+def log_probabilities(model: Any, windows: list[list[int]]) -> list[Tensor]:
+    """float64 [predicted tokens, vocabulary] of every window, all of a length in one batch as bf16 depends on it."""
+    full = [window for window in windows if len(window) == WINDOW]
+    with torch.no_grad():
+        logits = [*model(torch.tensor(full)).logits, model(torch.tensor(windows[-1:])).logits[0]]
+    return [one.double()[:-1].log_softmax(-1) for one in logits]
+
+
+def test_scores_are_those_computed_by_hand(
+    compared: dict[str, Any], models: dict[str, Any], words: str, demo_dir: Path
+) -> None:
+    windows = windows_of(words, demo_dir)
+    assert 4 < len(windows) < DOCUMENTS
+    assert len(windows[-1]) < WINDOW, "the tail is measured as well"
+    found = {kind: log_probabilities(model, windows) for kind, model in models.items()}
+    nll = {
+        kind: [
+            [-float(p[i, window[i + 1]]) for i in range(len(window) - 1)]
+            for p, window in zip(held, windows, strict=False)
+        ]
+        for kind, held in found.items()
+    }
+    count = sum(len(window) - 1 for window in windows)
+    assert compared["tokens"] == count
+    assert compared["window"] == WINDOW
+    for kind in models:
+        told = row(compared, kind)
+        mean = sum(map(sum, nll[kind])) / count
+        assert told["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+        differences = [
+            [a - b for a, b in zip(*pair, strict=False)] for pair in zip(nll[kind], nll["original"], strict=False)
+        ]
+        difference = sum(map(sum, differences)) / count
+        assert told["nll_difference"] == pytest.approx(difference, abs=1e-4)
+        # a ratio of sums over windows of several lengths
+        spread = sum((sum(one) - difference * len(one)) ** 2 for one in differences)
+        stderr = math.sqrt(spread * len(windows) / (len(windows) - 1)) / count
+        assert told["nll_difference_stderr"] == pytest.approx(stderr, rel=1e-3, abs=1e-9)
+        kl, changed = [], 0
+        for p, q in zip(found["original"], found[kind], strict=False):
+            for i in range(len(p)):
+                kl.append(float((p[i].exp() * (p[i] - q[i])).sum()))
+                changed += int(p[i].argmax() != q[i].argmax())
+        assert told["kl_mean"] == pytest.approx(sum(kl) / count, rel=1e-3, abs=1e-9)
+        assert told["kl_p99"] == pytest.approx(sorted(kl)[math.ceil(0.99 * count) - 1], rel=1e-3, abs=1e-9)
+        assert told["top1_changed"] == pytest.approx(changed / count, abs=1.01 / count)  # a tie may fall either way
+    assert row(compared, "compressed-tensors")["kl_mean"] > 0.02, "there is something to measure"
+    assert 0.02 < row(compared, "compressed-tensors")["top1_changed"] < 0.98
+    before = row(compared, "original")
+    assert [before[key] for key in ("nll_difference", "kl_mean", "kl_p99", "top1_changed")] == [0.0] * 4
+
+
+def test_bytes_and_bits_are_those_stored(folders: dict[str, Path], demo_dir: Path) -> None:
+    found = contenders("demo", [str(folder) for folder in folders.values()], [], CPU, False)
+    assert [one.name for one in found] == ["demo", *map(str, folders.values())]
+    assert [one.kind for one in found] == [
+        *("original", "compressed-tensors", "llmsqueeze"),
+        *("compressed-tensors", "dense"),
+    ]
+    for one, folder in zip(found, [demo_dir, *folders.values()], strict=True):
+        held = tensor_bytes(folder)
+        assert one.sizes is not None
+        assert one.sizes[0] == sum(held.values())
+        if one.kind in ("original", "dense"):
+            assert one.sizes[1] == 16
+        else:
+            assert one.sizes[1] == json.loads((folder / "llmsqueeze.json").read_text())["bits_per_weight"]
+
+
+def test_biases_are_bytes_but_no_bits_of_weights(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    original = random_model("llama-bias")
+    quantize(str(original), make_recipe({"method": "rtn", "bits": 4, "group_size": 16}), tmp_path / "out")
+    dense, compressed = contenders(str(original), [str(tmp_path / "out")], [], CPU, False)
+    assert dense.sizes is not None
+    assert compressed.sizes is not None
+    assert dense.sizes[1] == 32
+    assert compressed.sizes[0] == sum(tensor_bytes(tmp_path / "out").values())
+    assert compressed.sizes[1] == json.loads((tmp_path / "out" / "llmsqueeze.json").read_text())["bits_per_weight"]
+
+
+def test_bits_are_counted_whatever_the_original_calls_its_weights(
+    random_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GPT-2 on the Hub names them without the model's prefix."""
+    original = Path(shutil.copytree(random_model("gpt2"), tmp_path / "in"))
+    held = load_file(original / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
+    assert renamed.keys() != held.keys()
+    save_file(renamed, original / "model.safetensors", {"format": "pt"})
+    quantize(str(original), make_recipe({"method": "rtn", "bits": 4, "group_size": 16}), tmp_path / "out")
+    before, after = contenders(str(original), [str(tmp_path / "out")], [], CPU, False)
+    assert before.sizes is not None
+    assert before.sizes[1] == 32
+    assert after.sizes is not None
+    assert after.sizes[1] == json.loads((tmp_path / "out" / "llmsqueeze.json").read_text())["bits_per_weight"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_is_counted_as_it_would_be_stored(
+    kind: str, compared: dict[str, Any], demo_dir: Path, tmp_path: Path
+) -> None:
+    """Against every tensor of the state dict, the tied head left out, and against what transformers saves."""
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(demo_dir, quantization_config=config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    assert "lm_head.weight" in state, "tied: once more in the state dict than in a file"
+    nbytes = sum(tensor.nbytes for name, tensor in state.items() if name != "lm_head.weight")
+    linears = sum(tensor.nbytes for name, tensor in state.items() if "_proj." in name)
+    model.save_pretrained(tmp_path / "out")
+    assert sum(tensor_bytes(tmp_path / "out").values()) == nbytes
+    assert bnb.sizes(model) == (nbytes, pytest.approx(8 * linears / 786_432, abs=1e-6))
+    told = row(compared, f"bitsandbytes {kind}")
+    assert told["model"] == f"demo ({kind})"
+    assert (told["nbytes"], told["bits_per_weight"]) == pytest.approx(bnb.sizes(model), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_is_counted_before_it_computes(kind: str, compared: dict[str, Any]) -> None:
+    """On a CPU its first forward pass rewrites what it keeps beside the codes."""
+    told = row(compared, f"bitsandbytes {kind}")
+    assert (told["nbytes"], told["bits_per_weight"]) == bnb.sizes(bnb.load("demo", kind))
+
+
+def test_bitsandbytes_rows_are_measured_too(compared: dict[str, Any]) -> None:
+    nf4, int8 = row(compared, "bitsandbytes nf4"), row(compared, "bitsandbytes int8")
+    assert 0 < int8["kl_mean"] < nf4["kl_mean"] < row(compared, "compressed-tensors")["kl_mean"]
+    assert nf4["nbytes"] < int8["nbytes"] < row(compared, "original")["nbytes"]
+    assert 0 <= nf4["top1_changed"] < 0.5
+    assert all(set(model) == set(compared["models"][0]) for model in compared["models"])
+
+
+def test_what_bitsandbytes_cannot_open_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(bnb.hf, "load", fails)
+    said = refused("compare", "demo", "--bnb", "nf4", "--limit", 1)
+    assert "bitsandbytes cannot run demo (nf4) here: no kernel" in said
+    assert "for this" not in said
+
+
+# ---------------------------------------------------------------------------------------------------- the frontier
+
+
+def swept(points: list[tuple[int, float] | None]) -> list[bool]:
+    """Every point against every other, by what being beaten means."""
+    found = []
+    for mine in points:
+        beaten = mine is None
+        for other in points:
+            if mine is None or other is None:
+                continue
+            smaller_or_equal, better_or_equal = other[0] <= mine[0], other[1] <= mine[1]
+            if smaller_or_equal and better_or_equal and other != mine:
+                beaten = True
+        found.append(not beaten)
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.none() | st.tuples(st.integers(1, 5), st.integers(-2, 3).map(float)), max_size=8))
+def test_the_frontier_is_what_nothing_beats(points: list[tuple[int, float] | None]) -> None:
+    models = [
+        {"nbytes": 1 if point is None else point[0], "nll_difference": point and point[1], "on_frontier": False}
+        for point in points
+    ]
+    mark_frontier(models)
+    assert [model["on_frontier"] for model in models] == swept(points)
+
+
+def test_the_frontier_of_a_comparison(compared: dict[str, Any]) -> None:
+    points = [(model["nbytes"], model["nll_difference"]) for model in compared["models"]]
+    assert [model["on_frontier"] for model in compared["models"]] == swept(points)
+    assert row(compared, "compressed-tensors")["on_frontier"], "nothing is smaller"
+
+
+# ------------------------------------------------------------------------------------------------------- the tasks
+
+
+def test_paired_differences_by_hand() -> None:
+    """Over the documents that both answered; correlated answers have a smaller error than the two apart."""
+    before = TaskScores(
+        {"acc": 0.6, "acc_stderr": 0.2, "f1": 0.5, "only_before": 1.0},
+        {"acc": {0: 1.0, 1: 0.0, 2: 1.0, 3: 1.0, 7: 0.0}, "f1": {0: 0.5}},
+    )
+    after = TaskScores(
+        {"acc": 0.4, "acc_stderr": 0.2, "f1": 0.25, "only_after": 1.0},
+        {"acc": {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0, 9: 1.0}, "f1": {0: 0.25}},
+    )
+    found = paired(after, before)
+    differences = [0.0, 0.0, -1.0, 0.0]  # of documents 0 to 3
+    assert found.keys() == {"acc_difference", "acc_difference_stderr", "f1_difference"}, "one document has no spread"
+    assert found["acc_difference"] == pytest.approx(-0.2)
+    assert found["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(4))
+    assert found["f1_difference"] == -0.25
+    assert paired(before, before)["acc_difference_stderr"] == 0
+
+
+def answers(model: Any, folder: Path) -> list[float]:
+    """Right (1) or wrong (0) by document, from lm-eval itself."""
+    outcome = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=8),
+        tasks=[task_config()],
+        limit=DOCUMENTS,
+        task_manager=evaluation._task_manager(None),
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
+    )
+    held = {int(one["doc_id"]): float(one["acc"]) for one in outcome["samples"][TASK_NAME]}
+    assert len(held) == DOCUMENTS
+    return [held[i] for i in range(DOCUMENTS)]
+
+
+def test_task_differences_are_paired_by_document(
+    compared: dict[str, Any], models: dict[str, Any], demo_dir: Path
+) -> None:
+    right = {kind: answers(model, demo_dir) for kind, model in models.items()}
+    for kind in models:
+        told = row(compared, kind)["tasks"][TASK_NAME]
+        differences = [a - b for a, b in zip(right[kind], right["original"], strict=False)]
+        assert told["acc"] == pytest.approx(statistics.mean(right[kind]))
+        assert told["acc_difference"] == pytest.approx(statistics.mean(differences))
+        assert told["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(DOCUMENTS))
+    assert row(compared, "original")["tasks"][TASK_NAME]["acc_difference"] == 0
+
+
+# -------------------------------------------------------------------------------------------------------- the verb
+
+
+def llmsqueeze_cli(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of the command, run in this process."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*arguments: object) -> str:
+    """stderr of a call that must end with code 2, one line, and no traceback."""
+    code, out, err = llmsqueeze_cli(*arguments, "--quiet", "--device", "cpu")
+    assert code == 2, f"{out}{err}"
+    assert out == ""
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1, err
+    return err.strip()
+
+
+@pytest.fixture(scope="module")
+def text_file(words: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text(words)
+    return file
+
+
+@pytest.fixture
+def copies(folders: dict[str, Path], demo_dir: Path, tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """Folders to write into, and one of nobody's."""
+    made = {name: Path(shutil.copytree(folders[name], tmp_path / name)) for name in ("portable", "dense")}
+    return made | {"foreign": Path(shutil.copytree(demo_dir, tmp_path / "foreign"))}
+
+
+def test_a_comparison_is_kept_in_our_folders(copies: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    arguments = ["compare", "demo", *copies.values(), "--text", text_file, "--seq-len", WINDOW, "--device", "cpu"]
+    code, out, err = llmsqueeze_cli(*arguments, "--limit", 2, "--json", "--quiet")
+    assert code == 0, err
+    assert json.loads(out)["kept_in"] == []
+    assert not list(tmp_path.rglob("comparison.json")), "a limited run is for nobody else"
+    assert not list(tmp_path.rglob("frontier.png"))
+
+    code, out, err = llmsqueeze_cli(*arguments, "--json", "--quiet", "--html", tmp_path / "page.html")
+    assert code == 0, err
+    result = json.loads(out)
+    ours = [copies["portable"], copies["dense"]]
+    assert result["kept_in"] == [str(folder) for folder in ours]
+    assert {path.parent for path in tmp_path.rglob("comparison.json")} == set(ours)
+    assert {path.parent for path in tmp_path.rglob("frontier.png")} == (set(ours) if pictures.available() else set())
+    for place, folder in enumerate(ours, 1):
+        written = (folder / "comparison.json").read_text()
+        assert str(tmp_path) not in written
+        kept = json.loads(written)
+        assert kept["text"] == "words.txt"
+        assert kept["tokens"] == result["tokens"] > 0
+        assert [model["model"] for model in kept["models"]] == ["demo", *(path.name for path in copies.values())]
+        assert [model["this"] for model in kept["models"]] == [i == place for i in range(4)]
+        for told, model in zip(result["models"], kept["models"], strict=True):
+            assert told | {"model": model["model"], "this": model["this"]} == model
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith(("<!DOCTYPE html>", "<!doctype html>"))
+    assert all(path.name in page for path in copies.values())
+    assert str(tmp_path) not in page
+    (dense, foreign) = (next(m for m in result["models"] if m["model"] == str(copies[n])) for n in ("dense", "foreign"))
+    assert foreign["kind"] == dense["kind"] == "dense"
+    assert foreign["kl_mean"] == 0
+
+
+def test_people_read_a_table(copies: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    arguments = ["compare", "demo", copies["portable"], "--text", text_file, "--limit", 2, "--seq-len", WINDOW]
+    code, out, _ = llmsqueeze_cli(*arguments, "--device", "cpu")
+    assert code == 0
+    shown = [line.split() for line in out.splitlines()]
+    assert any("portable" in line for line in shown)
+    assert any("demo" in line for line in shown)
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_nothing_is_drawn_without_losses(compared: dict[str, Any], tmp_path: Path) -> None:
+    """Tasks alone say nothing of the text."""
+    silent = [model | {"nll_difference": None} for model in compared["models"]]
+    assert not comparing.draw(compared | {"models": silent}, tmp_path / "frontier.png")
+    assert not comparing.draw(compared | {"models": compared["models"][:1]}, tmp_path / "frontier.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_mistakes_are_one_line(folders: dict[str, Path], tmp_path: Path, text_file: Path) -> None:
+    given = folders["portable"]
+    quick = ["--text", text_file, "--limit", 1]
+    assert f"{given} is named twice" in refused("compare", "demo", given, given, *quick)
+    assert "demo is named twice" in refused("compare", "demo", "demo", *quick)
+    assert "nothing to compare the original with" in refused("compare", "demo", *quick)
+    said = refused("compare", "demo", given.with_name("portabel"), *quick)
+    assert "there is no folder" in said
+    assert "did you mean 'portable'?" in said
+    assert "unknown bnb 'nf5'; did you mean 'nf4'?" in refused("compare", "demo", "--bnb", "nf5", *quick)
+    said = refused("compare", "demo", given, "--tasks", "demo_story")
+    assert "unknown task 'demo_story'; did you mean 'demo_stories'?" in said
+    assert "--tasks is empty" in refused("compare", "demo", given, "--tasks", ",")
+    assert "there is no text file" in refused("compare", "demo", given, "--text", tmp_path / "nowhere.txt")
+    page = tmp_path / "nowhere" / "page.html"
+    assert f"cannot write {page}" in refused("compare", "demo", given, *quick, "--seq-len", WINDOW, "--html", page)
+
+
+def test_what_was_made_of_another_model_is_refused(
+    folders: dict[str, Path], random_model: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is opened."""
+
+    def opened(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(comparing, "open_model", opened)
+    other = random_model("llama")
+    said = refused("compare", "demo", folders["native"], other, "--text", text_file)
+    assert f"{other} has a vocabulary of 96 tokens and demo one of 626" in said
+
+
+def test_a_damaged_folder_is_refused(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(folders["native"], tmp_path / "broken"))
+    file = sorted(broken.glob("*.safetensors"))[2]
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if name.endswith(".scale")))
+    save_file(tensors, file, {"format": "pt"})
+    said = refused("compare", "demo", broken, "--text", text_file, "--limit", 1, "--seq-len", WINDOW)
+    assert "scale" in said

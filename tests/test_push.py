@@ -1,0 +1,331 @@
+"""Push: what the Hub receives, who sees it, what a broken push leaves and the next one sends, and what a dry run says.
+
+The pushes run in processes of their own and talk to `hub_server`, a Hub in small on this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hub_folder import (
+    COMPARISON,
+    EVALUATION,
+    SHARDS,
+    TOKEN,
+    assert_refused,
+    contents,
+    front_matter,
+    make_folder,
+    run_push,
+    run_push_alone,
+    write_json,
+)
+from hub_server import Hub, serve
+
+from llmsqueeze.card import model_card
+from llmsqueeze.checking import check
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "Llama-3.1-8B-3bit")
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as running:
+        running.token = TOKEN
+        yield running
+
+
+# Pushes
+
+COMMIT = "POST /api/models/alice/small/commit/main"
+
+
+@dataclass
+class Pushed:
+    folder: Path
+    hub: Hub
+    result: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
+    """One private push, of a folder that also holds what does not belong into a repo."""
+    folder = make_folder(tmp_path_factory.mktemp("pushed") / "Llama-3.1-8B-3bit")
+    write_json(folder / "evaluation.json", EVALUATION)
+    write_json(folder / "comparison.json", COMPARISON)
+    (folder / "frontier.png").write_bytes(b"a picture")
+    (folder / "README.md").write_text("---\nlicense: llama3.1\n---\n# The original\n", encoding="utf-8")
+    (folder / "LICENSE").write_text("terms\n", encoding="utf-8")
+    for stray in (
+        ".env",
+        "notes.txt",
+        "run.log",
+        "tokenizer.json.partial",
+        "model-00003-of-00003.safetensors",
+    ):
+        (folder / stray).write_text("not for the Hub", encoding="utf-8")
+    (folder / "backup").mkdir()
+    (folder / "backup" / "config.json").write_text("{}", encoding="utf-8")
+    with serve() as hub:
+        hub.token = TOKEN
+        result = run_push_alone(folder, "alice/small", "--private", endpoint=hub.url)
+        yield Pushed(folder, hub, result)
+
+
+def test_push_prints_where_it_went_who_sees_it_and_how_much_it_was(pushed: Pushed) -> None:
+    assert pushed.result.returncode == 0, pushed.result.stderr
+    nbytes = sum(map(len, [*pushed.hub.inline.values(), *pushed.hub.large.values()]))
+    told = pushed.result.stdout
+    assert told.startswith(f"{pushed.hub.url}/alice/small (private): 16 files, ")
+    assert told.endswith(f"({nbytes:,} bytes)\n")
+
+
+def test_push_sends_the_shards_through_lfs_unchanged(pushed: Pushed) -> None:
+    assert pushed.hub.large == {shard: (pushed.folder / shard).read_bytes() for shard in SHARDS}
+    assert pushed.hub.verified == set(pushed.hub.objects)
+    assert not any(call.startswith("PUT") for call in pushed.hub.calls[pushed.hub.calls.index(COMMIT) :])
+
+
+def test_push_changes_the_repo_in_one_step(pushed: Pushed) -> None:
+    assert pushed.hub.commits == 1
+
+
+def test_push_sends_the_small_files_that_belong_unchanged_and_no_other(pushed: Pushed) -> None:
+    names = (
+        *("LICENSE", "README.md", "config.json", "evaluation.json", "frontier.png", "generation_config.json"),
+        *("llmsqueeze.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
+    )
+    sent = dict(pushed.hub.inline)
+    del sent["comparison.json"]
+    assert sent == {name: (pushed.folder / name).read_bytes() for name in names}
+
+
+def test_push_sends_the_comparison_without_the_maker_s_folders(pushed: Pushed) -> None:
+    sent = json.loads(pushed.hub.inline["comparison.json"])
+    assert [row["model"] for row in sent["models"]] == ["meta-llama/Llama-3.1-8B", "Llama-3bit", "other"]
+    assert sent["models"][1]["perplexity"] == 7.13
+
+
+def test_push_sends_the_card_and_keeps_the_readme_that_was_there(pushed: Pushed) -> None:
+    card = pushed.hub.inline["README.md"].decode()
+    assert card == model_card(pushed.folder, "alice/small", check(str(pushed.folder)))
+    assert front_matter(card)["license"] == "llama3.1"
+    for fact in (
+        "method: gwq",
+        "bits: 3",
+        "3.41",
+        "7.126",
+        "](frontier.png)",
+        "**7.13 ± 0.06**",
+        'llmsqueeze.load("alice/small")',
+    ):
+        assert fact in card
+    assert (pushed.folder / "README.before-push.md").read_text(encoding="utf-8").endswith("# The original\n")
+
+
+def test_push_asks_for_a_private_repo(pushed: Pushed) -> None:
+    assert pushed.hub.created == [{"name": "small", "organization": "alice", "visibility": "private"}]
+    assert pushed.hub.visibility == {"alice/small": "private"}
+
+
+def test_push_never_shows_the_token(pushed: Pushed) -> None:
+    sent = b"".join([*pushed.hub.inline.values(), *pushed.hub.large.values()])
+    assert TOKEN.encode() not in sent
+    assert TOKEN not in pushed.result.stdout + pushed.result.stderr
+    assert not any(TOKEN.encode() in content for content in contents(pushed.folder).values())
+
+
+def test_push_leaves_nothing_behind_in_the_folder(pushed: Pushed) -> None:
+    hidden = [name for name in contents(pushed.folder) if name.startswith(".")]
+    assert hidden == [".env"]
+    assert check(str(pushed.folder))["sound"]
+
+
+def test_push_twice_without_an_owner_sends_nothing_the_second_time(folder: Path, hub: Hub) -> None:
+    for _ in range(2):
+        result = run_push(folder, "small", endpoint=hub.url)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"{hub.url}/alice/small (private): ")
+    assert 'llmsqueeze.load("alice/small")' in hub.inline["README.md"].decode()
+    assert not (folder / "README.before-push.md").exists()
+    assert [sent(hub, shard, folder) for shard in SHARDS] == [1] * len(SHARDS)
+    assert hub.commits == 1
+
+
+# Who sees it
+
+
+@pytest.mark.parametrize(
+    ("flags", "there", "after"),
+    [
+        ([], None, "private"),
+        (["--public"], None, "public"),
+        ([], "public", "public"),
+        ([], "private", "private"),
+        (["--public"], "public", "public"),
+    ],
+)
+def test_a_new_repo_is_private_unless_asked_and_one_that_exists_stays(
+    folder: Path, hub: Hub, flags: list[str], there: str | None, after: str
+) -> None:
+    if there:
+        hub.visibility["alice/small"] = there
+    result = run_push(folder, "alice/small", *flags, "--json", endpoint=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert hub.visibility == {"alice/small": after}
+    told = json.loads(result.stdout)
+    assert told["private"] == (after == "private")
+    assert (told["repo"], told["url"], told["dry_run"]) == ("alice/small", f"{hub.url}/alice/small", False)
+    assert told["files"] == {name: len(content) for name, content in (hub.inline | hub.large).items()}
+    assert told["nbytes"] == sum(told["files"].values())
+
+
+@pytest.mark.parametrize(("flag", "there"), [("--private", "public"), ("--public", "private")])
+def test_a_flag_against_a_repo_that_exists_sends_nothing(folder: Path, hub: Hub, flag: str, there: str) -> None:
+    hub.visibility["alice/small"] = there
+    before = contents(folder)
+    result = run_push(folder, "alice/small", flag, endpoint=hub.url)
+    assert_refused(result, f"'alice/small' exists and is {there}", f"leave {flag} out")
+    assert (hub.inline, hub.large, hub.objects) == ({}, {}, {})
+    assert contents(folder) == before
+
+
+def test_foreign_files_of_a_repo_that_exists_stay(folder: Path, hub: Hub) -> None:
+    hub.visibility["alice/small"] = "public"
+    hub.inline |= {"notes.md": b"mine", "config.json": b"old"}
+    result = run_push(folder, "alice/small", endpoint=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert hub.inline["notes.md"] == b"mine"
+    assert hub.inline["config.json"] == (folder / "config.json").read_bytes()
+
+
+def test_weights_in_the_repo_that_would_be_opened_instead_are_named(folder: Path, hub: Hub) -> None:
+    hub.visibility["alice/small"] = "public"
+    hub.pointers["model.safetensors"] = "0" * 64
+    result = run_push(folder, "alice/small", endpoint=hub.url)
+    assert_refused(result, "'alice/small' holds model.safetensors", "delete it there, or push to a new name")
+    assert hub.objects == {}
+
+
+# Broken off
+
+
+def sent(hub: Hub, shard: str, folder: Path) -> int:
+    """How often the shard was sent, or begun to be."""
+    return hub.calls.count(f"PUT /lfs/{hashlib.sha256((folder / shard).read_bytes()).hexdigest()}")
+
+
+def test_a_broken_connection_loses_nothing_and_the_next_push_goes_on(folder: Path, hub: Hub) -> None:
+    hub.visibility["alice/small"] = "public"
+    hub.inline["README.md"] = b"as it was"
+    hub.room = 1
+    result = run_push(folder, "alice/small", endpoint=hub.url)
+    assert_refused(result, f"cannot reach the Hub at {hub.url}", "the repo is as it was", "not sent again")
+    assert sent(hub, SHARDS[0], folder) == 1
+    assert sent(hub, SHARDS[1], folder) > 1
+    assert sent(hub, SHARDS[2], folder) == 0
+    assert (hub.inline, hub.large, hub.commits) == ({"README.md": b"as it was"}, {}, 0)
+    assert check(str(folder))["sound"]
+
+    hub.room = None
+    hub.calls.clear()
+    result = run_push(folder, "alice/small", endpoint=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert [sent(hub, shard, folder) for shard in SHARDS] == [0, 1, 1, 1, 1]
+    assert hub.large == {shard: (folder / shard).read_bytes() for shard in SHARDS}
+    assert hub.inline["README.md"] == (folder / "README.md").read_bytes()
+
+
+def test_a_token_that_expires_loses_nothing_and_a_new_one_goes_on(folder: Path, hub: Hub) -> None:
+    hub.expires = (2, "")
+    result = run_push(folder, "alice/small", endpoint=hub.url)
+    assert_refused(
+        result, "does not accept your token", "`hf auth login`", "HF_TOKEN", "the repo is as it was", "not sent again"
+    )
+    assert (hub.inline, hub.large, len(hub.verified)) == ({}, {}, 2)
+
+    hub.expires, hub.token = None, "new-token-4712"
+    hub.calls.clear()
+    result = run_push(folder, "alice/small", endpoint=hub.url, HF_TOKEN=hub.token)
+    assert result.returncode == 0, result.stderr
+    assert [sent(hub, shard, folder) for shard in SHARDS] == [0, 0, 1, 1, 1]
+    assert hub.commits == 1
+
+
+def test_a_commit_that_fails_loses_nothing_and_the_next_push_sends_no_weights(folder: Path, hub: Hub) -> None:
+    hub.failures["/commit/"] = (412, "the repo is locked")
+    result = run_push(folder, "alice/small", endpoint=hub.url)
+    assert_refused(result, "the Hub answered 412 for 'alice/small'", "the repo is locked", "not sent again")
+    assert hub.inline == {}
+
+    hub.failures.clear()
+    hub.calls.clear()
+    result = run_push(folder, "alice/small", endpoint=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert [sent(hub, shard, folder) for shard in SHARDS] == [0] * len(SHARDS)
+    assert set(hub.large) == set(SHARDS)
+
+
+def test_xet_goes_on_too_and_its_401_is_understood(folder: Path, hub: Hub) -> None:
+    """The Hub's chunked storage, which huggingface_hub takes unless told otherwise."""
+    hub.expires = (1, "xet-write-token")
+    result = run_push(folder, "alice/small", endpoint=hub.url, HF_HUB_DISABLE_XET="0")
+    assert_refused(result, "does not accept your token", "`hf auth login`", "the repo is as it was", "not sent again")
+    assert (hub.inline, hub.pointers) == ({}, {})
+    arrived = set(hub.xorbs)
+    assert len(arrived) == 1
+
+    hub.expires = None
+    hub.calls.clear()
+    result = run_push(folder, "alice/small", endpoint=hub.url, HF_HUB_DISABLE_XET="0")
+    assert result.returncode == 0, result.stderr
+    blocks = [call for call in hub.calls if call.startswith("POST /cas/v1/xorbs/")]
+    assert len(blocks) == len(SHARDS) - 1
+    assert not any(name in call for name in arrived for call in blocks)
+    assert hub.pointers == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in SHARDS}
+    assert not any(call.startswith("PUT") for call in hub.calls)
+
+
+# Dry runs
+
+
+def test_a_dry_run_sends_and_writes_nothing_and_says_what_a_push_would(folder: Path, hub: Hub) -> None:
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n", encoding="utf-8")
+    (folder / "notes.txt").write_text("not for the Hub", encoding="utf-8")
+    before = contents(folder)
+    result = run_push(folder, "alice/small", "--dry-run", endpoint=hub.url, HF_TOKEN="")
+    assert result.returncode == 0, result.stderr
+    assert hub.calls == []
+    assert contents(folder) == before
+    for shard in SHARDS:
+        assert re.search(rf"^  {shard} +{(folder / shard).stat().st_size:,}$", result.stdout, re.MULTILINE)
+    assert "notes.txt" not in result.stdout
+    assert f"{folder / 'README.md'} would hold the card" in result.stdout
+    assert "base_model: meta-llama/Llama-3.1-8B\n" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert f"{hub.url}/alice/small (private; one that exists stays as it is) would get 12 files, " in last
+
+
+@pytest.mark.parametrize(("flag", "private"), [("--private", True), ("--public", False)])
+def test_a_dry_run_foresees_what_the_push_does(folder: Path, hub: Hub, flag: str, private: bool) -> None:
+    foreseen = json.loads(run_push(folder, "alice/small", flag, "--dry-run", "--json", endpoint=hub.url).stdout)
+    assert hub.calls == []
+    done = json.loads(run_push(folder, "alice/small", flag, "--json", endpoint=hub.url).stdout)
+    assert foreseen.pop("card") == (folder / "README.md").read_text(encoding="utf-8")
+    assert foreseen == {**done, "dry_run": True}
+    assert done["private"] == private
+
+
+def test_a_dry_run_refuses_what_the_push_would(folder: Path, hub: Hub) -> None:
+    (folder / SHARDS[1]).unlink()
+    assert_refused(run_push(folder, "alice/small", "--dry-run", endpoint=hub.url), SHARDS[1])
