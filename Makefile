@@ -22,7 +22,7 @@ demo: $(READY) ## compress the built-in model to 3 bits, evaluate original and c
 	$(BIN)/llmsqueeze eval $(DEMO) --baseline demo --tasks demo_stories
 
 test: $(READY) ## run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY) ## lint, formatting and strict types
 	$(BIN)/ruff check .

@@ -129,6 +129,8 @@ def compare(
         if html is not None:
             comparing.write_page(result, html)
         print_result(result | {"kept_in": kept}, as_json, scoreboard.print_comparison)
+        if result["left_out"]:
+            raise typer.Exit(2)
 
 
 def show(

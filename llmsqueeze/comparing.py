@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from llmsqueeze import bnb, evaluate
 from llmsqueeze.calibrate import Text, windows
-from llmsqueeze.card import shown
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import OutputError, RecipeError, UnsupportedError
 from llmsqueeze.evaluate import (
@@ -37,6 +36,7 @@ from llmsqueeze.evaluate import (
 from llmsqueeze.files import COMPARISON, FRONTIER, SIDECAR, write_json
 from llmsqueeze.locate import locate
 from llmsqueeze.progress import Progress
+from llmsqueeze.public import shown
 from llmsqueeze.skeleton import empty_model, find_blocks, find_linears, load_config
 
 
@@ -68,7 +68,8 @@ def compare(
 ) -> dict[str, Any]:
     """Measures the original, every folder and every bitsandbytes type made of it; `comparison.json` as a dict.
 
-    Raises RecipeError, CheckpointError or UnsupportedError, before anything is measured, for what cannot be compared.
+    What only turns out not to open when its turn comes is named under `left_out`. Raises RecipeError, CheckpointError
+    or UnsupportedError, before anything is measured, for what cannot be compared.
     """
     progress, device = progress or Progress(), device or torch.device("cpu")
     found = contenders(original, folders, bnb_types, device, trust_remote_code)
@@ -101,7 +102,7 @@ def compare(
                 models.append(row_of(contender, sizes, result, tasks_of(opened), answers))
             del opened
         except UnsupportedError as error:
-            if contender.sizes is not None or len(found) == 2:
+            if contender is found[-1] and not models:
                 raise
             left_out.append(str(error))  # what others measured is not lost for it
     before = Evaluation(first, None, None, size, 0.0 if rows else None, 0.0 if rows else None)

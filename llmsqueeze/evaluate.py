@@ -24,11 +24,11 @@ from torch import Tensor
 
 from llmsqueeze import hf
 from llmsqueeze.calibrate import DEMO, Text, evaluation_text, load_tokenizer, windows
-from llmsqueeze.card import shown
 from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line, nearest
 from llmsqueeze.files import EVALUATION, SIDECAR, read_json_if_there
 from llmsqueeze.locate import locate
 from llmsqueeze.progress import Progress
+from llmsqueeze.public import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -174,20 +174,23 @@ def test_nothing_is_left_when_it_fails(tmp_path: Path, error: type[BaseException
 def test_a_failed_replacement_keeps_the_old_result(tmp_path: Path) -> None:
     with output_folder(tmp_path / "out", shards=0, needed=0) as output:
         output.write_json(SIDECAR, {"run": 1})
+        output.finish()
     with pytest.raises(RuntimeError), output_folder(tmp_path / "out", shards=0, needed=0):
         raise RuntimeError
     assert json.loads((tmp_path / "out" / SIDECAR).read_text()) == {"run": 1}
     with output_folder(tmp_path / "out", shards=0, needed=0, overwrite=True) as output:
         output.write_json(SIDECAR, {"run": 2})
+        output.finish()
     assert json.loads((tmp_path / "out" / SIDECAR).read_text()) == {"run": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
     def meanwhile() -> None:
-        with output_folder(tmp_path / "out", shards=0, needed=0):
+        with output_folder(tmp_path / "out", shards=0, needed=0) as output:
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "mine.txt").write_text("kept")
+            output.finish()
 
     with pytest.raises(OutputError, match="exists already"):
         meanwhile()
@@ -200,6 +203,7 @@ def test_a_partial_folder_in_the_way(tmp_path: Path) -> None:
     def write() -> None:
         with output_folder(tmp_path / "out", shards=0, needed=0) as output:
             output.write_json(SIDECAR, {})
+            output.finish()
 
     partial.mkdir()
     (partial / "thesis.tex").write_text("years of work")
