@@ -152,6 +152,17 @@ def test_the_refit_of_both_scales_is_least_squares(generator: torch.Generator) -
         assert torch.allclose(scales[r], expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_in_order_stays_so_in_the_files_dtype(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Each alpha may be rounded towards the other; seen in a file: -0.0732 and 0.0732."""
+    alpha1 = torch.rand(200_000, generator=generator) + 0.05
+    ratio = torch.rand(200_000, generator=generator) * 0.1 + 0.95
+    first, second, _ = dual_binary.put_in_order(alpha1, -alpha1 * ratio, torch.ones_like(alpha1))
+    assert bool(dual_binary.in_order(first.to(dtype).float(), second.to(dtype).float()).all())
+    _, _, moved = dual_binary.put_in_order(first, second, torch.ones_like(alpha1))
+    assert not moved.any()
+
+
 def test_levels_are_put_in_order_and_no_others_touched(generator: torch.Generator) -> None:
     alpha1 = torch.tensor([1.0, 1.0, 0.3, -1.0, -0.2, -1.0])
     alpha2 = torch.tensor([-0.5, 0.2, -0.4, 0.5, 0.4, -0.1])
