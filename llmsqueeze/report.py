@@ -216,6 +216,8 @@ def format_and_why(summary: dict[str, Any]) -> str:
     """The format, what keeps the result from being portable, and what that would cost."""
     if summary["why_native"] is None:
         return f"{summary['format']}, which others open"
+    if summary["why_native"] == "--native":
+        return f"{summary['format']}, as asked for"
     text = f"{summary['format']}, not portable ({summary['why_native']})"
     if summary["predicted_portable"] is not None:
         return f"{text}\n--portable at this size: predicted loss +{summary['predicted_portable']:.4f}"
