@@ -109,6 +109,8 @@ def compare(
         from llmsqueeze.prepare import pick_device
 
         hush()
+        if html is not None and (html.is_dir() or not html.parent.is_dir()):
+            raise RecipeError(f"--html {html} cannot be written: name a file in a folder that exists")
         types = [choice(("nf4", "int8"))("bnb", one) for one in bnb or []]
         with report.TerminalProgress(quiet) as progress:
             result = comparing.compare(
@@ -126,9 +128,9 @@ def compare(
                 progress=progress,
             )
         kept = comparing.remember(result) if limit is None else []
+        print_result(result | {"kept_in": kept}, as_json, scoreboard.print_comparison)
         if html is not None:
             comparing.write_page(result, html)
-        print_result(result | {"kept_in": kept}, as_json, scoreboard.print_comparison)
         if result["left_out"]:
             raise typer.Exit(2)
 
