@@ -193,6 +193,11 @@ def _obstacles(checkpoint: Checkpoint, entries: Mapping[str, Entry], model: nn.M
         found.obstacles["vllm"].append(f"does not know the llmsqueeze format ({why})")
     elif form == compressed_tensors.METHOD:
         found.errors += _ignored(checkpoint, entries, model)
+        if len(checkpoint.config["quantization_config"]["config_groups"]) > 1:
+            found.notes.append(
+                "transformers with dequantize=True reads only the first of several widths rightly, and does not say "
+                "so; its default path reads all"
+            )
         _for_vllm(entries, model, found)
 
 

@@ -206,6 +206,10 @@ def test_vllm_wants_fused_linears_to_agree(made: Callable[[str], Path], tmp_path
     assert result["verdicts"]["transformers"] == ""
     assert "q_proj" in result["verdicts"]["vllm"]
     assert "differ" in result["verdicts"]["vllm"]
+    told = [
+        any("dequantize=True" in note for note in found["notes"]) for found in (result, check(str(made("portable"))))
+    ]
+    assert told == [True, False], "of several groups"
 
 
 def test_the_ignore_list_has_to_fit(made: Callable[[str], Path], tmp_path: Path) -> None:

@@ -456,7 +456,9 @@ def test_mistakes_are_one_line(folders: dict[str, Path], tmp_path: Path, text_fi
     assert "--tasks is empty" in refused("compare", "demo", given, "--tasks", ",")
     assert "there is no text file" in refused("compare", "demo", given, "--text", tmp_path / "nowhere.txt")
     page = tmp_path / "nowhere" / "page.html"
-    assert f"--html {page} cannot be written" in refused("compare", "demo", given, *quick, "--seq-len", WINDOW, "--html", page)
+    assert f"--html {page} cannot be written" in refused(
+        "compare", "demo", given, *quick, "--seq-len", WINDOW, "--html", page
+    )
 
 
 def test_what_was_made_of_another_model_is_refused(

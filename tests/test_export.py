@@ -136,6 +136,16 @@ def test_golden_bytes(bits: int, golden: str) -> None:
         assert slow == golden
 
 
+def test_a_folder_of_several_widths_is_not_read_as_if_it_had_one(tmp_path: Path) -> None:
+    """transformers 5.23 reads all but the first width wrongly then, and says nothing."""
+    from transformers import CompressedTensorsConfig
+
+    settings = {"method": "layerwise", "quantizer": "rtn", "importance": "first", "bits": 3, "group_size": 64}
+    assert quantize("demo", make_recipe(settings), tmp_path / "out").format == "compressed-tensors"
+    with pytest.raises(UnsupportedError, match="CompressedTensorsConfig"):
+        llmsqueeze.load(str(tmp_path / "out"), quantization_config=CompressedTensorsConfig(dequantize=True))
+
+
 def test_the_config_names_every_module_and_ignores_the_rest(portable: Path) -> None:
     config = open_checkpoint(portable).config["quantization_config"]
     named = [name for group in config["config_groups"].values() for name in group["targets"]]
