@@ -90,7 +90,7 @@ def check(folder: str, target: str | None = None, trust_remote_code: bool = Fals
 
 
 def form_of(checkpoint: Checkpoint) -> str:
-    """llmsqueeze, compressed-tensors, or dense."""
+    """llmsqueeze, compressed-tensors, dense, or what another tool calls its own."""
     config = checkpoint.config.get("quantization_config")
     return str(config.get("quant_method")) if isinstance(config, dict) else "dense"
 

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.options import MODEL_HELP, Debug, Device, Json, Quiet, TrustCode
+from llmsqueeze.options import (
+    MODEL_HELP,
+    BatchSize,
+    Debug,
+    Device,
+    EvaluationText,
+    IncludePath,
+    Json,
+    Limit,
+    Quiet,
+    Tasks,
+    TrustCode,
+    Window,
+)
 from llmsqueeze.terminal import friendly, hush, print_result
 
 
@@ -31,17 +44,12 @@ def task_names(tasks: str | None) -> list[str]:
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP + "; compressed or not")],
     baseline: Annotated[str | None, typer.Option(help="Model to compare with, usually the original.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, separated by commas; demo_stories is built in.")
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="Text file or Hub data set for perplexity. [WikiText-2 test, unless --tasks]"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with own lm-eval task definitions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for tasks.")] = 8,
+    tasks: Tasks = None,
+    text: EvaluationText = None,
+    limit: Limit = None,
+    seq_len: Window = None,
+    include_path: IncludePath = None,
+    batch_size: BatchSize = 8,
     device: Device = "auto",
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
@@ -84,15 +92,13 @@ def compare(
     bnb: Annotated[
         list[str] | None, typer.Option(help="nf4 or int8: the original in bitsandbytes, as well; repeatable.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Text file or Hub data set. [WikiText-2 test, unless --tasks]")
-    ] = None,
+    tasks: Tasks = None,
+    text: EvaluationText = None,
     html: Annotated[Path | None, typer.Option(help="Write the comparison as a page as well.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with own lm-eval task definitions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for tasks.")] = 8,
+    limit: Limit = None,
+    seq_len: Window = None,
+    include_path: IncludePath = None,
+    batch_size: BatchSize = 8,
     device: Device = "auto",
     trust_remote_code: TrustCode = False,
     as_json: Json = False,

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmsqueeze import bnb, evaluate
 from llmsqueeze.calibrate import Text, windows
+from llmsqueeze.checking import form_of
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import OutputError, RecipeError, UnsupportedError
 from llmsqueeze.evaluate import (
@@ -49,6 +51,24 @@ class Contender:
     kind: str
     open: Callable[[], Opened]
     sizes: tuple[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What every model is measured with.
+
+    reference: the original in memory; rows: tokens [1, length] of the text; tasks_of: runs the tasks on a model;
+    answers: the original's; scores: the original's on the text, filled in with the first model beside it.
+    """
+
+    reference: Opened
+    rows: list[Tensor]
+    window: int | None
+    tasks_of: Callable[[Opened], dict[str, TaskScores]]
+    answers: dict[str, TaskScores]
+    scores: Scores
+    device: torch.device
+    progress: Progress
 
 
 def compare(
@@ -86,31 +106,40 @@ def compare(
         with progress.foreign("tasks"):
             return run_tasks(opened.model, opened.tokenizer, task_objects, include_path, limit, batch_size)
 
-    answers = tasks_of(reference)
-    first = Scores(original)
+    harness = Harness(reference, rows, size, tasks_of, tasks_of(reference), Scores(original), device, progress)
     models: list[dict[str, Any]] = []
     left_out: list[str] = []
     for contender in found[1:]:
         progress.note(f"measuring {contender.name}")
-        result = Evaluation(Scores(contender.name), first, None, size)
         try:
-            with bnb.named(contender.name) if contender.sizes is None else nullcontext():
-                opened = contender.open()
-                sizes = contender.sizes or bnb.sizes(opened.model)  # before it computes, which may change it
-                if rows:
-                    score_text([opened, reference], rows, result, device, progress)
-                models.append(row_of(contender, sizes, result, tasks_of(opened), answers))
-            del opened
+            models.append(measured(contender, harness))
         except UnsupportedError as error:
             if contender is found[-1] and not models:
                 raise
             left_out.append(str(error))  # what others measured is not lost for it
-    before = Evaluation(first, None, None, size, 0.0 if rows else None, 0.0 if rows else None)
-    assert found[0].sizes is not None
-    models.insert(0, row_of(found[0], found[0].sizes, before, answers, answers))
+    models.insert(0, row_of_original(found[0], harness))
     mark_frontier(models)
-    about = {"text": text.source if text else None, "window": size, "tokens": first.tokens}
+    about = {"text": text.source if text else None, "window": size, "tokens": harness.scores.tokens}
     return about | {"models": models, "left_out": left_out}
+
+
+def measured(contender: Contender, harness: Harness) -> dict[str, Any]:
+    """Opens a model, measures it beside the original, lets it go. Raises UnsupportedError."""
+    result = Evaluation(Scores(contender.name), harness.scores, None, harness.window)
+    with bnb.named(contender.name) if contender.sizes is None else nullcontext():
+        opened = contender.open()
+        sizes = contender.sizes or bnb.sizes(opened.model)  # before it computes, which may change it
+        if harness.rows:
+            score_text([opened, harness.reference], harness.rows, result, harness.device, harness.progress)
+        return row_of(contender, sizes, result, harness.tasks_of(opened), harness.answers)
+
+
+def row_of_original(contender: Contender, harness: Harness) -> dict[str, Any]:
+    """The original's line, once others were measured beside it."""
+    assert contender.sizes is not None
+    same = 0.0 if harness.rows else None
+    before = Evaluation(harness.scores, None, None, harness.window, same, same)
+    return row_of(contender, contender.sizes, before, harness.answers, harness.answers)
 
 
 def contenders(
@@ -137,19 +166,13 @@ def contenders(
                 "was not made of it, so they cannot be compared"
             )
         sizes = checkpoint.nbytes, bits_per_weight(checkpoint, model, linears)
-        kind = "original" if name == original else kind_of(checkpoint)
+        kind = "original" if name == original else form_of(checkpoint)
         found.append(Contender(name, kind, partial(open_model, name, device, trust_remote_code), sizes))
     for kind in bnb_types:
         load = partial(bnb.load, kind=kind)
         name = f"{Path(original).name} ({kind})"
         found.append(Contender(name, bnb.NAMES[kind], partial(open_model, original, device, trust_remote_code, load)))
     return found
-
-
-def kind_of(checkpoint: Checkpoint) -> str:
-    """llmsqueeze, compressed-tensors, another tool's method, or dense."""
-    config = checkpoint.config.get("quantization_config")
-    return str(config.get("quant_method")) if isinstance(config, dict) else "dense"
 
 
 def bits_per_weight(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterable[str]) -> float:

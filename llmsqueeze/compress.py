@@ -144,15 +144,18 @@ def summarize(
         peak_device_memory_mb=peak_device_memory_mb(str(place)),
         verified=verified,
         opens=opens,
-        format=compressed_tensors.METHOD if plan.portable else native.METHOD,
-        why_native=None if plan.portable else reason(recipe, job, plan),
-        predicted_portable=None if unfit(recipe, job.skeleton, plan.weights) else decided.predicted_portable,
+        **portability(recipe, job, decided),
     )
 
 
-def reason(recipe: Recipe, job: Job, plan: Plan) -> str:
-    """Why a plan is written in our own format."""
-    return why_native(recipe, job.skeleton, plan.weights) or compressed_tensors.barred(plan) or "--native"
+def portability(recipe: Recipe, job: Job, decided: Decision) -> dict[str, Any]:
+    """`format`, `why_native` and `predicted_portable` of a Summary."""
+    plan = decided.plan
+    if plan.portable:
+        return {"format": compressed_tensors.METHOD, "why_native": None, "predicted_portable": None}
+    why = why_native(recipe, job.skeleton, plan.weights) or compressed_tensors.barred(plan) or "--native"
+    instead = None if unfit(recipe, job.skeleton, plan.weights) else decided.predicted_portable
+    return {"format": native.METHOD, "why_native": why, "predicted_portable": instead}
 
 
 def measure_and_decide(

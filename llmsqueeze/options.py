@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -18,6 +19,15 @@ Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cud
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
 
+# what `eval` and `compare` measure with
+Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas; demo_stories is built in.")]
+EvaluationText = Annotated[
+    str | None, typer.Option(help="Text file or Hub data set for perplexity. [WikiText-2 test, unless --tasks]")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")]
+Window = Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")]
+IncludePath = Annotated[Path | None, typer.Option(help="Folder with own lm-eval task definitions.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Batch size for tasks.")]
 
 Text = str | None
 Whole = int | None

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze import pictures
-from llmsqueeze.compress import reason
+from llmsqueeze.compress import portability
 from llmsqueeze.decide import Decision, decide, target_nbytes
 from llmsqueeze.errors import OutputError, RecipeError
-from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.outlook import curve, table
-from llmsqueeze.plan import unfit
 from llmsqueeze.planfile import PLAN, PROFILE, write_plan
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
@@ -68,9 +66,7 @@ def plan(
         "nbytes_original": job.checkpoint.nbytes,
         "loss": profile.loss,
         "rows": table(decided, job.skeleton.linears, profile),
-        "format": compressed_tensors.METHOD if decided.plan.portable else native.METHOD,
-        "why_native": None if decided.plan.portable else reason(recipe, job, decided.plan),
-        "predicted_portable": None if unfit(recipe, job.skeleton, job.plan.weights) else decided.predicted_portable,
+        **portability(recipe, job, decided),
         "curve": points,
         "predicted_seconds": predicted.get("seconds"),
         "predicted_peak_memory_mb": predicted.get("peak_memory_mb"),
