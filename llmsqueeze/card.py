@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze import scores
+from llmsqueeze import card_scores
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json
 from llmsqueeze.public import TEXT_SUFFIXES, human_bytes, is_hub_id, shown, table, yaml_text
@@ -52,8 +52,8 @@ def model_card(directory: Path, repo: str | None = None, checked: Mapping[str, A
         "## Size",
         _sizes(directory, sidecar),
         "## Scores",
-        scores.scores(directory, str(sidecar["model"]), name),
-        *scores.comparison(directory),
+        card_scores.scores(directory, str(sidecar["model"]), name),
+        *card_scores.comparison(directory),
         "## Limits",
         _limits(directory, sidecar, checked or {}),
         "## Recipe",
@@ -95,7 +95,7 @@ def _front_matter(directory: Path, sidecar: dict[str, Any], name: str) -> dict[s
     # the Hub's page offers the code of the library named here; plain transformers would fill our format with noise
     front["library_name"] = "llmsqueeze" if form == "llmsqueeze" else "transformers"
     front |= {"pipeline_tag": "text-generation", "tags": ["llmsqueeze", "quantized", *_tags(sidecar, form)]}
-    measured = scores.model_index(directory, name)
+    measured = card_scores.model_index(directory, name)
     return front | ({"model-index": measured} if measured else {})
 
 
@@ -162,7 +162,7 @@ def _limits(directory: Path, sidecar: dict[str, Any], checked: Mapping[str, Any]
             f"Calibrated on {shown(str(text))}: what it keeps of other languages and domains was not looked at, and "
             "may be less."
         )
-    measured = scores.measured_on(directory)
+    measured = card_scores.measured_on(directory)
     lines.append(
         f"Measured on {'; '.join(measured)}, and on nothing else." if measured else "Its quality was not measured."
     )

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from llmsqueeze.card import MARK, model_card, read_sidecar
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError, nearest
 from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json
+from llmsqueeze.hub_errors import hub_errors
 from llmsqueeze.progress import Progress
 from llmsqueeze.public import human_bytes, shown
-from llmsqueeze.refusals import hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
