@@ -26,7 +26,7 @@ def equal_bytes(sizes: list[float]) -> dict[str, dict[str, Any]]:
     """
     rows: dict[str, dict[str, Any]] = {}
     for bits in sizes:
-        auto = {"method": "auto", "bits": bits}
+        auto = {"method": "budget", "bits": bits}
         rows[f"{bits} uniform"] = {**auto, "importance": "uniform"}
         rows[f"{bits} uniform, integer levels"] = {**auto, "importance": "uniform", "levels": "integer"}
         for seed in range(5):
@@ -52,7 +52,7 @@ def bars(_sizes: list[float]) -> dict[str, dict[str, Any]]:
     for bits in (2, 3, 4):
         size = round(bits + 18 / 64 + 0.02 * (bits - 2), 2)  # what GPTQ at group 64 takes
         rows[f"gptq {bits} g64, original inputs"] = {"method": "gptq", "bits": bits, "inputs": "original", **PLAIN}
-        auto = {"method": "auto", "bits": size}
+        auto = {"method": "budget", "bits": size}
         rows[f"{size} per row"] = auto
         rows[f"{size} per linear"] = {**auto, "granularity": "linear"}
         rows[f"{size} portable"] = {**auto, "portable": True}

@@ -48,10 +48,10 @@ def rows(bits: float) -> dict[str, tuple[dict[str, Any], list[str]]]:
         f"descent {width} bit g{group}": ({"method": "descent", **plain}, ["kd"]),
         "dual binary as published": ({**dual, "quantizer": "rtn"}, ["kd", "dad"]),
         "dual binary": (dual, ["kd", "dad", "kd with codes", "blockwise", "blockwise with codes"]),
-        "auto": ({"method": "auto", "bits": bits}, ["kd", "dad", "kd with codes"]),
-        "auto, dual allowed": ({"method": "auto", "bits": bits, "dual": True}, []),
-        "auto, ranks bought": ({"method": "auto", "bits": bits, "lorc_rank": "auto"}, []),
-        "auto, rank 1": ({"method": "auto", "bits": bits, "lorc_rank": 1}, ["kd"]),
+        "auto": ({"method": "budget", "bits": bits}, ["kd", "dad", "kd with codes"]),
+        "auto, dual allowed": ({"method": "budget", "bits": bits, "dual": True}, []),
+        "auto, ranks bought": ({"method": "budget", "bits": bits, "lorc_rank": "auto"}, []),
+        "auto, rank 1": ({"method": "budget", "bits": bits, "lorc_rank": 1}, ["kd"]),
     }
 
 

@@ -90,7 +90,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "group_size": 64,
     },
     "auto rtn 3.7 bits --per-group, integer": {
-        "method": "auto",
+        "method": "budget",
         "bits": 3.7,
         "quantizer": "rtn",
         "granularity": "group",
@@ -98,7 +98,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "group_size": 64,
         **SELF,
     },
-    "auto rtn 3.3 bits, by row": {"method": "auto", "bits": 3.3, "quantizer": "rtn", "group_size": 64, **SELF},
+    "auto rtn 3.3 bits, by row": {"method": "budget", "bits": 3.3, "quantizer": "rtn", "group_size": 64, **SELF},
     "mixllm rtn, random rows": {
         "method": "mixllm",
         "quantizer": "rtn",
@@ -139,7 +139,7 @@ REAL_RECIPES: dict[str, dict[str, Any]] = {
         "bits": 3,
     },
     "auto rtn 3.3 bits --per-linear": {
-        "method": "auto",
+        "method": "budget",
         "bits": 3.3,
         "quantizer": "rtn",
         "granularity": "linear",

@@ -19,10 +19,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "gptq 2 bit g64": {"method": "gptq", "bits": 2, "symmetric": False, "group_size": 64, "search": True},
     "descent 2 bit g64": {"method": "descent", "bits": 2, "group_size": 64},
     "dual binary g64": {"method": "dbllm"},
-    "auto 2.25": {"method": "auto", "bits": 2.25},
+    "auto 2.25": {"method": "budget", "bits": 2.25},
     "gptq 3 bit g64": {"method": "gptq", "bits": 3, "symmetric": False, "group_size": 64, "search": True},
     "descent 3 bit g64": {"method": "descent", "bits": 3, "group_size": 64},
-    "auto 3.25": {"method": "auto", "bits": 3.25},
+    "auto 3.25": {"method": "budget", "bits": 3.25},
 }
 
 

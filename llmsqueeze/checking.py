@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from llmsqueeze import bitpack, parts
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.checks import choice
-from llmsqueeze.errors import RecipeError, SqueezeError, UnsupportedError
+from llmsqueeze.errors import CheckpointError, RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, gguf, native, peft
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
-from llmsqueeze.parts import Affine, DualBinary, LowRank, Sparse, spec_grid
+from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, spec_grid
 from llmsqueeze.quantize import dual_binary
 from llmsqueeze.skeleton import all_linears, empty_model, load_config
 
@@ -154,27 +154,39 @@ def _of_part(
     linear: str, entry: Entry, spec: parts.Spec, names: Mapping[str, str], held: Mapping[str, Tensor]
 ) -> Iterator[str]:
     rows, cols = entry.shape
-    if spec["part"] == Affine.kind:
-        if bool((held["scale"] == 0).any()):
-            yield f"{names['scale']} holds zeros"
-        yield from _beyond(names["codes"], held["codes"], cols * spec["bits"])
-    elif spec["part"] == DualBinary.kind:
-        if not bool(dual_binary.in_order(held["alpha1"].float(), held["alpha2"].float()).all()):
-            yield f"{names['alpha1']} and {names['alpha2']} cross: their levels are not in order"
-        yield from _beyond(names["plane1"], held["plane1"], cols)
-        yield from _beyond(names["plane2"], held["plane2"], cols)
+    if spec["part"] in (Affine.kind, DualBinary.kind):
+        yield from _on_grid(spec, names, held, cols)
     elif spec["part"] == Sparse.kind:
         part = Sparse.restore(entry.shape, spec, held)
         if int(part.counts.sum()) != spec["count"]:
             yield f"{names['row_count']} counts {int(part.counts.sum())} outliers; there are {spec['count']}"
         if len(part.columns) and int(part.columns.max()) >= cols:
             yield f"{names['index']} points beyond the {cols} columns of {linear}"
+    elif spec["part"] in (Coded.kind, Integers.kind):
+        if bool((held["escape_index"].diff() <= 0).any()):
+            yield f"{names['escape_index']} is not in order"
     elif spec["part"] != LowRank.kind:
         yield f"{linear} holds a part of kind {spec['part']}, which is not known"
+    if parts.is_coded(spec) or spec["part"] == Integers.kind:
+        try:
+            parts.restore(entry.shape, spec, held).dense()
+        except CheckpointError as error:
+            yield f"{linear}: {error}"
     if "rows" in held:
         marked = int(bitpack.unpack(held["rows"][None], 1, rows).sum())
         if marked != spec["rows"]:
             yield f"{names['rows']} marks {marked} rows; the part holds {spec['rows']}"
+
+
+def _on_grid(spec: parts.Spec, names: Mapping[str, str], held: Mapping[str, Tensor], cols: int) -> Iterator[str]:
+    if spec["part"] == Affine.kind and bool((held["scale"] == 0).any()):
+        yield f"{names['scale']} holds zeros"
+    alphas = (held["alpha1"].float(), held["alpha2"].float()) if spec["part"] == DualBinary.kind else None
+    if alphas is not None and not bool(dual_binary.in_order(*alphas).all()):
+        yield f"{names['alpha1']} and {names['alpha2']} cross: their levels are not in order"
+    for kind in ("codes", "plane1", "plane2"):
+        if kind in held:
+            yield from _beyond(names[kind], held[kind], cols * (spec["bits"] if kind == "codes" else 1))
 
 
 def _beyond(name: str, packed: Tensor, bits: int) -> Iterator[str]:

@@ -198,6 +198,12 @@ def export(
         str, typer.Option(help="compressed-tensors (stock transformers, vLLM), dense (anything), peft or gguf-map.")
     ],
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [dense: the model's own; peft: fp32]")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Width that coded weights are rounded to for compressed-tensors. [4]")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale then; -1: whole rows. [128, or what fits]")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-<to>]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")] = False,
     trust_remote_code: TrustCode = False,
@@ -205,7 +211,7 @@ def export(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a compressed FOLDER in another format; nothing is rounded again."""
+    """Write a compressed FOLDER in another format; only coded weights are rounded again, for compressed-tensors."""
     with friendly(debug):
         from llmsqueeze import report
         from llmsqueeze.exporting import export as export_folder
@@ -217,6 +223,8 @@ def export(
                 to,
                 out,
                 dtype=dtype,
+                bits=bits,
+                group_size=group_size,
                 overwrite=overwrite,
                 trust_remote_code=trust_remote_code,
                 progress=progress,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch import Tensor
 from llmsqueeze import parts, record, verification
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.allocate import gwq
+from llmsqueeze.allocate.steps import Pace
 from llmsqueeze.blocks import Walk
+from llmsqueeze.curvature import Curvature
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, native
@@ -27,16 +29,28 @@ from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.output import Output, check_writable, output_folder
 from llmsqueeze.parts import LowRank, Part
-from llmsqueeze.plan import Plan, unfit, why_native
+from llmsqueeze.plan import Plan, WeightPlan, unfit, why_native
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
+from llmsqueeze.quantize import coded
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.rounding import compress_weight, group_targets
 from llmsqueeze.skeleton import Skeleton, all_linears
 from llmsqueeze.verification import Witness, named
 
 SHARD_BYTES = 1 << 30
+NOTHING = torch.empty(0)
+
+
+class Compressed(NamedTuple):
+    """A linear's parts, their sum, its relative output error; of a coded one what rounding it again would cost: nats
+    per token and square of an error in steps."""
+
+    parts: list[Part]
+    dense: Tensor
+    error: float
+    sensitivity: float | None
 
 
 @dataclass(frozen=True)
@@ -107,9 +121,9 @@ def quantize(
             output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
         witness = Witness(walk, recipe.seed, progress) if verify else None
         streams = needed_streams(inputs, recipe)
-        plan, errors = compress_blocks(walk, streams, decided, recipe, output, progress, witness)
+        plan, by_weight = compress_blocks(walk, streams, decided, recipe, output, progress, witness)
         decided = replace(decided, plan=plan)
-        write_rest(output, job, recipe, decided, errors)
+        write_rest(output, job, recipe, decided, by_weight)
         trust = job.source.trust_remote_code
         verified = verification.verify(output, witness.meant, place, trust, progress) if witness else None
         opens = verification.inspected(output, trust)
@@ -172,12 +186,14 @@ def measure_and_decide(
     return decide(job.plan, profile, recipe, job.skeleton.linears, target)
 
 
-def write_rest(output: Output, job: Job, recipe: Recipe, decided: Decision, errors: dict[str, float]) -> None:
+def write_rest(
+    output: Output, job: Job, recipe: Recipe, decided: Decision, by_weight: dict[str, dict[str, float]]
+) -> None:
     """Everything in the folder beside the shards."""
     output.copy_rest(job.path)
     config = job.checkpoint.config | {"quantization_config": quantization_config(job.skeleton, decided.plan)}
     output.write_json("config.json", config)
-    result = record.outcome(decided, output.nbytes, job.checkpoint.nbytes, errors)
+    result = record.outcome(decided, output.nbytes, job.checkpoint.nbytes, by_weight)
     made = record.provenance(job.source, job.path) | record.settings(recipe, job.calibration)
     output.write_json(SIDECAR, made | result)
     output.finish()
@@ -210,20 +226,22 @@ def compress_blocks(
     progress: Progress,
     witness: Witness | None = None,
     count: int | None = None,
-) -> tuple[Plan, dict[str, float]]:
+) -> tuple[Plan, dict[str, dict[str, float]]]:
     """Compresses and writes every block in turn, or the first `count`; `witness` sees what each has become.
 
-    Returns the plan as it came out (a compensation that does not help is left out), and each weight's relative output
-    error.
+    Returns the plan as it came out (a compensation that does not help is left out), and for the record each weight's
+    relative output error and, of coded ones, its sensitivity.
     """
     skeleton, plan = walk.skeleton, Plan(dict(decided.plan.weights))
+    pace = Pace(plan, decided.coding.curves, decided.coding.target) if decided.coding else None
     errors: dict[str, float] = {}
+    sensitivities: dict[str, float] = {}
     indices = range(len(skeleton.blocks))[:count]
     for index in progress.over(indices, "compress", len(indices)):
         linears = [name for name in skeleton.linears[index] if name in plan.weights]
         with walk.resident_block(index):
             original = {name: skeleton.linear(name).weight.data for name in linears}
-            made, current = compress_block(walk, index, streams, original, decided, recipe, progress)
+            made, current = compress_block(walk, index, streams, original, decided, recipe, progress, pace)
             if witness is not None:
                 witness.see(index, current)
             ahead = Streams(None, None)
@@ -237,15 +255,23 @@ def compress_blocks(
             stream.clear()
         streams = ahead
         shard: dict[str, Tensor] = {}
-        for name, (weight_parts, error) in made.items():
-            shard |= (compressed_tensors if plan.portable else native).stored_tensors(name, weight_parts)
-            errors[name] = error
-            if not any(isinstance(part, LowRank) for part in weight_parts):
-                plan.weights[name] = replace(plan.weights[name], rank=0)
+        for name, found in made.items():
+            shard |= (compressed_tensors if plan.portable else native).stored_tensors(name, found.parts)
+            errors[name] = found.error
+            if found.sensitivity is not None:
+                sensitivities[name] = found.sensitivity
+            plan.weights[name] = as_made(plan.weights[name], found.parts)
         kept = set(skeleton.names_in(skeleton.blocks[index])) - {f"{name}.weight" for name in linears}
         shard |= {name: skeleton.checkpoint.read(skeleton.sources[name]) for name in sorted(kept)}
         output.write_shard(shard)
-    return plan, errors
+    return plan, {"errors": errors} | ({"sensitivities": sensitivities} if sensitivities else {})
+
+
+def as_made(planned: WeightPlan, weight_parts: Sequence[Part]) -> WeightPlan:
+    """The plan of a linear as it came out."""
+    if any(parts.is_coded(part.spec()) for part in weight_parts):
+        planned = replace(planned, made=tuple(part.spec() for part in weight_parts))
+    return planned if any(isinstance(part, LowRank) for part in weight_parts) else replace(planned, rank=0)
 
 
 def compress_block(
@@ -256,26 +282,61 @@ def compress_block(
     decided: Decision,
     recipe: Recipe,
     progress: Progress,
-) -> tuple[dict[str, tuple[list[Part], float]], dict[str, Tensor]]:
-    """A resident block's linears, fusion group by fusion group: their parts and errors, and the weights they now have.
+    pace: Pace | None,
+) -> tuple[dict[str, Compressed], dict[str, Tensor]]:
+    """A resident block's linears, fusion group by fusion group: what they are made of, and the weights they now have.
 
     `original` holds the weights as the modules store them, and so does what is returned.
     """
     skeleton, current = walk.skeleton, dict(original)
-    result: dict[str, tuple[list[Part], float]] = {}
+    result: dict[str, Compressed] = {}
     for names, moments in group_moments(walk, index, streams, original, current, recipe):
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
         targets, curvature = group_targets(group, moments)
-        for name, target in targets.items():
-            planned, chosen, mask = decided.plan.weights[name], decided.chosen.get(name), None
-            if planned.outliers:
-                mask = gwq.outlier_mask(decided.candidates[name], planned.outliers, planned.shape)
-            with named(name):
-                made, dense, error = compress_weight(group[name], target, planned, curvature, mask, chosen, recipe)
-            current[name] = as_rows(skeleton.module(name), dense).contiguous()
-            result[name] = made, error
-            progress.weight(name, parts.nbytes(made) * 8 / planned.numel, error)
+
+        def attempt(
+            shift: float,
+            group: dict[str, Tensor] = group,
+            targets: dict[str, Tensor] = targets,
+            curvature: Curvature | None = curvature,
+        ) -> dict[str, Compressed]:
+            return compress_group(group, targets, curvature, decided, recipe, shift)
+
+        found = attempt(0.0) if pace is None else pace.settle(list(targets), attempt, compressed_nbytes)
+        for name, made in found.items():
+            current[name] = as_rows(skeleton.module(name), made.dense).contiguous()
+            result[name] = made._replace(dense=NOTHING)
+            progress.weight(name, parts.nbytes(made.parts) * 8 / decided.plan.weights[name].numel, made.error)
     return result, current
+
+
+def compress_group(
+    group: dict[str, Tensor],
+    targets: dict[str, Tensor],
+    curvature: Curvature | None,
+    decided: Decision,
+    recipe: Recipe,
+    shift: float,
+) -> dict[str, Compressed]:
+    """The linears of a fusion group, weights and targets [rows, cols]; coded ones with steps `shift` octaves coarser
+    than planned."""
+    gradients = decided.coding.row_gradient if decided.coding else {}
+    found = {}
+    for name, target in targets.items():
+        planned, chosen, mask = decided.plan.weights[name], decided.chosen.get(name), None
+        planned = replace(planned, step=planned.step * 2.0**shift)
+        if planned.outliers:
+            mask = gwq.outlier_mask(decided.candidates[name], planned.outliers, planned.shape)
+        with named(name):
+            gradient = gradients.get(name)
+            made = compress_weight(group[name], target, planned, curvature, mask, chosen, recipe, gradient)
+        again = coded.sensitivity(planned.step, curvature) if gradient is not None and curvature is not None else None
+        found[name] = Compressed(*made, again)
+    return found
+
+
+def compressed_nbytes(made: dict[str, Compressed]) -> dict[str, int]:
+    return {name: parts.nbytes(found.parts) for name, found in made.items()}
 
 
 def group_moments(
@@ -325,7 +386,7 @@ def bytes_needed(job: Job, recipe: Recipe, decided: Decision | None) -> int:
         linears, outliers = decided.plan.nbytes, 0
     elif recipe.size is not None:
         linears = recipe.size - job.kept_nbytes
-    elif recipe.method in ("auto", "layerwise", "mixllm"):
+    elif recipe.method in ("coded", "budget", "layerwise", "mixllm"):
         linears = int(plan.numel * (recipe.average_bits or recipe.high_bits or 8) / 8)
     activations = 0
     if job.calibration is not None:

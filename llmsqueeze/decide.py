@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from llmsqueeze.allocate import budget, gwq, layerwise, mixllm, ranks, rows
+from llmsqueeze.allocate import budget, gwq, layerwise, mixllm, ranks, rows, steps
 from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure import Wanted
@@ -19,9 +19,21 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
+from llmsqueeze.quantize.coded import steadied
 from llmsqueeze.recipe import Recipe
 
 ROUNDS = 6  # of rows and ranks in turn
+PACK_MARGIN = 0.01  # of a budget: what entropy-coded codes may take more than they were expected to
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What coding goes by, beside the plan: bytes and loss at other steps, every linear's gradient [rows], and the
+    bytes that all linears may take."""
+
+    curves: Mapping[str, steps.Curve]
+    row_gradient: Mapping[str, Tensor]
+    target: int
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,8 @@ class Decision:
 
     chosen: linear -> [rows], which of its grids a row is on, for every mixed linear. candidates: which weights its
     outliers are. predicted: loss increase in nats per token, where there are costs that promise one;
-    predicted_portable: what the same bytes promise where only what compressed-tensors holds is allowed.
+    predicted_portable: what the same bytes promise where only what compressed-tensors holds is allowed. coding: where
+    linears are coded.
     """
 
     plan: Plan
@@ -38,12 +51,15 @@ class Decision:
     candidates: Mapping[str, Candidates] = field(default_factory=dict)
     predicted: float | None = None
     predicted_portable: float | None = None
+    coding: Coding | None = None
 
 
 def wanted_by(recipe: Recipe) -> Wanted:
     """What the recipe needs to know of the model."""
     return Wanted(
         options=priced(recipe) if recipe.needs_costs else (),
+        rates=recipe.packs and recipe.needs_costs,
+        steps=recipe.needs_steps,
         salience=(recipe.code_bits,) if recipe.needs_salience else (),
         outliers=bool(recipe.outlier_fraction),
         ranks=recipe.buys_ranks,
@@ -54,7 +70,7 @@ def wanted_by(recipe: Recipe) -> Wanted:
 
 def options_of(recipe: Recipe) -> tuple[Option, ...]:
     """What the allocator may give to a row, and for `mixllm` ranked by cost what its low rows get."""
-    if recipe.method != "auto":
+    if recipe.method != "budget":
         return (Option(recipe_grid(recipe, recipe.code_bits)),)
     assert recipe.widths is not None, "the recipe is filled in"
     sizes = recipe.group_sizes or (recipe.group_size,)
@@ -71,13 +87,13 @@ def options_of(recipe: Recipe) -> tuple[Option, ...]:
 def priced(recipe: Recipe) -> tuple[Option, ...]:
     """`options_of`, and what tells the price of a portable result beside one that is not."""
     found = options_of(recipe)
-    if recipe.method == "auto" and recipe.portable is None:
+    if recipe.method == "budget" and recipe.portable is None:
         found += tuple(option for option in options_of(portable_twin(recipe)) if option not in found)
     return found
 
 
 def portable_twin(recipe: Recipe) -> Recipe:
-    """The same budget of method auto with nothing in it but what compressed-tensors holds."""
+    """The same budget of method budget with nothing in it but what compressed-tensors holds."""
     assert recipe.widths is not None, "the recipe is filled in"
     return replace(
         recipe,
@@ -103,11 +119,35 @@ def decide(
         plan = _layerwise(plan, profile, recipe, blocks, target)
     elif recipe.method == "mixllm":
         plan = _mixllm(plan, profile, recipe, target)
-    elif recipe.method == "auto":
-        assert target is not None, "method auto has a budget"
+    elif recipe.method == "budget":
+        assert target is not None, "method budget has a budget"
+        if recipe.packs:
+            plan, target = packed(plan, profile), int(target * (1 - PACK_MARGIN))
         decision = with_rows(_auto(plan, profile, recipe, target), profile, recipe)
         return replace(decision, predicted_portable=_predicted_portable(plan, profile, recipe, target))
+    elif recipe.method == "coded":
+        return coded(plan, profile, target)
     return with_rows(plan, profile, recipe)
+
+
+def packed(plan: Plan, profile: Profile) -> Plan:
+    """The plan's linears with what entropy-coded codes of each option take."""
+    known = {
+        name: tuple(zip((option.grid for option in profile.options), rates.tolist(), strict=True))
+        for name, rates in profile.rates.items()
+    }
+    return Plan({name: replace(weight, rates=known.get(name, ())) for name, weight in plan.weights.items()})
+
+
+def coded(plan: Plan, profile: Profile, target: int | None) -> Decision:
+    """The decision to code the planned linears within `target` bytes."""
+    assert target is not None, "method coded has a budget"
+    curves = steps.curves_of(plan, profile.steps)
+    found = steps.allocate(plan, curves, target, profile.labels)
+    gradient = {name: steadied(profile.row_gradient[name], profile.labels) for name in curves}
+    candidates = profile.trimmed(found).candidates
+    predicted = steps.predicted(found, curves)
+    return Decision(found, {}, candidates, predicted, coding=Coding(curves, gradient, target))
 
 
 def _predicted_portable(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> float | None:
@@ -126,7 +166,7 @@ def _predicted_portable(plan: Plan, profile: Profile, recipe: Recipe, target: in
 def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:
     """The decision that a plan's counts stand for: which rows, which outliers, and what the costs promise."""
     chosen: dict[str, Tensor] = {}
-    if plan.mixed and recipe.method == "auto" and recipe.importance == "cost":
+    if plan.mixed and recipe.method == "budget" and recipe.importance == "cost":
         chosen = _chosen_rows(plan, profile)
     elif plan.mixed:
         chosen = rows.by_score(plan, row_scores(plan, profile, recipe))
@@ -172,8 +212,9 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
         raise RecipeError(f"{asked} is no less than the original's {nbytes_original}: there is nothing to do")
     smallest = narrowest(plan, recipe)
     if smallest.nbytes > target:
+        bare = "steps and tables alone" if recipe.method == "coded" else f"{smallest.code_bits:g}-bit codes everywhere"
         raise RecipeError(
-            f"{asked} is too small: with {smallest.code_bits:g}-bit codes everywhere the linears take "
+            f"{asked} is too small: with {bare} the linears take "
             f"{smallest.bits_per_weight:.3f} bits per weight, everything counted, and all weights "
             f"{kept_nbytes + smallest.nbytes} bytes, of which {kept_nbytes} stay as they are"
         )
@@ -182,7 +223,9 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
 
 def narrowest(plan: Plan, recipe: Recipe) -> Plan:
     """The smallest plan that the recipe's method can make of the linears."""
-    if recipe.method != "auto":
+    if recipe.method == "coded":
+        return Plan({n: replace(w, coded_nbytes=steps.least_nbytes(w.shape)) for n, w in plan.weights.items()})
+    if recipe.method != "budget":
         grids = [recipe_grid(recipe, recipe.code_bits)]
     else:
         grids = [option.grid for option in options_of(recipe) if not option.outliers]

@@ -10,26 +10,54 @@ from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.recipe import IMPORTANCE, QUANTIZERS, Recipe
 
 PLAIN = (*QUANTIZERS, "gwq", "dbllm")
+BUDGETED = ("coded", "budget")  # what `auto` may become
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-INPUTS = {"rtn": "original", "gptq": "sequential", "descent": "corrected"}
+INPUTS = {"rtn": "original", "gptq": "sequential", "descent": "corrected", "coded": "corrected"}
 
 
 def fill_in(recipe: Recipe) -> Recipe:
     """`recipe` with every open setting decided by its method. Raises RecipeError for contradictions, all at once."""
+    if recipe.method == "auto":
+        recipe = dataclasses.replace(recipe, method=chosen_by_auto(recipe))
     refuse(contradictions(recipe))
-    quantizer = recipe.quantizer or (recipe.method if recipe.method in QUANTIZERS else "descent")
+    own_name = recipe.method in (*QUANTIZERS, "coded")
+    quantizer = recipe.quantizer or (recipe.method if own_name else "descent")
     filled: dict[str, Any] = {
         "quantizer": quantizer,
         "inputs": recipe.inputs or INPUTS[quantizer],
-        "search": quantizer == "descent" if recipe.search is None else recipe.search,
+        "search": recipe.search if recipe.search is not None or quantizer == "coded" else quantizer == "descent",
         "outliers": (0.01 if recipe.method == "gwq" else 0.0) if recipe.outliers is None else recipe.outliers,
-        "labels": recipe.labels or ("model" if recipe.method == "auto" else "text"),
+        "labels": recipe.labels or ("model" if recipe.method in BUDGETED else "text"),
         "symmetric": recipe.method != "mixllm" if recipe.symmetric is None else recipe.symmetric,
     }
-    own = {"auto": _auto, "layerwise": _layerwise, "mixllm": _mixllm, "dbllm": _dbllm}.get(recipe.method, _plain)
+    own = {"coded": _coded, "budget": _budget, "layerwise": _layerwise, "mixllm": _mixllm, "dbllm": _dbllm}.get(
+        recipe.method, _plain
+    )
     made = dataclasses.replace(recipe, **filled, **own(dataclasses.replace(recipe, **filled)))
     refuse(impossible(made))
     return made
+
+
+def chosen_by_auto(recipe: Recipe) -> str:
+    """Coded weights, unless something is asked for that only weights on grids have."""
+    return "budget" if recipe.portable or next(_only_on_grids(recipe), None) else "coded"
+
+
+def _only_on_grids(recipe: Recipe) -> Iterator[str]:
+    """The settings that say nothing of coded weights."""
+    for key in ("importance", "granularity", "widths", "group_sizes", "row_outliers", "dual", "levels", "search"):
+        if getattr(recipe, key) is not None:
+            yield key.replace("_", " ")
+    if recipe.quantizer not in (None, "coded"):
+        yield f"quantizer {recipe.quantizer}"
+    if recipe.symmetric is False:
+        yield "asymmetric"
+    if recipe.group_size != Recipe.group_size:
+        yield f"group size {recipe.group_size}"
+    if recipe.buys_ranks:
+        yield "lorc rank auto"
+    if recipe.packs:
+        yield "pack rans"
 
 
 def refuse(wrong: Iterator[str]) -> None:
@@ -49,7 +77,7 @@ def impossible(recipe: Recipe) -> Iterator[str]:
     if recipe.outliers and (halves or low == 1):
         what = f"levels {recipe.levels}" if halves else "low bits 1"
         yield f"{what} contradicts outliers {recipe.outliers:g}: they are pinned to level 0, which it lacks"
-    if recipe.method == "auto" and not recipe.widths:
+    if recipe.method == "budget" and not recipe.widths:
         yield "no width is left: one bit has half-integer levels only"
 
 
@@ -59,6 +87,10 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 def _dbllm(_recipe: Recipe) -> dict[str, Any]:
     return {"bits": 2, "levels": "dual"}
+
+
+def _coded(_recipe: Recipe) -> dict[str, Any]:
+    return {}
 
 
 def _layerwise(recipe: Recipe) -> dict[str, Any]:
@@ -91,7 +123,7 @@ def _mixllm(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _auto(recipe: Recipe) -> dict[str, Any]:
+def _budget(recipe: Recipe) -> dict[str, Any]:
     # a grid that outliers are pinned to needs a level 0, and so does what compressed-tensors stores
     integer = recipe.portable or bool(recipe.outliers) or not recipe.symmetric
     levels = recipe.levels or ("integer" if integer else "by-width")
@@ -138,25 +170,29 @@ def _about_method(recipe: Recipe) -> Iterator[str]:
     if method in QUANTIZERS and recipe.quantizer not in (None, method):
         yield f"quantizer {recipe.quantizer!r} contradicts method {method}, which is its own quantizer"
     if method in QUANTIZERS and recipe.outliers:
-        yield f"outliers {recipe.outliers:g} contradict method {method}; they go with gwq, layerwise, mixllm and auto"
+        yield f"outliers {recipe.outliers:g} contradict method {method}; they go with gwq and what has a budget"
     belongs = {
         "importance": tuple(IMPORTANCE),
-        "size": tuple(IMPORTANCE),
+        "size": ("coded", *IMPORTANCE),
         "high_bits": ("layerwise", "mixllm"),
         "low_bits": ("layerwise", "mixllm"),
         "high_fraction": ("mixllm",),
         "mix": ("mixllm",),
-        "granularity": ("auto",),
-        "widths": ("auto",),
-        "group_sizes": ("auto",),
-        "row_outliers": ("auto",),
-        "dual": ("auto",),
-        "max_ppl_increase": ("auto",),
-        "max_kl": ("auto",),
+        "granularity": ("budget",),
+        "widths": ("budget",),
+        "group_sizes": ("budget",),
+        "row_outliers": ("budget",),
+        "dual": ("budget",),
+        "max_ppl_increase": BUDGETED,
+        "max_kl": BUDGETED,
     }
     for key, methods in belongs.items():
         if getattr(recipe, key) is not None and method not in methods:
             yield f"{key.replace('_', ' ')} goes with method {' or '.join(methods)}, not with {method}"
+    if method == "coded":
+        yield from (f"{what} says nothing of method coded: its weights have no grid" for what in _only_on_grids(recipe))
+    elif recipe.quantizer == "coded":
+        yield f"quantizer coded goes with method coded, not with {method}"
     yield from _about_dual(recipe)
     if recipe.row_outliers and recipe.outliers:
         yield f"row outliers contradict outliers {recipe.outliers:g}: the allocator chooses them, or a ranking does"
@@ -173,7 +209,7 @@ def _about_dual(recipe: Recipe) -> Iterator[str]:
         if recipe.bits not in (None, 2):
             yield f"bits {recipe.bits:g} contradicts method dbllm: two planes of one bit are 2 bits"
     elif dual and recipe.method not in (*QUANTIZERS, "gwq"):
-        yield f"levels dual do not go with method {recipe.method}; with auto it is --dual"
+        yield f"levels dual do not go with method {recipe.method}; with budget it is --dual"
     elif dual and recipe.bits != 2:
         yield f"levels dual want bits 2, not {recipe.bits or 3:g}"
     if recipe.symmetric is False and (dual or recipe.method == "dbllm"):
@@ -182,6 +218,8 @@ def _about_dual(recipe: Recipe) -> Iterator[str]:
 
 def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The settings that compressed-tensors has no place for, and why it has none."""
+    if recipe.method == "coded":
+        yield "method coded", "no other runtime decodes its streams"
     if recipe.method == "mixllm" or recipe.granularity in ("row", "linear"):
         what = "method mixllm" if recipe.method == "mixllm" else f"per {recipe.granularity}"
         yield what, "runtimes want one width per fusion group"
@@ -189,6 +227,8 @@ def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "importance uniform", "it puts the rows of a linear on two widths"
     if recipe.outliers or recipe.row_outliers or recipe.method == "gwq":
         yield ("method gwq" if recipe.method == "gwq" else "outliers"), "no other runtime opens outliers"
+    if recipe.packs:
+        yield "pack rans", "no other runtime decodes its streams"
     if recipe.lorc_rank:
         yield f"lorc rank {recipe.lorc_rank}", "the low-rank factors need an adapter beside the model"
     if recipe.dual or recipe.method == "dbllm" or recipe.levels == "dual":
@@ -211,16 +251,16 @@ def _about_budget(recipe: Recipe) -> Iterator[str]:
         for key in ("bits", "size", "max_ppl_increase", "max_kl")
         if getattr(recipe, key) is not None
     ]
-    if method == "auto":
+    if method in BUDGETED:
         if len(named) > 1:
             yield f"{named[0]} contradicts {named[1]}: name one budget"
         if not named and not recipe.mix:
-            yield "method auto wants a budget: bits 2.7, size 4GB, max ppl increase 0.02 or max kl 0.05"
+            yield f"method {method} wants a budget: bits 2.7, size 4GB, max ppl increase 0.02 or max kl 0.05"
     elif bits is not None and recipe.size is not None:
         yield f"{named[0]} contradicts {named[1]}: name one budget"
-    if recipe.buys_ranks and (method != "auto" or recipe.lorc == "plain" or recipe.importance == "uniform"):
-        what = f"method {method}" if method != "auto" else "importance uniform" if recipe.importance else "lorc plain"
-        yield f"lorc rank auto contradicts {what}: the allocator of method auto buys input-weighted ranks by their cost"
+    if recipe.buys_ranks and (method != "budget" or recipe.lorc == "plain" or recipe.importance == "uniform"):
+        what = f"method {method}" if method != "budget" else "importance uniform" if recipe.importance else "lorc plain"
+        yield f"lorc rank auto contradicts {what}: method budget buys input-weighted ranks by their cost"
     if recipe.distill_steps and recipe.bounded:
         yield f"distill steps {recipe.distill_steps} contradict a bound on quality, which is measured before them"
     if method == "mixllm":
@@ -229,7 +269,7 @@ def _about_budget(recipe: Recipe) -> Iterator[str]:
         return
     fractional = bits != int(bits)
     if method in PLAIN and (fractional or bits < 2):
-        yield f"bits {bits:g} is no width that method {method} has (2 to 8); fractional ones go with method auto"
+        yield f"bits {bits:g} is no width that method {method} has (2 to 8); fractional ones go with coded or budget"
     if method == "mixllm" and not fractional and recipe.low_bits not in (None, bits):
         yield f"bits {bits:g} contradicts low bits {recipe.low_bits}: both name the width of the low rows"
 

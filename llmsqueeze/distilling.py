@@ -28,6 +28,7 @@ from llmsqueeze.distillation.training import State, train
 from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json, read_json_if_there, whole_file
 from llmsqueeze.fingerprint import file_digests, weights_digest
+from llmsqueeze.formats import native
 from llmsqueeze.formats.entries import is_compressed, own_names, read_entries
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.output import Output, check_writable
@@ -228,4 +229,18 @@ def write(
             verification.read_back(open_checkpoint(output.partial), output.digests)
         verification.inspected(output, trust_remote_code)
 
-    rewrite(student, out, student.nbytes, overwrite, shard_of, student.config, lambda _: taught, inspect)
+    config = refitted(student.config, best)
+    rewrite(student, out, student.nbytes, overwrite, shard_of, config, lambda _: taught, inspect)
+
+
+def refitted(config: Mapping[str, Any], best: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The config with the sizes that coded parts have now: their streams are made anew."""
+    made: dict[str, Any] = json.loads(json.dumps(config))
+    weights = made["quantization_config"].get("weights", {})
+    for linear, entry in weights.items():
+        for i, spec in enumerate(entry["parts"]):
+            words, tables = (best.get(native.tensor_name(linear, i, kind)) for kind in ("words", "tables"))
+            if words is not None and tables is not None:
+                streams = spec.get("streams", spec)
+                streams |= {"words": len(words), "tables": len(tables)}
+    return made

@@ -21,19 +21,23 @@ from transformers import PreTrainedModel
 
 from llmsqueeze import parts, verification
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.checks import choice
+from llmsqueeze.checks import choice, whole
+from llmsqueeze.checks import group_size as checked_group_size
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
 from llmsqueeze.formats import compressed_tensors, gguf, peft
 from llmsqueeze.formats.entries import Entry, read_entries, read_parts
 from llmsqueeze.output import Output, check_writable, digest, partial_folder, publish
-from llmsqueeze.parts import LowRank, Part, spec_grid
+from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
+from llmsqueeze.plan import short_groups
 from llmsqueeze.progress import Progress
+from llmsqueeze.rerounding import reround
 from llmsqueeze.rewrite import rewrite
 from llmsqueeze.skeleton import all_linears, empty_model, find_blocks, find_linears, is_transposed, load_config
 
 TARGETS = (compressed_tensors.METHOD, "dense", peft.FORMAT, gguf.FORMAT)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GROUP_SIZES = (128, 64, 32)  # of coded weights that are rounded again, the first that leaves no short group
 BASE_TYPE = "Q4_K_M"  # of what the map does not name; llama-quantize reads a map only beside a type that rounds
 SCRIPT = """\
 #!/bin/sh
@@ -44,7 +48,8 @@ set -e
 
 @dataclass(frozen=True)
 class Source:
-    """The folder to convert: what it holds, and the model that its config describes."""
+    """The folder to convert: what it holds, and the model that its config describes. grid: onto which coded weights are
+    rounded again, where they are."""
 
     path: Path
     checkpoint: Checkpoint
@@ -52,6 +57,7 @@ class Source:
     model: PreTrainedModel
     transposed: frozenset[str]
     trust_remote_code: bool
+    grid: Grid | None = None
 
     @property
     def numel(self) -> int:
@@ -67,9 +73,10 @@ class Source:
 @dataclass
 class Made:
     """What a conversion leaves beside the new folder: digests of the weights that its parts have to sum to, low-rank
-    parts that went elsewhere, and the verdicts of the check."""
+    parts that went elsewhere, squared errors in steps of what was rounded again, and the verdicts of the check."""
 
     meant: dict[str, bytes] = field(default_factory=dict)
+    rerounded: dict[str, float] = field(default_factory=dict)
     factors: dict[str, LowRank] = field(default_factory=dict)
     opens: dict[str, str] = field(default_factory=dict)
 
@@ -80,17 +87,21 @@ def export(
     out: Path | None,
     *,
     dtype: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes the folder in the format `target`; `dtype` (bf16, fp16, fp32) is for dense weights (else the model's own)
-    and for adapters (else fp32).
+    and for adapters (else fp32). `bits` (else 4) and `group_size` (else what fits) are those of the grid onto which
+    coded weights are rounded again for compressed-tensors.
 
     Raises UnsupportedError where a part would be lost, naming the first.
     """
     target, dtype = checked(target, dtype)
     source = open_source(folder, trust_remote_code)
+    source = replace(source, grid=grid_again(source, target, bits, group_size))
     out = out or source.path.with_name(f"{source.path.resolve().name}-{target}")
     check_writable(out, overwrite)
     made, progress = Made(), progress or Progress()
@@ -101,6 +112,8 @@ def export(
     else:
         extra = {"nbytes": write_folder(source, target, out, dtype, overwrite, made, progress)}
     about = {"out": str(out), "model": folder, "target": target, "linears": len(source.entries)}
+    if source.grid is not None:
+        about |= {"rerounded": str(source.grid), "predicted_loss_increase": cost_of(source, made)}
     return about | {"nbytes_before": source.checkpoint.nbytes, "opens": made.opens} | extra
 
 
@@ -112,6 +125,38 @@ def checked(target: str, dtype: str | None) -> tuple[str, str | None]:
         if target not in ("dense", "peft"):
             raise RecipeError(f"dtype {dtype} goes with --to dense and --to peft; {target} keeps the model's own")
     return target, dtype
+
+
+def grid_again(source: Source, target: str, bits: int | None, group_size: int | None) -> Grid | None:
+    """The grid onto which coded weights have to be rounded for the target; None if there are none, or no need to.
+
+    Raises RecipeError for a grid that is asked for where nothing is rounded again, or that does not fit.
+    """
+    coded = any(spec["part"] == parts.Coded.kind for entry in source.entries.values() for spec in entry.specs)
+    if not coded or target != compressed_tensors.METHOD:
+        for name, value in (("bits", bits), ("group size", group_size)):
+            if value is not None:
+                raise RecipeError(
+                    f"{name} {value} goes with coded weights for --to {compressed_tensors.METHOD}; nothing else is "
+                    "rounded again"
+                )
+        return None
+    width = whole(2, 8)("bits", 4 if bits is None else bits)
+    shapes = {name: entry.shape for name, entry in source.entries.items()}
+    if group_size is None:
+        fitting = (size for size in GROUP_SIZES if short_groups(shapes, [size]) is None)
+        return Grid(width, next(fitting, -1), symmetric=True)
+    if why := short_groups(shapes, [checked_group_size("group_size", group_size)]):
+        raise RecipeError(why)
+    return Grid(width, group_size, symmetric=True)
+
+
+def cost_of(source: Source, made: Made) -> float | None:
+    """Predicted loss (nats per token) of rounding again; None where the folder does not say what errors cost."""
+    known = read_json_if_there(source.path / SIDECAR).get("sensitivities", {})
+    if any(name not in known for name in made.rerounded):
+        return None
+    return float(sum(known[name] * squares for name, squares in made.rerounded.items()))
 
 
 def open_source(folder: str, trust_remote_code: bool) -> Source:
@@ -136,6 +181,8 @@ def write_folder(
         config |= {"dtype": parts.dtype_name(DTYPES[dtype])} if dtype else {}
     else:
         held = {name: without_factors(entry) if target == "peft" else entry for name, entry in source.entries.items()}
+        if source.grid is not None:
+            held = {name: on_grid(entry, source.grid) for name, entry in held.items()}
         refuse_loss(source, held)
         config["quantization_config"] = portable_config(source.model, held)
     record, form = (
@@ -183,6 +230,9 @@ def converted(source: Source, linear: str, target: str, dtype: str | None, made:
         for part in (part for part in held if isinstance(part, LowRank)):
             made.factors[linear] = part
         held = [part for part in held if not isinstance(part, LowRank)]
+    if source.grid is not None:
+        affine, made.rerounded[linear] = reround(held, source.grid)
+        held = [affine]
     if target != "dense":
         made.meant[linear] = digest(parts.sum_of_parts(held))
         return compressed_tensors.stored_tensors(linear, held)
@@ -210,6 +260,12 @@ def portable_config(model: PreTrainedModel, entries: Mapping[str, Entry]) -> dic
     """The quantization config of linears that compressed-tensors can hold; all others are on its ignore list."""
     grids = {name: (spec_grid(entry.specs[0]), entry.shape[1]) for name, entry in entries.items()}
     return compressed_tensors.quantization_config(grids, all_linears(model) - set(entries))
+
+
+def on_grid(entry: Entry, grid: Grid) -> Entry:
+    """The entry as it will be once its weight is rounded onto the grid."""
+    spec = parts.grid_spec(grid, getattr(torch, entry.specs[0]["dtype"]))
+    return replace(entry, specs=(spec,), names=entry.names[:1])
 
 
 def without_factors(entry: Entry) -> Entry:

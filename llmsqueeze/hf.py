@@ -3,7 +3,9 @@
 After `import llmsqueeze.hf`, `AutoModelForCausalLM.from_pretrained(folder)` puts a `SumOfParts` layer where the file
 holds parts. The layer rebuilds its weight for every call and multiplies with it as nn.Linear would: the memory of the
 compressed model plus one dense weight. `model.dequantize()` turns the layers back into ordinary linears, for speed.
-Without the import, transformers warns of an unknown method and fills the weights that it misses with random values.
+Coded weights are decoded once, one linear after the other, into ordinary layers (the memory of the dense model), or on
+request into layers of one byte a weight. Without the import, transformers warns of an unknown method and fills the
+weights that it misses with random values.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ from llmsqueeze.parts import Spec
 from llmsqueeze.skeleton import is_transposed, load_config
 
 
-def load(model: str, **kwargs: Any) -> PreTrainedModel:
+def load(model: str, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedModel:
     """The model in a folder or Hub repository, or 'demo'; `kwargs` go to `from_pretrained`. Compressed or not.
 
-    What we wrote as compressed-tensors is opened as what we wrote natively, and stays compressed in memory.
+    Coded weights are decoded once, into ordinary ones, or with `keep_codes` into integers of one byte. What we wrote as
+    compressed-tensors is opened as what we wrote natively, and stays compressed in memory.
     Raises CheckpointError if the folder is damaged or any weight is missing, where transformers would only warn.
     """
     path = locate(model, kwargs.pop("revision", None))
@@ -46,6 +49,9 @@ def load(model: str, **kwargs: Any) -> PreTrainedModel:
         with suppress(UnsupportedError):  # another tool's, which transformers opens
             config.quantization_config = native_config(read_entries(checkpoint))
             kwargs |= {"config": config, "key_mapping": compressed_tensors.OWN_NAMES}
+    if keep_codes and isinstance(getattr(config, "quantization_config", None), dict):
+        config.quantization_config["keep_codes"] = True
+        kwargs["config"] = config
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
@@ -86,6 +92,15 @@ class SumOfParts(nn.Module):
         held = zip(self.specs, self.parts, strict=True)
         return parts.sum_of_parts([parts.restore(self.shape, spec, dict(h.named_buffers())) for spec, h in held])
 
+    def decode(self) -> None:
+        """Entropy-coded parts become plain ones: integers of one byte, or codes of a fixed width."""
+        for i, (spec, holder) in enumerate(zip(self.specs, self.parts, strict=True)):
+            if parts.is_coded(spec):
+                found = parts.decoded(parts.restore(self.shape, spec, dict(holder.named_buffers())))
+                self.specs[i], self.parts[i] = found.spec(), nn.Module()
+                for name, tensor in found.tensors().items():
+                    self.parts[i].register_buffer(name, tensor)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight in the scales' dtype, for code that looks at a linear's weight; made anew every time."""
@@ -116,10 +131,14 @@ class SumOfParts(nn.Module):
 class LlmsqueezeConfig(QuantizationConfigMixin):
     """`quantization_config` of a native folder, as formats/native.py describes it."""
 
-    def __init__(self, format_version: int, weights: dict[str, Any], **_: Any) -> None:
+    def __init__(self, format_version: int, weights: dict[str, Any], keep_codes: bool = False, **_: Any) -> None:
         self.quant_method: Any = native.METHOD  # transformers types it as its own closed enum
         self.format_version = format_version
         self.weights = weights
+        self.keep_codes = keep_codes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "keep_codes"}
 
 
 @register_quantizer(native.METHOD)
@@ -143,6 +162,28 @@ class LlmsqueezeQuantizer(HfQuantizer):
         # a linear's shape, which compressed-tensors stores, is in the config too
         ignored: Any = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.weight_shape$"}
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """Decodes coded weights, one after the other."""
+        config: Any = self.quantization_config
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SumOfParts) and any(parts.is_coded(spec) for spec in module.specs):
+                on_grids = all(spec["part"] != parts.Coded.kind for spec in module.specs)
+                try:
+                    if config.keep_codes or on_grids:
+                        module.decode()
+                    else:
+                        model.set_submodule(name, module.as_linear(model.dtype))
+                        del config.weights[name]
+                except CheckpointError as error:
+                    raise CheckpointError(f"{name}: {error}") from error
+        for name, module in model.named_modules():
+            if isinstance(module, SumOfParts):
+                config.weights[name]["parts"] = module.specs
+        if not config.weights:
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+            # or it would be saved with a model that is an ordinary one now
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

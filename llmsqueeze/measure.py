@@ -21,9 +21,10 @@ from llmsqueeze.curvature import factorize
 from llmsqueeze.observe import FusionGroup, as_rows, fusion_groups
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan
-from llmsqueeze.price import Option, low_rank_gains, price, rounding_error
+from llmsqueeze.price import Option, coded_points, low_rank_gains, packed_rates, price, rounding_error
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
+from llmsqueeze.quantize.coded import steadied
 from llmsqueeze.quantize.rtn import rtn
 from llmsqueeze.recipe import Recipe
 from llmsqueeze.skeleton import Skeleton
@@ -31,9 +32,13 @@ from llmsqueeze.skeleton import Skeleton
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to measure. options: to be priced, and with them `ranks`; salience: the widths that MixLLM's is taken at."""
+    """What to measure. options: to be priced, and with them `ranks` and
+    `rates` (of entropy-coded codes); steps: what coded weights cost; salience: the
+    widths that MixLLM's is taken at."""
 
     options: tuple[Option, ...] = ()
+    rates: bool = False
+    steps: bool = False
     salience: tuple[int, ...] = ()
     outliers: bool = False
     ranks: bool = False
@@ -41,7 +46,7 @@ class Wanted:
     zd: bool = False
 
     def needs_gradients(self, recipe: Recipe) -> bool:
-        return bool(self.options or self.salience) or (self.outliers and recipe.needs_outlier_gradients)
+        return bool(self.options or self.steps or self.salience) or (self.outliers and recipe.needs_outlier_gradients)
 
 
 @dataclass
@@ -51,6 +56,9 @@ class _Found:
     costs: dict[str, Tensor] = field(default_factory=dict)
     row_gradient: dict[str, Tensor] = field(default_factory=dict)
     gains: dict[str, Tensor] = field(default_factory=dict)
+    rates: dict[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    labels: int = 0
     salience: dict[str, Tensor] = field(default_factory=dict)
     candidates: dict[str, gwq.Candidates] = field(default_factory=dict)
     groups: dict[int, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
@@ -91,6 +99,9 @@ def measure(
         costs=found.costs,
         row_gradient=found.row_gradient,
         gains=found.gains,
+        rates=found.rates,
+        steps=found.steps,
+        labels=found.labels,
         salience=found.salience,
         candidates=found.candidates,
         lim=tuple(lim),
@@ -166,7 +177,7 @@ def reduce_block(
     """A resident block's backward pass over all samples; `gradients` go from its output to its input."""
     groups = fusion_groups(walk, index, inputs.get(0, walk.device))
     found.groups[index] = tuple(group.names for group in groups)
-    moments = _Moments(groups, plan) if wanted.options else None
+    moments = _Moments(groups, plan) if wanted.options or wanted.steps else None
     gradient_wanted = bool(wanted.salience) or (wanted.outliers and recipe.needs_outlier_gradients)
     sums = _GradientSums(walk.skeleton, index, plan, recipe, wanted) if gradient_wanted else None
     for sample in range(len(walk.samples)):
@@ -262,6 +273,7 @@ class _Moments:
     def price(self, skeleton: Skeleton, plan: Plan, recipe: Recipe, wanted: Wanted, found: _Found) -> None:
         """Prices the planned linears group by group; uses up the moments."""
         assert recipe.quantizer is not None
+        found.labels = self.labels
         for i, group in enumerate(self.groups):
             if i not in self.xtx:
                 continue  # no sample reached it
@@ -273,8 +285,13 @@ class _Moments:
                 weight = as_rows(module, module.weight.detach())
                 gradient, dtype = self.squares[name] / self.labels, plan.weights[name].dtype
                 found.row_gradient[name] = gradient.cpu()
+                if wanted.steps:
+                    found.steps[name] = coded_points(weight, steadied(gradient, self.labels), curvature)
                 given = weight, gradient, curvature, wanted.options, recipe.quantizer, dtype, bool(recipe.search)
-                found.costs[name] = price(*given)
+                if wanted.options:
+                    found.costs[name] = price(*given)
+                if wanted.rates:
+                    found.rates[name] = packed_rates(weight, *given[2:])
                 if wanted.ranks:
                     found.gains[name] = low_rank_gains(*given)
 

@@ -35,22 +35,27 @@ Real = float | None
 Flag = bool | None
 
 OPTIONS: dict[str, Any] = {
-    "bits": Annotated[Real, typer.Option(help="Width of a code, 2 to 8; for auto and layerwise the average. [3]")],
+    "bits": Annotated[
+        Real, typer.Option(help="Width of a code, 2 to 8; for coded, budget and layerwise the average. [3]")
+    ],
     "size": Annotated[Text, typer.Option(help="Budget for all weights, embeddings included: 4GB, 900MB.")],
     "method": Annotated[
         Text,
-        typer.Option(help="descent, gwq, layerwise, mixllm, auto, dbllm, gptq or rtn. [descent; auto with a budget]"),
+        typer.Option(
+            help="descent, coded, budget, auto (coded, or budget where only grids will do), gwq, layerwise, mixllm, "
+            "dbllm, gptq or rtn. [descent; auto with a budget]"
+        ),
     ],
     "group_size": Annotated[Whole, typer.Option(help="Columns that share a scale; -1: whole rows. [128; dbllm 64]")],
     "symmetric": Annotated[Flag, typer.Option("--symmetric/--asymmetric", help="Grid. [symmetric]")],
     "levels": Annotated[
         Text,
         typer.Option(
-            help="integer, half (half-integer, no 0), by-width (half to 2 bits) or dual. [integer; auto by-width]"
+            help="integer, half (half-integer, no 0), by-width (half to 2 bits) or dual. [integer; budget by-width]"
         ),
     ],
     "quantizer": Annotated[
-        Text, typer.Option(help="For gwq, layerwise, mixllm, auto: descent, gptq or rtn. [descent]")
+        Text, typer.Option(help="For gwq, layerwise, mixllm, budget: descent, gptq or rtn. [descent]")
     ],
     "outliers": Annotated[Real, typer.Option(help="Fraction kept at 16 bits by GWQ's ranking. [gwq 0.01, else 0]")],
     "outlier_ranking": Annotated[
@@ -61,20 +66,22 @@ OPTIONS: dict[str, Any] = {
         Text,
         typer.Option(
             help="layerwise: lim, zd, random, reverse, first, last, both-ends. mixllm: salience, cost, random, "
-            "reverse. auto: cost, uniform. [the first]"
+            "reverse. budget: cost, uniform. [the first]"
         ),
     ],
     "high_bits": Annotated[Whole, typer.Option(help="Width of important blocks (layerwise) or rows (mixllm). [4; 8]")],
     "low_bits": Annotated[Whole, typer.Option(help="Width of the others. [2; 4]")],
     "high_fraction": Annotated[Real, typer.Option(help="For mixllm: share of rows at the high width. [0.10]")],
     "mix": Annotated[Text, typer.Option(help="For mixllm: shares of rows at several widths, such as 6:0.1,4:0.6.")],
-    "per_row": Annotated[bool, typer.Option("--per-row", help="auto gives every row its own width. [default]")],
-    "per_linear": Annotated[bool, typer.Option("--per-linear", help="auto gives every linear its own width.")],
-    "per_group": Annotated[bool, typer.Option("--per-group", help="auto gives every fusion group its own width.")],
-    "widths": Annotated[Text, typer.Option(help="Widths that auto may give. [1,2,3,4,5,6,8]")],
-    "group_sizes": Annotated[Text, typer.Option(help="Group sizes that auto may give. [--group-size]")],
-    "row_outliers": Annotated[Text, typer.Option(help="Shares of a row that auto may keep at 16 bits, such as 0.01.")],
-    "dual": Annotated[Flag, typer.Option("--dual", help="auto may also give dual-binary rows (2 bits, two scales).")],
+    "per_row": Annotated[bool, typer.Option("--per-row", help="budget gives every row its own width. [default]")],
+    "per_linear": Annotated[bool, typer.Option("--per-linear", help="budget gives every linear its own width.")],
+    "per_group": Annotated[bool, typer.Option("--per-group", help="budget gives every fusion group its own width.")],
+    "widths": Annotated[Text, typer.Option(help="Widths that budget may give. [1,2,3,4,5,6,8]")],
+    "group_sizes": Annotated[Text, typer.Option(help="Group sizes that budget may give. [--group-size]")],
+    "row_outliers": Annotated[
+        Text, typer.Option(help="Shares of a row that budget may keep at 16 bits, such as 0.01.")
+    ],
+    "dual": Annotated[Flag, typer.Option("--dual", help="budget may also give dual-binary rows (2 bits, two scales).")],
     "portable": Annotated[
         Flag,
         typer.Option(
@@ -83,11 +90,17 @@ OPTIONS: dict[str, Any] = {
             "[compressed-tensors where the parts have a place there]",
         ),
     ],
+    "pack": Annotated[
+        Text, typer.Option(help="rans: store codes entropy-coded, the same weights in fewer bytes. [none]")
+    ],
     "labels": Annotated[
-        Text, typer.Option(help="Labels of the measured loss: model (drawn from it) or text. [auto model, else text]")
+        Text,
+        typer.Option(
+            help="Labels of the measured loss: model (drawn from it) or text. [coded, budget model, else text]"
+        ),
     ],
     "lorc_rank": Annotated[
-        Text, typer.Option(help="Rank of a low-rank compensation (LoRC), after any method; auto: bought by auto. [0]")
+        Text, typer.Option(help="Rank of a low-rank compensation (LoRC), after any method; auto: bought by budget. [0]")
     ],
     "lorc": Annotated[Text, typer.Option(help="input-weighted, or plain (the paper's). [input-weighted]")],
     "distill_steps": Annotated[

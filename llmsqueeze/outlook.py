@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from llmsqueeze.allocate import budget
+from llmsqueeze.allocate import budget, steps
 from llmsqueeze.decide import Decision, options_of
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.profile import Profile
 from llmsqueeze.recipe import Recipe
@@ -22,7 +23,7 @@ def table(decided: Decision, blocks: Sequence[Sequence[str]], profile: Profile) 
 
     `high_share`: share of rows above the narrowest width of the whole plan.
     """
-    narrowest = min(rows.grid.bits for weight in decided.plan.weights.values() for rows in weight.grids)
+    narrowest = min((rows.grid.bits for weight in decided.plan.weights.values() for rows in weight.grids), default=0)
     folded: dict[str, list[WeightPlan]] = {}
     for names in blocks:
         for name in names:
@@ -51,13 +52,22 @@ def _row(
         "outliers": sum(weight.kept for weight in weights) / numel,
         "nbytes": part.nbytes,
         "bits_per_weight": round(part.bits_per_weight, 6),
-        "predicted_loss_increase": profile.predicted(part, decided.chosen) if profile.costs else None,
+        "predicted_loss_increase": _predicted(part, decided, profile),
     }
+
+
+def _predicted(part: Plan, decided: Decision, profile: Profile) -> float | None:
+    if decided.coding is not None:
+        curves = {name: curve for name, curve in decided.coding.curves.items() if name in part.weights}
+        return steps.predicted(part, curves)
+    return profile.predicted(part, decided.chosen) if profile.costs else None
 
 
 def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, float]]:
     """(bits per weight, predicted loss increase) from the smallest plan to the largest; [] without costs."""
-    if recipe.method != "auto" or recipe.importance != "cost":
+    if recipe.needs_steps:
+        return _coded_curve(plan, profile)
+    if recipe.method != "budget" or recipe.importance != "cost":
         return []
     assert recipe.granularity is not None
     options = options_of(recipe)
@@ -68,3 +78,16 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
     wanted = torch.linspace(float(sizes[0]), float(sizes[-1]), POINTS, dtype=sizes.dtype)
     at = torch.searchsorted(sizes, wanted).clamp(max=len(ladder) - 1).unique().tolist()
     return [(8 * ladder[i][0] / plan.numel, ladder[i][1]) for i in at]
+
+
+def _coded_curve(plan: Plan, profile: Profile) -> list[tuple[float, float]]:
+    """The same of coded weights, from where they take half a bit to where they take ten."""
+    curves = steps.curves_of(plan, profile.steps)
+    found = []
+    for bits in torch.linspace(0.5, 10.0, POINTS).tolist():
+        try:
+            made = steps.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
+        except RecipeError:
+            continue  # steps and tables alone take more
+        found.append((made.bits_per_weight, steps.predicted(made, curves)))
+    return found

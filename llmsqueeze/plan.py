@@ -21,6 +21,7 @@ from llmsqueeze.recipe import Recipe
 from llmsqueeze.skeleton import Skeleton, is_transposed
 
 SHAPE_NBYTES = 16  # compressed-tensors stores the shape of every weight
+UNMEASURED_BITS = 7  # of a weight in a linear to be coded that no sample reaches
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,37 @@ Grids = tuple[Rows, ...]
 class WeightPlan:
     """One linear: shape [rows, cols], the dtype its scales and outliers are stored in, and what it becomes.
 
-    grids: how many rows are on which grid, the best-ranked rows first. outliers: how many weights stay as they are
-    by a ranking of single weights (GWQ's), over those that `grids` give to rows. rank: of the low-rank compensation.
-    beside: bytes that the format stores for it beside its parts.
+    grids: how many rows are on which grid, the best-ranked rows first; none for a coded linear. outliers: how many
+    weights stay as they are by a ranking of single weights (GWQ's), over those that `grids` give to rows. rank: of the
+    low-rank compensation. beside: bytes that the format stores for it beside its parts.
+
+    Of a coded linear: step: the multiplier of its steps; factor: of that to the model's; coded_nbytes: what its coded
+    part is expected to take. rates: bits that codes on a grid are expected to take where they are stored entropy-coded.
+    made: the parts as they came out, where their sizes are not known before.
     """
 
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype
     quantizer: str
-    grids: Grids
+    grids: Grids = ()
     outliers: int = 0
     rank: int = 0
     beside: int = 0
+    step: float = 0.0
+    factor: float = 1.0
+    coded_nbytes: int = 0
+    rates: tuple[tuple[Grid, float], ...] = ()
+    made: tuple[Spec, ...] = ()
 
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is coded, not on grids."""
+        return self.quantizer == "coded"
 
     @property
     def grid(self) -> Grid:
@@ -68,7 +83,10 @@ class WeightPlan:
 
     @property
     def code_bits(self) -> float:
-        """Mean width of the codes."""
+        """Mean width of the codes; of a coded linear the bits of a weight."""
+        if self.coded:
+            words = sum(2 * spec["words"] for spec in self.made if spec["part"] == "coded")
+            return (words or self.coded_nbytes) * 8 / self.numel
         return sum(rows.grid.bits * rows.count for rows in self.grids) / self.shape[0]
 
     @property
@@ -78,6 +96,9 @@ class WeightPlan:
 
     @property
     def specs(self) -> list[Spec]:
+        """What the file says of its parts; of a coded linear that is not made yet, of the others."""
+        if self.made:
+            return list(self.made)
         mixed = len(self.by_grid) > 1
         specs = [parts.grid_spec(grid, self.dtype, n if mixed else None) for grid, n in self.by_grid.items()]
         specs += [parts.lowrank_spec(self.rank, self.dtype)] if self.rank else []
@@ -93,7 +114,18 @@ class WeightPlan:
 
     @property
     def nbytes(self) -> int:
-        return parts.layout_nbytes(self.shape, self.specs) + self.beside
+        expected = 0 if self.made else self.coded_nbytes - self.saved_nbytes
+        return parts.layout_nbytes(self.shape, self.specs) + self.beside + expected
+
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes that entropy-coded codes are expected to save."""
+        return int(sum(self.saved_of_row(grid) * count for grid, count in self.by_grid.items()))
+
+    def saved_of_row(self, grid: Grid) -> float:
+        """The same, of a row on this grid."""
+        rate = dict(self.rates).get(grid, float(grid.bits))
+        return (grid.bits - rate) * self.shape[1] / 8
 
     def on(self, *grids: Rows) -> WeightPlan:
         """The same linear with these grids; those without rows are left out, neighbours that agree are joined."""
@@ -160,6 +192,7 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
         skipped |= matched
     grid = recipe_grid(recipe, recipe.code_bits)
     assert recipe.quantizer is not None, "the recipe is filled in"
+    coded = recipe.quantizer == "coded"
     weights = {}
     for name in names:
         if name not in skipped:
@@ -168,9 +201,10 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
                 raise RecipeError(
                     f"lorc rank {recipe.lorc_rank} is more than {name} has: it is {shape[0]} x {shape[1]}"
                 )
-            rows = Rows(grid, shape[0])
-            dtype = skeleton.dtype(name)
-            weights[name] = WeightPlan(name, shape, dtype, recipe.quantizer, (rows,), rank=recipe.rank)
+            grids = () if coded else (Rows(grid, shape[0]),)
+            expected = shape[0] * shape[1] * UNMEASURED_BITS // 8 if coded else 0
+            made = WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, grids, coded_nbytes=expected)
+            weights[name] = replace(made, rank=recipe.rank)
     if not weights:
         raise RecipeError("skip leaves no linear to compress")
     why = why_native(recipe, skeleton, weights)
@@ -192,18 +226,19 @@ def unfit(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan])
     transposed = next((name for name in weights if is_transposed(skeleton.module(name))), None)
     if transposed is not None:
         return f"{transposed}: a weight that is stored transposed (Conv1D)"
-    return short_groups(weights, recipe.group_sizes or (recipe.group_size,))
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    return short_groups(shapes, recipe.group_sizes or (recipe.group_size,))
 
 
-def short_groups(weights: Mapping[str, WeightPlan], sizes: Sequence[int]) -> str | None:
+def short_groups(shapes: Mapping[str, tuple[int, int]], sizes: Sequence[int]) -> str | None:
     """A group size that leaves a short last group, which compressed-tensors does not have, and which would not."""
     for size in sizes:
-        uneven = [w for w in weights.values() if size != -1 and w.shape[1] % min(size, w.shape[1])]
+        uneven = [name for name, (_, cols) in shapes.items() if size != -1 and cols % min(size, cols)]
         if uneven:
-            fitting = [g for g in (128, 64, 32, 16, 8) if not any(w.shape[1] % g for w in weights.values())]
+            fitting = [g for g in (128, 64, 32, 16, 8) if not any(cols % g for _, cols in shapes.values())]
             hint = f"--group-size {fitting[0]}, or -1 for whole rows" if fitting else "--group-size -1 for whole rows"
-            one = uneven[0]
-            return f"group size {size}: it does not divide the {one.shape[1]} columns of {one.name}; take {hint}"
+            name = uneven[0]
+            return f"group size {size}: it does not divide the {shapes[name][1]} columns of {name}; take {hint}"
     return None
 
 

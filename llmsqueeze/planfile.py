@@ -11,8 +11,11 @@
       model.layers.0.self_attn.q_proj: {4 bit g128 half: 20, 3 bit g128 half: 108}
       model.layers.0.mlp.down_proj: {3 bit g128 + 2 outliers: 128, outliers: 512}
 
-`+ 2 outliers` are those of every row, `outliers` those of the linear by GWQ's ranking. A linear that the plan leaves
-out stays as it is.
+      model.layers.0.self_attn.o_proj: coded x0.5
+
+`+ 2 outliers` are those of every row, `outliers` those of the linear by GWQ's ranking. `coded` weights have the steps
+of one multiplier for the whole model, which the budget decides; `x0.5` makes them half as coarse. A linear that the
+plan leaves out stays as it is.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ PLAN, PROFILE = "plan.yaml", "profile.safetensors"
 GRID = re.compile(
     r"(?P<bits>\d+) bit (?P<group>row|g\d+)(?P<kind> half| asymmetric| dual)?(?: \+ (?P<outliers>\d+) outliers)?"
 )
+CODED = re.compile(r"coded(?: x(?P<factor>\d+(?:\.\d+)?(?:e-?\d+)?))?")
 HEAD = """\
 # What llmsqueeze makes of every linear: how many of its rows are on which grid, the most important rows first.
 # Edit it and run: llmsqueeze quantize {model} --plan {file}
@@ -74,12 +78,17 @@ def write_plan(
 def entry(weight: WeightPlan) -> Any:
     """One linear as the file has it."""
     if not weight.mixed and not weight.outliers and not weight.rank:
-        return rows_name(weight.grids[0])
-    counts: dict[str, int] = {}
+        return coded_name(weight) if weight.coded else rows_name(weight.grids[0])
+    counts: dict[str, int] = {coded_name(weight): weight.shape[0]} if weight.coded else {}
     for rows in weight.grids:
         counts[rows_name(rows)] = counts.get(rows_name(rows), 0) + rows.count
     counts |= {"outliers": weight.outliers} if weight.outliers else {}
     return counts | ({"rank": weight.rank} if weight.rank else {})
+
+
+def coded_name(weight: WeightPlan) -> str:
+    """'coded', 'coded x0.5': by how much the linear's steps are coarser than the model's."""
+    return "coded" if weight.factor == 1 else f"coded x{weight.factor:g}"
 
 
 def rows_name(rows: Rows) -> str:
@@ -132,17 +141,40 @@ def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
     for what, count in (*counts.items(), ("outliers", outliers), ("rank", rank)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise RecipeError(f"{what}: {count!r} is no number of rows")
+    coded = [CODED.fullmatch(str(text)) for text in counts]
+    if weight.coded or any(coded):
+        made = _coded(weight, list(counts))
+        if counts[next(iter(counts))] != weight.shape[0]:
+            raise RecipeError(f"all of its {weight.shape[0]} rows are coded, not {counts[next(iter(counts))]}")
+    else:
+        made = weight.on(*_grids(weight, counts))
+    if outliers and any(rows.grid.half for rows in made.grids):
+        raise RecipeError("outliers want grids with a level 0, which half ones lack")
+    if made.kept + outliers > weight.numel:
+        raise RecipeError(f"{outliers} outliers are more than its {weight.numel} weights")
+    if rank > min(weight.shape):
+        raise RecipeError(f"rank {rank} is more than a weight of {weight.shape[0]} x {weight.shape[1]} has")
+    return replace(made, outliers=outliers, rank=rank)
+
+
+def _coded(weight: WeightPlan, texts: list[Any]) -> WeightPlan:
+    match = CODED.fullmatch(str(texts[0])) if len(texts) == 1 else None
+    if not weight.coded:
+        raise RecipeError(f"{texts[0]!r}: the plan's recipe is not of method coded")
+    if match is None:
+        raise RecipeError(f"{texts[0]!r}: of method coded there is 'coded', or 'coded x0.5' for steps half as coarse")
+    factor = float(match["factor"] or 1)
+    if not 1 / 64 <= factor <= 64:
+        raise RecipeError(f"{texts[0]!r}: steps may be from 1/64 of the model's to 64 times as coarse")
+    return replace(weight, factor=factor)
+
+
+def _grids(weight: WeightPlan, counts: Mapping[str, int]) -> list[Rows]:
     grids = [_rows(text, count) for text, count in counts.items()]
     total = sum(counts.values())
     if total != weight.shape[0]:
         raise RecipeError(f"its grids have {total} rows, the linear has {weight.shape[0]}")
-    if outliers and any(rows.grid.half for rows in grids):
-        raise RecipeError("outliers want grids with a level 0, which half ones lack")
-    if outliers + sum(rows.count * rows.outliers for rows in grids) > weight.numel:
-        raise RecipeError(f"{outliers} outliers are more than its {weight.numel} weights")
-    if rank > min(weight.shape):
-        raise RecipeError(f"rank {rank} is more than a weight of {weight.shape[0]} x {weight.shape[1]} has")
-    return replace(weight.on(*grids), outliers=outliers, rank=rank)
+    return grids
 
 
 def _rows(text: Any, count: int) -> Rows:

@@ -32,11 +32,15 @@ def plan(
 ) -> dict[str, Any]:
     """Measures (or reads what was measured), decides, predicts, and writes plan, profile and pictures into `out`.
 
-    Without `weights` sizes come from `config.json` alone, and every linear gets the same widths. Returns what the
-    command prints. A profile in `out` that serves is reused.
+    Without `weights` sizes come from `config.json` alone, and every linear gets the same widths (method budget).
+    Returns what the command prints. A profile in `out` that serves is reused.
     """
     progress = progress or Progress()
-    recipe = make_recipe({"method": "auto", **settings})
+    recipe = make_recipe({"method": "auto" if weights else "budget", **settings})
+    if recipe.needs_steps and not weights:
+        raise RecipeError(
+            "what coded weights take is known by measuring; --weights none tells sizes of --method budget"
+        )
     if recipe.bounded:
         raise RecipeError("a bound on quality is found by compressing and measuring: use it with `llmsqueeze quantize`")
     folder = make_folder(out or Path(f"{Path(source.model).expanduser().resolve().name}-plan"))

@@ -19,14 +19,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmsqueeze import frequencies, rans
 from llmsqueeze.compensate.lorc import truncated_svd
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantize import QUANTIZERS
+from llmsqueeze.parts.coded import LIMIT, contexts_of
+from llmsqueeze.parts.streams import one_context
+from llmsqueeze.quantize import QUANTIZERS, coded
 from llmsqueeze.quantize.rtn import rtn
 
 TRIED_ROWS = 48
 RANKS = 16  # components that are priced
+CODED_ROWS = 128
+OCTAVES = (-7.0, -6.0, -5.0, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+STREAM_BYTES = 4.5  # its length, and what its last state wastes
 CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 
@@ -129,3 +135,61 @@ def residuals(
 def rounding_error(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """float32 [rows, cols]: rounded - weight, to nearest, scales from the range: the paper's stand-in."""
     return rtn(weight, grid, dtype).dense() - weight
+
+
+def packed_rates(
+    weight: Tensor, curvature: Curvature, options: Sequence[Option], quantizer: str, dtype: torch.dtype, search: bool
+) -> Tensor:
+    """float64 [options] on the CPU: bits that a code of `weight` [rows, cols] takes when it is stored entropy-coded,
+    the tables and streams among them; some rows stand for all."""
+    rows, cols = weight.shape
+    tried = torch.linspace(0, rows - 1, min(CODED_ROWS, rows), device=weight.device).long()
+    shared = STREAM_BYTES * -(-rows // rans.rows_per_stream(rows, cols))
+    found = []
+    for option in options:
+        pinned = row_outliers(weight[tried], curvature, option.kept(cols)) if option.outliers else None
+        stand_in = "rtn" if quantizer == "rtn" else "gptq"
+        rounded = QUANTIZERS[stand_in](weight[tried], option.grid, dtype, curvature, pinned, search)
+        counted = rans.counts(rounded.codes.cpu().numpy(), one_context(len(tried), cols))
+        tables = frequencies.choose(counted, symmetric=False)
+        bits = frequencies.coded_bits(counted, tables, symmetric=False) / (len(tried) * cols)
+        found.append(min(bits + 8 * (shared + len(tables)) / (rows * cols), float(option.grid.bits)))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> Tensor:
+    """float64 [3, points] on the CPU: binary logarithms of multipliers (quantize/coded.py), rising; bytes of `weight`
+    [rows, cols] coded with each; the predicted loss.
+
+    Some rows are coded with every multiplier, and stand for all. Memory: those rows once per multiplier.
+    """
+    rows, cols = weight.shape
+    tried = torch.linspace(0, rows - 1, min(CODED_ROWS, rows), device=weight.device).long()
+    some, gradient, share = weight[tried], row_gradient[tried], rows / len(tried)
+    at = _zero_bits(weight, row_gradient, curvature) + torch.tensor(OCTAVES, dtype=torch.float64)
+    steps = torch.cat([coded.row_steps(some, 2.0 ** float(one), gradient) for one in at])
+    target = some.repeat(len(at), 1)
+    found = coded.code(target, steps, curvature, None, max(1, CHUNK_BYTES[weight.device.type] // (4 * cols)))
+    cost = 0.5 * gradient * curvature.output_error(target - found.dense()).view(len(at), -1)
+    streams = -(-rows // rans.rows_per_stream(rows, cols))
+    nbytes = []
+    for values, exponent in zip(found.values.chunk(len(at)), found.row_exponent.chunk(len(at)), strict=True):
+        bits, tables = code_length(values, exponent, found.col_exponent)
+        nbytes.append(bits * share / 8 + tables + streams * STREAM_BYTES + rows + cols)
+    return torch.stack([at, torch.tensor(nbytes, dtype=torch.float64), cost.sum(dim=1).double().cpu() * share])
+
+
+def code_length(values: Tensor, row_exponent: Tensor, col_exponent: Tensor) -> tuple[float, int]:
+    """Bits that whole numbers [rows, cols] take by the tables that would be chosen for them, and bytes of those."""
+    contexts = contexts_of(row_exponent - row_exponent.min(), col_exponent - col_exponent.min())
+    symbols = values.abs().clamp(max=LIMIT).to(torch.uint8).cpu().numpy()
+    counted = rans.counts(symbols, contexts)
+    tables = frequencies.choose(counted, symmetric=True)
+    return frequencies.coded_bits(counted, tables, symmetric=True), len(tables)
+
+
+def _zero_bits(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> float:
+    """Binary logarithm of the multiplier at which the bits of fine steps, extrapolated, come to none."""
+    tiny = torch.finfo(weight.dtype).tiny
+    size = weight.square().mean(dim=1).sqrt().clamp(min=tiny).log2() + 0.5 * row_gradient.log2()
+    return float(size.mean() - curvature.upper.diagonal().log2().mean()) + 2.05  # a normal density's entropy

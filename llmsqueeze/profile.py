@@ -1,7 +1,7 @@
 """What was measured of a model: small, durable, and good for every budget. measure.py makes it.
 
 The file is safetensors: `<linear>.costs` [options, rows], `<linear>.row_gradient` [rows], `<linear>.gains` [options,
-ranks], `<linear>.salience` [widths,
+ranks], `<linear>.rates` [options], `<linear>.steps` [3, points], `<linear>.salience` [widths,
 rows], `<linear>.outliers` [k] (flat index, best first) with `<linear>.outlier_scores`; its metadata hold the rest as
 JSON, with what the profile is of: the model's files (size, time and SHA-256), the calibration tokens, the settings.
 """
@@ -33,8 +33,9 @@ class Profile:
 
     loss: mean next-token loss (nats) on the calibration text. costs: linear -> [options, rows], predicted loss
     increase in nats per token; gains: linear -> [options, ranks], what the components of a compensation take off
-    them. salience: linear -> [widths, rows] (MixLLM's). candidates: outliers by GWQ's ranking. lim, zd: per block.
-    groups: the fusion groups.
+    them; rates: linear -> [options], bits of an entropy-coded code. steps: linear -> [3, points] of coded weights
+    (price.coded_points); labels: how many the gradient was measured on. salience: linear -> [widths, rows] (MixLLM's).
+    candidates: outliers by GWQ's ranking. lim, zd: per block. groups: the fusion groups.
     """
 
     loss: float | None = None
@@ -43,6 +44,9 @@ class Profile:
     costs: dict[str, Tensor] = field(default_factory=dict)
     row_gradient: dict[str, Tensor] = field(default_factory=dict)
     gains: dict[str, Tensor] = field(default_factory=dict)
+    rates: dict[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, Tensor] = field(default_factory=dict)
+    labels: int = 0
     salience: dict[str, Tensor] = field(default_factory=dict)
     candidates: dict[str, Candidates] = field(default_factory=dict)
     lim: tuple[float, ...] = ()
@@ -111,13 +115,14 @@ def save(profile: Profile, path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    for kind in ("costs", "row_gradient", "gains", "salience"):
+    for kind in ("costs", "row_gradient", "gains", "rates", "steps", "salience"):
         tensors |= {f"{name}.{kind}": values.contiguous() for name, values in getattr(profile, kind).items()}
     for name, found in profile.candidates.items():
         tensors |= {f"{name}.outliers": found.index, f"{name}.outlier_scores": found.score}
     about = {
         "version": VERSION,
         "loss": profile.loss,
+        "labels": profile.labels,
         "options": [_option_fields(option) for option in profile.options],
         "salience_widths": profile.salience_widths,
         "lim": profile.lim,
@@ -165,6 +170,9 @@ def _restored(
         costs=of("costs"),
         row_gradient=of("row_gradient"),
         gains=of("gains"),
+        rates=of("rates"),
+        steps=of("steps"),
+        labels=about.get("labels", 0),
         salience=of("salience"),
         candidates={name: Candidates(index[name], score[name]) for name in index},
         lim=tuple(about["lim"]),
@@ -180,6 +188,8 @@ def lacks(
     options: Sequence[Option],
     salience: Sequence[int] = (),
     ranks: bool = False,
+    steps: bool = False,
+    rates: bool = False,
 ) -> str | None:
     """What a stored profile has been measured differently, in words; None if it serves."""
     for key, wanted in source.items():
@@ -191,6 +201,10 @@ def lacks(
         return f"no costs for {missing[0]}"
     if ranks and not profile.gains:
         return "no gains of ranks"
+    if rates and not profile.rates:
+        return "no rates of entropy-coded codes"
+    if steps and not profile.steps:
+        return "no costs of coded weights"
     unmeasured = [width for width in salience if width not in profile.salience_widths]
     return f"no salience at {unmeasured[0]} bits" if unmeasured else None
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 QUANTIZERS = ("descent", "gptq", "rtn")
-METHODS = ("descent", "gwq", "layerwise", "mixllm", "auto", "dbllm", "gptq", "rtn")
+METHODS = ("descent", "coded", "budget", "auto", "gwq", "layerwise", "mixllm", "dbllm", "gptq", "rtn")
 RANKINGS = ("gradient", "gradient-weight", "gradient-error", "magnitude", "random")
 BLOCK_ORDERS = ("lim", "zd", "random", "reverse", "first", "last", "both-ends")
 ROW_ORDERS = ("salience", "cost", "random", "reverse")
-IMPORTANCE = {"layerwise": BLOCK_ORDERS, "mixllm": ROW_ORDERS, "auto": ("cost", "uniform")}
+IMPORTANCE = {"layerwise": BLOCK_ORDERS, "mixllm": ROW_ORDERS, "budget": ("cost", "uniform")}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
-    "quantizer": QUANTIZERS,
+    "quantizer": (*QUANTIZERS, "coded"),
     "outlier_ranking": RANKINGS,
     "outlier_scope": ("layer", "global"),
     "inputs": ("original", "sequential", "corrected"),
@@ -27,9 +27,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "levels": ("integer", "half", "by-width", "dual"),
     "labels": ("model", "text"),
     "lorc": ("input-weighted", "plain"),
+    "pack": ("rans", "none"),
     "distill_loss": ("kd", "dad"),
 }
-NEEDS_MOMENTS = ("gptq", "descent")
+NEEDS_MOMENTS = ("gptq", "descent", "coded")
 NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")
 
 
@@ -37,16 +38,18 @@ NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")
 class Recipe:
     """How to compress a model.
 
-    bits: width of a code, 2 to 8; for `auto` and `layerwise`, and for `mixllm` where it is fractional, the average
-    over the linears with everything counted. size: bytes of the whole folder's weights. group_size: columns that
+    method: `auto` becomes `coded`, or `budget` where a setting is only that one's (defaults.py). bits: width of a
+    code, 2 to 8; for `coded`, `budget` and `layerwise`, and for `mixllm` where it is fractional, the average over the
+    linears with everything counted. size: bytes of the whole folder's weights. group_size: columns that
     share a scale, -1 for whole rows. levels: integer ones, or half-integer ones without a zero, or by width: half
     up to two bits, or dual-binary ones (`dbllm`). outliers: fraction of the weights that stay as they are (1 % for
-    `gwq`). importance: what ranks blocks (`layerwise`) or rows (`mixllm`, `auto`). mix: width -> fraction of the
+    `gwq`). importance: what ranks blocks (`layerwise`) or rows (`mixllm`, `budget`). mix: width -> fraction of the
     rows, for `mixllm`; high_bits with high_fraction is the short form. granularity: what gets a width of its own in
-    `auto`. widths, group_sizes, row_outliers: what it may give (shares of a row's weights that stay as they are,
+    `budget`. widths, group_sizes, row_outliers: what it may give (shares of a row's weights that stay as they are,
     beside none); dual: whether dual-binary rows as well. labels: of the loss whose gradient is measured, sampled
     from the model or the text itself. portable: whether the result is in compressed-tensors, which others open, where
-    open if its parts have a place there. inputs: whose inputs a linear is fitted to: the original model's, those
+    open if its parts have a place there. pack: `rans` stores codes on grids entropy-coded.
+    inputs: whose inputs a linear is fitted to: the original model's, those
     behind the compressed blocks before it, or the latter with the target corrected for the drift. lorc_rank: rank
     of the low-rank compensation of the rounding error, 0 for none; lorc: what it is weighted by. search: whether
     scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
@@ -73,6 +76,7 @@ class Recipe:
     row_outliers: tuple[float, ...] | None = None
     dual: bool | None = None
     portable: bool | None = None
+    pack: str | None = None
     labels: str | None = None
     lorc_rank: int | str = 0
     lorc: str = "input-weighted"
@@ -111,7 +115,7 @@ class Recipe:
     @property
     def average_bits(self) -> float | None:
         """The budget in bits per weight, everything counted; None where the budget is another, or the widths say."""
-        if self.method in ("auto", "layerwise") or (self.method == "mixllm" and self.mix is None):
+        if self.method in ("coded", "budget", "layerwise") or (self.method == "mixllm" and self.mix is None):
             return self.bits
         return None
 
@@ -129,6 +133,15 @@ class Recipe:
         return self.importance == "cost"
 
     @property
+    def packs(self) -> bool:
+        """Whether codes on grids are stored entropy-coded."""
+        return self.pack == "rans"
+
+    @property
+    def needs_steps(self) -> bool:
+        return self.method == "coded"
+
+    @property
     def needs_salience(self) -> bool:
         return self.method == "mixllm" and self.importance in ("salience", "reverse")
 
@@ -138,7 +151,7 @@ class Recipe:
 
     @property
     def needs_gradients(self) -> bool:
-        return self.needs_outlier_gradients or self.needs_costs or self.needs_salience
+        return self.needs_outlier_gradients or self.needs_costs or self.needs_steps or self.needs_salience
 
     @property
     def needs_lim(self) -> bool:

@@ -39,8 +39,10 @@ def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
     }
 
 
-def outcome(decided: Decision, nbytes: int, nbytes_original: int, errors: dict[str, float]) -> dict[str, Any]:
-    """What came of it: sizes in bytes, and each weight's relative output error."""
+def outcome(
+    decided: Decision, nbytes: int, nbytes_original: int, by_weight: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """What came of it: sizes in bytes, and by kind what is known of each weight."""
     plan = decided.plan
     return {
         "llmsqueeze_version": __version__,
@@ -52,5 +54,5 @@ def outcome(decided: Decision, nbytes: int, nbytes_original: int, errors: dict[s
         "quantized_weights": plan.numel,
         "nbytes": nbytes,
         "nbytes_original": nbytes_original,
-        "errors": {name: float(f"{error:.6g}") for name, error in errors.items()},
+        **{kind: {name: float(f"{one:.6g}") for name, one in found.items()} for kind, found in by_weight.items()},
     }

@@ -199,6 +199,8 @@ def print_export(summary: dict[str, Any]) -> None:
     else:
         table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
         table.add_row("verified", "all read back from disk, equal bit by bit")
+    if "rerounded" in summary:
+        table.add_row("rounded again", f"coded weights to {summary['rerounded']}; {reround_cost(summary)}")
     if summary["opens"]:
         table.add_row("opens in" if summary["target"] != "peft" else "base opens in", opening(summary["opens"]))
     out = console()
@@ -210,6 +212,12 @@ def print_export(summary: dict[str, Any]) -> None:
     if summary["target"] == "gguf-map":
         out.print("llama.cpp rounds the original anew by this map; its programs, in the folder as quantize.sh:")
         out.print("\n".join(summary["commands"]), soft_wrap=True)
+
+
+def reround_cost(summary: dict[str, Any]) -> str:
+    """What rounding coded weights again is predicted to cost, if that is known."""
+    cost = summary["predicted_loss_increase"]
+    return "the folder does not say what that costs" if cost is None else f"predicted {promise(cost)} more"
 
 
 def format_and_why(summary: dict[str, Any]) -> str:
@@ -264,8 +272,12 @@ def print_plan(plan: dict[str, Any]) -> None:
     for head in ("bits/weight", "bytes", "loss"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in plan["rows"]:
-        shares = " ".join(
-            f"{100 * row['rows'][str(bits)]:3.0f}" if str(bits) in row["rows"] else "  ." for bits in range(1, 9)
+        shares = (
+            "coded"
+            if not row["rows"]
+            else " ".join(
+                f"{100 * row['rows'][str(bits)]:3.0f}" if str(bits) in row["rows"] else "  ." for bits in range(1, 9)
+            )
         )
         kept = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
         loss = row["predicted_loss_increase"]

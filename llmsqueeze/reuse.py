@@ -11,11 +11,11 @@ import torch
 from llmsqueeze import __version__
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
-from llmsqueeze.decide import Decision, options_of, priced, wanted_by, with_rows
+from llmsqueeze.decide import Decision, coded, options_of, priced, target_nbytes, wanted_by, with_rows
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.formats import compressed_tensors
-from llmsqueeze.measure import Wanted, measure
+from llmsqueeze.measure import measure
 from llmsqueeze.planfile import PLAN, PlanFile, plan_of, read_plan
 from llmsqueeze.prepare import Job
 from llmsqueeze.profile import Profile, lacks, load, save
@@ -29,7 +29,7 @@ def rows_by(recipe: Recipe) -> str | None:
     """The ranking behind the counts of rows; None where linears are not mixed."""
     if recipe.method == "mixllm":
         return recipe.importance
-    if recipe.method == "auto":
+    if recipe.method == "budget":
         return "cost" if recipe.importance == "cost" else "random"
     return None
 
@@ -55,17 +55,18 @@ def source_of(job: Job, recipe: Recipe, known: Profile | None = None) -> dict[st
 def stored_or_measured(job: Job, recipe: Recipe, path: Path, place: torch.device, progress: Progress) -> Profile:
     """The profile at `path` if it serves, else a new one, which is then written there."""
     wanted = wanted_by(recipe)
-    options = options_of(recipe) if recipe.method == "auto" else wanted.options
+    options = options_of(recipe) if recipe.method == "budget" else wanted.options
     if path.exists():
         known = load(path)
-        reason = lacks(known, source_of(job, recipe, known), options, wanted.salience, wanted.ranks)
+        reason = lacks(
+            known, source_of(job, recipe, known), options, wanted.salience, wanted.ranks, wanted.steps, wanted.rates
+        )
         if reason is None:
             return known
         progress.note(f"{path} does not serve ({reason}); measuring again")
     widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *wanted.salience)))
-    everything = Wanted(
-        priced(recipe) if recipe.method == "auto" else options, widths, wanted.outliers, wanted.ranks, lim=True, zd=True
-    )
+    priced_too = priced(recipe) if recipe.method == "budget" else options
+    everything = replace(wanted, options=priced_too, salience=widths, lim=True, zd=True)
     assert job.calibration is not None
     with Spill(parent=path.parent) as spill:
         walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, place)
@@ -80,7 +81,9 @@ def given_profile(job: Job, recipe: Recipe, path: Path) -> Profile:
     profile = load(path)
     wanted = wanted_by(recipe)
     options = options_of(recipe) if recipe.needs_costs else ()
-    reason = lacks(profile, source_of(job, recipe, profile), options, wanted.salience, wanted.ranks)
+    reason = lacks(
+        profile, source_of(job, recipe, profile), options, wanted.salience, wanted.ranks, wanted.steps, wanted.rates
+    )
     if reason is not None:
         raise RecipeError(f"the profile {path} does not serve: {reason}; leave --profile out to measure anew")
     return profile
@@ -104,6 +107,11 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
         there = len(profile.candidates[name].index) if name in profile.candidates else 0
         if found.weights[name].outliers > there:
             raise RecipeError(f"{file.path}, {name}: {file.profile} ranks {there} of its weights as outliers, no more")
+    if file.recipe.needs_steps:
+        if not profile.steps:
+            raise RecipeError(f"{file.path} names no profile that knows what coded weights cost")
+        target = target_nbytes(file.recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
+        return coded(found, profile, target)
     return with_rows(compressed_tensors.settled(found, file.recipe.portable), profile, file.recipe)
 
 

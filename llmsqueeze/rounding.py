@@ -12,10 +12,10 @@ from llmsqueeze.compensate import lorc
 from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.observe import Moments
-from llmsqueeze.parts import Grid, Part, Sparse
+from llmsqueeze.parts import Coded, Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.price import row_outliers
-from llmsqueeze.quantize import QUANTIZERS
+from llmsqueeze.quantize import QUANTIZERS, coded
 from llmsqueeze.quantize.descent import corrected_target
 from llmsqueeze.quantize.grids import Rounded
 from llmsqueeze.recipe import Recipe
@@ -50,10 +50,12 @@ def compress_weight(
     mask: Tensor | None,
     chosen: Tensor | None,
     recipe: Recipe,
+    row_gradient: Tensor | None = None,
 ) -> tuple[list[Part], Tensor, float]:
     """`target` [rows, cols] (float32) -> its parts, their sum in float32, and the output error relative to `weight`.
 
-    `chosen` [rows] says which of the plan's grids a row is on, where there are several. Outliers (`mask`, and those
+    `chosen` [rows] says which of the plan's grids a row is on, where there are several; `row_gradient` [rows] how fine
+    a coded row has to be. Outliers (`mask`, and those
     that the plan gives to rows) keep their value in `weight`. Without curvature every input counts the same, so the
     error is the weight's own.
     """
@@ -64,15 +66,21 @@ def compress_weight(
     if mask is not None:
         target = torch.where(mask, weight, target)
     made: list[Part] = []
+    decoded: list[Part] = []  # the same, but for what would have to be decoded again and again
+    if planned.coded:
+        part, integers = _code(target, planned, curvature, mask, row_gradient)
+        made.append(part)
+        decoded.append(integers)
     for grid in planned.by_grid:
         on_grid = [rows for part, rows in held if part.grid == grid]
         on = torch.stack(on_grid).any(dim=0) if len(planned.by_grid) > 1 else None
-        made.append(_round(target, planned, grid, curvature, mask, on, recipe))
+        decoded.append(_round(target, planned, grid, curvature, mask, on, recipe))
     if planned.rank:
-        made += compensation(target, made, planned, curvature, mask, recipe)
+        decoded += compensation(target, decoded, planned, curvature, mask, recipe)
     if mask is not None:
-        made.append(Sparse.from_mask(mask, stored))
-    dense = parts.sum_of_parts(made)
+        decoded.append(Sparse.from_mask(mask, stored))
+    made += [parts.packed(part) if recipe.packs else part for part in decoded[len(made) :]]
+    dense = parts.sum_of_parts(decoded)
     error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
     return made, dense, float(error)
 
@@ -100,6 +108,8 @@ def compensation(
 
 def rows_of(planned: WeightPlan, chosen: Tensor | None, device: torch.device) -> list[tuple[Rows, Tensor]]:
     """Which rows (bool [rows]) each of the plan's counts means."""
+    if planned.coded:
+        return []
     if not planned.mixed:
         return [(planned.grids[0], torch.ones(planned.shape[0], dtype=torch.bool, device=device))]
     assert chosen is not None, "rows on different grids need a choice"
@@ -117,6 +127,21 @@ def _all_outliers(
             found[chosen] |= row_outliers(weight[chosen], curvature, rows.outliers, taken)
             mask = found
     return mask
+
+
+def _code(
+    target: Tensor, planned: WeightPlan, curvature: Curvature, mask: Tensor | None, row_gradient: Tensor | None
+) -> tuple[Coded, Part]:
+    """`target` in whole numbers of the plan's steps: as it is stored, and decoded again."""
+    gradient = None if row_gradient is None else row_gradient.to(target.device)
+    steps = coded.row_steps(target, planned.step, gradient)
+    some = max(1, ROUNDING_BYTES[target.device.type] // (4 * planned.shape[1]))
+    found = coded.code(target, steps, curvature, mask, some)
+    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, planned.dtype)
+    decoded = part.decoded()
+    if not torch.equal(decoded.dense().to(target.device), found.dense()):
+        raise VerificationError("the coded integers are not those that were chosen")
+    return part, decoded
 
 
 def _round(

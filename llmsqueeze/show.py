@@ -91,6 +91,7 @@ def _code_bits(entries: dict[str, Entry]) -> float:
     for entry in entries.values():
         rows, cols = entry.shape
         total += sum(parts.spec_grid(s).bits * s.get("rows", rows) * cols for s in parts.with_grid(entry.specs))
+        total += sum(16 * s["words"] for s in entry.specs if s["part"] == parts.Coded.kind)
     return total / sum(_numel(entry) for entry in entries.values())
 
 
@@ -115,6 +116,8 @@ def _fold(entries: dict[str, Entry], sizes: dict[str, int]) -> list[Row]:
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
         mixed = any("rows" in spec for spec in entry.specs)
         grids = "" if mixed else " + ".join(str(parts.spec_grid(spec)) for spec in parts.with_grid(entry.specs))
+        if any(spec["part"] == parts.Coded.kind for spec in entry.specs):
+            grids = "coded"
         groups.setdefault((pattern, grids), []).append(name)
     return [
         Row(

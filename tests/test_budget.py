@@ -455,8 +455,8 @@ def test_the_ladder_leads_from_the_smallest_plan_to_the_cheapest() -> None:
 # ---------------------------------------------------------------------------------------------- from a size to a plan
 
 SIZED: dict[str, dict[str, Any]] = {
-    "auto": {"method": "auto", "importance": "uniform"},
-    "auto with 3 bits at least": {"method": "auto", "importance": "uniform", "widths": "3,4"},
+    "auto": {"method": "budget", "importance": "uniform"},
+    "auto with 3 bits at least": {"method": "budget", "importance": "uniform", "widths": "3,4"},
     "layerwise": {"method": "layerwise", "importance": "first"},
     "mixllm": {"method": "mixllm", "importance": "random"},
 }

@@ -130,7 +130,7 @@ BAD_OPTIONS = [
     (["--bits", 1], "bits 1 is no width that method descent has (2 to 8)"),
     (["--bits", 9], "bits is 9; it must be a number from 1 to 8"),
     (["--bits", "three"], "Invalid value for '--bits'"),
-    (["--bits", 2.5, "--method", "gwq"], "fractional ones go with method auto"),
+    (["--bits", 2.5, "--method", "gwq"], "fractional ones go with coded or budget"),
     (["--group-size", 0], "group size is 0; it must be a positive number of columns, or -1"),
     (["--group-size", -2], "group size is -2"),
     (["--outliers", 0.9], "outliers is 0.9; it must be a fraction from 0 to 0.5"),
@@ -139,14 +139,23 @@ BAD_OPTIONS = [
     (["--outlier-scope", "model"], "choose from layer, global"),
     (["--method", "rtn", "--quantizer", "gptq"], "quantizer 'gptq' contradicts method rtn"),
     (["--bits", 3, "--size", "1MB"], "bits 3 contradicts size 1000000: name one budget"),
-    (["--method", "gwq", "--size", "1MB"], "size goes with method layerwise or mixllm or auto, not with gwq"),
+    (
+        ["--method", "gwq", "--size", "1MB"],
+        "size goes with method coded or layerwise or mixllm or budget, not with gwq",
+    ),
     (["--bits", 2.5, "--size", "1MB"], "bits 2.5 contradicts size 1000000: name one budget"),
     (["--size", "1XB"], "size is '1XB'; write it as 4GB"),
-    (["--size", "1kB"], "size 1000 bytes is too small: with 1-bit codes everywhere"),
+    (["--size", "1kB"], "size 1000 bytes is too small: with steps and tables alone the linears take"),
+    (["--size", "1kB", "--per-row"], "size 1000 bytes is too small: with 1-bit codes everywhere"),
     (["--size", "1GB"], "no less than the original's"),
-    (["--method", "auto"], "method auto wants a budget"),
-    (["--method", "auto", "--bits", 3, "--per-row", "--per-group"], "--per-row contradicts --per-group"),
-    (["--method", "auto", "--bits", 3, "--portable", "--per-row"], "portable contradicts per row"),
+    (["--method", "budget"], "method budget wants a budget"),
+    (["--method", "coded"], "method coded wants a budget: bits 2.7, size 4GB"),
+    (["--method", "coded", "--bits", 0.1], "bits is 0.1"),
+    (["--method", "coded", "--bits", 2.5, "--widths", "2,3"], "widths says nothing of method coded"),
+    (["--method", "coded", "--bits", 2.5, "--portable"], "portable contradicts method coded"),
+    (["--bits", 3, "--pack", "zip"], "unknown pack 'zip'; choose from rans, none"),
+    (["--method", "budget", "--bits", 3, "--per-row", "--per-group"], "--per-row contradicts --per-group"),
+    (["--method", "budget", "--bits", 3, "--portable", "--per-row"], "portable contradicts per row"),
     (["--method", "mixllm", "--high-fraction", 1.5], "it must be a fraction from 0 to 1"),
     (["--method", "mixllm", "--high-fraction", 0.1, "--bits", 4.4], "high fraction 0.1 contradicts bits 4.4"),
     (["--method", "layerwise", "--importance", "salience"], "it knows lim, zd"),
@@ -391,14 +400,14 @@ def test_recipes_are_listed_and_used_by_name(tmp_path: Path) -> None:
     code, stdout, _ = llmsqueeze("recipes", "--json")
     assert code == 0
     names = {recipe["name"] for recipe in json.loads(stdout)["recipes"]}
-    assert {"auto-3bit", "gwq-3bit", "mixllm-4bit", "papers/lim"} <= names
+    assert {"budget-3bit", "gwq-3bit", "mixllm-4bit", "papers/lim"} <= names
     out = tmp_path / "out"
-    code, stdout, _ = llmsqueeze("quantize", "demo", "--recipe", "auto-3bit", "--out", out, "--json", *FAST)
+    code, stdout, _ = llmsqueeze("quantize", "demo", "--recipe", "budget-3bit", "--out", out, "--json", *FAST)
     assert code == 0
     assert 2.9 < json.loads(stdout)["bits_per_weight"] <= 3
 
 
-@pytest.mark.parametrize("method", ["layerwise", "auto", "mixllm"])
+@pytest.mark.parametrize("method", ["layerwise", "budget", "mixllm"])
 def test_budgets_compose_with_outliers(method: str, tmp_path: Path) -> None:
     """GWQ's outliers are paid for out of the same budget."""
     options = ["--method", method, "--bits", 4.6, "--outliers", 0.01, "--out", tmp_path / "out", "--json", *FAST]

@@ -85,7 +85,7 @@ MADE: dict[str, dict[str, Any]] = {
     "dbllm": {"method": "dbllm", "quantizer": "rtn"},
     "gwq": {"method": "gwq", "quantizer": "rtn", "bits": 2},
     "mixllm": {"method": "mixllm", "quantizer": "rtn", "low_bits": 2, "high_bits": 4},
-    "auto": {"method": "auto", "quantizer": "rtn", "bits": 2.5, "widths": "1,2,3"},
+    "auto": {"method": "budget", "quantizer": "rtn", "bits": 2.5, "widths": "1,2,3"},
     "lorc": {"method": "rtn", "bits": 2, "lorc_rank": 2},
 }
 
@@ -641,4 +641,4 @@ def test_quantize_distils_afterwards(tmp_path: Path, original: Any) -> None:
 
 def test_a_bound_on_quality_is_not_distilled() -> None:
     with pytest.raises(RecipeError, match="distill steps 5 contradict a bound on quality"):
-        make_recipe({"method": "auto", "max_kl": 0.1, "distill_steps": 5})
+        make_recipe({"method": "budget", "max_kl": 0.1, "distill_steps": 5})

@@ -235,7 +235,7 @@ def test_outliers_stay_exact_beside_dual_weights(tmp_path: Path) -> None:
 
 
 def test_the_budget_may_give_dual_rows(tmp_path: Path) -> None:
-    recipe = make_recipe({"method": "auto", "bits": 2.4, "widths": "1,4", "dual": True, **TEXT})
+    recipe = make_recipe({"method": "budget", "bits": 2.4, "widths": "1,4", "dual": True, **TEXT})
     summary = quantize("demo", recipe, tmp_path / "out")
     entries = open_checkpoint(tmp_path / "out").config["quantization_config"]["weights"].values()
     kinds = {spec["part"] for entry in entries for spec in entry["parts"]}
@@ -251,8 +251,8 @@ def test_the_budget_may_give_dual_rows(tmp_path: Path) -> None:
         ({"method": "dbllm", "levels": "half"}, "levels half contradicts method dbllm"),
         ({"method": "dbllm", "symmetric": False}, "asymmetric contradicts dual levels"),
         ({"bits": 3, "levels": "dual"}, "levels dual want bits 2, not 3"),
-        ({"method": "auto", "bits": 2.5, "levels": "dual"}, "levels dual do not go with method auto"),
-        ({"method": "descent", "dual": True}, "dual goes with method auto, not with descent"),
+        ({"method": "budget", "bits": 2.5, "levels": "dual"}, "levels dual do not go with method budget"),
+        ({"method": "descent", "dual": True}, "dual goes with method budget, not with descent"),
         ({"bits": 2.5, "dual": True, "portable": True}, "portable contradicts dual"),
         ({"method": "dbllm", "portable": True}, "portable contradicts method dbllm"),
         ({"method": "dbllm", "distill_steps": -1}, "distill steps is -1"),

@@ -58,7 +58,7 @@ with torch.no_grad():
 def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Several widths, one per fusion group."""
     out = tmp_path_factory.mktemp("native") / "native"
-    recipe = {"method": "auto", "bits": 3.2, "granularity": "group", "levels": "integer", "group_size": 64, **TEXT}
+    recipe = {"method": "budget", "bits": 3.2, "granularity": "group", "levels": "integer", "group_size": 64, **TEXT}
     quantize("demo", make_recipe({**recipe, "portable": False}), out)
     return out
 
@@ -181,7 +181,7 @@ def test_portable_writes_what_an_export_would(tmp_path: Path) -> None:
 
 
 def test_a_portable_budget_counts_the_shapes(tmp_path: Path) -> None:
-    recipe = make_recipe({"method": "auto", "size": "450kB", "portable": True, "group_size": 64, **TEXT})
+    recipe = make_recipe({"method": "budget", "size": "450kB", "portable": True, "group_size": 64, **TEXT})
     summary = quantize("demo", recipe, tmp_path / "out")
     on_disk = open_checkpoint(tmp_path / "out").nbytes
     assert 440_000 < summary.nbytes == on_disk <= 450_000
@@ -307,7 +307,7 @@ def planned(settings: dict, model: str = "demo") -> tuple[Job, Recipe]:
     return prepare(Source(model), recipe, Progress(), text=False), recipe
 
 
-AUTO = {"method": "auto", "bits": 3.5, "granularity": "group", "levels": "integer"}
+AUTO = {"method": "budget", "bits": 3.5, "granularity": "group", "levels": "integer"}
 WHERE_POSSIBLE = [
     {},
     {"method": "rtn", "bits": 8},
@@ -318,7 +318,7 @@ WHERE_POSSIBLE = [
     {"skip": ["down_proj"]},
     AUTO,
     {**AUTO, "group_sizes": [32, 64, -1]},
-    {"method": "auto", "size": "450kB", "portable": True},
+    {"method": "budget", "size": "450kB", "portable": True},
 ]
 NATIVE_BECAUSE = [
     ({"method": "gwq"}, "method gwq: no other runtime opens outliers"),
@@ -374,10 +374,10 @@ def test_what_has_none_is_native_and_says_why(settings: dict, why: str) -> None:
 
 def test_a_budget_alone_buys_rows_natively() -> None:
     """Portable, the same budget goes by groups."""
-    for settings in ({"bits": 2.5}, {"size": "450kB"}):
+    for settings, why in (({"bits": 2.5, "widths": "2,3"}, "per row: "), ({"size": "450kB"}, "method coded: ")):
         job, recipe = planned(settings)
         assert not job.plan.portable
-        assert str(why_native(recipe, job.skeleton, job.plan.weights)).startswith("per row: ")
+        assert str(why_native(recipe, job.skeleton, job.plan.weights)).startswith(why)
         assert planned({**settings, "portable": True})[0].plan.portable
 
 
@@ -430,7 +430,7 @@ def test_a_budget_has_room_for_the_shapes() -> None:
 
 def test_what_a_portable_result_would_cost_is_what_it_costs() -> None:
     """With the same bytes and fewer choices the loss increase is no smaller; one profile serves both."""
-    settings = {"method": "auto", "bits": 2.6, "quantizer": "rtn", "samples": 2, "seq_len": 48}
+    settings = {"method": "budget", "bits": 2.6, "quantizer": "rtn", "samples": 2, "seq_len": 48}
     free, recipe = planned(settings)
     free = replace(free, calibration=prepare(Source("demo"), recipe, Progress()).calibration)
     assert free.calibration is not None

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
 # each file may import only from the layers below its own; `quantize` is one layer in which descent builds on gptq
 LAYERS = [
     {"errors", "__init__", "demo"},
-    {"files", "progress", "memory", "curvature", "checks", "snippets", "public", "hub_errors"},
-    {"bitpack", "activations", "checkpoint", "recipe", "calibrate", "output", "card_scores"},
+    {"files", "progress", "memory", "curvature", "checks", "snippets", "public", "hub_errors", "rans"},
+    {"bitpack", "frequencies", "activations", "checkpoint", "recipe", "calibrate", "output", "card_scores"},
     {"parts", "skeleton", "locate", "defaults", "fingerprint", "card"},
     {"plan", "blocks", "recipes", "rewrite"},
     {"observe", "quantize", "formats", "pictures"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"compress", "show", "hub", "report"},
     {"scoreboard"},
     {"distillation", "page"},
-    {"evaluate", "trial", "bnb"},
+    {"evaluate", "trial", "bnb", "rerounding"},
     {"planning", "search", "distilling", "exporting", "comparing"},
     {"run", "options", "terminal"},
     {"cli_results"},

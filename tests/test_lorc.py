@@ -121,12 +121,12 @@ def test_outliers_stay_exact_under_compensation(
     assert torch.equal(dense[mask], error[mask])
 
 
-@pytest.mark.parametrize("method", ["rtn", "gwq", "auto"])
+@pytest.mark.parametrize("method", ["rtn", "gwq", "budget"])
 def test_it_goes_with_every_method(method: str, tmp_path: Path) -> None:
     """Counted in the budget, stored, loaded, and the same sum of parts."""
     settings = {"method": method, "bits": 3, "lorc_rank": 4, **FAST}
     summary = quantize("demo", make_recipe(settings), tmp_path / "out")
-    if method == "auto":
+    if method == "budget":
         assert 2.9 < summary.bits_per_weight <= 3
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 2

@@ -87,7 +87,7 @@ def make_folder(path: Path, blocks: int = 3, **changes: Any) -> Path:
     record = {
         "model": "owner/llama",
         "revision": "abc123",
-        "recipe": {"method": "auto", "bits": 3.0, "symmetric": False, "widths": [2, 4], "size": None, "skip": []},
+        "recipe": {"method": "budget", "bits": 3.0, "symmetric": False, "widths": [2, 4], "size": None, "skip": []},
         "calibration": {"source": "wikitext", "samples": 128, "seq_len": 2048, "tokens": 262144},
         "versions": {"torch": "2.13.0"},
         "llmsqueeze_version": "0.1.0",

@@ -215,7 +215,9 @@ def test_a_profile_serves_a_run(own: Path, tmp_path: Path, monkeypatch: pytest.M
     from llmsqueeze import compress
 
     monkeypatch.setattr(compress, "measure", None)
-    summary = quantize(DEMO, {"bits": 3.0, "method": "auto", **FAST}, tmp_path / "out", profile=own / planning.PROFILE)
+    summary = quantize(
+        DEMO, {"bits": 3.0, "method": "budget", **FAST}, tmp_path / "out", profile=own / planning.PROFILE
+    )
     assert 2.9 < summary["bits_per_weight"] <= 3
 
 
@@ -231,7 +233,7 @@ def test_sizes_come_from_the_config_alone(demo_dir: Path, tmp_path: Path) -> Non
     (tmp_path / "model").mkdir()
     shutil.copy(demo_dir / "config.json", tmp_path / "model")
     without = plan(Source(str(tmp_path / "model")), {"bits": 2.7}, tmp_path / "a", weights=False, trial=False)
-    summary = quantize(DEMO, {"bits": 2.7, "method": "auto", "importance": "uniform", **FAST}, tmp_path / "out")
+    summary = quantize(DEMO, {"bits": 2.7, "method": "budget", "importance": "uniform", **FAST}, tmp_path / "out")
     assert without["nbytes"] == summary["nbytes"]
     assert without["nbytes_original"] == summary["nbytes_original"]
     assert not (tmp_path / "a" / "profile.safetensors").exists()

@@ -39,7 +39,7 @@ from llmsqueeze.quantize.rtn import rtn
 from llmsqueeze.recipes import make_recipe
 
 CPU = torch.device("cpu")
-AUTO: dict[str, Any] = {"method": "auto", "bits": 3, "quantizer": "rtn"}
+AUTO: dict[str, Any] = {"method": "budget", "bits": 3, "quantizer": "rtn"}
 PRICED = (Option(Grid(2, 64, True, True)), Option(Grid(4, 128, False)), Option(Grid(3, 64, True), 0.02))
 
 
@@ -296,7 +296,7 @@ def test_the_predicted_loss_is_near_the_measured_one(tmp_path: Path) -> None:
 
     At 3 bits the loss of this model is within the noise.
     """
-    settings = {"method": "auto", "bits": 2.2, "widths": [2], "samples": 24, "seq_len": 128}
+    settings = {"method": "budget", "bits": 2.2, "widths": [2], "samples": 24, "seq_len": 128}
     made = quantize("demo", make_recipe(settings), tmp_path / "out", device="cpu")
     assert made.bits == 2
     result = evaluate(str(tmp_path / "out"), baseline="demo", text=evaluation_text("demo", "demo"), limit=100)

@@ -103,7 +103,7 @@ def test_the_bytes_of_a_rank_are_those_in_the_file() -> None:
 def bought(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """The demo by round to nearest, whose error has directions worth their bytes, within 2.5 bits."""
     out = tmp_path_factory.mktemp("bought") / "out"
-    settings = {"method": "auto", "quantizer": "rtn", "bits": 2.5, "lorc_rank": "auto", **TEXT}
+    settings = {"method": "budget", "quantizer": "rtn", "bits": 2.5, "lorc_rank": "auto", **TEXT}
     return out, quantize("demo", make_recipe(settings), out).as_dict()
 
 
@@ -114,14 +114,14 @@ def test_ranks_are_bought_within_the_budget_and_promise_more(bought: tuple[Path,
     assert found, "no rank was bought"
     assert len(set(found)) > 1, "all linears have the same"
     assert summary["bits_per_weight"] <= 2.5
-    without = make_recipe({"method": "auto", "quantizer": "rtn", "bits": 2.5, **TEXT})
+    without = make_recipe({"method": "budget", "quantizer": "rtn", "bits": 2.5, **TEXT})
     alone = quantize("demo", without, tmp_path / "alone").as_dict()
     assert summary["predicted_loss_increase"] < alone["predicted_loss_increase"]
 
 
 def test_a_plan_with_ranks_is_followed_to_the_byte(bought: tuple[Path, dict], tmp_path: Path) -> None:
     out, _ = bought
-    settings = {"method": "auto", "quantizer": "rtn", "bits": 2.5, "lorc_rank": "auto", **TEXT}
+    settings = {"method": "budget", "quantizer": "rtn", "bits": 2.5, "lorc_rank": "auto", **TEXT}
     plan(Source("demo"), settings, tmp_path / "plan", trial=False)
     assert "rank:" in (tmp_path / "plan" / "plan.yaml").read_text()
     quantize_verb(Source("demo"), {}, tmp_path / "followed", plan=tmp_path / "plan")
@@ -130,7 +130,7 @@ def test_a_plan_with_ranks_is_followed_to_the_byte(bought: tuple[Path, dict], tm
 
 
 def test_a_profile_without_gains_is_measured_again(tmp_path: Path) -> None:
-    settings = {"method": "auto", "quantizer": "rtn", "bits": 2.5, **TEXT}
+    settings = {"method": "budget", "quantizer": "rtn", "bits": 2.5, **TEXT}
     plan(Source("demo"), settings, tmp_path, trial=False)
     before = (tmp_path / "profile.safetensors").read_bytes()
     plan(Source("demo"), {**settings, "lorc_rank": "auto"}, tmp_path, trial=False)
@@ -158,5 +158,5 @@ def test_ranks_that_cannot_be_bought_are_refused(settings: dict, message: str) -
 
 
 def test_ranks_alone_imply_the_allocator() -> None:
-    assert make_recipe({"bits": 3, "lorc_rank": "auto"}).method == "auto"
+    assert make_recipe({"bits": 3, "lorc_rank": "auto"}).method == "budget"
     assert make_recipe({"bits": 3, "lorc_rank": "8"}).lorc_rank == 8

@@ -206,14 +206,14 @@ def test_none_stands_for_the_default() -> None:
 
 # ----------------------------------------------------------------------------------------------- contradictions
 
-PORTABLE = {"method": "auto", "bits": 3, "portable": True}
+PORTABLE = {"method": "budget", "bits": 3, "portable": True}
 CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "rtn", "quantizer": "gptq"}, "quantizer 'gptq'", "method rtn"),
     ({"method": "descent", "outliers": 0.01}, "outliers 0.01", "method descent"),
     ({"method": "gptq", "size": "1GB"}, "size", "not with gptq"),
     ({"method": "gwq", "importance": "lim"}, "importance", "not with gwq"),
-    ({"method": "auto", "bits": 3, "high_bits": 4}, "high bits", "not with auto"),
-    ({"method": "auto", "bits": 3, "low_bits": 2}, "low bits", "not with auto"),
+    ({"method": "budget", "bits": 3, "high_bits": 4}, "high bits", "not with budget"),
+    ({"method": "budget", "bits": 3, "low_bits": 2}, "low bits", "not with budget"),
     ({"method": "layerwise", "high_fraction": 0.1}, "high fraction", "not with layerwise"),
     ({"method": "layerwise", "mix": "6:0.1"}, "mix", "not with layerwise"),
     ({"method": "mixllm", "granularity": "row"}, "granularity", "not with mixllm"),
@@ -222,7 +222,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "gwq", "row_outliers": "0.01"}, "row outliers", "not with gwq"),
     ({"method": "layerwise", "max_ppl_increase": 0.02}, "max ppl increase", "not with layerwise"),
     ({"method": "mixllm", "max_kl": 0.02}, "max kl", "not with mixllm"),
-    ({"method": "auto", "bits": 3, "row_outliers": "0.01", "outliers": 0.02}, "row outliers", "outliers 0.02"),
+    ({"method": "budget", "bits": 3, "row_outliers": "0.01", "outliers": 0.02}, "row outliers", "outliers 0.02"),
     ({"method": "mixllm", "portable": True}, "portable", "method mixllm"),
     ({"method": "gwq", "portable": True}, "portable", "method gwq"),
     (PORTABLE | {"outliers": 0.01}, "portable", "outliers"),
@@ -232,19 +232,19 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     (PORTABLE | {"symmetric": False}, "portable", "asymmetric"),
     (PORTABLE | {"levels": "half"}, "portable", "levels half"),
     (PORTABLE | {"widths": "1,2"}, "portable", "width 1"),
-    ({"method": "auto", "bits": 3, "size": "1GB"}, "bits 3", "size"),
-    ({"method": "auto", "bits": 3, "max_kl": 0.1}, "bits 3", "max kl 0.1"),
-    ({"method": "auto", "max_ppl_increase": 0.02, "max_kl": 0.1}, "max ppl increase 0.02", "max kl 0.1"),
+    ({"method": "budget", "bits": 3, "size": "1GB"}, "bits 3", "size"),
+    ({"method": "budget", "bits": 3, "max_kl": 0.1}, "bits 3", "max kl 0.1"),
+    ({"method": "budget", "max_ppl_increase": 0.02, "max_kl": 0.1}, "max ppl increase 0.02", "max kl 0.1"),
     ({"method": "layerwise", "bits": 3, "size": "1GB"}, "bits 3", "size"),
     ({"method": "mixllm", "bits": 4.4, "size": "1GB"}, "bits 4.4", "size"),
     ({"method": "mixllm", "importance": "lim"}, "importance 'lim'", "method mixllm"),
     ({"method": "layerwise", "importance": "salience"}, "importance 'salience'", "method layerwise"),
-    ({"method": "auto", "bits": 3, "importance": "zd"}, "importance 'zd'", "method auto"),
+    ({"method": "budget", "bits": 3, "importance": "zd"}, "importance 'zd'", "method budget"),
     ({"method": "layerwise", "low_bits": 4, "high_bits": 4}, "low bits 4", "high bits 4"),
     ({"method": "mixllm", "low_bits": 6, "high_bits": 4}, "low bits 6", "high bits 4"),
     ({"bits": 3, "levels": "half", "symmetric": False}, "levels half", "asymmetric"),
-    ({"method": "auto", "bits": 3, "levels": "half", "outliers": 0.01}, "levels half", "outliers 0.01"),
-    ({"method": "auto", "bits": 3, "levels": "integer", "widths": "1"}, "levels integer", "widths 1"),
+    ({"method": "budget", "bits": 3, "levels": "half", "outliers": 0.01}, "levels half", "outliers 0.01"),
+    ({"method": "budget", "bits": 3, "levels": "integer", "widths": "1"}, "levels integer", "widths 1"),
     ({"method": "gptq", "bits": 2.5}, "bits 2.5", "method gptq"),
     ({"method": "gwq", "bits": 1}, "bits 1", "method gwq"),
     ({"method": "mixllm", "bits": 4.4, "mix": "8:0.1"}, "mix", "bits 4.4"),
@@ -270,8 +270,8 @@ ALSO: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "layerwise", "low_bits": 1, "outliers": 0.01}, "low bits 1", "outliers 0.01"),
     ({"method": "layerwise", "low_bits": 1, "portable": True}, "portable", "low bits 1"),
     ({"method": "gwq", "levels": "half"}, "levels half", "outliers"),
-    ({"method": "auto", "bits": 2, "widths": "1", "symmetric": False}, "asymmetric", "widths 1"),
-    ({"method": "auto", "bits": 2, "widths": "1", "outliers": 0.01}, "outliers 0.01", "widths 1"),
+    ({"method": "budget", "bits": 2, "widths": "1", "symmetric": False}, "asymmetric", "widths 1"),
+    ({"method": "budget", "bits": 2, "widths": "1", "outliers": 0.01}, "outliers 0.01", "widths 1"),
 ]
 
 
@@ -285,8 +285,41 @@ def test_contradictions_with_what_a_method_implies_are_named_too(
     assert other in text
 
 
-def test_auto_without_a_budget_says_which_there_are() -> None:
-    for settings in ({"method": "auto"}, {"portable": True}, {"granularity": "row"}):
+CODED: dict[str, Any] = {"method": "coded", "bits": 2.5}
+ONLY_ON_GRIDS: list[tuple[dict[str, Any], str]] = [
+    ({"widths": "2,3"}, "widths"),
+    ({"granularity": "row"}, "granularity"),
+    ({"levels": "half"}, "levels"),
+    ({"importance": "cost"}, "importance"),
+    ({"dual": True}, "dual"),
+    ({"row_outliers": "0.01"}, "row outliers"),
+    ({"group_sizes": "64"}, "group sizes"),
+    ({"group_size": 64}, "group size 64"),
+    ({"symmetric": False}, "asymmetric"),
+    ({"quantizer": "gptq"}, "quantizer gptq"),
+    ({"pack": "rans"}, "pack rans"),
+    ({"lorc_rank": "auto"}, "lorc rank auto"),
+]
+
+
+@pytest.mark.parametrize(("settings", "what"), ONLY_ON_GRIDS, ids=str)
+def test_coded_weights_have_no_grid(settings: dict[str, Any], what: str) -> None:
+    assert f"{what} says nothing of method coded: its weights have no grid" in message(**CODED, **settings)
+
+
+def test_coded_weights_are_native_and_have_their_own_quantizer() -> None:
+    assert "portable contradicts method coded" in message(**CODED, portable=True)
+    assert "quantizer coded goes with method coded, not with gwq" in message(method="gwq", quantizer="coded")
+
+
+def test_a_budget_is_asked_for_and_which_there_are_is_said() -> None:
+    for settings in (
+        {"method": "auto"},
+        {"method": "coded"},
+        {"method": "budget"},
+        {"portable": True},
+        {"granularity": "row"},
+    ):
         text = message(**settings)
         assert all(word in text for word in ("bits 2.7", "size 4GB", "max ppl increase", "max kl"))
 
@@ -297,14 +330,27 @@ IMPLIED: list[tuple[dict[str, Any], str]] = [
     ({}, "descent"),
     ({"bits": 3}, "descent"),
     ({"bits": 3.0}, "descent"),
-    ({"bits": 2.7}, "auto"),
-    ({"size": "4GB"}, "auto"),
-    ({"max_ppl_increase": 0.02}, "auto"),
-    ({"max_kl": 0.05}, "auto"),
-    ({"bits": 3, "granularity": "linear"}, "auto"),
-    ({"bits": 3, "widths": "2,3,4"}, "auto"),
-    ({"bits": 3, "portable": True}, "auto"),
+    ({"bits": 2.7}, "coded"),
+    ({"size": "4GB"}, "coded"),
+    ({"max_ppl_increase": 0.02}, "coded"),
+    ({"max_kl": 0.05}, "coded"),
+    ({"bits": 3, "granularity": "linear"}, "budget"),
+    ({"bits": 3, "widths": "2,3,4"}, "budget"),
+    ({"bits": 3, "portable": True}, "budget"),
     ({"bits": 3, "portable": False}, "descent"),
+    ({"bits": 2.7, "portable": False}, "coded"),
+    ({"bits": 2.7, "outliers": 0.001}, "coded"),
+    ({"bits": 2.7, "lorc_rank": 2}, "coded"),
+    ({"bits": 2.7, "importance": "uniform"}, "budget"),
+    ({"bits": 2.7, "levels": "integer"}, "budget"),
+    ({"bits": 2.7, "quantizer": "rtn"}, "budget"),
+    ({"bits": 2.7, "group_size": 64}, "budget"),
+    ({"bits": 2.7, "symmetric": False}, "budget"),
+    ({"bits": 2.7, "lorc_rank": "auto"}, "budget"),
+    ({"bits": 2.7, "pack": "rans"}, "budget"),
+    ({"bits": 2.7, "pack": "none"}, "coded"),
+    ({"method": "auto", "bits": 3}, "coded"),
+    ({"method": "auto", "bits": 3, "dual": True}, "budget"),
     ({"bits": 2.7, "method": "layerwise"}, "layerwise"),
     ({"size": "4GB", "method": "mixllm"}, "mixllm"),
 ]
@@ -316,6 +362,7 @@ def test_the_method_goes_without_saying(settings: dict[str, Any], method: str) -
 
 
 LAYERWISE: dict[str, Any] = {"method": "layerwise"}
+BUDGET: dict[str, Any] = {"method": "budget"}
 MIXLLM: dict[str, Any] = {"method": "mixllm"}
 FILLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"bits": 3, "quantizer": "descent", "inputs": "corrected", "search": True, "symmetric": True}),
@@ -339,10 +386,12 @@ FILLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (MIXLLM | {"high_bits": 6, "high_fraction": 0.2}, {"mix": ((6, 0.2),)}),
     (MIXLLM | {"low_bits": 3, "mix": "4:0.6,6:0.1"}, {"mix": ((6, 0.1), (4, 0.6)), "high_bits": 6, "low_bits": 3}),
     (MIXLLM | {"size": "1GB"}, {"size": 10**9, "mix": None, "low_bits": 4, "high_bits": 8}),
-    ({"bits": 2.5}, {"levels": "by-width", "granularity": "row", "widths": (1, 2, 3, 4, 5, 6, 8)}),
-    ({"bits": 2.5}, {"importance": "cost", "labels": "model", "symmetric": True, "quantizer": "descent"}),
+    ({"bits": 2.5}, {"levels": None, "granularity": None, "widths": None, "importance": None, "search": None}),
+    ({"bits": 2.5}, {"quantizer": "coded", "inputs": "corrected", "labels": "model"}),
+    (BUDGET | {"bits": 2.5}, {"levels": "by-width", "granularity": "row", "widths": (1, 2, 3, 4, 5, 6, 8)}),
+    (BUDGET | {"bits": 2.5}, {"importance": "cost", "labels": "model", "symmetric": True, "quantizer": "descent"}),
     ({"bits": 2.5, "symmetric": False}, {"levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
-    ({"bits": 2.5, "outliers": 0.01}, {"levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
+    (BUDGET | {"bits": 2.5, "outliers": 0.01}, {"levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
     ({"bits": 2.5, "levels": "integer", "widths": "1,2,3"}, {"widths": (2, 3)}),
     ({"bits": 2.5, "portable": True}, {"granularity": "group", "levels": "integer", "widths": (2, 3, 4, 5, 6, 8)}),
     ({"bits": 2.5, "labels": "text"}, {"labels": "text"}),
@@ -374,7 +423,7 @@ BUDGETS: list[tuple[dict[str, Any], float | None]] = [
     ({"bits": 3}, None),
     ({"method": "gwq", "bits": 3}, None),
     ({"bits": 2.7}, 2.7),
-    ({"method": "auto", "bits": 3}, 3),
+    ({"method": "budget", "bits": 3}, 3),
     ({"size": "4GB"}, None),
     ({"max_kl": 0.1}, None),
     (LAYERWISE, 3),
@@ -435,12 +484,17 @@ def test_one_bit_means_half_integer_levels_or_is_refused(settings: dict[str, Any
 
 # ---------------------------------------------------------------------------------------------------- round trips
 
-SAMPLE: list[dict[str, Any]] = [{}, *({"method": method} for method in METHODS if method != "auto")]
+SAMPLE: list[dict[str, Any]] = [
+    {},
+    *({"method": method} for method in METHODS if method not in ("auto", "coded", "budget")),
+]
 SAMPLE += [LAYERWISE | {"importance": order, "bits": 2.75} for order in BLOCK_ORDERS]
 SAMPLE += [MIXLLM | {"importance": order} for order in ROW_ORDERS]
 SAMPLE += [settings for settings, _ in FILLED] + [settings for settings, _ in IMPLIED]
 SAMPLE += [
-    {"method": "auto", "bits": 3},
+    {"method": "budget", "bits": 3},
+    {"method": "coded", "bits": 3},
+    {"method": "auto", "size": "1GB"},
     {"bits": 2.5, "row_outliers": "0.005,0.01", "group_sizes": "64,-1", "skip": ["*.o_proj"], "seed": 7},
     {"bits": 2.5, "importance": "uniform", "calibration": "text.txt", "samples": 3, "seq_len": 64},
     {"method": "gwq", "outliers": 0.02, "outlier_scope": "global", "outlier_ranking": "magnitude", "bits": 4},

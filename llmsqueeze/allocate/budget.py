@@ -163,7 +163,7 @@ def row_nbytes(weight: WeightPlan, option: Option) -> float:
     specs = [parts.grid_spec(option.grid, weight.dtype)]
     if option.kept(cols):
         specs.append(parts.sparse_spec(rows * option.kept(cols), weight.dtype))
-    return parts.layout_nbytes(weight.shape, specs) / rows
+    return parts.layout_nbytes(weight.shape, specs) / rows - weight.saved_of_row(option.grid)
 
 
 def row_counts(weight: WeightPlan, chosen: Tensor, options: Sequence[Option]) -> tuple[Rows, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llmsqueeze.parts.logsteps import exponents, powers
 from llmsqueeze.quantize.grids import storable
 
 
@@ -47,3 +48,20 @@ class Adjusted(nn.Module):
 def scale_of(stored: Tensor) -> Adjusted:
     """A scale, trained relative to itself."""
     return Adjusted(stored, stored.float().abs().clamp(min=torch.finfo(torch.float32).tiny), stored.dtype, True)
+
+
+class AdjustedSteps(Adjusted):
+    """Steps on the logarithmic grid, trained relative to themselves; what is stored of them are exponents."""
+
+    def __init__(self, exponent: Tensor) -> None:
+        """exponent: whole numbers."""
+        super().__init__(powers(exponent), powers(exponent), torch.float32)
+
+    def forward(self) -> Tensor:
+        return powers(self.stored()) if self.as_stored else super().forward()
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """int64: the nearest exponents; a step that was trained below a sixteenth of what it was stays there."""
+        value = torch.addcmul(self.start, self.delta, self.unit)
+        return exponents(torch.maximum(value, self.start / 16))

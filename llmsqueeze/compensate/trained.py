@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze import bitpack, parts
-from llmsqueeze.compensate.adjusted import Adjusted, scale_of
-from llmsqueeze.parts import Affine, DualBinary, LowRank, Sparse, Spec
+from llmsqueeze import bitpack, parts, rans
+from llmsqueeze.compensate.adjusted import Adjusted, AdjustedSteps, scale_of
+from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, Spec
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.parts.grid import onto_rows
 from llmsqueeze.quantize import dual_binary
@@ -46,14 +46,14 @@ class TrainedCodes(nn.Module):
         for one in (self.scale, self.zero):
             if one is not None:
                 one.delta.requires_grad_(scales)
-        codes = self._unpacked() if moving else None
+        codes = part.symbols().contiguous() if moving else None  # codes that move are addressed flat
         self.register_buffer("codes", codes)
         self.wish = None if codes is None else nn.Parameter(torch.zeros_like(codes, dtype=torch.float32))
 
     def dense(self) -> Tensor:
         """float32 [rows, cols], with a gradient towards what is trained."""
         grid, cols = self.part.grid, self.part.shape[1]
-        codes = self._unpacked() if self.codes is None else self.codes
+        codes = self.part.symbols() if self.codes is None else self.codes
         scale = grid.expand(self.scale.forward(), cols)
         if isinstance(self.part, DualBinary):
             assert self.zero is not None
@@ -114,31 +114,48 @@ class TrainedCodes(nn.Module):
         else:
             zero = self.zero.stored() if self.part.grid.dual else self._rounded_zero()
         if self.codes is not None:
-            made = parts.of_codes(self.codes, scale, zero, self.part.grid).tensors()
+            part = parts.of_codes(self.codes, scale, zero, self.part.grid)
+            made = (part if self.part.streams is None else part.packed()).tensors()
         elif isinstance(self.part, DualBinary):
             return {"alpha1": scale, "alpha2": zero}
         else:
-            made = replace(self.part, scale=scale).tensors()
+            made = replace(self.part, scale=scale).plain().tensors()
             if self.part.zero is not None:
                 made["zero"] = bitpack.pack(zero.T.to(torch.uint8), self.part.grid.bits)
             del made["codes"]
         made.pop("rows", None)
         return made
 
-    def _unpacked(self) -> Tensor:
-        """uint8 [held, cols]."""
-        cols = self.part.shape[1]
-        if isinstance(self.part, DualBinary):
-            first, second = (bitpack.unpack(p, 1, cols) for p in (self.part.plane1, self.part.plane2))
-            return torch.where(first.bool(), 3, 1).to(torch.uint8) - second.to(torch.uint8)
-        # what is unpacked is a view of whole words, and codes that move are addressed flat
-        return bitpack.unpack(self.part.codes, self.part.grid.bits, cols).to(torch.uint8).contiguous()
-
     def _rounded_zero(self) -> Tensor:
         """The zero as the file holds it, with the gradient of the one that is trained."""
         assert self.zero is not None
         value = self.zero.forward()
         return value + (value.detach().round().clamp(0, self.part.grid.max_code) - value.detach())
+
+
+class TrainedCoded(nn.Module):
+    """A `Coded` part, decoded, whose row and column steps are trained; stored, its streams are made anew."""
+
+    def __init__(self, part: Integers, scales: bool) -> None:
+        super().__init__()
+        self.part = part
+        self.rows, self.cols = (AdjustedSteps(exponent) for exponent in part.exponents())
+        for one in (self.rows, self.cols):
+            one.delta.requires_grad_(scales)
+
+    def dense(self) -> Tensor:
+        """float32 [rows, cols], with a gradient towards the steps."""
+        return self.part.values() * self.cols.forward() * self.rows.forward()[:, None]
+
+    def keep_valid(self) -> None:
+        """After a step: steps keep their sign by how they are stored."""
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """As for `TrainedCodes`."""
+        return Coded.from_integers(
+            self.part.values(), self.rows.stored(), self.cols.stored(), self.part.dtype
+        ).tensors()
 
 
 class TrainedLowRank(nn.Module):
@@ -184,11 +201,14 @@ class TrainedWeight(nn.Module):
         super().__init__()
         self.shape = shape
         self.fixed: dict[int, parts.Part] = {}
-        self.trained: dict[int, TrainedCodes | TrainedLowRank] = {}
+        self.trained: dict[int, TrainedCodes | TrainedCoded | TrainedLowRank] = {}
         for i, (spec, held) in enumerate(zip(specs, tensors, strict=True)):
             part = parts.restore(shape, spec, _in_dtype(shape, spec, held))
             if isinstance(part, (Affine, DualBinary)) and train & {"scales", "codes"}:
                 self.trained[i] = TrainedCodes(part, "scales" in train, "codes" in train)
+            elif isinstance(part, (Coded, Integers)):
+                # also where nothing of it is trained: it is decoded once, not for every use
+                self.trained[i] = TrainedCoded(part.decoded() if isinstance(part, Coded) else part, "scales" in train)
             elif isinstance(part, LowRank) and "lowrank" in train:
                 self.trained[i] = TrainedLowRank(part)
             else:
@@ -220,11 +240,13 @@ class TrainedWeight(nn.Module):
         made = []
         for i in range(len(self.fixed) + len(self.trained)):
             part = self.trained[i].part if i in self.trained else self.fixed[i]
-            held = part.tensors()
+            held, spec = part.tensors(), part.spec()
             prefix = f"parts.{i}."
             device = next(iter(held.values())).device
             new = {n.removeprefix(prefix): t.to(device) for n, t in stored.items() if n.startswith(prefix)}
-            made.append(parts.restore(self.shape, part.spec(), held | new))
+            if new and isinstance(part, Integers):
+                spec |= {"part": Coded.kind, "rows_per_stream": rans.rows_per_stream(*self.shape)}
+            made.append(parts.restore(self.shape, spec, held | new))
         return parts.sum_of_parts(made)
 
 

@@ -29,7 +29,11 @@ class Student:
         self, model: str, checkpoint_: Checkpoint, train: frozenset[str], device: torch.device, trust_remote_code: bool
     ) -> None:
         self.model: Any = hf.load(
-            model, dtype=torch.float32, device_map={"": device}, trust_remote_code=trust_remote_code
+            model,
+            keep_codes=True,
+            dtype=torch.float32,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,
         )
         self.device = device
         for parameter in self.model.parameters():

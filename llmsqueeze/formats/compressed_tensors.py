@@ -42,6 +42,7 @@ def lost(shape: tuple[int, int], specs: Sequence[Spec]) -> str | None:
             "sparse": "outliers",
             "lowrank": "a low-rank part",
             "dual_binary": "dual-binary planes",
+            "coded": "coded weights",
         }
         return words.get(others[0], f"a part of kind {others[0]}")
     if len(specs) > 1 or "rows" in specs[0]:

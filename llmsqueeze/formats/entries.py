@@ -51,11 +51,16 @@ def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
 
 
 def read_parts(checkpoint: Checkpoint, entry: Entry, device: torch.device | str = "cpu") -> list[Part]:
-    """A linear's parts from the file."""
-    return [
-        parts.restore(entry.shape, spec, {kind: checkpoint.read_raw(name).to(device) for kind, name in names.items()})
+    """A linear's parts from the file, none of them coded any more. Raises CheckpointError for damaged streams."""
+    held = [
+        (spec, {kind: checkpoint.read_raw(name).to(device) for kind, name in names.items()})
         for spec, names in zip(entry.specs, entry.names, strict=True)
     ]
+    try:
+        return [parts.decoded(parts.restore(entry.shape, spec, tensors)) for spec, tensors in held]
+    except CheckpointError as error:
+        linear = next(iter(entry.names[0].values())).partition(".parts.")[0]
+        raise CheckpointError(f"{checkpoint.path}, {linear}: {error}") from error
 
 
 def own_names(entries: Mapping[str, Entry]) -> dict[str, str]:

@@ -135,6 +135,7 @@ def holds(entry: Entry) -> str:
     rank = sum(spec["rank"] for spec in entry.specs if spec["part"] == parts.LowRank.kind)
     kept = sum(spec["count"] for spec in entry.specs if spec["part"] == parts.Sparse.kind)
     said = [
+        "coded" if any(spec["part"] == parts.Coded.kind for spec in entry.specs) else "",
         mixture({str(grid): count / rows for grid, count in sorted(counts.items(), key=lambda it: -it[0].bits)}),
         f"rank {rank}" if rank else "",
         f"{100 * kept / (rows * cols):.2g} % outliers" if kept else "",

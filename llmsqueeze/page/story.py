@@ -13,7 +13,8 @@ from llmsqueeze.page.words import fixed, number, percent, significant
 from llmsqueeze.public import TEXT_SUFFIXES
 
 METHODS = {
-    "auto": "one budget for the whole model: every row gets the width that lowers the loss most for its bytes",
+    "budget": "one budget for the whole model: every row gets the width that lowers the loss most for its bytes",
+    "coded": "entropy-coded integers whose steps come from one multiplier for the whole model",
     "descent": "coordinate descent over codes and scales under the second moments of the inputs, from GPTQ's start",
     "gwq": "the weights with the largest loss gradients stay as they are, the others are rounded",
     "layerwise": "important decoder blocks get more bits, the others fewer",

@@ -16,28 +16,35 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.parts.affine import Affine, affine_grid, affine_spec
+from llmsqueeze.parts.coded import Coded
 from llmsqueeze.parts.dual_binary import DualBinary, dual_grid, dual_spec
 from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name
+from llmsqueeze.parts.integers import Integers
 from llmsqueeze.parts.lowrank import LowRank, lowrank_spec
 from llmsqueeze.parts.sparse import Sparse, sparse_spec
 
 __all__ = [
     "PARTS",
     "Affine",
+    "Coded",
     "DualBinary",
     "Grid",
+    "Integers",
     "Layout",
     "LowRank",
     "Part",
     "Sparse",
     "Spec",
+    "decoded",
     "dtype_name",
     "grid_spec",
+    "is_coded",
     "layout",
     "layout_nbytes",
     "lowrank_spec",
     "nbytes",
     "of_codes",
+    "packed",
     "restore",
     "sparse_spec",
     "spec_grid",
@@ -60,8 +67,8 @@ class Part(Protocol):
     def spec(self) -> Spec: ...
 
 
-PARTS: dict[str, type[Affine] | type[DualBinary] | type[Sparse] | type[LowRank]] = {
-    part.kind: part for part in (Affine, DualBinary, Sparse, LowRank)
+PARTS: dict[str, type[Affine] | type[DualBinary] | type[Coded] | type[Integers] | type[Sparse] | type[LowRank]] = {
+    part.kind: part for part in (Affine, DualBinary, Coded, Integers, Sparse, LowRank)
 }
 
 
@@ -105,6 +112,23 @@ def layout_nbytes(shape: tuple[int, int], specs: Sequence[Spec]) -> int:
 def nbytes(parts: Sequence[Part]) -> int:
     """Bytes that these parts take in the file."""
     return sum(tensor.nbytes for part in parts for tensor in part.tensors().values())
+
+
+def is_coded(spec: Spec) -> bool:
+    """Whether the part's codes are entropy-coded."""
+    return spec["part"] == Coded.kind or "streams" in spec
+
+
+def decoded(part: Part) -> Part:
+    """The part as it is used: with integers or codes that are not entropy-coded."""
+    if isinstance(part, Coded):
+        return part.decoded()
+    return part.plain() if isinstance(part, (Affine, DualBinary)) else part
+
+
+def packed(part: Part) -> Part:
+    """The part with entropy-coded codes, if it has codes and that takes fewer bytes."""
+    return part.packed() if isinstance(part, (Affine, DualBinary)) else part
 
 
 def sum_of_parts(parts: Sequence[Part]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmsqueeze import bitpack
 from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name, mark_rows, onto_rows
+from llmsqueeze.parts.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Affine:
     """Integer codes on a grid, of all rows of the weight or of some; the other rows are zeros.
 
     codes int32 [held, words]; scale [held, groups]; zero int32 [groups, words of held]; rows int32 [words of rows], one
-    bit a row, set for the `held` rows that are here, or None for all of them.
+    bit a row, set for the `held` rows that are here, or None for all of them. With `streams` the codes are stored
+    entropy-coded.
     """
 
     kind: ClassVar[str] = "affine"
@@ -28,6 +30,7 @@ class Affine:
     rows: Tensor | None
     shape: tuple[int, int]
     grid: Grid
+    streams: Streams | None = None
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, rows: Tensor | None = None) -> Affine:
@@ -41,28 +44,43 @@ class Affine:
 
     def dense(self) -> Tensor:
         held, cols = len(self.codes), self.shape[1]
-        levels = bitpack.unpack(self.codes, self.grid.bits, cols).float()
+        levels = self.symbols().float()
         if self.zero is None:
             levels -= self.grid.fixed_zero
         else:
             levels -= self.grid.expand(bitpack.unpack(self.zero, self.grid.bits, held).T.float(), cols)
         return onto_rows(levels.mul_(self.grid.expand(self.scale.float(), cols)), self.rows, self.shape)
 
+    def symbols(self) -> Tensor:
+        """uint8 [held, cols]: the codes, one by one."""
+        return bitpack.unpack(self.codes, self.grid.bits, self.shape[1])
+
+    def packed(self) -> Affine:
+        """The same with entropy-coded codes, where they take fewer bytes so."""
+        streams = Streams.smaller(self.symbols(), self.codes.nbytes)
+        return replace(self, streams=streams)
+
+    def plain(self) -> Affine:
+        """The same with codes of a fixed width."""
+        return replace(self, streams=None)
+
     def tensors(self) -> dict[str, Tensor]:
-        stored = {"codes": self.codes, "scale": self.scale, "zero": self.zero, "rows": self.rows}
+        codes = {"codes": self.codes} if self.streams is None else self.streams.tensors()
+        stored = {**codes, "scale": self.scale, "zero": self.zero, "rows": self.rows}
         return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     def spec(self) -> Spec:
-        return affine_spec(self.grid, self.scale.dtype, None if self.rows is None else len(self.codes))
+        spec = affine_spec(self.grid, self.scale.dtype, None if self.rows is None else len(self.codes))
+        return spec if self.streams is None else spec | {"streams": self.streams.spec()}
 
     @staticmethod
     def layout(shape: tuple[int, int], spec: Spec) -> Layout:
         (rows, cols), grid = shape, affine_grid(spec)
         held = spec.get("rows", rows)
-        layout: Layout = {
-            "codes": ((held, bitpack.words(cols, grid.bits)), torch.int32),
-            "scale": ((held, grid.groups(cols)), getattr(torch, spec["dtype"])),
-        }
+        layout: Layout = {"codes": ((held, bitpack.words(cols, grid.bits)), torch.int32)}
+        if "streams" in spec:
+            layout = Streams.layout(held, cols, spec["streams"])
+        layout["scale"] = ((held, grid.groups(cols)), getattr(torch, spec["dtype"]))
         if not grid.symmetric:
             layout["zero"] = ((grid.groups(cols), bitpack.words(held, grid.bits)), torch.int32)
         if "rows" in spec:
@@ -71,8 +89,14 @@ class Affine:
 
     @classmethod
     def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Affine:
-        zero, rows = tensors.get("zero"), tensors.get("rows")
-        return cls(tensors["codes"], tensors["scale"], zero, rows, shape, affine_grid(spec))
+        zero, rows, grid, streams = tensors.get("zero"), tensors.get("rows"), affine_grid(spec), None
+        scale = tensors["scale"]
+        if "streams" in spec:
+            streams = Streams.restore(spec["streams"], tensors)
+            codes = bitpack.pack(streams.symbols(len(scale), shape[1], grid.max_code).to(scale.device), grid.bits)
+        else:
+            codes = tensors["codes"]
+        return cls(codes, scale, zero, rows, shape, grid, streams)
 
 
 def affine_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from llmsqueeze import bitpack
 from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name, mark_rows, onto_rows
+from llmsqueeze.parts.streams import Streams
 
 
 @dataclass(frozen=True)
 class DualBinary:
     """`alpha1 * plane1 + alpha2 * plane2`, of all rows of the weight or of some; the other rows are zeros.
 
-    plane1, plane2 int32 [held, words], one bit a weight; alpha1, alpha2 [held, groups]; rows as `Affine` has them.
+    plane1, plane2 int32 [held, words], one bit a weight; alpha1, alpha2 [held, groups]; rows and streams as `Affine`
+    has them.
     """
 
     kind: ClassVar[str] = "dual_binary"
@@ -28,6 +30,7 @@ class DualBinary:
     rows: Tensor | None
     shape: tuple[int, int]
     grid: Grid
+    streams: Streams | None = None
 
     @classmethod
     def from_codes(
@@ -37,10 +40,8 @@ class DualBinary:
 
         `rows` bool [rows] marks the rows that these are, in their order.
         """
-        first, second = planes_of(codes)
         shape = (len(codes) if rows is None else len(rows), codes.shape[1])
-        packed = bitpack.pack(first.to(torch.uint8), 1), bitpack.pack(second.to(torch.uint8), 1)
-        return cls(*packed, alpha1, alpha2.to(alpha1.dtype), mark_rows(rows), shape, grid)
+        return cls(*packed_planes(codes), alpha1, alpha2.to(alpha1.dtype), mark_rows(rows), shape, grid)
 
     def planes(self) -> tuple[Tensor, Tensor]:
         """float32 [held, cols] of zeros and ones, both."""
@@ -57,30 +58,54 @@ class DualBinary:
         first, second = self.planes()
         return 1 - float(first.mean()), 1 - float(second.mean())
 
+    def symbols(self) -> Tensor:
+        """uint8 [held, cols]: the codes 0 .. 3."""
+        first, second = self.planes()
+        return torch.where(first.bool(), 3, 1).to(torch.uint8) - second.to(torch.uint8)
+
+    def packed(self) -> DualBinary:
+        """The same with entropy-coded codes, where they take fewer bytes so."""
+        return replace(self, streams=Streams.smaller(self.symbols(), self.plane1.nbytes + self.plane2.nbytes))
+
+    def plain(self) -> DualBinary:
+        """The same with codes of a fixed width."""
+        return replace(self, streams=None)
+
     def tensors(self) -> dict[str, Tensor]:
-        stored = {"plane1": self.plane1, "plane2": self.plane2, "alpha1": self.alpha1, "alpha2": self.alpha2}
+        planes = {"plane1": self.plane1, "plane2": self.plane2} if self.streams is None else self.streams.tensors()
+        stored = {**planes, "alpha1": self.alpha1, "alpha2": self.alpha2}
         return stored if self.rows is None else stored | {"rows": self.rows}
 
     def spec(self) -> Spec:
-        return dual_spec(self.grid, self.alpha1.dtype, None if self.rows is None else len(self.plane1))
+        spec = dual_spec(self.grid, self.alpha1.dtype, None if self.rows is None else len(self.plane1))
+        return spec if self.streams is None else spec | {"streams": self.streams.spec()}
 
     @staticmethod
     def layout(shape: tuple[int, int], spec: Spec) -> Layout:
         (rows, cols), grid = shape, dual_grid(spec)
         held, dtype = spec.get("rows", rows), getattr(torch, spec["dtype"])
         planes, alphas = (held, bitpack.words(cols, 1)), (held, grid.groups(cols))
-        layout: Layout = {
-            "plane1": (planes, torch.int32),
-            "plane2": (planes, torch.int32),
-            "alpha1": (alphas, dtype),
-            "alpha2": (alphas, dtype),
-        }
+        layout: Layout = {"plane1": (planes, torch.int32), "plane2": (planes, torch.int32)}
+        if "streams" in spec:
+            layout = Streams.layout(held, cols, spec["streams"])
+        layout |= {"alpha1": (alphas, dtype), "alpha2": (alphas, dtype)}
         return layout | {"rows": ((bitpack.words(rows, 1),), torch.int32)} if "rows" in spec else layout
 
     @classmethod
     def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> DualBinary:
-        first, second, alpha1, alpha2 = (tensors[name] for name in ("plane1", "plane2", "alpha1", "alpha2"))
-        return cls(first, second, alpha1, alpha2, tensors.get("rows"), shape, dual_grid(spec))
+        alpha1, alpha2, streams = tensors["alpha1"], tensors["alpha2"], None
+        if "streams" in spec:
+            streams = Streams.restore(spec["streams"], tensors)
+            first, second = packed_planes(streams.symbols(len(alpha1), shape[1], 3).to(alpha1.device))
+        else:
+            first, second = tensors["plane1"], tensors["plane2"]
+        return cls(first, second, alpha1, alpha2, tensors.get("rows"), shape, dual_grid(spec), streams)
+
+
+def packed_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The two planes of codes 0 .. 3 as they are stored."""
+    first, second = planes_of(codes)
+    return bitpack.pack(first.to(torch.uint8), 1), bitpack.pack(second.to(torch.uint8), 1)
 
 
 def planes_of(codes: Tensor) -> tuple[Tensor, Tensor]:

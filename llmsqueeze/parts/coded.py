@@ -1,0 +1,103 @@
+"""Entropy-coded integers, with a step per row and column: the weight is `integer * row step * column step`.
+
+    step of row r and column j = 2^((base + row_step[r] + col_step[j]) / 16)
+
+The integers lie in rANS streams (rans.py) under symmetric tables (frequencies.py). Weights of about one size all over
+the matrix have large integers where steps are small, so that the steps say which table a place has:
+
+    number = (max of row_step - row_step[r] + max of col_step - col_step[j]) >> 3
+
+half an octave of step each. Integers beyond 127 are coded as 127, and what they are stands in a list beside. Source:
+ours (quantize/coded.py has the method).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmsqueeze import frequencies, rans
+from llmsqueeze.parts.grid import Layout, Spec, dtype_name
+from llmsqueeze.parts.integers import STEPS, Integers, steps_layout
+from llmsqueeze.parts.streams import Streams
+
+CONTEXT_SHIFT = 3
+LIMIT = 127
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Integers [rows, cols] in streams; base int16 [1]; row_step uint8 [rows]; col_step uint8 [cols], in sixteenths
+    of an octave; escape_index int64 [escapes], ascending, the places (row * cols + column) of the integers beyond
+    127, and escape_value int32 [escapes] what they are. `dtype`: of the weight it stands for.
+    """
+
+    kind: ClassVar[str] = "coded"
+    streams: Streams
+    base: Tensor
+    row_step: Tensor
+    col_step: Tensor
+    escape_index: Tensor
+    escape_value: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def from_integers(cls, integers: Tensor, row_exponent: Tensor, col_exponent: Tensor, dtype: torch.dtype) -> Coded:
+        """integers [rows, cols], of any integer or float dtype; steps 2^((row_exponent + col_exponent) / 16) of whole
+        exponents [rows] and [cols], each of which spans no more than 255.
+        """
+        base = int(row_exponent.min() + col_exponent.min())
+        row_step = (row_exponent - row_exponent.min()).to(torch.uint8).cpu()
+        col_step = (col_exponent - col_exponent.min()).to(torch.uint8).cpu()
+        clipped = integers.clamp(-LIMIT, LIMIT)
+        index = (integers != clipped).flatten().nonzero()[:, 0]
+        symbols = clipped.to(torch.int8).cpu().numpy()
+        contexts = contexts_of(row_step, col_step)
+        tables = frequencies.choose(rans.counts(np.abs(symbols).view(np.uint8), contexts), symmetric=True)
+        return cls(
+            streams=Streams.encode(symbols, tables, contexts),
+            base=torch.tensor([base], dtype=torch.int16),
+            row_step=row_step,
+            col_step=col_step,
+            escape_index=index.cpu(),
+            escape_value=integers.flatten()[index].to(torch.int32).cpu(),
+            shape=(len(row_step), len(col_step)),
+            dtype=dtype,
+        )
+
+    def decoded(self) -> Integers:
+        """The integers and their steps. Raises CheckpointError for streams that are damaged."""
+        symbols = self.streams.decode(contexts_of(self.row_step, self.col_step), signed=True)
+        own = {name: getattr(self, name) for name in STEPS}
+        return Integers(torch.from_numpy(symbols).to(self.row_step.device), **own, dtype=self.dtype)
+
+    def dense(self) -> Tensor:
+        return self.decoded().dense()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.streams.tensors() | {name: getattr(self, name) for name in STEPS}
+
+    def spec(self) -> Spec:
+        escapes = {"escapes": len(self.escape_index)}
+        return {"part": Coded.kind, **self.streams.spec(), **escapes, "dtype": dtype_name(self.dtype)}
+
+    @staticmethod
+    def layout(shape: tuple[int, int], spec: Spec) -> Layout:
+        return Streams.layout(*shape, spec) | steps_layout(shape, spec["escapes"])
+
+    @classmethod
+    def restore(cls, shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Coded:
+        own = {name: tensors[name] for name in STEPS}
+        return cls(Streams.restore(spec, tensors), **own, shape=shape, dtype=getattr(torch, spec["dtype"]))
+
+
+def contexts_of(row_step: Tensor, col_step: Tensor) -> rans.Contexts:
+    """Which table each place has, from the steps alone."""
+    rows, cols = (step.cpu().numpy().astype(np.int64) for step in (row_step, col_step))
+    return rans.Contexts(rows.max() - rows, cols.max() - cols, CONTEXT_SHIFT)
