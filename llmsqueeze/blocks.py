@@ -28,6 +28,7 @@ LOGITS_BYTES = 64 << 20  # the size of one slice of logits
 
 OnGradient = Callable[[str, Tensor], None]
 OnLinear = Callable[[str, Tensor, Tensor], None]
+OnHead = Callable[[slice, Tensor, Tensor], None]
 
 
 @dataclass
@@ -96,12 +97,15 @@ class Walk:
                 outputs.append(self.run(index, sample, hidden, tensors))
         return outputs
 
-    def head_gradient(self, hidden: Tensor, tokens: Tensor, draw: Tensor | None = None) -> tuple[float, Tensor]:
+    def head_gradient(
+        self, hidden: Tensor, tokens: Tensor, draw: Tensor | None = None, on_head: OnHead | None = None
+    ) -> tuple[float, Tensor]:
         """Mean next-token loss (nats) of `tokens` [1, length] and its gradient at `hidden`, the last block's output.
 
         With `draw` [length - 1], uniform in [0, 1), the gradient is that of the loss on labels which the model itself
         draws, one number each; the loss is the text's all the same. Call inside `resident_head`. Two passes over
-        slices of the vocabulary: one for the normaliser, one for the gradient.
+        slices of the vocabulary: one for the normaliser, one for the gradient. `on_head(part, probability, x)` gets the
+        model's probabilities [positions, part] and the head's input [positions, width]; it may not keep them.
         """
         head = self._head()
         hidden = hidden.detach().requires_grad_(True)
@@ -122,6 +126,8 @@ class Walk:
         for part in slices:
             logits = self._logits(head, x, part)
             upstream = (logits.detach()[0] - log_z[:, None]).exp_()
+            if on_head is not None:
+                on_head(part, upstream, x.detach()[0])
             if drawing is not None:
                 labels = drawing.over(upstream, part)
             inside = ((labels >= part.start) & (labels < part.stop)).nonzero()[:, 0]

@@ -20,7 +20,7 @@ from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.allocate import gwq
 from llmsqueeze.allocate.steps import Pace
 from llmsqueeze.blocks import Walk
-from llmsqueeze.curvature import Curvature
+from llmsqueeze.curvature import Curvature, factorize
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, native
@@ -117,11 +117,17 @@ def quantize(
         inputs = walk.embed() if recipe.needs_text else None
         decided = decided or measure_and_decide(walk, inputs, job, recipe, profile, target, progress)
         decided = replace(decided, plan=compressed_tensors.settled(decided.plan, recipe.portable))
+        pace = pace_of(decided)
+        ends = compress_ends(job.skeleton, decided, recipe, place, progress, pace)
+        decided = replace(decided, plan=with_made(decided.plan, ends))
         for names in outer:
-            output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
-        witness = Witness(walk, recipe.seed, progress) if verify else None
-        streams = needed_streams(inputs, recipe)
-        plan, by_weight = compress_blocks(walk, streams, decided, recipe, output, progress, witness)
+            output.write_shard(outer_shard(job, names, ends))
+        with job.skeleton.instead({f"{name}.weight": made.dense for name, made in ends.items()}):
+            witness = Witness(walk, recipe.seed, progress) if verify else None
+            streams = needed_streams(walk, inputs, recipe, bool(ends))
+        if witness is not None:
+            witness.see_ends({name: made.dense for name, made in ends.items()})
+        plan, by_weight = compress_blocks(walk, streams, decided, recipe, output, progress, witness, pace=pace)
         decided = replace(decided, plan=plan)
         write_rest(output, job, recipe, decided, by_weight)
         trust = job.source.trust_remote_code
@@ -206,15 +212,62 @@ def quantization_config(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
     return compressed_tensors.config_of(plan, all_linears(skeleton.model) - set(plan.weights))
 
 
-def needed_streams(inputs: Activations | None, recipe: Recipe) -> Streams:
-    """The residual streams that the recipe's moments come from; what nobody needs is released."""
+def needed_streams(walk: Walk, inputs: Activations | None, recipe: Recipe, embed: bool = False) -> Streams:
+    """The residual streams that the recipe's moments come from; what nobody needs is released. `embed`: the compressed
+    model's begins with embeddings of its own."""
     if inputs is not None and not recipe.needs_moments:
         inputs.clear()
         inputs = None
+    compressed = inputs if recipe.inputs in ("sequential", "corrected") else None
     return Streams(
         inputs if recipe.inputs in ("original", "corrected") else None,
-        inputs if recipe.inputs in ("sequential", "corrected") else None,
+        walk.embed() if embed and compressed is not None else compressed,
     )
+
+
+def pace_of(decided: Decision) -> Pace | None:
+    """What keeps the run within its bytes, where they are not known before."""
+    return Pace(decided.plan, decided.coding.curves, decided.coding.target) if decided.coding else None
+
+
+def compress_ends(
+    skeleton: Skeleton, decided: Decision, recipe: Recipe, place: torch.device, progress: Progress, pace: Pace | None
+) -> dict[str, Compressed]:
+    """Embeddings and head, where they are to be coded."""
+    found: dict[str, Compressed] = {}
+    for name in (name for name, weight in decided.plan.weights.items() if weight.outer):
+        assert decided.coding is not None
+        assert pace is not None
+        weight = skeleton.read(f"{name}.weight").to(place).float()
+        curvature = factorize(decided.coding.moments[name].to(place).clone())
+
+        def attempt(
+            shift: float, name: str = name, weight: Tensor = weight, curvature: Curvature = curvature
+        ) -> dict[str, Compressed]:
+            return compress_group({name: weight}, {name: weight}, curvature, decided, recipe, shift)
+
+        made = pace.settle([name], attempt, compressed_nbytes)
+        found[name] = made[name]
+        bits = parts.nbytes(found[name].parts) * 8 / decided.plan.weights[name].numel
+        progress.weight(name, bits, found[name].error)
+    return found
+
+
+def with_made(plan: Plan, ends: dict[str, Compressed]) -> Plan:
+    """The plan with these as they came out."""
+    return Plan({n: as_made(w, ends[n].parts) if n in ends else w for n, w in plan.weights.items()})
+
+
+def outer_shard(job: Job, names: Sequence[str], ends: dict[str, Compressed]) -> dict[str, Tensor]:
+    """Tensors outside the blocks as the file has them."""
+    shard: dict[str, Tensor] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        if module in ends:
+            shard |= native.stored_tensors(module, ends[module].parts)
+        else:
+            shard[name] = job.checkpoint.read(job.skeleton.sources[name])
+    return shard
 
 
 def compress_blocks(
@@ -226,6 +279,7 @@ def compress_blocks(
     progress: Progress,
     witness: Witness | None = None,
     count: int | None = None,
+    pace: Pace | None = None,
 ) -> tuple[Plan, dict[str, dict[str, float]]]:
     """Compresses and writes every block in turn, or the first `count`; `witness` sees what each has become.
 
@@ -233,7 +287,7 @@ def compress_blocks(
     relative output error and, of coded ones, its sensitivity.
     """
     skeleton, plan = walk.skeleton, Plan(dict(decided.plan.weights))
-    pace = Pace(plan, decided.coding.curves, decided.coding.target) if decided.coding else None
+    pace = pace or pace_of(decided)
     errors: dict[str, float] = {}
     sensitivities: dict[str, float] = {}
     indices = range(len(skeleton.blocks))[:count]

@@ -29,11 +29,12 @@ PACK_MARGIN = 0.01  # of a budget: what entropy-coded codes may take more than t
 @dataclass(frozen=True)
 class Coding:
     """What coding goes by, beside the plan: bytes and loss at other steps, every linear's gradient [rows], and the
-    bytes that all linears may take."""
+    bytes that all linears may take. moments: of what lies outside the blocks, [cols, cols]."""
 
     curves: Mapping[str, steps.Curve]
     row_gradient: Mapping[str, Tensor]
     target: int
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def wanted_by(recipe: Recipe) -> Wanted:
         options=priced(recipe) if recipe.needs_costs else (),
         rates=recipe.packs and recipe.needs_costs,
         steps=recipe.needs_steps,
+        embeddings=bool(recipe.code_embeddings),
         salience=(recipe.code_bits,) if recipe.needs_salience else (),
         outliers=bool(recipe.outlier_fraction),
         ranks=recipe.buys_ranks,
@@ -143,11 +145,14 @@ def coded(plan: Plan, profile: Profile, target: int | None) -> Decision:
     """The decision to code the planned linears within `target` bytes."""
     assert target is not None, "method coded has a budget"
     curves = steps.curves_of(plan, profile.steps)
+    lacking = next((n for n, w in plan.weights.items() if w.outer and n not in profile.moments), None)
+    if lacking is not None:
+        raise RecipeError(f"the profile does not know what {lacking} costs: it was measured without --code-embeddings")
     found = steps.allocate(plan, curves, target, profile.labels)
     gradient = {name: steadied(profile.row_gradient[name], profile.labels) for name in curves}
     candidates = profile.trimmed(found).candidates
     predicted = steps.predicted(found, curves)
-    return Decision(found, {}, candidates, predicted, coding=Coding(curves, gradient, target))
+    return Decision(found, {}, candidates, predicted, coding=Coding(curves, gradient, target, profile.moments))
 
 
 def _predicted_portable(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> float | None:

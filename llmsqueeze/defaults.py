@@ -185,6 +185,7 @@ def _about_method(recipe: Recipe) -> Iterator[str]:
         "dual": ("budget",),
         "max_ppl_increase": BUDGETED,
         "max_kl": BUDGETED,
+        "code_embeddings": ("coded",),
     }
     for key, methods in belongs.items():
         if getattr(recipe, key) is not None and method not in methods:

@@ -64,6 +64,8 @@ def distill(
     recipe = make_recipe(settings.text)
     job = prepare(original, recipe, progress, text=False)
     check_teacher(job.skeleton, student, source, original.model)
+    if settings.blockwise:
+        check_ends(student, job.skeleton)
     text = read_calibration(original, job.skeleton, recipe, progress, settings.held_back, place)
     job = replace(job, calibration=text)
     rows, apart = split(text.rows, text.held_back, settings.held_back)
@@ -148,6 +150,15 @@ def check_trainable(student: Checkpoint, settings: Distillation) -> None:
         raise RecipeError(f"train lowrank: {student.path} holds no low-rank parts; choose scales, norms or codes too")
 
 
+def check_ends(student: Checkpoint, skeleton: Skeleton) -> None:
+    """Raises UnsupportedError where the student's stream does not begin with the original's embeddings."""
+    coded = next((name for name in skeleton.outer if name in read_entries(student)), None)
+    if coded is not None:
+        raise UnsupportedError(
+            f"{student.path} holds coded {coded}, and --blockwise begins with the original's; distill it as a whole"
+        )
+
+
 def original_of(source: Path) -> str:
     """What the folder says that it was made from. Raises RecipeError where that cannot be found."""
     name = read_json_if_there(source / SIDECAR).get("model")
@@ -173,8 +184,10 @@ def check_teacher(skeleton: Skeleton, student: Checkpoint, source: Path, teacher
     wrong = f"{source} was made from {made_from}, and {teacher} is another model: "
     linears = {name for block in skeleton.linears for name in block}
     for linear, entry in read_entries(student).items():
-        if linear not in linears or skeleton.shape(linear) != entry.shape:
+        if linear not in {*linears, *skeleton.outer} or skeleton.shape(linear) != entry.shape:
             raise RecipeError(f"{wrong}it has no {linear} of {entry.shape[0]} x {entry.shape[1]}")
+    if name.removesuffix(".weight") in read_entries(student):
+        return  # coded, so that they tell nothing
     if held is None or not torch.equal(student.read(name), skeleton.checkpoint.read(skeleton.sources[name])):
         raise RecipeError(f"{wrong}its embeddings are not those that {source} kept")
 

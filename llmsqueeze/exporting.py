@@ -48,7 +48,8 @@ set -e
 
 @dataclass(frozen=True)
 class Source:
-    """The folder to convert: what it holds, and the model that its config describes. grid: onto which coded weights are
+    """The folder to convert: what it holds, and the model that its config describes. ends: embeddings and head, where
+    they are coded; other formats have them dense. grid: onto which coded weights are
     rounded again, where they are."""
 
     path: Path
@@ -57,6 +58,7 @@ class Source:
     model: PreTrainedModel
     transposed: frozenset[str]
     trust_remote_code: bool
+    ends: frozenset[str] = frozenset()
     grid: Grid | None = None
 
     @property
@@ -168,7 +170,9 @@ def open_source(folder: str, trust_remote_code: bool) -> Source:
     entries = read_entries(checkpoint)
     model = empty_model(path, load_config(path, trust_remote_code), trust_remote_code)
     transposed = frozenset(name for name in entries if is_transposed(model.get_submodule(name)))
-    return Source(path, checkpoint, entries, model, transposed, trust_remote_code)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    outer = frozenset(name for name in entries if model.get_submodule(name) in ends)
+    return Source(path, checkpoint, entries, model, transposed, trust_remote_code, outer)
 
 
 def write_folder(
@@ -182,7 +186,7 @@ def write_folder(
     else:
         held = {name: without_factors(entry) if target == "peft" else entry for name, entry in source.entries.items()}
         if source.grid is not None:
-            held = {name: on_grid(entry, source.grid) for name, entry in held.items()}
+            held = {name: on_grid(entry, source.grid) for name, entry in held.items() if name not in source.ends}
         refuse_loss(source, held)
         config["quantization_config"] = portable_config(source.model, held)
     record, form = (
@@ -230,10 +234,10 @@ def converted(source: Source, linear: str, target: str, dtype: str | None, made:
         for part in (part for part in held if isinstance(part, LowRank)):
             made.factors[linear] = part
         held = [part for part in held if not isinstance(part, LowRank)]
-    if source.grid is not None:
+    if source.grid is not None and linear not in source.ends:
         affine, made.rerounded[linear] = reround(held, source.grid)
         held = [affine]
-    if target != "dense":
+    if target != "dense" and linear not in source.ends:
         made.meant[linear] = digest(parts.sum_of_parts(held))
         return compressed_tensors.stored_tensors(linear, held)
     own = getattr(torch, source.entries[linear].specs[0]["dtype"])

@@ -10,6 +10,7 @@ weights that it misses with random values.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -127,6 +128,30 @@ class SumOfParts(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, parts=[{kinds}]"
 
 
+def attach(model: PreTrainedModel, name: str, module: Any, entry: dict[str, Any]) -> None:
+    """Room for the parts of embeddings or head beside its weight, which others may share: it is not replaced."""
+    with torch.device("meta"):
+        holder = SumOfParts(tuple(entry["shape"]), entry["parts"], bias=False, transposed=False)
+    module.parts, module.parts_of_weight = holder.parts, True
+    ties: Any = model.all_tied_weights_keys
+    sharing = [f"{name}.weight", *(alias for alias, source in ties.items() if source == f"{name}.weight")]
+    ignored: Any = model._keys_to_ignore_on_load_missing or ()
+    model._keys_to_ignore_on_load_missing = {*ignored, *map(re.escape, sharing)}
+
+
+def settle(name: str, module: Any, entry: dict[str, Any]) -> None:
+    """The weight of embeddings or head from the parts that were loaded beside it."""
+    held = [dict(holder.named_buffers()) for holder in module.parts]
+    shape = (entry["shape"][0], entry["shape"][1])
+    pairs = zip(entry["parts"], held, strict=True)
+    try:
+        dense = parts.sum_of_parts([parts.restore(shape, spec, tensors) for spec, tensors in pairs])
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    module.weight.data.copy_(dense)
+    del module.parts, module.parts_of_weight
+
+
 @register_quantization_config(native.METHOD)
 class LlmsqueezeConfig(QuantizationConfigMixin):
     """`quantization_config` of a native folder, as formats/native.py describes it."""
@@ -153,6 +178,9 @@ class LlmsqueezeQuantizer(HfQuantizer):
                 old: Any = model.get_submodule(name)
             except AttributeError as error:
                 raise CheckpointError(f"quantization_config names {name}, which the model does not have") from error
+            if old in (model.get_input_embeddings(), model.get_output_embeddings()):
+                attach(model, name, old, entry)
+                continue
             with torch.device("meta"):
                 rows, cols = entry["shape"]
                 layer = SumOfParts((rows, cols), entry["parts"], old.bias is not None, is_transposed(old))
@@ -167,6 +195,8 @@ class LlmsqueezeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Decodes coded weights, one after the other."""
         config: Any = self.quantization_config
+        for name in [name for name in config.weights if hasattr(model.get_submodule(name), "parts_of_weight")]:
+            settle(name, model.get_submodule(name), config.weights.pop(name))
         for name, module in list(model.named_modules()):
             if isinstance(module, SumOfParts) and any(parts.is_coded(spec) for spec in module.specs):
                 on_grids = all(spec["part"] != parts.Coded.kind for spec in module.specs)

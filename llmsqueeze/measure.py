@@ -18,6 +18,7 @@ from llmsqueeze.activations import Activations
 from llmsqueeze.allocate import gwq, layerwise, mixllm
 from llmsqueeze.blocks import Walk
 from llmsqueeze.curvature import factorize
+from llmsqueeze.ends import Ends
 from llmsqueeze.observe import FusionGroup, as_rows, fusion_groups
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan
@@ -33,12 +34,14 @@ from llmsqueeze.skeleton import Skeleton
 @dataclass(frozen=True)
 class Wanted:
     """What to measure. options: to be priced, and with them `ranks` and
-    `rates` (of entropy-coded codes); steps: what coded weights cost; salience: the
+    `rates` (of entropy-coded codes); steps: what coded weights cost, and with them
+    `embeddings` and head; salience: the
     widths that MixLLM's is taken at."""
 
     options: tuple[Option, ...] = ()
     rates: bool = False
     steps: bool = False
+    embeddings: bool = False
     salience: tuple[int, ...] = ()
     outliers: bool = False
     ranks: bool = False
@@ -58,6 +61,7 @@ class _Found:
     gains: dict[str, Tensor] = field(default_factory=dict)
     rates: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     labels: int = 0
     salience: dict[str, Tensor] = field(default_factory=dict)
     candidates: dict[str, gwq.Candidates] = field(default_factory=dict)
@@ -75,7 +79,8 @@ def measure(
     if wanted.needs_gradients(recipe):
         assert first_inputs is not None
         inputs, lim = forward_sweep(walk, first_inputs, progress)
-        loss, gradients = head_sweep(walk, inputs.pop(), recipe, progress)
+        ends = Ends(walk) if wanted.embeddings else None
+        loss, gradients = head_sweep(walk, inputs.pop(), recipe, progress, ends)
         progress.stage("gradients", len(blocks))
         for index in reversed(blocks):
             with walk.resident_block(index):
@@ -83,6 +88,8 @@ def measure(
             if index:  # the first block's inputs belong to the caller
                 inputs[index].clear()
             progress.advance()
+        if ends is not None:
+            price_ends(ends, first_inputs, gradients, found)
         gradients.clear()
     else:
         if wanted.lim:
@@ -101,6 +108,7 @@ def measure(
         gains=found.gains,
         rates=found.rates,
         steps=found.steps,
+        moments=found.moments,
         labels=found.labels,
         salience=found.salience,
         candidates=found.candidates,
@@ -145,8 +153,11 @@ def forward_block(walk: Walk, index: int, inputs: Activations) -> tuple[Activati
     return outputs, similar / len(inputs)
 
 
-def head_sweep(walk: Walk, outputs: Activations, recipe: Recipe, progress: Progress) -> tuple[float, Activations]:
-    """Mean loss over the samples, and per sample the gradient of its loss at the last block's output.
+def head_sweep(
+    walk: Walk, outputs: Activations, recipe: Recipe, progress: Progress, ends: Ends | None = None
+) -> tuple[float, Activations]:
+    """Mean loss over the samples, and per sample the gradient of its loss at the last block's output; `ends` sees what
+    the head does.
 
     The loss behind the gradient is that on the text, or on labels that the model draws by the recipe's seed.
     """
@@ -157,7 +168,7 @@ def head_sweep(walk: Walk, outputs: Activations, recipe: Recipe, progress: Progr
         pairs = zip(outputs.each(walk.device), walk.samples, strict=True)
         for hidden, tokens in progress.over(pairs, "loss", len(walk.samples)):
             draw = torch.rand(tokens.shape[1] - 1, generator=generator) if recipe.labels == "model" else None
-            loss, gradient = walk.head_gradient(hidden, tokens, draw)
+            loss, gradient = walk.head_gradient(hidden, tokens, draw, None if ends is None else ends.see_head)
             losses.append(loss)
             gradients.append(gradient)
     outputs.clear()
@@ -209,6 +220,16 @@ def reduce_weights(
         found.zd[index] = layerwise.zd([skeleton.linear(name).weight.detach() for name in names]) if names else 0.0
     if wanted.outliers:
         found.candidates |= rank_block(skeleton, index, statistics, plan, recipe)
+
+
+def price_ends(ends: Ends, first_inputs: Activations, gradients: Activations, found: _Found) -> None:
+    """Embeddings and head, from the gradients at the first block's input and what the head was seen to do."""
+    for sample, hidden in enumerate(first_inputs.each(ends.device)):
+        ends.see_embeddings(sample, hidden, gradients.get(sample, ends.device))
+    for name, (xtx, row_gradient) in ends.moments().items():
+        weight = ends.weight(name)
+        found.moments[name], found.row_gradient[name] = xtx.cpu().clone(), row_gradient.cpu()
+        found.steps[name] = coded_points(weight, steadied(row_gradient, found.labels), factorize(xtx))
 
 
 class _GradientSums:

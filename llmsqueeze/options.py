@@ -93,6 +93,10 @@ OPTIONS: dict[str, Any] = {
     "pack": Annotated[
         Text, typer.Option(help="rans: store codes entropy-coded, the same weights in fewer bytes. [none]")
     ],
+    "code_embeddings": Annotated[
+        Flag,
+        typer.Option("--code-embeddings", help="coded takes embeddings and head too, and counts them. [as they are]"),
+    ],
     "labels": Annotated[
         Text,
         typer.Option(

@@ -25,7 +25,7 @@ def table(decided: Decision, blocks: Sequence[Sequence[str]], profile: Profile) 
     """
     narrowest = min((rows.grid.bits for weight in decided.plan.weights.values() for rows in weight.grids), default=0)
     folded: dict[str, list[WeightPlan]] = {}
-    for names in blocks:
+    for names in [[name for name, weight in decided.plan.weights.items() if weight.outer], *blocks]:
         for name in names:
             if name in decided.plan.weights:
                 pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -46,7 +46,7 @@ class WeightPlan:
 
     Of a coded linear: step: the multiplier of its steps; factor: of that to the model's; coded_nbytes: what its coded
     part is expected to take. rates: bits that codes on a grid are expected to take where they are stored entropy-coded.
-    made: the parts as they came out, where their sizes are not known before.
+    made: the parts as they came out, where their sizes are not known before. outer: embeddings or head.
     """
 
     name: str
@@ -62,6 +62,7 @@ class WeightPlan:
     coded_nbytes: int = 0
     rates: tuple[tuple[Grid, float], ...] = ()
     made: tuple[Spec, ...] = ()
+    outer: bool = False
 
     @property
     def numel(self) -> int:
@@ -207,12 +208,22 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
             weights[name] = replace(made, rank=recipe.rank)
     if not weights:
         raise RecipeError("skip leaves no linear to compress")
+    if recipe.code_embeddings:
+        outer = {name: _outer_plan(skeleton, name) for name in skeleton.outer}
+        weights = outer | weights
     why = why_native(recipe, skeleton, weights)
     if why and recipe.portable:
         raise RecipeError(f"portable contradicts {why}")
     if why or recipe.portable is False:
         return Plan(weights)
     return Plan({name: replace(weight, beside=SHAPE_NBYTES) for name, weight in weights.items()})
+
+
+def _outer_plan(skeleton: Skeleton, name: str) -> WeightPlan:
+    """Embeddings or head, to be coded."""
+    rows, cols = skeleton.shape(name)
+    expected = rows * cols * UNMEASURED_BITS // 8
+    return WeightPlan(name, (rows, cols), skeleton.dtype(name), "coded", coded_nbytes=expected, outer=True)
 
 
 def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:

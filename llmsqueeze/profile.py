@@ -1,7 +1,8 @@
 """What was measured of a model: small, durable, and good for every budget. measure.py makes it.
 
 The file is safetensors: `<linear>.costs` [options, rows], `<linear>.row_gradient` [rows], `<linear>.gains` [options,
-ranks], `<linear>.rates` [options], `<linear>.steps` [3, points], `<linear>.salience` [widths,
+ranks], `<linear>.rates` [options], `<linear>.steps` [3, points], `<module>.moments`
+[width, width], `<linear>.salience` [widths,
 rows], `<linear>.outliers` [k] (flat index, best first) with `<linear>.outlier_scores`; its metadata hold the rest as
 JSON, with what the profile is of: the model's files (size, time and SHA-256), the calibration tokens, the settings.
 """
@@ -34,8 +35,9 @@ class Profile:
     loss: mean next-token loss (nats) on the calibration text. costs: linear -> [options, rows], predicted loss
     increase in nats per token; gains: linear -> [options, ranks], what the components of a compensation take off
     them; rates: linear -> [options], bits of an entropy-coded code. steps: linear -> [3, points] of coded weights
-    (price.coded_points); labels: how many the gradient was measured on. salience: linear -> [widths, rows] (MixLLM's).
-    candidates: outliers by GWQ's ranking. lim, zd: per block. groups: the fusion groups.
+    (price.coded_points); moments: embeddings or head -> [width, width] (ends.py); labels: how many the gradient was
+    measured on. salience: linear -> [widths, rows] (MixLLM's). candidates: outliers by GWQ's ranking. lim, zd: per
+    block. groups: the fusion groups.
     """
 
     loss: float | None = None
@@ -46,6 +48,7 @@ class Profile:
     gains: dict[str, Tensor] = field(default_factory=dict)
     rates: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
     labels: int = 0
     salience: dict[str, Tensor] = field(default_factory=dict)
     candidates: dict[str, Candidates] = field(default_factory=dict)
@@ -115,7 +118,7 @@ def save(profile: Profile, path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    for kind in ("costs", "row_gradient", "gains", "rates", "steps", "salience"):
+    for kind in ("costs", "row_gradient", "gains", "rates", "steps", "moments", "salience"):
         tensors |= {f"{name}.{kind}": values.contiguous() for name, values in getattr(profile, kind).items()}
     for name, found in profile.candidates.items():
         tensors |= {f"{name}.outliers": found.index, f"{name}.outlier_scores": found.score}
@@ -172,6 +175,7 @@ def _restored(
         gains=of("gains"),
         rates=of("rates"),
         steps=of("steps"),
+        moments=of("moments"),
         labels=about.get("labels", 0),
         salience=of("salience"),
         candidates={name: Candidates(index[name], score[name]) for name in index},

@@ -49,10 +49,10 @@ class Recipe:
     beside none); dual: whether dual-binary rows as well. labels: of the loss whose gradient is measured, sampled
     from the model or the text itself. portable: whether the result is in compressed-tensors, which others open, where
     open if its parts have a place there. pack: `rans` stores codes on grids entropy-coded.
-    inputs: whose inputs a linear is fitted to: the original model's, those
-    behind the compressed blocks before it, or the latter with the target corrected for the drift. lorc_rank: rank
-    of the low-rank compensation of the rounding error, 0 for none; lorc: what it is weighted by. search: whether
-    scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
+    code_embeddings: whether embeddings and head are coded too. inputs: whose inputs a linear is fitted to: the original
+    model's, those behind the compressed blocks before it, or the latter with the target corrected for the drift.
+    lorc_rank: rank of the low-rank compensation of the rounding error, 0 for none; lorc: what it is weighted by.
+    search: whether scales are searched. skip: patterns (`*.o_proj`) of linears that stay as they are.
     """
 
     method: str = "descent"
@@ -77,6 +77,7 @@ class Recipe:
     dual: bool | None = None
     portable: bool | None = None
     pack: str | None = None
+    code_embeddings: bool | None = None
     labels: str | None = None
     lorc_rank: int | str = 0
     lorc: str = "input-weighted"

@@ -132,6 +132,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "row_outliers": shares,
     "dual": boolean,
     "portable": boolean,
+    "code_embeddings": boolean,
     "lorc_rank": rank,
     "distill_steps": whole(0),
     "max_ppl_increase": number(1e-6, 10.0),

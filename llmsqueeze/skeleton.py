@@ -6,9 +6,10 @@ decoder blocks and linears are found by their types, so no architecture is named
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -30,7 +31,8 @@ class Skeleton:
     """A model on the meta device, and where its tensors come from.
 
     `sources`: parameter or buffer name -> checkpoint tensor; `tied`: parameter -> the parameter it shares.
-    `blocks`: full module names of the decoder blocks, in order. `linears`: for each, the names of its linears.
+    `blocks`: full module names of the decoder blocks, in order. `linears`: for each, the names of its linears. `made`:
+    parameters that are made, not read.
     """
 
     model: PreTrainedModel
@@ -39,6 +41,33 @@ class Skeleton:
     tied: dict[str, str]
     blocks: list[str]
     linears: list[list[str]]
+    made: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer, as it is stored."""
+        return self.made[name]() if name in self.made else self.checkpoint.read(self.sources[name])
+
+    @contextmanager
+    def instead(self, made: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context the named parameters have these values, not those of the checkpoint."""
+        self.made.update({name: partial(torch.Tensor.detach, tensor) for name, tensor in made.items()})
+        try:
+            yield
+        finally:
+            for name in made:
+                del self.made[name]
+
+    @property
+    def outer(self) -> list[str]:
+        """The modules whose weights are embeddings or the head, tied ones once, by the names that are stored."""
+        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        names = [name for end in ends for name, module in self.model.named_modules() if module is end]
+        return [name for name in dict.fromkeys(names) if f"{name}.weight" in self.sources]
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether embeddings and head are one weight."""
+        return len(self.outer) == 1 and self.model.get_output_embeddings() is not None
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -75,7 +104,7 @@ class Skeleton:
         names = list(names)
         try:
             for name in names:
-                tensor = self.checkpoint.read(self.sources[name])
+                tensor = self.read(name)
                 if tensor.is_floating_point():
                     tensor = tensor.to(dtype)
                 self._place(name, tensor.to(device))
@@ -114,14 +143,17 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     return Skeleton(model, checkpoint, sources, tied, blocks, linears)
 
 
-def compressed_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Skeleton:
+def compressed_skeleton(
+    checkpoint: Checkpoint, trust_remote_code: bool = False, made: Mapping[str, Callable[[], Tensor]] | None = None
+) -> Skeleton:
     """The skeleton of a folder that we wrote, whose names are the model's own; a compressed linear's weight has no
-    source."""
+    source, but for those of `made`, which outside the blocks are embeddings and head."""
     model = empty_model(checkpoint.path, load_config(checkpoint.path, trust_remote_code), trust_remote_code)
-    sources = {name: name for name in model.state_dict() if name in checkpoint.tensors}
+    known = {**checkpoint.tensors, **(made or {})}
+    sources = {name: name for name in model.state_dict() if name in known}
     blocks = find_blocks(model)
     linears = [find_linears(model, block) for block in blocks]
-    return Skeleton(model, checkpoint, sources, _tied(model, sources), blocks, linears)
+    return Skeleton(model, checkpoint, sources, _tied(model, sources), blocks, linears, dict(made or {}))
 
 
 def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoint:

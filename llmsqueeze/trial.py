@@ -68,7 +68,7 @@ def main(task: dict[str, Any]) -> dict[str, float]:
         inputs = walk.embed() if file.recipe.needs_text else None
         for names in outer_shards(job.skeleton):
             output.write_shard({name: job.checkpoint.read(job.skeleton.sources[name]) for name in names})
-        clock, streams = Clock(), needed_streams(inputs, file.recipe)
+        clock, streams = Clock(), needed_streams(walk, inputs, file.recipe)
         compress_blocks(walk, streams, decided, file.recipe, output, clock, count=2)
     last = clock.times[-1] - clock.times[-2]
     return {

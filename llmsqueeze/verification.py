@@ -9,9 +9,10 @@ but a few activations is kept. Memory: one decoder block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from llmsqueeze.blocks import Walk
 from llmsqueeze.checking import check
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationError
-from llmsqueeze.formats.entries import is_compressed, read_entries, read_parts
+from llmsqueeze.formats.entries import Entry, is_compressed, read_entries, read_parts
 from llmsqueeze.observe import as_rows, using
 from llmsqueeze.output import Output, digest, settle
 from llmsqueeze.progress import Progress
@@ -36,9 +37,11 @@ TOLERANCE = 1e-4  # of a block's largest output; the same operations on the same
 
 @dataclass
 class Meant:
-    """What the folder is meant to hold: linear -> digest of its weight (float32, [rows, cols]); blocks' outputs."""
+    """What the folder is meant to hold: linear -> digest of its weight (float32, [rows, cols]); which of them are
+    embeddings or head; blocks' outputs."""
 
     weights: dict[str, bytes] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
     sample: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -59,6 +62,11 @@ class Witness:
             self.meant.sample = row
         except UnsupportedError as error:  # rounding alone needs no walk
             progress.note(f"no forward pass in the verification: {error}")
+
+    def see_ends(self, weights: Mapping[str, Tensor]) -> None:
+        """Embeddings and head, by their modules' names, where they are compressed."""
+        self.meant.weights |= {name: digest(weight) for name, weight in weights.items()}
+        self.meant.ends = tuple(weights)
 
     def see(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Block `index` is resident and computes with `weights`, given as the modules store them."""
@@ -81,7 +89,7 @@ def verify(
         compare_weights(checkpoint, meant.weights, device)
         largest = 0.0
         if meant.sample is not None:
-            skeleton = compressed_skeleton(checkpoint, trust_remote_code)
+            skeleton = compressed_skeleton(checkpoint, trust_remote_code, compressed_ends(checkpoint, meant))
             largest = compare_outputs(skeleton, meant.sample, meant.outputs, device, output.partial, progress)
     return {
         "tensors": len(output.digests),
@@ -89,6 +97,18 @@ def verify(
         "blocks": len(meant.outputs),
         "largest_difference": largest,
     }
+
+
+def compressed_ends(checkpoint: Checkpoint, meant: Meant) -> dict[str, Callable[[], Tensor]]:
+    """What makes the weights of compressed embeddings and head from the file."""
+    entries = read_entries(checkpoint)
+    return {
+        f"{name}.weight": partial(_dense_weight, checkpoint, entries[name]) for name in meant.ends if name in entries
+    }
+
+
+def _dense_weight(checkpoint: Checkpoint, entry: Entry) -> Tensor:
+    return parts.sum_of_parts(read_parts(checkpoint, entry))
 
 
 def inspected(output: Output, trust_remote_code: bool = False) -> dict[str, str]:

@@ -14,7 +14,7 @@ LAYERS = [
     {"bitpack", "frequencies", "activations", "checkpoint", "recipe", "calibrate", "output", "card_scores"},
     {"parts", "skeleton", "locate", "defaults", "fingerprint", "card"},
     {"plan", "blocks", "recipes", "rewrite"},
-    {"observe", "quantize", "formats", "pictures"},
+    {"observe", "quantize", "formats", "pictures", "ends"},
     {"hf", "checking"},
     {"sampling", "verification"},
     {"compensate"},

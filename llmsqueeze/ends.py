@@ -1,0 +1,70 @@
+"""How much the weights at the two ends of a model count: embeddings and head.
+
+    embeddings  a row is added to the stream wherever its token stands:
+                cost = 1/2 * sum_v f[v] * d_v G d_v^T,   f[v] = (times v occurs + 1/2) / labels, G = mean of g g^T
+    head        a row makes one logit:
+                cost = 1/2 * sum_v q[v] * d_v X d_v^T,   q[v] = mean of p[v] (1 - p[v]), X = mean of x x^T
+    tied        one weight is both; its second moments are the two, by the rows' total each, and a row's share is that
+                of its trace:  H = F G + Q X,  w[v] = (f[v] tr G + q[v] tr X) / tr H,  F = sum of f, Q = sum of q
+
+g [width] is the gradient of the summed loss at the first block's input, x the head's input, p the model's probability
+of token v, which makes p (1 - p) the mean squared gradient of the logit where labels are drawn from the model. The half
+token of every row is the prior that keeps a row alive which the calibration text does not use. An embedding that the
+model multiplies before its first block is found by how much larger the stream is. Soft caps on logits are not followed.
+Memory: three matrices [width, width], two numbers per token of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.blocks import Walk
+
+UNSEEN = 0.5  # occurrences that every token has beforehand
+
+
+class Ends:
+    """Sums up what embeddings and head see over the samples of a walk."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk, self.device, self.names = walk, walk.device, walk.skeleton.outer
+        vocabulary, width = walk.skeleton.embedding_shape
+        self.tokens = torch.zeros(vocabulary, device=self.device)
+        self.logits = torch.zeros(vocabulary, device=self.device)
+        self.gradients = torch.zeros(width, width, device=self.device)
+        self.inputs = torch.zeros(width, width, device=self.device)
+        self.positions = self.labels = 0
+        self.scale = 0.0
+
+    def see_head(self, part: slice, probability: Tensor, x: Tensor) -> None:
+        """Probabilities [labels, part] and head inputs [labels, width] of a sample."""
+        self.logits[part] += (probability * (1 - probability)).sum(dim=0)
+        if part.start == 0:
+            self.inputs.addmm_(x.T, x)
+            self.labels += len(x)
+
+    def see_embeddings(self, sample: int, hidden: Tensor, gradient: Tensor) -> None:
+        """The first block's input [1, length, width] and the gradient there of the sample's mean loss."""
+        tokens = self.walk.samples[sample][0].to(self.device)
+        self.tokens += torch.bincount(tokens, minlength=len(self.tokens))
+        of_sum = gradient[0] * (len(tokens) - 1)
+        self.gradients.addmm_(of_sum.T, of_sum)
+        self.positions += len(tokens)
+        if not self.scale:
+            rows = self.weight(self.names[0])[tokens]
+            self.scale = float((rows * hidden[0]).sum() / rows.square().sum().clamp(min=1e-30))
+
+    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module -> second moments [width, width] and how much each row counts [vocabulary]."""
+        G = self.gradients * (self.scale**2 / self.positions)
+        X, q = self.inputs / self.labels, self.logits / self.labels
+        f = (self.tokens + UNSEEN) / self.labels
+        if self.walk.skeleton.ties_head:
+            H = f.sum() * G + q.sum() * X
+            return {self.names[0]: (H, (f * G.trace() + q * X.trace()) / H.trace().clamp(min=1e-30))}
+        return dict(zip(self.names, ((G, f), (X, q)), strict=False))
+
+    def weight(self, name: str) -> Tensor:
+        """float32 [vocabulary, width]"""
+        return self.walk.skeleton.read(f"{name}.weight").to(self.device).float()
