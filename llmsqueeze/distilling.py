@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def distill(
     write(student, best, record_of(job, settings, state), out, overwrite, trust_remote_code)
     shutil.rmtree(work, ignore_errors=True)
     return summary_of(job, settings, state, folder, out) | {
-        "nbytes": student.nbytes,
+        "nbytes": open_checkpoint(out).nbytes,
+        "nbytes_before": student.nbytes,
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_mb": peak_memory_mb(),
         "peak_device_memory_mb": peak_device_memory_mb(str(place)),
@@ -243,7 +245,16 @@ def write(
         verification.inspected(output, trust_remote_code)
 
     config = refitted(student.config, best)
-    rewrite(student, out, student.nbytes, overwrite, shard_of, config, lambda _: taught, inspect)
+    rewrite(student, out, student.nbytes, overwrite, shard_of, config, partial(sized, taught), inspect)
+
+
+def sized(record: Mapping[str, Any], nbytes: int) -> dict[str, Any]:
+    """The record with the bytes that the weights take now."""
+    more = nbytes - record.get("nbytes", nbytes)
+    if not more:
+        return dict(record)
+    bits = record["bits_per_weight"] + 8 * more / record["quantized_weights"]
+    return {**record, "nbytes": nbytes, "bits_per_weight": round(bits, 6)}
 
 
 def refitted(config: Mapping[str, Any], best: Mapping[str, Tensor]) -> dict[str, Any]:

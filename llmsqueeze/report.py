@@ -181,7 +181,9 @@ def print_distillation(summary: dict[str, Any]) -> None:
     calibration = summary["calibration"]
     rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
     table.add_row("text", f"{calibration['source']}, {rows}")
-    table.add_row("size", f"{size(summary['nbytes'])}, as before")
+    same = summary["nbytes"] == summary["nbytes_before"]
+    before = "as before" if same else f"was {size(summary['nbytes_before'])}: the streams are made anew"
+    table.add_row("size", f"{size(summary['nbytes'])}, {before}")
     table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     console().print(table)
 

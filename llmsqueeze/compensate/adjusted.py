@@ -58,7 +58,11 @@ class AdjustedSteps(Adjusted):
         super().__init__(powers(exponent), powers(exponent), torch.float32)
 
     def forward(self) -> Tensor:
-        return powers(self.stored()) if self.as_stored else super().forward()
+        if self.as_stored:
+            return powers(self.stored())
+        value = super().forward()
+        # trained as it will be rounded, or rows and columns that drift by half a step each would undo what was learned
+        return value + (powers(self.stored()) - value).detach()
 
     @torch.no_grad()
     def stored(self) -> Tensor:

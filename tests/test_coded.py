@@ -1,0 +1,567 @@
+"""The coded quantizer against slow twins, what its steps promise, and what becomes of matrices that promise nothing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmsqueeze import parts, price
+from llmsqueeze.curvature import Curvature, factorize, row_error
+from llmsqueeze.parts import Coded
+from llmsqueeze.parts.logsteps import exponents
+from llmsqueeze.quantize import coded
+from llmsqueeze.quantize.coded import Integers, code, feedback, regain, row_steps, steadied, sweep
+
+ROWS, COLS = 24, 300  # two full panels and a short one
+
+
+def correlated(cols: int, generator: torch.Generator, tokens: int = 900, octaves: float = 2.0) -> Tensor:
+    """float64 [cols, cols]: second moments of inputs that depend on each other strongly, of sizes that differ."""
+    few = torch.randn(tokens, cols // 8 + 1, generator=generator, dtype=torch.float64)
+    mix = torch.randn(cols // 8 + 1, cols, generator=generator, dtype=torch.float64)
+    own = torch.randn(tokens, cols, generator=generator, dtype=torch.float64)
+    x = (few @ mix + own) * 2.0 ** torch.linspace(-octaves, octaves, cols, dtype=torch.float64)
+    return x.T @ x / tokens
+
+
+@pytest.fixture
+def weight(generator: torch.Generator) -> Tensor:
+    return torch.randn(ROWS, COLS, generator=generator, dtype=torch.float64) * 0.05
+
+
+@pytest.fixture
+def curvature(generator: torch.Generator) -> Curvature:
+    return factorize(correlated(COLS, generator))
+
+
+@pytest.fixture
+def gradient(generator: torch.Generator) -> Tensor:
+    """g of rows, over three orders of magnitude."""
+    return 10 ** (3 * torch.rand(ROWS, generator=generator, dtype=torch.float64) - 5)
+
+
+@pytest.fixture
+def pinned(generator: torch.Generator) -> Tensor:
+    return torch.rand(ROWS, COLS, generator=generator) < 0.03
+
+
+def begun(weight: Tensor, steps: Tensor, curvature: Curvature) -> Integers:
+    """As `code` begins: exponents of steps, those of the columns from 0 on."""
+    row, col = exponents(steps), exponents(curvature.upper.diagonal())
+    return Integers(weight, row + col.min(), col - col.min(), int(row.min() + col.min()) - 32)
+
+
+def slow_steps(found: Integers) -> Tensor:
+    """float64 [rows, cols]."""
+    return 2.0 ** ((found.row_exponent[:, None] + found.col_exponent).double() / 16)
+
+
+def multiplier_for(weight: Tensor, gradient: Tensor, curvature: Curvature, bits: float) -> float:
+    """The multiplier whose integers take about so many bits, were they of a normal density."""
+    size = (weight.square().mean(dim=1).sqrt() * gradient.sqrt()).log2().mean()
+    return float(2.0 ** (size - curvature.upper.diagonal().log2().mean() + 2.05 - bits))
+
+
+# ----------------------------------------------------------------------------------------------------------- twins
+
+
+def slow_feedback(target: Tensor, steps: Tensor, upper: Tensor, pinned: Tensor | None) -> Tensor:
+    """Column by column, with no panels: every column's error goes to all later columns at once."""
+    w, values = target.clone(), torch.zeros_like(target)
+    for j in range(target.shape[1]):
+        values[:, j] = torch.round(w[:, j] / steps[:, j])
+        made = values[:, j] * steps[:, j]
+        if pinned is not None:
+            values[pinned[:, j], j] = 0.0
+            made = torch.where(pinned[:, j], target[:, j], made)
+        w[:, j + 1 :] -= torch.outer((w[:, j] - made) / upper[j, j], upper[j, j + 1 :])
+    return values
+
+
+with_pinned = pytest.mark.parametrize("with_pinned", [False, True], ids=["", "outliers"])
+
+
+@with_pinned
+@pytest.mark.parametrize("bits", [1.0, 3.0, 6.0])
+def test_feedback_equals_the_column_by_column_form(
+    bits: float, with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
+) -> None:
+    """In float64, so that no near-tie rounds differently."""
+    pins = pinned if with_pinned else None
+    steps = row_steps(weight, multiplier_for(weight, gradient, curvature, bits), gradient)
+    start = begun(weight, steps, curvature)
+    fast = feedback(weight, start, curvature, pins)
+    assert torch.equal(fast.values, slow_feedback(weight, slow_steps(start), curvature.upper, pins))
+    assert fast.values.abs().max() > 0
+    for field in ("row_exponent", "col_exponent", "lowest"):
+        assert getattr(fast, field) is getattr(start, field)
+
+
+@with_pinned
+def test_a_sweep_is_coordinate_descent(
+    with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
+) -> None:
+    """Each column in turn takes the integer with the least error, its neighbours tried one by one."""
+    pins = pinned if with_pinned else None
+    aim = weight.masked_fill(pinned, 0.0) if with_pinned else weight
+    steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 2.0), gradient)
+    start = feedback(weight, begun(weight, steps, curvature), curvature, pins)
+    found = sweep(start, aim, curvature.H, pins)
+    size, values = slow_steps(start), start.values.clone()
+    for j in range(COLS):
+        tried, errors = [], []
+        for change in range(-3, 4):
+            values_ = values.clone()
+            values_[:, j] += change
+            tried.append(values_[:, j])
+            errors.append(row_error(aim - values_ * size, curvature.H))
+        best = torch.stack(errors).argmin(dim=0)
+        values[:, j] = torch.stack(tried).gather(0, best[None])[0]
+        if pins is not None:
+            values[pins[:, j], j] = 0.0
+    assert torch.equal(found.values, values)
+    assert not torch.equal(found.values, start.values)
+
+
+def test_a_row_takes_its_least_squares_gain(weight: Tensor, gradient: Tensor, curvature: Curvature) -> None:
+    """Rounded in logarithm to whole exponents, no more than two octaves; steps that were wrong are put right."""
+    steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 3.0), gradient)
+    right = feedback(weight, begun(weight, steps, curvature), curvature, None)
+    off = torch.arange(-12 * 3, 12 * 3, 3)
+    wrong = replace(right, row_exponent=right.row_exponent + off, lowest=int(right.row_exponent.min()) - 70)
+    found = regain(wrong, weight, curvature.H)
+    dense = wrong.values * slow_steps(wrong)
+    for r in range(ROWS):
+        best = float((dense[r] @ curvature.H @ weight[r]) / (dense[r] @ curvature.H @ dense[r]))
+        moved = int(found.row_exponent[r] - wrong.row_exponent[r])
+        assert moved == round(16 * math.log2(min(max(best, 0.25), 4.0)))
+    assert torch.equal(found.values, wrong.values)
+    assert {-32, 32} <= set((found.row_exponent - wrong.row_exponent).tolist())
+
+
+@pytest.mark.parametrize(("sixteenths", "moved"), [(0.49, 0), (0.503, 0), (0.51, 1), (1.4, 1), (-0.49, 0), (-0.51, -1)])
+def test_a_gain_that_is_not_better_when_rounded_is_not_taken(sixteenths: float, moved: int) -> None:
+    """The middle of two steps is not that of their logarithms."""
+    flat, none = Curvature.flat(3, torch.ones(1, dtype=torch.float64)), torch.zeros(3, dtype=torch.long)
+    start = Integers(torch.full((1, 3), 4.0, dtype=torch.float64), torch.tensor([8]), none, 0)
+    found = regain(start, start.dense() * 2 ** (sixteenths / 16), flat.H)
+    assert found.row_exponent.tolist() == [8 + moved]
+
+
+def test_gains_stay_within_the_exponents_that_can_be_stored(
+    weight: Tensor, gradient: Tensor, curvature: Curvature
+) -> None:
+    steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 3.0), gradient)
+    right = feedback(weight, begun(weight, steps, curvature), curvature, None)
+    least, most = int(right.row_exponent.min()), int(right.row_exponent.max())
+    fine = replace(right, row_exponent=right.row_exponent - 30, lowest=most - 20 - 255)
+    assert int(regain(fine, weight, curvature.H).row_exponent.max()) == most - 20
+    coarse = replace(right, row_exponent=right.row_exponent + 30, lowest=least + 20)
+    assert int(regain(coarse, weight, curvature.H).row_exponent.min()) == least + 20
+
+
+@with_pinned
+@pytest.mark.parametrize("bits", [0.3, 1.0, 2.0, 4.0])
+def test_neither_gain_nor_sweep_raises_a_rows_error(
+    bits: float, with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
+) -> None:
+    pins = pinned if with_pinned else None
+    aim = weight.masked_fill(pinned, 0.0) if with_pinned else weight
+    steps = row_steps(weight, multiplier_for(weight, gradient, curvature, bits), gradient)
+    right = feedback(weight, begun(weight, steps, curvature), curvature, pins)
+    for off in (0, -7, 11):
+        state = replace(right, row_exponent=right.row_exponent + off)
+        before = row_error(aim - state.dense(), curvature.H)
+        for step in (regain, lambda s, t, H: sweep(s, t, H, pins)) * 3:
+            state = step(state, aim, curvature.H)
+            after = row_error(aim - state.dense(), curvature.H)
+            assert (after <= before * (1 + 1e-6)).all()
+            before = after
+        if pins is not None:
+            assert (state.values[pins] == 0).all()
+
+
+# -------------------------------------------------------------------------------------------------- the whole of it
+
+
+@with_pinned
+def test_rows_are_independent_of_how_many_are_coded_at_once(
+    with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
+) -> None:
+    pins = pinned if with_pinned else None
+    steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 2.5), gradient)
+    whole = code(weight, steps, curvature, pins, ROWS)
+    for some in (7, 23, 1000):
+        found = code(weight, steps, curvature, pins, some)
+        assert torch.equal(found.values, whole.values)
+        assert torch.equal(found.row_exponent, whole.row_exponent)
+        assert torch.equal(found.col_exponent, whole.col_exponent)
+    if pins is not None:
+        assert (whole.values[pins] == 0).all()
+
+
+def test_what_is_kept_beside_does_not_matter_to_the_rest(
+    weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
+) -> None:
+    """Only that it is kept: its target is delivered whatever it is."""
+    steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 2.5), gradient)
+    plain = code(weight, steps, curvature, pinned, ROWS)
+    other = code(weight.masked_fill(pinned, 7.0), steps, curvature, pinned, ROWS)
+    assert torch.equal(other.values, plain.values)
+    assert torch.equal(other.row_exponent, plain.row_exponent)
+    assert not torch.equal(code(weight, steps, curvature, None, ROWS).values, plain.values)
+
+
+def test_gains_and_sweeps_lower_the_error_of_the_feedback(
+    weight: Tensor, gradient: Tensor, curvature: Curvature
+) -> None:
+    """In every row."""
+    for bits in (1.0, 2.0, 4.0):
+        steps = row_steps(weight, multiplier_for(weight, gradient, curvature, bits), gradient)
+        plain = feedback(weight, begun(weight, steps, curvature), curvature, None)
+        before = row_error(weight - plain.dense(), curvature.H)
+        after = row_error(weight - code(weight, steps, curvature, None, ROWS).dense(), curvature.H)
+        assert (after <= before * (1 + 1e-9)).all()
+        assert float((gradient * after).sum()) < 0.999 * float((gradient * before).sum())
+
+
+def test_steps_are_the_multiplier_times_the_factor_over_the_roots_of_the_gradient(
+    weight: Tensor, gradient: Tensor, curvature: Curvature
+) -> None:
+    """To within two roundings to sixteenths of an octave, where steps are so fine that no gain moves them."""
+    multiplier = multiplier_for(weight, gradient, curvature, 8.0)
+    found = code(weight, row_steps(weight, multiplier, gradient), curvature, None, ROWS)
+    wanted = multiplier * curvature.upper.diagonal() / gradient.sqrt()[:, None]
+    off = (slow_steps(found) / wanted).log2()
+    assert off.abs().max() <= 1 / 16
+    assert int(found.col_exponent.min()) == 0
+    again = feedback(weight, begun(weight, row_steps(weight, multiplier, gradient), curvature), curvature, None)
+    assert torch.equal(again.row_exponent, found.row_exponent)
+    assert torch.equal(again.col_exponent, found.col_exponent)
+
+
+def test_the_steps_of_a_row_follow_its_gradient_or_else_its_size(weight: Tensor, gradient: Tensor) -> None:
+    assert torch.equal(row_steps(weight, 0.75, gradient), 0.75 / gradient.sqrt())
+    size = weight.square().mean(dim=1).sqrt()
+    assert torch.allclose(row_steps(weight, 0.75, None), size / 16)
+    weight[3] = 0
+    weight[4] = weight[0] * 2.0**-40
+    found = row_steps(weight, 0.75, None)
+    assert float(found[3]) == float(found[4]) == pytest.approx(float(size.max()) / 16 * 2.0**-16)
+
+
+def test_rows_and_columns_of_very_different_steps_are_kept_within_a_byte(generator: torch.Generator) -> None:
+    """Rows over thirty octaves and columns over twenty: those beyond get finer steps than they ask for."""
+    moments = torch.diag(4.0 ** torch.linspace(-10, 10, 40, dtype=torch.float64))
+    curvature = factorize(moments, damp=1e-14)
+    weight = torch.randn(31, 40, generator=generator, dtype=torch.float64)
+    steps = 2.0 ** torch.linspace(-20, 10, 31, dtype=torch.float64)
+    found = code(weight, steps, curvature, None, 7)
+    wanted = steps[:, None] * curvature.upper.diagonal()
+    assert int(found.row_exponent.max() - found.row_exponent.min()) <= 255
+    assert int(found.col_exponent.max()) == 255
+    assert (slow_steps(found) <= wanted * 2 ** (1 / 16) * 4).all()
+    error = (weight - found.dense()).abs()
+    assert (error <= slow_steps(found) * 0.51).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_part_stands_for_what_was_chosen_to_the_last_bit(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(17, 90, generator=generator)
+    weight[torch.rand(17, 90, generator=generator) < 0.02] *= 300
+    curvature = factorize(correlated(90, generator).float())
+    gradient = 10 ** (6 * torch.rand(17, generator=generator) - 8)
+    found = code(weight, row_steps(weight, 2.0 ** (seed - 14), gradient), curvature, None, 5)
+    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    assert torch.equal(part.dense(), found.dense())
+    assert torch.equal(part.decoded().values(), found.values)
+
+
+# ----------------------------------------------------------------------------------------------------- water-filling
+
+
+@pytest.fixture(scope="module")
+def filled() -> tuple[Tensor, Tensor, Curvature, float]:
+    """A weight with gradients of its rows, its curvature, and a multiplier that makes five bits."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(256, 256, generator=generator, dtype=torch.float64) * 0.02
+    gradient = 10 ** (3 * torch.rand(256, generator=generator, dtype=torch.float64) - 6)
+    curvature = factorize(correlated(256, generator))
+    return weight, gradient, curvature, multiplier_for(weight, gradient, curvature, 5.0)
+
+
+Filled = tuple[Tensor, Tensor, Curvature, float]
+
+
+def test_what_rounding_leaves_is_the_same_for_every_row_and_column(filled: Filled) -> None:
+    """In the feedback's own basis, weighted by the gradient: uniform in a step of the multiplier everywhere."""
+    weight, gradient, curvature, multiplier = filled
+    found = feedback(weight, begun(weight, row_steps(weight, multiplier, gradient), curvature), curvature, None)
+    residual = weight - found.dense()
+    own = torch.linalg.solve_triangular(curvature.upper, residual, upper=True, left=False)
+    assert torch.allclose(own.square().sum(dim=1), row_error(residual, curvature.H), rtol=1e-6)
+    share = own.square() * gradient[:, None] / (multiplier**2 / 12)
+    assert float(share.mean()) == pytest.approx(1, abs=0.02)
+    for per in (share.mean(dim=0), share.mean(dim=1)):
+        assert 0.75 < per.min() < per.max() < 1.3, "sixteen to an octave, and chance"
+
+
+def test_every_weight_costs_a_24th_of_the_squared_multiplier(filled: Filled) -> None:
+    """Gains and the sweep make it a little less."""
+    weight, gradient, curvature, multiplier = filled
+    for finer in (1, 4, 16):
+        steps = row_steps(weight, multiplier / finer, gradient)
+        plain = feedback(weight, begun(weight, steps, curvature), curvature, None)
+        loss = 0.5 * float(gradient @ row_error(weight - plain.dense(), curvature.H))
+        expected = (multiplier / finer) ** 2 / 24 * weight.numel()
+        assert loss == pytest.approx(expected, rel=0.02)
+        found = code(weight, steps, curvature, None, 256)
+        assert 0.8 < 0.5 * float(gradient @ row_error(weight - found.dense(), curvature.H)) / expected < 1
+
+
+def bits_and_loss(found: Integers, filled: Filled) -> tuple[float, float]:
+    weight, gradient, curvature, _ = filled
+    bits, tables = price.code_length(found.values, found.row_exponent, found.col_exponent)
+    return bits + 8 * tables, 0.5 * float(gradient @ row_error(weight - found.dense(), curvature.H))
+
+
+@pytest.mark.parametrize("equal", ["rows", "columns", "everything"])
+def test_equal_steps_cost_more_at_equal_bits(equal: str, filled: Filled) -> None:
+    weight, gradient, curvature, multiplier = filled
+    start = begun(weight, row_steps(weight, multiplier, gradient), curvature)
+    bits, loss = bits_and_loss(feedback(weight, start, curvature, None), filled)
+    row, col = start.row_exponent, start.col_exponent
+    even = replace(
+        start,
+        row_exponent=row if equal == "columns" else torch.full_like(row, int(row.double().mean())),
+        col_exponent=col if equal == "rows" else torch.zeros_like(col),
+    )
+    low, high = -100, 200
+    while high - low > 1:  # the finest steps that take no more bits
+        middle = (low + high) // 2
+        tried = replace(even, row_exponent=even.row_exponent + middle)
+        fits = bits_and_loss(feedback(weight, tried, curvature, None), filled)[0] <= bits
+        low, high = (low, middle) if fits else (middle, high)
+    # one exponent finer, which takes a little more than the bits
+    tried = replace(even, row_exponent=even.row_exponent + low)
+    assert bits_and_loss(feedback(weight, tried, curvature, None), filled)[1] > 1.25 * loss
+
+
+# ------------------------------------------------------------------------------------------------------- hard cases
+
+
+def zeros(weight: Tensor) -> Tensor:
+    return weight * 0
+
+
+def some_zero_rows(weight: Tensor) -> Tensor:
+    return weight.index_fill(0, torch.tensor([0, 5, 6]), 0.0)
+
+
+def enormous(size: float) -> Callable[[Tensor], Tensor]:
+    def made(weight: Tensor) -> Tensor:
+        weight = weight.clone()
+        weight[2, 7] = size
+        return weight
+
+    return made
+
+
+def tiny(weight: Tensor) -> Tensor:
+    return weight * 1e-30
+
+
+def one_value(weight: Tensor) -> Tensor:
+    return torch.full_like(weight, 0.3)
+
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": torch.clone,
+    "zeros": zeros,
+    "some zero rows": some_zero_rows,
+    "one weight of 1e4": enormous(1e4),
+    "one weight of -1e5": enormous(-1e5),
+    "tiny": tiny,
+    "one value": one_value,
+}
+
+
+def plain_moments(moments: Tensor) -> Tensor:
+    return moments
+
+
+def no_moments(moments: Tensor) -> Tensor:
+    return torch.zeros_like(moments)
+
+
+def dead_columns(moments: Tensor) -> Tensor:
+    alive = torch.ones(len(moments))
+    alive[[0, 3, len(moments) - 1]] = 0
+    return moments * alive * alive[:, None]
+
+
+def one_token(moments: Tensor) -> Tensor:
+    return torch.outer(moments[0], moments[0]) / moments[0, 0]
+
+
+MOMENTS = {"plain": plain_moments, "none": no_moments, "dead columns": dead_columns, "one token": one_token}
+
+GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "plain": lambda g: g,
+    "none": lambda _: None,
+    "all zero": lambda g: steadied(g * 0, 100),
+    "one row": lambda g: steadied(g * (torch.arange(len(g)) == 4), 10**6),
+    "vanishing": lambda g: steadied(g * 1e-30, 100),
+}
+
+
+@pytest.mark.parametrize("of_gradient", GRADIENTS)
+@pytest.mark.parametrize("of_moments", MOMENTS)
+@pytest.mark.parametrize("of_weight", WEIGHTS)
+def test_hard_cases_give_finite_weights_within_their_steps(of_weight: str, of_moments: str, of_gradient: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = WEIGHTS[of_weight](torch.randn(9, 70, generator=generator) * 0.05)
+    curvature = factorize(MOMENTS[of_moments](correlated(70, generator).float()))
+    gradient = GRADIENTS[of_gradient](torch.rand(9, generator=generator) * 1e-4 + 1e-6)
+    mean = 1.0 if gradient is None else float(gradient.mean())
+    for multiplier in (1e-3 * mean**0.5, mean**0.5):
+        found = code(weight, row_steps(weight, multiplier, gradient), curvature, None, 4)
+        dense = found.dense()
+        assert bool(dense.isfinite().all())
+        assert torch.equal(found.values, found.values.round())
+        assert (row_error(weight - dense, curvature.H) <= row_error(weight, curvature.H) * (1 + 1e-4) + 1e-30).all()
+        part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+        assert torch.equal(part.dense(), dense)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 200), (200, 1), (2, 129)])
+def test_matrices_of_one_row_or_column(shape: tuple[int, int], generator: torch.Generator) -> None:
+    weight = torch.randn(shape, generator=generator)
+    curvature = factorize(correlated(shape[1], generator).float())
+    found = code(weight, row_steps(weight, 0.01, torch.ones(shape[0])), curvature, None, 64)
+    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    assert torch.equal(part.dense(), found.dense())
+    assert float((part.dense() - weight).abs().max()) < 0.05
+
+
+def test_an_enormous_weight_leaves_the_rest_of_its_row_as_good(generator: torch.Generator) -> None:
+    """Nothing is cut off, and no step is stretched."""
+    weight = torch.randn(9, 70, generator=generator) * 0.05
+    curvature, gradient = factorize(correlated(70, generator).float()), torch.ones(9)
+    steps = row_steps(weight, 0.02, gradient)
+    plain = row_error(weight - code(weight, steps, curvature, None, 9).dense(), curvature.H)
+    weight[2, 7] = 1e4
+    hurt = row_error(weight - code(weight, steps, curvature, None, 9).dense(), curvature.H)
+    assert float(hurt[2]) < 1.3 * float(plain[2])
+    assert torch.equal(hurt[[0, 1, *range(3, 9)]], plain[[0, 1, *range(3, 9)]])
+
+
+# -------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_few_tokens_draw_gradients_to_their_mean(gradient: Tensor) -> None:
+    mean = gradient.mean()
+    assert torch.allclose(steadied(gradient, 0), mean.expand(ROWS))
+    assert torch.allclose(steadied(gradient, 10**12), gradient, rtol=1e-6)
+    away = [(steadied(gradient, tokens) - mean).abs() for tokens in (0, 1, 16, 64, 256, 4096)]
+    assert all(bool((more > less).all()) for less, more in itertools.pairwise(away))
+    assert torch.allclose(steadied(gradient, 64), (gradient + mean) / 2), "64 tokens' worth of the mean"
+    assert torch.allclose(steadied(gradient, 500).mean(), mean)
+
+
+def test_rows_without_any_gradient_get_a_share_of_the_mean() -> None:
+    found = steadied(torch.tensor([0.0, 3.0, 0.0]), 128)
+    assert found.tolist() == pytest.approx([1 / 3, 2 + 1 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 10**9])
+def test_no_gradient_at_all_counts_every_row_alike(tokens: int) -> None:
+    assert steadied(torch.zeros(5), tokens).tolist() == [1.0] * 5
+
+
+# ------------------------------------------------------------------------------------------- what coding will take
+
+Priced = tuple[Tensor, Tensor, Curvature, Tensor]
+
+
+@pytest.fixture(scope="module", params=[100, 300], ids=["all rows", "some rows"])
+def priced(request: pytest.FixtureRequest) -> Priced:
+    """A weight of so many rows, their gradients, the curvature, and what `coded_points` makes of them."""
+    generator = torch.Generator().manual_seed(11)
+    rows = int(request.param)
+    weight = torch.randn(rows, 192, generator=generator) * 0.02
+    gradient = 10 ** (torch.rand(rows, generator=generator) / 2 - 5)
+    curvature = factorize(correlated(192, generator, octaves=0.5).float())
+    return weight, gradient, curvature, price.coded_points(weight, gradient, curvature)
+
+
+def test_bytes_fall_and_loss_rises_along_the_multipliers(priced: Priced) -> None:
+    weight, gradient, curvature, points = priced
+    at, nbytes, loss = points
+    assert points.dtype == torch.float64
+    assert (at.diff() > 0).all()
+    assert (nbytes.diff() < 0).all()
+    assert (loss.diff() > 0).all()
+    nothing = 0.5 * float(gradient @ curvature.output_error(weight))
+    assert float(loss[0]) < 1e-3 * nothing
+    assert 0.5 * nothing < float(loss[-1]) <= 1.01 * nothing, "nearly all integers are 0"
+    assert float(nbytes[-1]) < 0.3 * weight.numel() / 8
+
+
+def test_bits_come_to_none_at_the_middle_of_the_points_if_fine_steps_are_extrapolated(priced: Priced) -> None:
+    """Octaves are bits where steps are fine."""
+    weight, _, _, (at, nbytes, _) = priced
+    beside = sum(weight.shape) + math.ceil(len(weight) / 16) * 4.5
+    for octave in (-5.0, -4.0, -3.5):
+        i = price.OCTAVES.index(octave)
+        assert (float(nbytes[i]) - beside) * 8 / weight.numel() == pytest.approx(-octave, abs=0.15)
+        assert float(at[i] - at[price.OCTAVES.index(0.0)]) == pytest.approx(octave)
+
+
+def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced) -> None:
+    """With every row tried, the loss is that loss; with some, what rows differ by chance is in both."""
+    weight, gradient, curvature, points = priced
+    exact = len(weight) <= price.CODED_ROWS
+    for octave in (-5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0):
+        log_multiplier, nbytes, loss = points[:, price.OCTAVES.index(octave)].tolist()
+        steps = row_steps(weight, 2.0**log_multiplier, gradient)
+        found = code(weight, steps, curvature, None, len(weight))
+        part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+        assert parts.nbytes([part]) == pytest.approx(nbytes, rel=0.01 if exact else 0.03)
+        made = 0.5 * float(gradient @ curvature.output_error(weight - found.dense()))
+        assert made == pytest.approx(loss, rel=1e-3 if exact else 0.03)
+
+
+def test_the_code_length_is_what_streams_and_tables_take(weight: Tensor, curvature: Curvature) -> None:
+    steps = row_steps(weight, 1.0, torch.linspace(1000, 40_000, ROWS, dtype=torch.float64))
+    found = code(weight, steps, curvature, None, ROWS)
+    bits, tables = price.code_length(found.values, found.row_exponent, found.col_exponent)
+    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    assert tables == len(part.streams.tables)
+    streams = len(part.streams.lengths)
+    assert bits > 10_000
+    assert 16 * len(part.streams.words) == pytest.approx(bits + 24 * streams, rel=0.003)
+
+
+@pytest.mark.parametrize("of_weight", ["some zero rows", "one value", "one weight of 1e4"])
+@pytest.mark.parametrize("of_moments", MOMENTS)
+def test_hard_cases_have_finite_prices(of_weight: str, of_moments: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = WEIGHTS[of_weight](torch.randn(9, 70, generator=generator) * 0.05)
+    curvature = factorize(MOMENTS[of_moments](correlated(70, generator).float()))
+    points = price.coded_points(weight, steadied(torch.zeros(9), 3), curvature)
+    assert bool(points.isfinite().all())
+    assert (points[1] > 0).all()
+    assert (points[2] >= 0).all()
+
+
+def test_the_constants_of_the_module_agree() -> None:
+    """Gains of all rounds together may take a row's step to the ends of its byte, no further."""
+    assert 2 * coded.GAIN_OCTAVES * 16 < 255

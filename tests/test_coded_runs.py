@@ -1,0 +1,430 @@
+"""Coded weights from the command to the opened model: budgets, plans, damage, exports, distillation, embeddings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import llmsqueeze
+from llmsqueeze import parts, search
+from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze.cli import app
+from llmsqueeze.distillation.settings import make_distillation
+from llmsqueeze.distilling import distill
+from llmsqueeze.errors import CheckpointError, RecipeError, UnsupportedError
+from llmsqueeze.exporting import export
+from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.hf import SumOfParts
+from llmsqueeze.parts import Coded, Integers
+from llmsqueeze.planning import plan
+from llmsqueeze.prepare import Source
+from llmsqueeze.run import quantize
+from llmsqueeze.show import contents
+
+TEXT = {"samples": 4, "seq_len": 48}
+DEMO = Source("demo")
+TOKENS = torch.arange(3, 40)[None]
+LINEAR = "model.layers.1.mlp.up_proj"
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=TOKENS).logits
+    return found
+
+
+def weight_of(folder: Path, linear: str) -> Tensor:
+    checkpoint = open_checkpoint(folder)
+    return parts.sum_of_parts(read_parts(checkpoint, read_entries(checkpoint)[linear]))
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo at 2.5 bits."""
+    out = tmp_path_factory.mktemp("coded") / "demo"
+    quantize(DEMO, {"bits": 2.5, **TEXT}, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo at 3 bits, its embeddings among them."""
+    out = tmp_path_factory.mktemp("ends") / "demo"
+    quantize(DEMO, {"bits": 3.0, "method": "coded", "code_embeddings": True, **TEXT}, out)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("settings", [{"bits": 1.7}, {"bits": 3.3, "seed": 3}, {"size": "400kB"}], ids=str)
+def test_the_result_is_under_the_budget_by_half_a_percent_at_most(settings: dict[str, Any], tmp_path: Path) -> None:
+    summary = quantize(DEMO, settings | TEXT | {"method": "coded"}, tmp_path / "out")
+    kept = contents(str(tmp_path / "out")).kept_nbytes
+    if "bits" in settings:
+        assert settings["bits"] * 0.995 <= summary["bits_per_weight"] <= settings["bits"]
+    else:
+        assert (400_000 - kept) * 0.995 <= summary["nbytes"] - kept <= 400_000 - kept
+    on_disk = open_checkpoint(tmp_path / "out").nbytes
+    assert on_disk == summary["nbytes"]
+
+
+def test_a_budget_below_steps_and_tables_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    code, _, stderr = command("quantize", "demo", "--size", "95kB", "--out", tmp_path / "out")
+    assert code == 2
+    assert "too small: with steps and tables alone the linears take" in " ".join(stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_command_gives_the_same_bytes(coded: Path, tmp_path: Path) -> None:
+    quantize(DEMO, {"bits": 2.5, **TEXT}, tmp_path / "again")
+    first, second = tensors_of(coded), tensors_of(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_smallest_result_within_a_bound_is_coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "ROUNDS", 3)
+    found = quantize(DEMO, {"max_kl": 0.05, "samples": 6, "seq_len": 48}, tmp_path / "out", verify=False)
+    assert found["method"] == "coded"
+    assert found["kl_mean"] <= 0.05
+    assert open_checkpoint(tmp_path / "out").nbytes == found["nbytes"]
+
+
+# ----------------------------------------------------------------------------------------------------- plans
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan") / "plan"
+    plan(DEMO, {"bits": 2.5, **TEXT}, folder, trial=False)
+    return folder
+
+
+def test_a_plan_followed_gives_what_the_command_gives(planned: Path, coded: Path, tmp_path: Path) -> None:
+    quantize(DEMO, {}, tmp_path / "out", plan=planned)
+    direct, followed = tensors_of(coded), tensors_of(tmp_path / "out")
+    assert all(torch.equal(direct[name], followed[name]) for name in direct | followed)
+    assert set(yaml.safe_load((planned / "plan.yaml").read_text())["weights"].values()) == {"coded"}
+
+
+def test_an_edited_plan_gives_one_linear_finer_steps_within_the_same_budget(
+    planned: Path, coded: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(planned, tmp_path / "plan")
+    content = yaml.safe_load((tmp_path / "plan" / "plan.yaml").read_text())
+    content["weights"][LINEAR] = "coded x0.25"
+    (tmp_path / "plan" / "plan.yaml").write_text(yaml.safe_dump(content))
+    summary = quantize(DEMO, {}, tmp_path / "out", plan=tmp_path / "plan")
+    assert 2.5 * 0.995 <= summary["bits_per_weight"] <= 2.5
+
+    def words(folder: Path) -> int:
+        return len(tensors_of(folder)[f"{LINEAR}.parts.0.words"])
+
+    numel = weight_of(coded, LINEAR).numel()
+    assert 16 * (words(tmp_path / "out") - words(coded)) / numel > 1, "about two bits, but all pay for them"
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("coded x0", "from 1/64 of the model's to 64 times"),
+        ("coded x1000", "from 1/64 of the model's to 64 times"),
+        ("3 bit g128", "of method coded there is 'coded'"),
+        ({"coded": 3}, "rows are coded, not 3"),
+        ({"coded": 384, "outliers": -1}, "is no number of rows"),
+    ],
+    ids=str,
+)
+def test_bad_entries_are_named(entry: object, said: str, planned: Path, tmp_path: Path) -> None:
+    shutil.copytree(planned, tmp_path / "plan")
+    content = yaml.safe_load((tmp_path / "plan" / "plan.yaml").read_text())
+    content["weights"][LINEAR] = entry
+    (tmp_path / "plan" / "plan.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match="up_proj") as caught:
+        quantize(DEMO, {}, tmp_path / "out", plan=tmp_path / "plan")
+    assert said in str(caught.value)
+
+
+def test_a_profile_without_coded_costs_does_not_serve(tmp_path: Path) -> None:
+    plan(DEMO, {"bits": 2.5, "widths": [2, 3], "quantizer": "rtn", **TEXT}, tmp_path / "plan", trial=False)
+    with pytest.raises(RecipeError, match="does not serve"):
+        quantize(DEMO, {"bits": 2.5, **TEXT}, tmp_path / "out", profile=tmp_path / "plan" / "profile.safetensors")
+
+
+# --------------------------------------------------------------------------------------------------- opening
+
+
+def test_every_way_of_opening_gives_the_same_numbers(coded: Path, tmp_path: Path) -> None:
+    model = llmsqueeze.load(str(coded))
+    assert not any(isinstance(module, SumOfParts) for module in model.modules()), "decoded into ordinary layers"
+    weight = model.get_parameter(f"{LINEAR}.weight")
+    assert torch.equal(weight, weight_of(coded, LINEAR).to(weight.dtype))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(coded)), logits(model))
+    export(str(coded), "dense", tmp_path / "dense")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(model))
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_integers_stay_in_memory_on_request(coded: Path, tmp_path: Path) -> None:
+    dense, kept = llmsqueeze.load(str(coded)), llmsqueeze.load(str(coded), keep_codes=True)
+    layer = kept.get_submodule(LINEAR)
+    assert isinstance(layer, SumOfParts)
+    assert [spec["part"] for spec in layer.specs] == [Integers.kind]
+    assert {name: tensor.dtype for name, tensor in layer.named_buffers()}["parts.0.codes"] == torch.int8
+    assert torch.equal(logits(kept), logits(dense))
+    kept.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(llmsqueeze.load(str(tmp_path / "saved"), keep_codes=True)), logits(dense))
+
+
+def test_what_is_said_of_the_folder(coded: Path) -> None:
+    config = json.loads((coded / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 4
+    code, stdout, _ = command("show", coded)
+    assert code == 0
+    assert "coded   x4" in stdout
+    assert command("check", coded, "--target", "native")[0] == 0
+
+
+def test_another_format_version_is_refused_by_name(coded: Path, tmp_path: Path) -> None:
+    shutil.copytree(coded, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 99
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="version 99 is not read by this version; it reads 'llmsqueeze' version"):
+        llmsqueeze.load(str(tmp_path / "other"))
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+
+
+def flipped(tensor: Tensor) -> Tensor:
+    tensor.view(torch.uint8)[tensor.view(torch.uint8).numel() // 2] ^= 16
+    return tensor
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    tensor[0] += 1
+    tensor[1] -= 1
+    return tensor
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "a bit in a stream": ("words", flipped),
+    "lengths out of step": ("lengths", shifted),
+    "lengths that do not sum": ("lengths", lambda tensor: tensor + 1),
+    "a table without its end": ("tables", lambda tensor: tensor.clamp(min=1)),
+    "another table": ("tables", lambda tensor: torch.cat([tensor[:1] // 2, tensor[1:]])),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named_by_check_and_load(name: str, coded: Path, tmp_path: Path) -> None:
+    kind, change = DAMAGES[name]
+    shutil.copytree(coded, tmp_path / "bad")
+    tensor = f"{LINEAR}.parts.0.{kind}"
+    index = json.loads((tmp_path / "bad" / "model.safetensors.index.json").read_text())
+    file = tmp_path / "bad" / index["weight_map"][tensor]
+    held = load_file(file)
+    held[tensor] = change(held[tensor].clone())
+    save_file(held, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=LINEAR):
+        llmsqueeze.load(str(tmp_path / "bad"))
+    code, stdout, stderr = command("check", tmp_path / "bad")
+    assert code == 2
+    assert LINEAR in "".join((stdout + stderr).split())
+
+
+# ----------------------------------------------------------------------------------------------- composition
+
+
+def test_outliers_keep_their_value_and_factors_help(demo_dir: Path, tmp_path: Path) -> None:
+    settings = {"method": "coded", "bits": 2.5, "outliers": 0.002, "outlier_scope": "global", "lorc_rank": 1, **TEXT}
+    summary = quantize(DEMO, settings, tmp_path / "out")
+    assert summary["bits_per_weight"] <= 2.5
+    assert summary["outliers"] > 0
+    stored, original = open_checkpoint(tmp_path / "out"), open_checkpoint(demo_dir)
+    kinds = set()
+    for name, entry in read_entries(stored).items():
+        held = read_parts(stored, entry)
+        kinds |= {part.kind for part in held}
+        for part in held:
+            if isinstance(part, parts.Sparse):
+                mask = torch.zeros(entry.shape, dtype=torch.bool)
+                rows = torch.arange(entry.shape[0]).repeat_interleave(part.counts)
+                mask[rows, part.columns] = True
+                weight = original.read(f"{name}.weight").float()
+                assert torch.equal(parts.sum_of_parts(held)[mask], weight[mask])
+    assert {"integers", "sparse"} <= kinds
+
+
+def test_distilled_steps_are_nearer_to_the_original(tmp_path: Path) -> None:
+    coded = tmp_path / "coded"
+    quantize(DEMO, {"bits": 1.6, **TEXT}, coded)
+    settings = make_distillation({"steps": 12, "samples": 24, "seq_len": 48, "held_back": 6})
+    summary = distill(str(coded), "demo", settings, tmp_path / "out", device="cpu")
+    assert summary["kl_after"] < summary["kl_before"]
+    assert abs(summary["nbytes"] / open_checkpoint(coded).nbytes - 1) < 0.005
+    assert open_checkpoint(tmp_path / "out").nbytes == summary["nbytes"]
+    checkpoints = [open_checkpoint(folder) for folder in (coded, tmp_path / "out")]
+    first, second = (read_parts(c, read_entries(c)[LINEAR])[0] for c in checkpoints)
+    assert isinstance(first, Integers)
+    assert isinstance(second, Integers)
+    assert torch.equal(first.values(), second.values()), "steps are trained, integers are not"
+    assert not torch.equal(first.dense(), second.dense())
+
+
+def test_blocks_are_distilled_too(coded: Path, tmp_path: Path) -> None:
+    options = {"steps": 3, "samples": 6, "seq_len": 48, "held_back": 3, "blockwise": True}
+    summary = distill(str(coded), "demo", make_distillation(options), tmp_path / "out", device="cpu")
+    assert summary["kl_after"] <= summary["kl_before"]
+    assert command("check", tmp_path / "out", "--target", "native")[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------- exports
+
+
+def test_rounded_again_for_others_the_more_bits_the_less_it_costs(coded: Path, tmp_path: Path) -> None:
+    costs = []
+    for bits in (3, 4, 6):
+        out = tmp_path / str(bits)
+        summary = export(str(coded), "compressed-tensors", out, bits=bits)
+        assert summary["rerounded"] == f"{bits} bit g128"
+        costs.append(summary["predicted_loss_increase"])
+        assert command("check", out, "--target", "transformers")[0] == 0
+        rounded, weight = weight_of(out, LINEAR), weight_of(coded, LINEAR)
+        assert float((rounded - weight).norm() / weight.norm()) < 2.0 ** (1 - bits)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 10 * costs[2] > 0
+
+
+def test_what_is_not_rounded_again_takes_no_width(coded: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="bits 4 goes with coded weights for --to compressed-tensors"):
+        export(str(coded), "dense", tmp_path / "out", bits=4)
+    with pytest.raises(RecipeError, match="bits is 9; it must be a whole number from 2 to 8"):
+        export(str(coded), "compressed-tensors", tmp_path / "out", bits=9)
+    with pytest.raises(RecipeError, match="group size 100: it does not divide"):
+        export(str(coded), "compressed-tensors", tmp_path / "out", group_size=100)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- embeddings
+
+
+def test_embeddings_are_coded_and_stay_tied(ends: Path, coded: Path) -> None:
+    model = llmsqueeze.load(str(ends))
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    entry = read_entries(open_checkpoint(ends))
+    name = next(iter(entry))
+    assert name == "model.embed_tokens"
+    assert (embeddings.weight is head.weight) is (len(entry) == 29)
+    dense = weight_of(ends, name)
+    assert torch.equal(embeddings.weight, dense.to(embeddings.weight.dtype))
+    assert f"{name}.weight" not in open_checkpoint(ends).tensors
+    assert contents(str(ends)).kept_nbytes < contents(str(coded)).kept_nbytes / 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(ends)), logits(model))
+
+
+def test_embeddings_are_exported_dense(ends: Path, tmp_path: Path) -> None:
+    export(str(ends), "dense", tmp_path / "dense")
+    model = llmsqueeze.load(str(ends))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(model))
+    export(str(ends), "compressed-tensors", tmp_path / "rounded", bits=8)
+    assert command("check", tmp_path / "rounded", "--target", "transformers")[0] == 0
+    held = open_checkpoint(tmp_path / "rounded").read("model.embed_tokens.weight")
+    assert torch.equal(held, weight_of(ends, "model.embed_tokens").to(held.dtype))
+
+
+def test_untied_ends_are_coded_both(random_model: Callable[..., Path], demo_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "untied"
+    shutil.copytree(random_model("llama"), path)
+    for file in demo_dir.glob("token*"):
+        shutil.copy(file, path)
+    summary = quantize(
+        Source(str(path)), {"bits": 4.0, "method": "coded", "code_embeddings": True, **TEXT}, tmp_path / "out"
+    )
+    assert summary["bits_per_weight"] <= 4.0
+    assert {"model.embed_tokens", "lm_head"} <= read_entries(open_checkpoint(tmp_path / "out")).keys()
+    model = llmsqueeze.load(str(tmp_path / "out"))
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, weight_of(tmp_path / "out", "lm_head").to(model.lm_head.weight.dtype))
+
+
+# --------------------------------------------------------------------------------------------------- packing
+
+PACKED: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn", "bits": 3},
+    "asymmetric": {"method": "rtn", "bits": 4, "symmetric": False, "group_size": 64},
+    "dual": {"method": "dbllm", "quantizer": "rtn"},
+    "outliers": {"method": "gwq", "quantizer": "rtn", "bits": 2},
+    "rows": {"method": "mixllm", "quantizer": "rtn", "low_bits": 2, "high_bits": 4},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_codes_are_the_same_weights_in_fewer_bytes(name: str, tmp_path: Path) -> None:
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    quantize(DEMO, {**PACKED[name], "portable": False, **TEXT}, plain)
+    summary = quantize(DEMO, {**PACKED[name], "pack": "rans", **TEXT}, packed)
+    assert summary["format"] == "llmsqueeze"
+    assert open_checkpoint(packed).nbytes < open_checkpoint(plain).nbytes
+    for linear in read_entries(open_checkpoint(plain)):
+        assert torch.equal(weight_of(plain, linear), weight_of(packed, linear))
+    assert any(kind.endswith(".words") for kind in tensors_of(packed))
+    model = llmsqueeze.load(str(packed))
+    assert torch.equal(logits(model), logits(llmsqueeze.load(str(plain))))
+    layer = model.get_submodule(LINEAR)
+    assert isinstance(layer, SumOfParts)
+    assert not any("streams" in spec for spec in layer.specs), "decoded once"
+
+
+def test_a_budget_knows_that_codes_are_packed(tmp_path: Path) -> None:
+    settings = {"bits": 2.7, "method": "budget", "quantizer": "rtn", "widths": [1, 2, 3, 4, 5], **TEXT}
+    plain = quantize(DEMO, settings, tmp_path / "plain")
+    packed = quantize(DEMO, {**settings, "pack": "rans"}, tmp_path / "packed")
+    assert 2.7 * 0.97 < packed["bits_per_weight"] <= 2.7
+    assert packed["bits"] > plain["bits"] + 0.03, "wider codes in the same bytes"
+    assert packed["predicted_loss_increase"] < plain["predicted_loss_increase"]
+
+
+def test_packed_codes_are_distilled(tmp_path: Path) -> None:
+    quantize(DEMO, {"method": "rtn", "bits": 2, "pack": "rans", **TEXT}, tmp_path / "in")
+    options = {"steps": 6, "samples": 8, "seq_len": 48, "held_back": 3, "train": "scales,codes", "lr": 2e-3}
+    summary = distill(str(tmp_path / "in"), "demo", make_distillation(options), tmp_path / "out", device="cpu")
+    assert summary["kl_after"] < summary["kl_before"]
+    assert command("check", tmp_path / "out", "--target", "native")[0] == 0
+
+
+def test_packed_codes_are_unpacked_for_others(tmp_path: Path) -> None:
+    quantize(DEMO, {"method": "rtn", "bits": 3, "pack": "rans", **TEXT}, tmp_path / "in")
+    export(str(tmp_path / "in"), "compressed-tensors", tmp_path / "out")
+    assert torch.equal(weight_of(tmp_path / "in", LINEAR), weight_of(tmp_path / "out", LINEAR))
+
+
+def test_a_coded_part_is_never_kept_coded_in_memory(coded: Path) -> None:
+    checkpoint = open_checkpoint(coded)
+    assert not any(
+        isinstance(part, Coded) for e in read_entries(checkpoint).values() for part in read_parts(checkpoint, e)
+    )
