@@ -167,7 +167,7 @@ def test_gains_stay_within_the_exponents_that_can_be_stored(
 
 
 @with_pinned
-@pytest.mark.parametrize("bits", [0.3, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("bits", [0.3, 1.0, 3.0])
 def test_neither_gain_nor_sweep_raises_a_rows_error(
     bits: float, with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
 ) -> None:
@@ -271,14 +271,14 @@ def test_rows_and_columns_of_very_different_steps_are_kept_within_a_byte(generat
     assert (error <= slow_steps(found) * 0.51).all()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_part_stands_for_what_was_chosen_to_the_last_bit(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(17, 90, generator=generator)
     weight[torch.rand(17, 90, generator=generator) < 0.02] *= 300
     curvature = factorize(correlated(90, generator).float())
     gradient = 10 ** (6 * torch.rand(17, generator=generator) - 8)
-    found = code(weight, row_steps(weight, 2.0 ** (seed - 14), gradient), curvature, None, 5)
+    found = code(weight, row_steps(weight, 4.0 ** (seed - 7), gradient), curvature, None, 5)
     part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert torch.equal(part.dense(), found.dense())
     assert torch.equal(part.decoded().values(), found.values)
@@ -422,23 +422,33 @@ GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
 }
 
 
+def hard_case(of_weight: str, of_moments: str, of_gradient: str, multiplier: float) -> None:
+    """Codes it, and asserts what holds of every matrix."""
+    generator = torch.Generator().manual_seed(3)
+    weight = WEIGHTS[of_weight](torch.randn(9, 20, generator=generator) * 0.05)
+    curvature = factorize(MOMENTS[of_moments](correlated(20, generator).float()))
+    gradient = GRADIENTS[of_gradient](torch.rand(9, generator=generator) * 1e-4 + 1e-6)
+    mean = 1.0 if gradient is None else float(gradient.mean())
+    found = code(weight, row_steps(weight, multiplier * mean**0.5, gradient), curvature, None, 4)
+    dense = found.dense()
+    assert bool(dense.isfinite().all())
+    assert torch.equal(found.values, found.values.round())
+    assert (row_error(weight - dense, curvature.H) <= row_error(weight, curvature.H) * (1 + 1e-4) + 1e-30).all()
+    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    assert torch.equal(part.dense(), dense)
+
+
 @pytest.mark.parametrize("of_gradient", GRADIENTS)
 @pytest.mark.parametrize("of_moments", MOMENTS)
 @pytest.mark.parametrize("of_weight", WEIGHTS)
-def test_hard_cases_give_finite_weights_within_their_steps(of_weight: str, of_moments: str, of_gradient: str) -> None:
-    generator = torch.Generator().manual_seed(3)
-    weight = WEIGHTS[of_weight](torch.randn(9, 70, generator=generator) * 0.05)
-    curvature = factorize(MOMENTS[of_moments](correlated(70, generator).float()))
-    gradient = GRADIENTS[of_gradient](torch.rand(9, generator=generator) * 1e-4 + 1e-6)
-    mean = 1.0 if gradient is None else float(gradient.mean())
-    for multiplier in (1e-3 * mean**0.5, mean**0.5):
-        found = code(weight, row_steps(weight, multiplier, gradient), curvature, None, 4)
-        dense = found.dense()
-        assert bool(dense.isfinite().all())
-        assert torch.equal(found.values, found.values.round())
-        assert (row_error(weight - dense, curvature.H) <= row_error(weight, curvature.H) * (1 + 1e-4) + 1e-30).all()
-        part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
-        assert torch.equal(part.dense(), dense)
+def test_hard_cases_give_finite_weights(of_weight: str, of_moments: str, of_gradient: str) -> None:
+    hard_case(of_weight, of_moments, of_gradient, 1e-3)
+
+
+@pytest.mark.parametrize("of_moments", MOMENTS)
+@pytest.mark.parametrize("of_weight", WEIGHTS)
+def test_hard_cases_under_coarse_steps_give_finite_weights(of_weight: str, of_moments: str) -> None:
+    hard_case(of_weight, of_moments, "plain", 1.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 200), (200, 1), (2, 129)])
@@ -529,7 +539,7 @@ def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced
     """With every row tried, the loss is that loss; with some, what rows differ by chance is in both."""
     weight, gradient, curvature, points = priced
     exact = len(weight) <= price.CODED_ROWS
-    for octave in (-5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0):
+    for octave in (-5.0, -3.0, -1.5, 0.0, 1.0):
         log_multiplier, nbytes, loss = points[:, price.OCTAVES.index(octave)].tolist()
         steps = row_steps(weight, 2.0**log_multiplier, gradient)
         found = code(weight, steps, curvature, None, len(weight))
@@ -554,8 +564,8 @@ def test_the_code_length_is_what_streams_and_tables_take(weight: Tensor, curvatu
 @pytest.mark.parametrize("of_moments", MOMENTS)
 def test_hard_cases_have_finite_prices(of_weight: str, of_moments: str) -> None:
     generator = torch.Generator().manual_seed(5)
-    weight = WEIGHTS[of_weight](torch.randn(9, 70, generator=generator) * 0.05)
-    curvature = factorize(MOMENTS[of_moments](correlated(70, generator).float()))
+    weight = WEIGHTS[of_weight](torch.randn(9, 20, generator=generator) * 0.05)
+    curvature = factorize(MOMENTS[of_moments](correlated(20, generator).float()))
     points = price.coded_points(weight, steadied(torch.zeros(9), 3), curvature)
     assert bool(points.isfinite().all())
     assert (points[1] > 0).all()

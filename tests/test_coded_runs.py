@@ -213,7 +213,7 @@ def test_another_format_version_is_refused_by_name(coded: Path, tmp_path: Path) 
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="version 99 is not read by this version; it reads 'llmsqueeze' version"):
+    with pytest.raises(UnsupportedError, match=r"version 99 is not read by this version.*a newer llmsqueeze does"):
         llmsqueeze.load(str(tmp_path / "other"))
 
 
@@ -318,6 +318,18 @@ def test_rounded_again_for_others_the_more_bits_the_less_it_costs(coded: Path, t
         assert float((rounded - weight).norm() / weight.norm()) < 2.0 ** (1 - bits)
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > 10 * costs[2] > 0
+
+
+def test_a_row_count_that_differs_is_named(coded: Path, tmp_path: Path) -> None:
+    shutil.copytree(coded, tmp_path / "bad")
+    config = json.loads((tmp_path / "bad" / "config.json").read_text())
+    config["quantization_config"]["weights"][LINEAR]["shape"][0] -= 16
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=LINEAR):
+        llmsqueeze.load(str(tmp_path / "bad"))
+    code, stdout, stderr = command("check", tmp_path / "bad")
+    assert code == 2
+    assert LINEAR in "".join((stdout + stderr).split())
 
 
 def test_what_is_not_rounded_again_takes_no_width(coded: Path, tmp_path: Path) -> None:

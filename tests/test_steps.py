@@ -21,7 +21,7 @@ from llmsqueeze.parts import Coded
 from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.price import OCTAVES
 
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=40, deadline=None, derandomize=True)
 PLENTY = 10**9  # tokens
 
 
@@ -334,7 +334,7 @@ GROUPS = (2, 3, 5, 10, 30)
 
 
 @pytest.mark.parametrize("count", GROUPS)
-@pytest.mark.parametrize("share", [-0.1, -0.05, -0.01, 0.0, 0.01, 0.05, 0.1])
+@pytest.mark.parametrize("share", [-0.1, -0.03, 0.0, 0.03, 0.1])
 def test_a_run_that_is_off_everywhere_ends_just_under_its_budget(share: float, count: int) -> None:
     run = Run(blocks(count, 3), off_by(share))
     assert 0.995 * run.target <= run.total() <= run.target

@@ -67,9 +67,11 @@ def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     """linear -> {"shape", "parts"} of a `quantization_config`; raises UnsupportedError for one we cannot read."""
     version = config.get("format_version")
     if config.get("quant_method") != METHOD or version not in FORMAT_VERSIONS:
+        newer = isinstance(version, int) and version > FORMAT_VERSIONS[-1]
         raise UnsupportedError(
             f"quantization format {config.get('quant_method')!r} version {version!r} is not read by this version; "
             f"it reads {METHOD!r} version {' and '.join(map(str, FORMAT_VERSIONS))}"
+            + ("; a newer llmsqueeze does: pip install --upgrade llmsqueeze" if newer else "")
         )
     entries = config.get("weights")
     if not isinstance(entries, dict):
