@@ -10,47 +10,33 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmsqueeze import parts, record, verification
 from llmsqueeze.activations import Activations, Spill
-from llmsqueeze.allocate import gwq
 from llmsqueeze.allocate.steps import Pace
 from llmsqueeze.blocks import Walk
-from llmsqueeze.curvature import Curvature, factorize
+from llmsqueeze.curvature import Curvature
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.groups import NOTHING, Compressed, as_made, compress_group, compressed_nbytes, with_made
 from llmsqueeze.measure import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
+from llmsqueeze.outer import compress_ends, outer_shard, outer_shards
 from llmsqueeze.output import Output, check_writable, output_folder
-from llmsqueeze.parts import LowRank, Part
-from llmsqueeze.plan import Plan, WeightPlan, unfit, why_native
+from llmsqueeze.plan import Plan, unfit, why_native
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.quantize import coded
 from llmsqueeze.recipe import Recipe
-from llmsqueeze.rounding import compress_weight, group_targets
+from llmsqueeze.rounding import group_targets
 from llmsqueeze.skeleton import Skeleton, all_linears
-from llmsqueeze.verification import Witness, named
-
-SHARD_BYTES = 1 << 30
-NOTHING = torch.empty(0)
-
-
-class Compressed(NamedTuple):
-    """A linear's parts, their sum, its relative output error; of a coded one what rounding it again would cost: nats
-    per token and square of an error in steps."""
-
-    parts: list[Part]
-    dense: Tensor
-    error: float
-    sensitivity: float | None
+from llmsqueeze.verification import Witness
 
 
 @dataclass(frozen=True)
@@ -218,56 +204,18 @@ def needed_streams(walk: Walk, inputs: Activations | None, recipe: Recipe, embed
     if inputs is not None and not recipe.needs_moments:
         inputs.clear()
         inputs = None
+    original = inputs if recipe.inputs in ("original", "corrected") else None
     compressed = inputs if recipe.inputs in ("sequential", "corrected") else None
-    return Streams(
-        inputs if recipe.inputs in ("original", "corrected") else None,
-        walk.embed() if embed and compressed is not None else compressed,
-    )
+    if embed and compressed is not None:
+        if original is None:
+            compressed.clear()
+        compressed = walk.embed()
+    return Streams(original, compressed)
 
 
 def pace_of(decided: Decision) -> Pace | None:
     """What keeps the run within its bytes, where they are not known before."""
     return Pace(decided.plan, decided.coding.curves, decided.coding.target) if decided.coding else None
-
-
-def compress_ends(
-    skeleton: Skeleton, decided: Decision, recipe: Recipe, place: torch.device, progress: Progress, pace: Pace | None
-) -> dict[str, Compressed]:
-    """Embeddings and head, where they are to be coded."""
-    found: dict[str, Compressed] = {}
-    for name in (name for name, weight in decided.plan.weights.items() if weight.outer):
-        assert decided.coding is not None
-        assert pace is not None
-        weight = skeleton.read(f"{name}.weight").to(place).float()
-        curvature = factorize(decided.coding.moments[name].to(place).clone())
-
-        def attempt(
-            shift: float, name: str = name, weight: Tensor = weight, curvature: Curvature = curvature
-        ) -> dict[str, Compressed]:
-            return compress_group({name: weight}, {name: weight}, curvature, decided, recipe, shift)
-
-        made = pace.settle([name], attempt, compressed_nbytes)
-        found[name] = made[name]
-        bits = parts.nbytes(found[name].parts) * 8 / decided.plan.weights[name].numel
-        progress.weight(name, bits, found[name].error)
-    return found
-
-
-def with_made(plan: Plan, ends: dict[str, Compressed]) -> Plan:
-    """The plan with these as they came out."""
-    return Plan({n: as_made(w, ends[n].parts) if n in ends else w for n, w in plan.weights.items()})
-
-
-def outer_shard(job: Job, names: Sequence[str], ends: dict[str, Compressed]) -> dict[str, Tensor]:
-    """Tensors outside the blocks as the file has them."""
-    shard: dict[str, Tensor] = {}
-    for name in names:
-        module = name.removesuffix(".weight")
-        if module in ends:
-            shard |= native.stored_tensors(module, ends[module].parts)
-        else:
-            shard[name] = job.checkpoint.read(job.skeleton.sources[name])
-    return shard
 
 
 def compress_blocks(
@@ -321,13 +269,6 @@ def compress_blocks(
     return plan, {"errors": errors} | ({"sensitivities": sensitivities} if sensitivities else {})
 
 
-def as_made(planned: WeightPlan, weight_parts: Sequence[Part]) -> WeightPlan:
-    """The plan of a linear as it came out."""
-    if any(parts.is_coded(part.spec()) for part in weight_parts):
-        planned = replace(planned, made=tuple(part.spec() for part in weight_parts))
-    return planned if any(isinstance(part, LowRank) for part in weight_parts) else replace(planned, rank=0)
-
-
 def compress_block(
     walk: Walk,
     index: int,
@@ -364,35 +305,6 @@ def compress_block(
     return result, current
 
 
-def compress_group(
-    group: dict[str, Tensor],
-    targets: dict[str, Tensor],
-    curvature: Curvature | None,
-    decided: Decision,
-    recipe: Recipe,
-    shift: float,
-) -> dict[str, Compressed]:
-    """The linears of a fusion group, weights and targets [rows, cols]; coded ones with steps `shift` octaves coarser
-    than planned."""
-    gradients = decided.coding.row_gradient if decided.coding else {}
-    found = {}
-    for name, target in targets.items():
-        planned, chosen, mask = decided.plan.weights[name], decided.chosen.get(name), None
-        planned = replace(planned, step=planned.step * 2.0**shift)
-        if planned.outliers:
-            mask = gwq.outlier_mask(decided.candidates[name], planned.outliers, planned.shape)
-        with named(name):
-            gradient = gradients.get(name)
-            made = compress_weight(group[name], target, planned, curvature, mask, chosen, recipe, gradient)
-        again = coded.sensitivity(planned.step, curvature) if gradient is not None and curvature is not None else None
-        found[name] = Compressed(*made, again)
-    return found
-
-
-def compressed_nbytes(made: dict[str, Compressed]) -> dict[str, int]:
-    return {name: parts.nbytes(found.parts) for name, found in made.items()}
-
-
 def group_moments(
     walk: Walk,
     index: int,
@@ -416,20 +328,6 @@ def group_moments(
             yield group.names, observe(walk, index, group, streams, original, current)
     reached = {name for group in groups for name in group.names}
     yield [name for name in names if name not in reached], None
-
-
-def outer_shards(skeleton: Skeleton) -> list[list[str]]:
-    """What lies outside the blocks (embeddings, norms, head), in runs of about a gigabyte."""
-    shards: list[list[str]] = []
-    room = 0
-    for name in skeleton.names_outside_blocks():
-        size = skeleton.checkpoint.tensors[skeleton.sources[name]].nbytes
-        if size > room:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    return shards
 
 
 def bytes_needed(job: Job, recipe: Recipe, decided: Decision | None) -> int:

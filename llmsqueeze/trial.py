@@ -19,8 +19,9 @@ import torch
 
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
-from llmsqueeze.compress import compress_blocks, needed_streams, outer_shards
+from llmsqueeze.compress import compress_blocks, needed_streams
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.outer import outer_shards
 from llmsqueeze.output import Output
 from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress

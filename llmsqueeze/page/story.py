@@ -13,6 +13,7 @@ from llmsqueeze.page.words import fixed, number, percent, significant
 from llmsqueeze.public import TEXT_SUFFIXES
 
 METHODS = {
+    "auto": "what suits what was asked for: coded weights, or a budget on grids",
     "budget": "one budget for the whole model: every row gets the width that lowers the loss most for its bytes",
     "coded": "entropy-coded integers whose steps come from one multiplier for the whole model",
     "descent": "coordinate descent over codes and scales under the second moments of the inputs, from GPTQ's start",
