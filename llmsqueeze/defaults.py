@@ -188,6 +188,8 @@ def _about_method(recipe: Recipe) -> Iterator[str]:
         "code_embeddings": ("coded",),
     }
     for key, methods in belongs.items():
+        if method == "coded" and methods == ("budget",):
+            continue  # said below
         if getattr(recipe, key) is not None and method not in methods:
             yield f"{key.replace('_', ' ')} goes with method {' or '.join(methods)}, not with {method}"
     if method == "coded":
