@@ -56,7 +56,8 @@ class Contexts:
 
     def numbers(self, rows: slice = slice(None)) -> Ints:
         """[rows, cols] of all rows or some."""
-        found: Ints = self.rows[rows, None] + self.cols[None] >> self.shift
+        found: Ints = self.rows[rows, None] + self.cols[None]
+        found >>= self.shift
         return found
 
 
@@ -168,7 +169,9 @@ def counts(symbols: NDArray[np.uint8], contexts: Contexts) -> Ints:
     step = max(1, COUNTED // max(symbols.shape[1], 1))
     for start in range(0, len(symbols), step):
         rows = slice(start, start + step)
-        at = contexts.numbers(rows) * 256 + symbols[rows]
+        at = contexts.numbers(rows)
+        at <<= 8
+        at += symbols[rows]
         found += np.bincount(at.ravel(), minlength=len(found))
     return found.reshape(-1, 256)
 

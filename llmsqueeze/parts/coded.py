@@ -55,8 +55,10 @@ class Coded:
         base = int(row_exponent.min() + col_exponent.min())
         row_step = (row_exponent - row_exponent.min()).to(torch.uint8).cpu()
         col_step = (col_exponent - col_exponent.min()).to(torch.uint8).cpu()
-        clipped = integers.clamp(-LIMIT, LIMIT)
-        index = (integers != clipped).flatten().nonzero()[:, 0]
+        clipped, index = integers, torch.empty(0, dtype=torch.int64, device=integers.device)
+        if max(-float(integers.min()), float(integers.max())) > LIMIT:
+            clipped = integers.clamp(-LIMIT, LIMIT)
+            index = (integers != clipped).flatten().nonzero()[:, 0]
         symbols = clipped.to(torch.int8).cpu().numpy()
         contexts = contexts_of(row_step, col_step)
         tables = frequencies.choose(rans.counts(np.abs(symbols).view(np.uint8), contexts), symmetric=True)
