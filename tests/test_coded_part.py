@@ -126,6 +126,15 @@ def test_what_no_byte_holds_stands_in_a_list() -> None:
     assert part.col_step.tolist() == [1, 0, 2, 9]
 
 
+@pytest.mark.parametrize("lone", [127, -127, 128, -128, 129, -1000, 2**30])
+def test_a_lone_integer_of_any_size_comes_back(lone: int) -> None:
+    values = torch.zeros(3, 5)
+    values[1, 2] = lone
+    part = Coded.from_integers(values, torch.zeros(3).long(), torch.zeros(5).long(), torch.float32)
+    assert torch.equal(part.dense(), values)
+    assert part.escape_index.tolist() == ([7] if abs(lone) > 127 else [])
+
+
 def test_exponents_over_sixteen_octaves_are_kept() -> None:
     row, col = torch.tensor([-300, -45]), torch.tensor([500, 245, 300])
     part = Coded.from_integers(torch.ones(2, 3), row, col, torch.float32)
