@@ -63,6 +63,10 @@ def load(model: str, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedMo
             ) from error
         if isinstance(error.__cause__, SqueezeError):
             raise error.__cause__ from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise CheckpointError(
+                f"{model} holds tensors of other shapes than its config says; `llmsqueeze check` names them"
+            ) from error
         raise UnsupportedError(f"transformers cannot open {model}: {first_line(error)}") from error
     loaded, info = opened
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmsqueeze
-from llmsqueeze import compress, parts, rounding
+from llmsqueeze import compress, groups, parts, rounding
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.checkpoint import open_checkpoint
@@ -245,7 +245,7 @@ def test_an_interruption_leaves_nothing(
             raise error
         return compress_weight(*args)
 
-    monkeypatch.setattr(compress, "compress_weight", interrupted)
+    monkeypatch.setattr(groups, "compress_weight", interrupted)
     with pytest.raises(error):
         run(tmp_path / "out", method="descent")
     assert calls == 10
