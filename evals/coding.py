@@ -52,7 +52,7 @@ def ideal_bits(values: torch.Tensor, part: Coded) -> float:
 
 def measure(task: tuple[int, int, float]) -> dict[str, Any]:
     """Codes one matrix and decodes it again."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
     rows, cols, bits = task
     values, row, col = integers(rows, cols, bits)
     start = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -353,16 +354,12 @@ def test_streams_hold_the_fewest_rows_that_make_them_long_enough(rows: int, cols
 def test_the_table_of_a_place_is_the_sum_of_its_row_and_column(shift: int) -> None:
     rng = np.random.default_rng(shift)
     contexts = Contexts(rng.integers(0, 40, 7), rng.integers(0, 30, 11), shift)
-    rows, cols = contexts.rows.tolist(), contexts.cols.tolist()
-    slow = [[(r + c) // 2**shift for c in cols] for r in rows]
+    slow = [[(r + c) // 2**shift for c in contexts.cols.tolist()] for r in contexts.rows.tolist()]
     assert contexts.numbers().tolist() == slow
-    assert contexts.numbers(slice(2, 5)).tolist() == slow[2:5]
     assert contexts.count == max(map(max, slow)) + 1
 
 
-@pytest.mark.parametrize("at_a_time", [1, 30, 1 << 22])
-def test_counts_are_those_of_a_loop(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rans, "COUNTED", at_a_time)
+def test_counts_are_those_of_a_loop() -> None:
     rng = np.random.default_rng(2)
     contexts = Contexts(rng.integers(0, 9, 13), rng.integers(0, 7, 10), 1)
     symbols = rng.choice([0, 1, 2, 254, 255], (13, 10)).astype(np.uint8)
@@ -371,6 +368,38 @@ def test_counts_are_those_of_a_loop(at_a_time: int, monkeypatch: pytest.MonkeyPa
         for c in range(10):
             slow[(contexts.rows[r] + contexts.cols[c]) >> 1, symbols[r, c]] += 1
     assert np.array_equal(rans.counts(symbols, contexts), slow)
+
+
+def test_tables_too_few_or_of_another_sum_are_refused() -> None:
+    """The loops look up without asking."""
+    case = CASES["several tables"]
+    for tables in (case.tables[:-1], [*case.tables[:-1], case.tables[-1] * 2]):
+        with pytest.raises(ValueError, match="5 tables that sum to 4096"):
+            replace(case, tables=tables).encode()
+        with pytest.raises(ValueError, match="5 tables that sum to 4096"):
+            replace(case, tables=tables).decode(*case.encode())
+
+
+@pytest.mark.parametrize("symbol", [0, 2, 200])
+def test_a_symbol_without_a_frequency_is_refused(symbol: int) -> None:
+    symbols = np.ones((9, 40), np.uint8)
+    symbols[8, 39] = symbol
+    with pytest.raises(ValueError, match="no frequency"):
+        rans.encode(symbols, [table(0, 4095, 0, 1)], flat(9, 40), 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_make_the_same_streams_and_symbols(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rans, "THREAD_SYMBOLS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cuts: list[tuple[int, int]] = []
+    rans.on_threads(cuts.append, 10, 1000)
+    assert [stop - start for start, stop in sorted(cuts)].count(0) == 0
+    assert len(cuts) == threads
+    for case in CASES.values():
+        words, lengths = case.encode()
+        assert split(words, lengths) == slow_encode(case)
+        assert np.array_equal(case.decode(words, lengths), case.symbols)
 
 
 # ---------------------------------------------------------------------------------------------------- damaged streams
