@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmsqueeze.errors import UnsupportedError
+
 DAMP = 0.01
 
 
@@ -45,8 +47,8 @@ class Curvature:
 def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
     """Damps the second moments `xtx` [cols, cols] in place and factors them; the damping grows until that succeeds.
 
-    Columns that were never active count as active ones of mean size. Raises FloatingPointError if no damping helps,
-    which only moments that are not finite can cause.
+    Columns that were never active count as active ones of mean size. Raises UnsupportedError if no damping helps,
+    which only moments that float32 does not hold can cause.
     """
     diagonal = xtx.diagonal()
     active = diagonal > 0
@@ -60,11 +62,14 @@ def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             del lower
             upper = inverse.flip(0, 1)
-            if all_finite(upper):
+            if all_finite(upper) and all_finite(xtx) and bool((upper.diagonal() > 0).all()):
                 return Curvature(xtx, upper, diagonal - before)
         diagonal.add_(9 * damp * mean)  # ten times what was there
         damp *= 10
-    raise FloatingPointError("the input second moments are not finite")
+    raise UnsupportedError(
+        "the squares of a layer's inputs on the calibration text are not finite numbers of float32: the model "
+        "overflows on this text, or its weights are damaged"
+    )
 
 
 def all_finite(values: Tensor) -> bool:

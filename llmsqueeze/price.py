@@ -23,7 +23,7 @@ from llmsqueeze import frequencies, rans
 from llmsqueeze.compensate.lorc import truncated_svd
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Grid
-from llmsqueeze.parts.coded import LIMIT, contexts_of
+from llmsqueeze.parts.coded import ESCAPE_BYTES, LIMIT, contexts_of
 from llmsqueeze.parts.streams import one_context
 from llmsqueeze.quantize import QUANTIZERS, coded
 from llmsqueeze.quantize.rtn import rtn
@@ -169,7 +169,8 @@ def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> 
     at = _zero_bits(weight, row_gradient, curvature) + torch.tensor(OCTAVES, dtype=torch.float64)
     steps = torch.cat([coded.row_steps(some, 2.0 ** float(one), gradient) for one in at])
     target = some.repeat(len(at), 1)
-    found = coded.code(target, steps, curvature, None, max(1, CHUNK_BYTES[weight.device.type] // (4 * cols)))
+    chunk = max(1, CHUNK_BYTES[weight.device.type] // (4 * cols))
+    found = coded.code(target, steps, curvature, None, chunk, matrices=len(at))
     cost = 0.5 * gradient * curvature.output_error(target - found.dense()).view(len(at), -1)
     streams = -(-rows // rans.rows_per_stream(rows, cols))
     nbytes = []
@@ -180,12 +181,14 @@ def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> 
 
 
 def code_length(values: Tensor, row_exponent: Tensor, col_exponent: Tensor) -> tuple[float, int]:
-    """Bits that whole numbers [rows, cols] take by the tables that would be chosen for them, and bytes of those."""
+    """Bits that whole numbers [rows, cols] take by the tables that would be chosen for them, what escapes take beside
+    among them, and bytes of the tables."""
     contexts = contexts_of(row_exponent - row_exponent.min(), col_exponent - col_exponent.min())
     symbols = values.abs().clamp(max=LIMIT).to(torch.uint8).cpu().numpy()
     counted = rans.counts(symbols, contexts)
     tables = frequencies.choose(counted, symmetric=True)
-    return frequencies.coded_bits(counted, tables, symmetric=True), len(tables)
+    escaped = int((values.abs() > LIMIT).sum())
+    return frequencies.coded_bits(counted, tables, symmetric=True) + 8 * ESCAPE_BYTES * escaped, len(tables)
 
 
 def _zero_bits(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> float:

@@ -257,11 +257,11 @@ def test_the_steps_of_a_row_follow_its_gradient_or_else_its_size(weight: Tensor,
 
 
 def test_rows_and_columns_of_very_different_steps_are_kept_within_a_byte(generator: torch.Generator) -> None:
-    """Rows over thirty octaves and columns over twenty: those beyond get finer steps than they ask for."""
+    """Rows over sixteen octaves and columns over twenty: those beyond get finer steps than they ask for."""
     moments = torch.diag(4.0 ** torch.linspace(-10, 10, 40, dtype=torch.float64))
     curvature = factorize(moments, damp=1e-14)
     weight = torch.randn(31, 40, generator=generator, dtype=torch.float64)
-    steps = 2.0 ** torch.linspace(-20, 10, 31, dtype=torch.float64)
+    steps = 2.0 ** torch.linspace(-6, 10, 31, dtype=torch.float64)
     found = code(weight, steps, curvature, None, 7)
     wanted = steps[:, None] * curvature.upper.diagonal()
     assert int(found.row_exponent.max() - found.row_exponent.min()) <= 255
@@ -555,9 +555,37 @@ def test_the_code_length_is_what_streams_and_tables_take(weight: Tensor, curvatu
     bits, tables = price.code_length(found.values, found.row_exponent, found.col_exponent)
     part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert tables == len(part.streams.tables)
-    streams = len(part.streams.lengths)
+    streams, escapes = len(part.streams.lengths), part.escape_index.nbytes + part.escape_value.nbytes
     assert bits > 10_000
-    assert 16 * len(part.streams.words) == pytest.approx(bits + 24 * streams, rel=0.003)
+    assert escapes > 100
+    assert 16 * len(part.streams.words) + 8 * escapes == pytest.approx(bits + 24 * streams, rel=0.003)
+
+
+@pytest.mark.parametrize("of", ["weight", "moments"])
+def test_numbers_that_no_32_bits_hold_are_not_chosen(of: str, generator: torch.Generator) -> None:
+    """Steps as fine as a budget without any sense would have them."""
+    weight = torch.randn(6, 40, generator=generator)
+    curvature = factorize(correlated(40, generator).float() * (1e12 if of == "moments" else 1))
+    steps = row_steps(weight, 1e-20 if of == "weight" else 1e-9, torch.ones(6))
+    found = code(weight, steps, curvature, None, 3)
+    assert 2**24 < float(found.values.abs().max()) < 2**31
+    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    assert torch.equal(part.dense(), found.dense())
+    assert torch.allclose(part.dense(), weight, atol=1e-4)
+
+
+def test_every_multiplier_has_all_octaves_that_a_byte_holds(generator: torch.Generator) -> None:
+    """Gradients ten octaves apart: coarse steps priced beside fine ones are those that would be chosen alone."""
+    weight = torch.randn(12, 60, generator=generator) * 0.05
+    gradient = 4.0 ** -torch.linspace(0, 10, 12)
+    curvature = factorize(correlated(60, generator).float())
+    at, nbytes, loss = price.coded_points(weight, gradient, curvature)
+    for i in (0, 6, len(at) - 1):
+        alone = code(weight, row_steps(weight, 2.0 ** float(at[i]), gradient), curvature, None, 12)
+        part = Coded.from_integers(alone.values, alone.row_exponent, alone.col_exponent, torch.bfloat16)
+        assert parts.nbytes([part]) == pytest.approx(float(nbytes[i]), rel=0.01, abs=4)
+        made = 0.5 * float(gradient @ curvature.output_error(weight - alone.dense()))
+        assert made == pytest.approx(float(loss[i]), rel=1e-4)
 
 
 @pytest.mark.parametrize("of_weight", ["some zero rows", "one value", "one weight of 1e4"])

@@ -93,6 +93,15 @@ def test_the_multiplier_of_so_many_bytes_inverts_the_bytes_of_a_multiplier() -> 
     assert SIMPLE.at_bytes(10.0) == 1.0, "nothing is coarser than the coarsest"
 
 
+def test_of_multipliers_with_the_same_bytes_the_coarsest_counts() -> None:
+    flat = Curve(np.array([-2.0, -1.0, 0.0, 1.0, 2.0]), np.array([300.0, 100.0, 100.0, 100.0, 40.0]), np.ones(5), 800)
+    assert flat.at_bytes(100) == 1.0
+    assert flat.at_bytes(200) == -1.5
+    assert flat.at_bytes(70) == 1.5
+    assert flat.at_bytes(40) == flat.at_bytes(10) == 2.0
+    assert flat.at_bytes(400) == -3.0, "a bit an octave beyond the finest"
+
+
 def test_what_was_measured_is_made_to_fall_and_rise() -> None:
     points = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [90.0, 50.0, 60.0, 40.0], [1.0, 3.0, 2.0, 5.0]])
     found = Curve.of(points, 77)
@@ -370,6 +379,16 @@ def test_a_run_that_is_off_learns_by_how_much(share: float) -> None:
     assert max(moved[:29]) < 0.8, "10 % is a third of a bit at 3 bits; the last bear what was learnt late"
 
 
+@pytest.mark.parametrize("share", [-0.1, 0.1])
+def test_a_lasting_surprise_is_taken_for_what_it_is(share: float) -> None:
+    """What was made with steps that make up for it is compared with what such steps should have taken."""
+    run = Run(blocks(30, 5), off_by(share))
+    for names in run.groups[:-1]:
+        run.settle(names)
+    spent = sum(run.pace.spent.values())
+    assert spent == pytest.approx((1 + share) * run.pace.expected, rel=0.01)
+
+
 def test_every_group_is_made_once_but_the_last() -> None:
     run = Run(blocks(12, 2), off_by(0.07))
     run.total()
@@ -454,6 +473,17 @@ def test_sizes_that_do_not_fall_by_a_bit_an_octave_are_closed_in_on(slope: float
 
     def attempt(octaves: float) -> Sizes:
         return {"w": round(1.2 * run.target - slope * 150_000 / 8 * octaves)}
+
+    assert 0.995 * run.target <= run.pace.settle(["w"], attempt, lambda made: made)["w"] <= run.target
+
+
+@pytest.mark.parametrize("slope", [0.08, 0.3])
+def test_sizes_that_hardly_fall_are_closed_in_on_too(slope: float) -> None:
+    """Below a bit a weight an octave is worth a small part of one."""
+    run = Run([{"w": (300, 500)}], off_by(0.0))
+
+    def attempt(octaves: float) -> Sizes:
+        return {"w": round(1.02 * run.target - slope * 150_000 / 8 * (2 - 2 * 0.8**octaves))}
 
     assert 0.995 * run.target <= run.pace.settle(["w"], attempt, lambda made: made)["w"] <= run.target
 

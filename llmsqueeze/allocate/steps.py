@@ -64,7 +64,11 @@ class Curve:
         """The coarsest multiplier with at least so many bytes, as a binary logarithm."""
         if nbytes > self.nbytes[0]:
             return float(self.log_multiplier[0] - (nbytes - self.nbytes[0]) * 8 / self.numel)
-        return float(np.interp(nbytes, self.nbytes[::-1], self.log_multiplier[::-1]))
+        i = int(np.searchsorted(-self.nbytes, -nbytes, side="right")) - 1
+        if i == len(self.nbytes) - 1:
+            return float(self.log_multiplier[-1])
+        part = (self.nbytes[i] - nbytes) / (self.nbytes[i] - self.nbytes[i + 1])
+        return float(self.log_multiplier[i] + part * (self.log_multiplier[i + 1] - self.log_multiplier[i]))
 
 
 def least_nbytes(shape: tuple[int, int]) -> int:
@@ -121,11 +125,12 @@ class Pace:
     def __init__(self, plan: Plan, curves: Mapping[str, Curve], target: int) -> None:
         self.plan, self.curves, self.target = plan, curves, target
         self.spent: dict[str, int] = {}
+        self.expected = 0.0  # bytes of what was written, at the steps that it was given
 
     def shift(self, names: Sequence[str]) -> float:
         """By how many octaves the steps of `names`, which are next, differ from the plan's."""
         left = [name for name in self.plan.weights if name not in self.spent and name in self.curves]
-        rest = self.target - sum(self.spent.values())
+        rest = self.target - sum(self.spent.values()) - len(left)  # a byte each for rounding
         rest -= sum(self.plan.weights[n].nbytes for n in self.plan.weights if n not in self.spent and n not in left)
         fixed = sum(self.plan.weights[name].nbytes - self.plan.weights[name].coded_nbytes for name in left)
         at = {name: math.log2(self.plan.weights[name].step) for name in left}
@@ -138,9 +143,18 @@ class Pace:
 
     def _surprise(self) -> float:
         """How much larger than predicted the rest is likely to be, from what was written, the less of it the less."""
-        expected = sum(self.plan.weights[name].nbytes for name in self.spent)
         prior = CREDIT * self.plan.nbytes
-        return (sum(self.spent.values()) + prior) / (expected + prior)
+        return (sum(self.spent.values()) + prior) / (self.expected + prior)
+
+    def _expect(self, names: Sequence[str], shift: float) -> float:
+        """Bytes of `names` with steps `shift` octaves coarser than planned."""
+        total = 0.0
+        for name in names:
+            planned = self.plan.weights[name]
+            total += planned.nbytes
+            if name in self.curves:
+                total += self.curves[name].bytes_at(math.log2(planned.step) + shift) - planned.coded_nbytes
+        return total
 
     def settle(self, names: Sequence[str], attempt: Callable[[float], M], nbytes: Callable[[M], dict[str, int]]) -> M:
         """What becomes of `names`, which are next, by `attempt` (octaves -> what is made); `nbytes` of it, by linear.
@@ -152,6 +166,7 @@ class Pace:
         if set(self.plan.weights) <= {*self.spent, *names}:
             made = self._fitted(names, at, made, attempt, nbytes)
         self.spent |= nbytes(made)
+        self.expected += self._expect([name for name in names if name in self.plan.weights], at)
         return made
 
     def _fitted(
@@ -163,22 +178,18 @@ class Pace:
         nbytes: Callable[[M], dict[str, int]],
     ) -> M:
         room, slack = self.target - sum(self.spent.values()), SLACK * self.target
-        numel = sum(self.plan.weights[name].numel for name in names)
+        bit = sum(self.plan.weights[name].numel for name in names) / 8
+        known: list[tuple[float, int]] = []
         fits: tuple[float, M] | None = None
-        over: float | None = None
         for _ in range(TRIES):
             size = sum(nbytes(made).values())
+            known.append((at, size))
             if size <= room:
-                fits = (at, made)
-                if size >= room - slack or (over is None and at <= -MOST_OCTAVES):
+                if fits is None or at < fits[0]:
+                    fits = (at, made)
+                if size >= room - slack or (at <= -MOST_OCTAVES and all(one <= room for _, one in known)):
                     break
-            else:
-                over = at
-            # a bit more or less for every octave
-            at += (size - room + AIM * self.target) * 8 / numel
-            if fits is not None and over is not None and not over < at < fits[0]:
-                at = (over + fits[0]) / 2
-            at = min(max(at, -MOST_OCTAVES), MOST_OCTAVES)
+            at = _nearer(known, room, AIM * self.target, bit)
             made = attempt(at)
         if fits is None:
             raise RecipeError(
@@ -186,3 +197,18 @@ class Pace:
                 "for a little more"
             )
         return fits[1]
+
+
+def _nearer(known: Sequence[tuple[float, int]], room: int, below: float, bit: float) -> float:
+    """Octaves at which the size may be `below` the room, from those (octaves, size) that were tried: by the slope
+    between the two nearest to it, or of one bit an octave, `bit` bytes."""
+    over = max((one for one in known if one[1] > room), default=None)
+    fits = min((one for one in known if one[1] <= room), default=None)
+    if over is not None and fits is not None:
+        part = (over[1] - room + below) / (over[1] - fits[1])
+        return over[0] + min(max(part, 0.1), 0.9) * (fits[0] - over[0])
+    at, size = known[-1]
+    slope = bit
+    if len(known) > 1 and at != known[-2][0]:
+        slope = max((known[-2][1] - size) / (at - known[-2][0]), bit / 16)
+    return min(max(at + (size - room + below) / slope, -MOST_OCTAVES), MOST_OCTAVES)

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import frequencies, rans
+from llmsqueeze.errors import VerificationError
 from llmsqueeze.parts.grid import Layout, Spec, dtype_name
 from llmsqueeze.parts.integers import STEPS, Integers, steps_layout
 from llmsqueeze.parts.streams import Streams
 
 CONTEXT_SHIFT = 3
 LIMIT = 127
+ESCAPE_BYTES = 12  # place and value of an integer beyond it
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,17 @@ class Coded:
     @classmethod
     def from_integers(cls, integers: Tensor, row_exponent: Tensor, col_exponent: Tensor, dtype: torch.dtype) -> Coded:
         """integers [rows, cols], of any integer or float dtype; steps 2^((row_exponent + col_exponent) / 16) of whole
-        exponents [rows] and [cols], each of which spans no more than 255.
+        exponents [rows] and [cols], each of which spans no more than 255. Raises VerificationError for an integer that
+        takes more than 32 bits.
         """
         base = int(row_exponent.min() + col_exponent.min())
         row_step = (row_exponent - row_exponent.min()).to(torch.uint8).cpu()
         col_step = (col_exponent - col_exponent.min()).to(torch.uint8).cpu()
         clipped, index = integers, torch.empty(0, dtype=torch.int64, device=integers.device)
-        if max(-float(integers.min()), float(integers.max())) > LIMIT:
+        least, largest = float(integers.min()), float(integers.max())
+        if not -(2.0**31) <= least <= largest < 2.0**31:
+            raise VerificationError(f"integers from {least:.3g} to {largest:.3g} are more than 32 bits hold")
+        if max(-least, largest) > LIMIT:
             clipped = integers.clamp(-LIMIT, LIMIT)
             index = (integers != clipped).flatten().nonzero()[:, 0]
         symbols = clipped.to(torch.int8).cpu().numpy()

@@ -10,10 +10,10 @@ LAST = 255  # exponents are stored as bytes above the least
 
 
 def exponents(steps: Tensor, span: int = LAST) -> Tensor:
-    """int64: the whole exponents whose powers are nearest to the steps; those further than `span` above the least are
-    cut to it, which makes steps finer, not coarser."""
+    """int64: the whole exponents whose powers are nearest to the steps [..., steps]; those further than `span` above
+    the least of the last dimension are cut to it, which makes steps finer, not coarser."""
     found = (steps.double().log2() * PER_OCTAVE).round().long()
-    return found.clamp(max=int(found.min()) + span)
+    return found.clamp(max=found.amin(dim=-1, keepdim=True) + span)
 
 
 def powers(exponent: Tensor) -> Tensor:

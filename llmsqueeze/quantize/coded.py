@@ -33,18 +33,24 @@ ROUNDS = 2
 PANEL = 128
 PRIOR = 64  # tokens
 GAIN_OCTAVES = 2  # that gains may take a row's step beyond those it began with, either way
+MOST_BITS = 29  # of an integer before gains and feedback move it: 32 are stored
 FREE_STEP = 1 / 16  # of a row's root mean square, for a linear that no sample reached: about six bits
 
 
 @dataclass(frozen=True)
 class Integers:
     """float32 whole numbers [rows, cols] with exponents of their steps, int64 [rows] and [cols]; no row's may become
-    less than `lowest`, or more than 255 beyond it."""
+    less than `lowest` [rows], or more than 255 beyond it."""
 
     values: Tensor
     row_exponent: Tensor
     col_exponent: Tensor
-    lowest: int
+    lowest: Tensor
+
+    def rows(self, some: slice) -> Integers:
+        """Of these rows alone."""
+        cut = {name: getattr(self, name)[some] for name in ("values", "row_exponent", "lowest")}
+        return replace(self, **cut)
 
     def dense(self) -> Tensor:
         """float32 [rows, cols], as `Coded` makes it of the same numbers."""
@@ -82,21 +88,26 @@ def sensitivity(multiplier: float, curvature: Curvature) -> float:
     return 0.5 * multiplier**2 * float(alone)
 
 
-def code(target: Tensor, steps: Tensor, curvature: Curvature, pinned: Tensor | None, some: int) -> Integers:
+def code(
+    target: Tensor, steps: Tensor, curvature: Curvature, pinned: Tensor | None, some: int, matrices: int = 1
+) -> Integers:
     """Rounds `target` [rows, cols] (float32) with row steps `steps` [rows] under the curvature, `some` rows at a time.
 
-    `pinned` bool [rows, cols]: weights kept beside, whose integer is 0.
+    `pinned` bool [rows, cols]: weights kept beside, whose integer is 0. `matrices`: so many stand one below the other,
+    of as many rows each. No step is so fine that its row's integers would need more than `MOST_BITS`.
     """
     margin = GAIN_OCTAVES * PER_OCTAVE
-    row_exponent, col_exponent = exponents(steps, LAST - 2 * margin), exponents(column_steps(curvature))
+    col_exponent = exponents(column_steps(curvature))
     # the least column step is 1, as `Coded` has it: products round in the same way then
+    finest = target.abs().amax(dim=1) * 2.0 ** (1 - MOST_BITS) / powers(col_exponent.min())
+    row_exponent = exponents(torch.maximum(steps, finest.to(steps)).view(matrices, -1), LAST - 2 * margin)
     row_exponent, col_exponent = row_exponent + col_exponent.min(), col_exponent - col_exponent.min()
-    start = Integers(target, row_exponent, col_exponent, int(row_exponent.min()) - margin)
+    lowest = (row_exponent.amin(dim=1, keepdim=True) - margin).expand_as(row_exponent)
+    start = Integers(target, row_exponent.flatten(), col_exponent, lowest.flatten())
     made = []
     for first in range(0, len(target), some):
         rows = slice(first, first + some)
-        begin = replace(start, values=target[rows], row_exponent=row_exponent[rows])
-        made.append(_code_rows(target[rows], begin, curvature, None if pinned is None else pinned[rows]))
+        made.append(_code_rows(target[rows], start.rows(rows), curvature, None if pinned is None else pinned[rows]))
     values, exponent = (torch.cat([getattr(one, name) for one in made]) for name in ("values", "row_exponent"))
     return replace(start, values=values, row_exponent=exponent)
 
