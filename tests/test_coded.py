@@ -583,7 +583,7 @@ def test_every_multiplier_has_all_octaves_that_a_byte_holds(generator: torch.Gen
     for i in (0, 6, len(at) - 1):
         alone = code(weight, row_steps(weight, 2.0 ** float(at[i]), gradient), curvature, None, 12)
         part = Coded.from_integers(alone.values, alone.row_exponent, alone.col_exponent, torch.bfloat16)
-        assert parts.nbytes([part]) == pytest.approx(float(nbytes[i]), rel=0.01, abs=4)
+        assert parts.nbytes([part]) == pytest.approx(float(nbytes[i]), rel=0.01, abs=8)
         made = 0.5 * float(gradient @ curvature.output_error(weight - alone.dense()))
         assert made == pytest.approx(float(loss[i]), rel=1e-4)
 

@@ -201,19 +201,23 @@ def test_integers_stay_in_memory_on_request(coded: Path, tmp_path: Path) -> None
 
 def test_what_is_said_of_the_folder(coded: Path) -> None:
     config = json.loads((coded / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 4
+    assert config["format_version"] == 5
     code, stdout, _ = command("show", coded)
     assert code == 0
     assert "coded   x4" in stdout
     assert command("check", coded, "--target", "native")[0] == 0
 
 
-def test_another_format_version_is_refused_by_name(coded: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [(99, r"version 99 is not read by this version.*a newer llmsqueeze does"), (4, "no checksums: compress the original")],
+)
+def test_another_format_version_is_refused_by_name(coded: Path, tmp_path: Path, version: int, told: str) -> None:
     shutil.copytree(coded, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 99
+    config["quantization_config"]["format_version"] = version
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match=r"version 99 is not read by this version.*a newer llmsqueeze does"):
+    with pytest.raises(UnsupportedError, match=told):
         llmsqueeze.load(str(tmp_path / "other"))
 
 

@@ -75,7 +75,7 @@ def least_nbytes(shape: tuple[int, int]) -> int:
     """Bytes of a coded linear whose integers are all 0: steps, one table, empty streams."""
     rows, cols = shape
     streams = -(-rows // rans.rows_per_stream(rows, cols))
-    return rows + cols + 2 + 6 * streams + 2
+    return rows + cols + 2 + 6 * streams + 2 + 4
 
 
 def curves_of(plan: Plan, points: Mapping[str, Tensor]) -> dict[str, Curve]:

@@ -12,9 +12,10 @@ tensors of each kind. Readers refuse versions that they do not know.
 Version 2 has what version 1 has, and affine parts on some rows only (`"rows": how many`, a tensor `rows` that marks
 them) or with half-integer levels (`"half": true`), and low-rank parts. A folder without either is written as version 1.
 Version 3 has dual-binary parts besides (`"part": "dual_binary", "group_size", "dtype"`, and `"rows"` as above).
-Version 4 has coded parts besides (`"part": "coded", "words", "tables", "rows_per_stream", "escapes", "dtype"`)
+Version 5 has coded parts besides (`"part": "coded", "words", "tables", "rows_per_stream", "escapes", "dtype"`)
 and their decoded form (`"part": "integers", "escapes", "dtype"`), as a model that keeps it is saved; and affine and
-dual-binary parts whose codes are entropy-coded (`"streams": {"words", "tables", "rows_per_stream"}`).
+dual-binary parts whose codes are entropy-coded (`"streams": {"words", "tables", "rows_per_stream"}`). Version 4 had
+the same without checksums, before any release; nobody reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from llmsqueeze.parts import Part
 from llmsqueeze.plan import Plan
 
 METHOD = "llmsqueeze"
-FORMAT_VERSIONS = (1, 2, 3, 4)
+FORMAT_VERSIONS = (1, 2, 3, 5)
 NEW_IN_2 = {"rows", "half"}
 
 
@@ -44,7 +45,7 @@ def format_version(plan: Plan) -> int:
     """The oldest version that can say what the plan holds."""
     specs = [spec for weight in plan.weights.values() for spec in weight.specs]
     if any(spec["part"] in ("coded", "integers") or "streams" in spec for spec in specs):
-        return 4
+        return 5
     if any(spec["part"] == "dual_binary" for spec in specs):
         return 3
     return 2 if any(NEW_IN_2 & set(spec) or spec["part"] == "lowrank" for spec in specs) else 1
@@ -70,8 +71,9 @@ def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
         newer = isinstance(version, int) and version > FORMAT_VERSIONS[-1]
         raise UnsupportedError(
             f"quantization format {config.get('quant_method')!r} version {version!r} is not read by this version; "
-            f"it reads {METHOD!r} version {' and '.join(map(str, FORMAT_VERSIONS))}"
+            f"it reads {METHOD!r} version {', '.join(map(str, FORMAT_VERSIONS))}"
             + ("; a newer llmsqueeze does: pip install --upgrade llmsqueeze" if newer else "")
+            + ("; nothing reads 4, which had no checksums: compress the original again" if version == 4 else "")
         )
     entries = config.get("weights")
     if not isinstance(entries, dict):

@@ -68,21 +68,20 @@ class Coded:
         symbols = clipped.to(torch.int8).cpu().numpy()
         contexts = contexts_of(row_step, col_step)
         tables = frequencies.choose(rans.counts(np.abs(symbols).view(np.uint8), contexts), symmetric=True)
-        return cls(
-            streams=Streams.encode(symbols, tables, contexts),
-            base=torch.tensor([base], dtype=torch.int16),
-            row_step=row_step,
-            col_step=col_step,
-            escape_index=index.cpu(),
-            escape_value=integers.flatten()[index].to(torch.int32).cpu(),
-            shape=(len(row_step), len(col_step)),
-            dtype=dtype,
-        )
+        own = {
+            "base": torch.tensor([base], dtype=torch.int16),
+            "row_step": row_step,
+            "col_step": col_step,
+            "escape_index": index.cpu(),
+            "escape_value": integers.flatten()[index].to(torch.int32).cpu(),
+        }
+        streams = Streams.encode(symbols, tables, contexts, tuple(own.values()))
+        return cls(streams, **own, shape=(len(row_step), len(col_step)), dtype=dtype)
 
     def decoded(self) -> Integers:
-        """The integers and their steps. Raises CheckpointError for streams that are damaged."""
-        symbols = self.streams.decode(contexts_of(self.row_step, self.col_step), signed=True)
+        """The integers and their steps. Raises CheckpointError for what is damaged."""
         own = {name: getattr(self, name) for name in STEPS}
+        symbols = self.streams.decode(contexts_of(self.row_step, self.col_step), True, tuple(own.values()))
         return Integers(torch.from_numpy(symbols).to(self.row_step.device), **own, dtype=self.dtype)
 
     def dense(self) -> Tensor:
