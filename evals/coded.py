@@ -98,7 +98,12 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "with LoRC rank 2": {"method": "coded", "lorc_rank": 2},
     "budget": {"method": "budget"},
+    "gptq g64": {"method": "gptq", "inputs": "original", "symmetric": False, "group_size": 64},
+    "gwq g64": {"method": "gwq", "quantizer": "gptq", "outliers": 0.01, "group_size": 64},
+    "mixllm rows": {"method": "mixllm"},
 }
+# rows whose size follows from the width of their codes, or has to leave room for rows of 8 bits
+SIZES = {"gptq g64": (2, 3, 4), "gwq g64": (2, 3, 4), "mixllm rows": (2.5, 3.0, 3.5, 4.0, 4.5)}
 
 
 def main() -> None:
@@ -109,16 +114,18 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--limit", type=int, default=300)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--bits", type=float, nargs="+", default=list(BITS))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     hush()
+    torch.set_num_threads(args.threads)
     results = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
     done = {(row["row"], row["bits"], row["draw"]) for row in results}
     for name in args.rows:
-        for bits in args.bits:
+        for bits in SIZES.get(name, args.bits):
             for draw in range(args.draws if name in TEXT_ROWS else 1):
                 if (name, bits, draw) in done:
                     continue
@@ -137,7 +144,8 @@ def main() -> None:
 def measure(args: argparse.Namespace, name: str, bits: float, draw: int) -> dict[str, Any]:
     """One real `quantize` and `eval`."""
     text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.window, "seed": draw}
-    recipe = make_recipe({"bits": bits, **text, **ROWS[name]})
+    low = {"low_bits": int(bits - 0.2)} if name == "mixllm rows" else {}
+    recipe = make_recipe({"bits": bits, **text, **ROWS[name], **low})
     with tempfile.TemporaryDirectory() as folder, without(name):
         summary = quantize(args.model, recipe, Path(folder) / "model")
         evaluated = evaluate(

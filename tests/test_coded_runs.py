@@ -210,7 +210,10 @@ def test_what_is_said_of_the_folder(coded: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "told"),
-    [(99, r"version 99 is not read by this version.*a newer llmsqueeze does"), (4, "no checksums: compress the original")],
+    [
+        (99, r"version 99 is not read by this version.*a newer llmsqueeze does"),
+        (4, "no checksums: compress the original"),
+    ],
 )
 def test_another_format_version_is_refused_by_name(coded: Path, tmp_path: Path, version: int, told: str) -> None:
     shutil.copytree(coded, tmp_path / "other")
