@@ -92,10 +92,10 @@ class SumOfParts(nn.Module):
             self.parts.append(holder)
         self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
 
-    def dense(self) -> Tensor:
-        """float32 [rows, cols]: the weight that the parts stand for."""
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, cols]: the weight that the parts stand for, summed in float32."""
         held = zip(self.specs, self.parts, strict=True)
-        return parts.sum_of_parts([parts.restore(self.shape, spec, dict(h.named_buffers())) for spec, h in held])
+        return parts.dense_as([parts.restore(self.shape, spec, dict(h.named_buffers())) for spec, h in held], dtype)
 
     def decode(self) -> None:
         """Entropy-coded parts become plain ones: integers of one byte, or codes of a fixed width."""
@@ -109,16 +109,16 @@ class SumOfParts(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight in the scales' dtype, for code that looks at a linear's weight; made anew every time."""
-        made = self.dense().to(getattr(torch, self.specs[0]["dtype"]))
+        made = self.dense(getattr(torch, self.specs[0]["dtype"]))
         made._is_hf_initialized = True  # type: ignore[attr-defined]  # GPT-2 would draw it at random on loading
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.dense(x.dtype), self.bias)
 
     def as_linear(self, dtype: torch.dtype) -> nn.Module:
         """The ordinary layer with the same weight."""
-        weight = nn.Parameter(self.dense().to(dtype), requires_grad=False)
+        weight = nn.Parameter(self.dense(dtype), requires_grad=False)
         make: Any = Conv1D if self.transposed else nn.Linear
         with torch.device("meta"):
             layer: Any = make(*self.shape) if self.transposed else make(*reversed(self.shape))
@@ -201,8 +201,9 @@ class LlmsqueezeQuantizer(HfQuantizer):
         config: Any = self.quantization_config
         for name in [name for name in config.weights if hasattr(model.get_submodule(name), "parts_of_weight")]:
             settle(name, model.get_submodule(name), config.weights.pop(name))
-        for name, module in list(model.named_modules()):
-            if isinstance(module, SumOfParts) and any(parts.is_coded(spec) for spec in module.specs):
+        for name in list(config.weights):  # of names, not of modules: what a list holds would not be freed
+            module: Any = model.get_submodule(name)
+            if any(parts.is_coded(spec) for spec in module.specs):
                 on_grids = all(spec["part"] != parts.Coded.kind for spec in module.specs)
                 try:
                     if config.keep_codes or on_grids:

@@ -115,6 +115,26 @@ def test_the_weight_is_integer_times_step_to_the_last_bit(shape: tuple[int, int]
     assert torch.equal(decoded.dense(), expected), "nothing is changed by looking at it"
 
 
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cached", [1, 700, 1 << 18])
+def test_a_weight_of_any_dtype_is_the_float32_one_rounded(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    cached: int,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    part, values = make_coded(shape, generator)
+    integers = part.decoded()
+    row, col = integers.exponents()
+    whole = (values.float() * powers(col)) * powers(row)[:, None]
+    monkeypatch.setattr("llmsqueeze.parts.integers.CACHED", cached)
+    assert torch.equal(integers.dense(dtype), whole.to(dtype))
+    assert torch.equal(parts.dense_as([part], dtype), whole.to(dtype))
+    assert torch.equal(parts.sum_of_parts([part]), whole)
+
+
 def test_what_no_byte_holds_stands_in_a_list() -> None:
     values = torch.tensor([[127, -127, 128, -128], [0, 2**31 - 1, -(2**31), 126]])
     part = Coded.from_integers(values, torch.tensor([5, -3]), torch.tensor([1, 0, 2, 9]), torch.float32)

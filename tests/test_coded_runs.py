@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,21 @@ def test_another_format_version_is_refused_by_name(coded: Path, tmp_path: Path, 
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match=told):
         llmsqueeze.load(str(tmp_path / "other"))
+
+
+def test_what_is_decoded_gives_its_streams_back_at_once(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of the dense model and of what is not decoded yet, not of both."""
+    decode, seen, alive = SumOfParts.as_linear, [], []
+
+    def watched(self: SumOfParts, dtype: torch.dtype) -> torch.nn.Module:
+        alive.append(sum(one() is not None for one in seen))
+        seen.append(weakref.ref(self))
+        return decode(self, dtype)
+
+    monkeypatch.setattr(SumOfParts, "as_linear", watched)
+    llmsqueeze.load(str(coded))
+    assert len(alive) == 28
+    assert max(alive) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------- damage

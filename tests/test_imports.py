@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
 
 # each file may import only from the layers below its own; `quantize` is one layer in which descent builds on gptq
 LAYERS = [
-    {"errors", "__init__", "demo"},
+    {"errors", "__init__", "demo", "rans_loops"},
     {"files", "progress", "memory", "curvature", "checks", "snippets", "public", "hub_errors", "rans"},
     {"bitpack", "frequencies", "activations", "checkpoint", "recipe", "calibrate", "output", "card_scores"},
     {"parts", "skeleton", "locate", "defaults", "fingerprint", "card"},

@@ -36,6 +36,7 @@ __all__ = [
     "Sparse",
     "Spec",
     "decoded",
+    "dense_as",
     "dtype_name",
     "grid_spec",
     "is_coded",
@@ -140,3 +141,10 @@ def sum_of_parts(parts: Sequence[Part]) -> Tensor:
         else:
             total += part.dense()
     return total
+
+
+def dense_as(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    """[rows, cols]: `sum_of_parts` in another dtype, without its float32 form where one part can do that."""
+    if len(parts) == 1 and isinstance(parts[0], (Coded, Integers)):
+        return parts[0].dense(dtype)
+    return sum_of_parts(parts).to(dtype)

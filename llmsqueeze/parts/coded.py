@@ -84,8 +84,8 @@ class Coded:
         symbols = self.streams.decode(contexts_of(self.row_step, self.col_step), True, tuple(own.values()))
         return Integers(torch.from_numpy(symbols).to(self.row_step.device), **own, dtype=self.dtype)
 
-    def dense(self) -> Tensor:
-        return self.decoded().dense()
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.decoded().dense(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.streams.tensors() | {name: getattr(self, name) for name in STEPS}

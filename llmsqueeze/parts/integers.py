@@ -31,19 +31,31 @@ class Integers:
     def values(self) -> Tensor:
         """float32 [rows, cols]: the whole numbers. Raises CheckpointError for an escape outside the matrix."""
         values = self.codes.float()
-        if len(self.escape_index):
-            if int(self.escape_index.min()) < 0 or int(self.escape_index.max()) >= values.numel():
-                raise CheckpointError("an integer beyond the coded ones has a place outside the matrix")
-            values.view(-1)[self.escape_index] = self.escape_value.float()
+        values.view(-1)[self._escapes()] = self.escape_value.float()
         return values
+
+    def _escapes(self) -> Tensor:
+        """int64 [escapes]: their places."""
+        found, numel = self.escape_index, self.codes.numel()
+        if len(found) and (int(found.min()) < 0 or int(found.max()) >= numel):
+            raise CheckpointError("an integer beyond the coded ones has a place outside the matrix")
+        return found
 
     def exponents(self) -> tuple[Tensor, Tensor]:
         """int64 [rows] and [cols], of the steps 2^((row + column) / 16)."""
         return self.row_step.long() + self.base.long(), self.col_step.long()
 
-    def dense(self) -> Tensor:
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, cols], rounded from float32 to `dtype`; some rows at a time, as many as caches hold."""
         rows, cols = (powers(exponent) for exponent in self.exponents())
-        return self.values().mul_(cols).mul_(rows[:, None])
+        made = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        some = max(1, CACHED // max(len(cols), 1))
+        for codes, step, out in zip(self.codes.split(some), rows.split(some), made.split(some), strict=True):
+            out.copy_(codes.float().mul_(cols).mul_(step[:, None]))
+        at = self._escapes()
+        row, col = at.div(len(cols), rounding_mode="floor"), at % len(cols)
+        made[row, col] = (self.escape_value.float() * cols[col] * rows[row]).to(dtype)
+        return made
 
     def tensors(self) -> dict[str, Tensor]:
         return {"codes": self.codes} | {name: getattr(self, name) for name in STEPS}
@@ -61,6 +73,7 @@ class Integers:
         return cls(tensors["codes"], **own, dtype=getattr(torch, spec["dtype"]))
 
 
+CACHED = 1 << 18
 STEPS = ("base", "row_step", "col_step", "escape_index", "escape_value")
 
 

@@ -100,7 +100,7 @@ class Streams:
 
     @classmethod
     def restore(cls, spec: Spec, tensors: Mapping[str, Tensor]) -> Streams:
-        return cls(*(tensors[name] for name in STORED), spec["rows_per_stream"])
+        return cls(**{name: tensors[name] for name in STORED}, per=spec["rows_per_stream"])
 
 
 STORED = ("words", "lengths", "tables", "checksum")
@@ -111,7 +111,7 @@ def checksum_of(tensors: Sequence[Tensor]) -> Tensor:
     found = 0
     for tensor in tensors:
         array = np.ascontiguousarray(tensor.cpu().numpy())
-        found = zlib.crc32(array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8), found)
+        found = zlib.crc32(array.astype(array.dtype.newbyteorder("<"), copy=False).data, found)
     return torch.from_numpy(np.array([found], np.uint32).view(np.int32))
 
 
