@@ -1,19 +1,21 @@
-"""The entropy coder by itself: bytes against the ideal code length, speed, and memory of opening a coded folder.
+"""The entropy coder by itself: bytes against the ideal code length, and speed.
 
-    python evals/coding.py [--folders DIR ...] [--out FILE.json]
+    python evals/coding.py [--threads 1 2] [--folders DIR ...] [--out FILE.json]
 
 Matrices of the shapes of an 8B model, integers drawn from normal distributions under steps that differ by row and
-column as coded weights' do. Speed is per core: `processes` at once code a matrix each, and their sum is what the
-machine does. Ideal is the entropy of the integers under the tables' contexts, with counts that are known for nothing.
-`--folders`: coded folders, whose streams are compared with the same ideal.
+column as coded weights' do. Speed: million weights a second, the median of five; encoding counts the integers, chooses
+the tables, codes, and sums up; decoding gives integers of one byte, dense makes bfloat16 weights of streams. Ideal is
+the entropy of the integers under the tables' contexts, with counts that are known for nothing. `--folders`: coded
+folders, whose streams are compared with the same ideal.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ import torch
 from llmsqueeze import rans
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.formats.entries import read_entries
-from llmsqueeze.memory import peak_memory_mb
 from llmsqueeze.parts import Coded
 from llmsqueeze.parts.coded import LIMIT, contexts_of
 
+TIMES = 5
 SHAPES = ((4096, 4096), (1024, 4096), (4096, 14336), (14336, 4096), (128, 352))
 
 
@@ -50,27 +52,34 @@ def ideal_bits(values: torch.Tensor, part: Coded) -> float:
     return total
 
 
-def measure(task: tuple[int, int, float]) -> dict[str, Any]:
-    """Codes one matrix and decodes it again."""
-    torch.set_num_threads(2)
-    rows, cols, bits = task
+def measure(rows: int, cols: int, bits: float, threads: int) -> dict[str, Any]:
+    """Codes a matrix and decodes it again, some times."""
+    torch.set_num_threads(threads)
     values, row, col = integers(rows, cols, bits)
-    start = time.perf_counter()
     part = Coded.from_integers(values, row, col, torch.bfloat16)
-    encoded = time.perf_counter()
-    decoded = part.decoded()
-    end = time.perf_counter()
-    assert torch.equal(decoded.values(), values)
+    assert torch.equal(part.decoded().values(), values)
     nbytes = sum(tensor.nbytes for tensor in part.tensors().values())
     steps = part.row_step.nbytes + part.col_step.nbytes
     return {
         "rows": rows,
         "cols": cols,
+        "threads": threads,
         "bits": 8 * nbytes / values.numel(),
         "over_ideal": 8 * (nbytes - steps) / ideal_bits(values, part) - 1,
-        "encode": values.numel() / (encoded - start) / 1e6,
-        "decode": values.numel() / (end - encoded) / 1e6,
+        "encode": speed(lambda: Coded.from_integers(values, row, col, torch.bfloat16), values.numel()),
+        "decode": speed(part.decoded, values.numel()),
+        "dense": speed(lambda: part.dense(torch.bfloat16), values.numel()),
     }
+
+
+def speed(run: Callable[[], object], numel: int) -> float:
+    """Million weights a second, the median of `TIMES` runs."""
+    seconds = []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return numel / statistics.median(seconds) / 1e6
 
 
 def of_folder(folder: Path) -> dict[str, Any]:
@@ -94,20 +103,19 @@ def of_folder(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=float, default=2.5)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folders", type=Path, nargs="*", default=[])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
-    for processes in args.processes:
+    for threads in args.threads:
         for rows, cols in SHAPES:
-            with ProcessPoolExecutor(processes) as pool:
-                found = list(pool.map(measure, [(rows, cols, args.bits)] * processes))
-            row = found[0] | {key: sum(one[key] for one in found) for key in ("encode", "decode")}
-            results.append(row | {"processes": processes})
+            row = measure(rows, cols, args.bits, threads)
+            results.append(row)
             print(
-                f"{processes} x {rows:5} x {cols:5}  {row['bits']:.3f} bits, {100 * row['over_ideal']:+.2f} % over "
-                f"ideal, encode {row['encode']:6.1f}, decode {row['decode']:6.1f} million weights a second",
+                f"{threads} threads, {rows:5} x {cols:5} {row['bits']:.3f} bits, {100 * row['over_ideal']:+.2f} % over "
+                f"ideal; million weights a second: encode {row['encode']:6.1f}, decode {row['decode']:6.1f}, dense "
+                f"{row['dense']:6.1f}",
                 flush=True,
             )
     for folder in args.folders:
@@ -118,7 +126,6 @@ def main() -> None:
             f"over the ideal {row['ideal_bits']:.4f}",
             flush=True,
         )
-    print(f"peak memory of this process {peak_memory_mb():.0f} MB")
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -188,12 +188,8 @@ class Walk:
         embeddings = f"{self._name_of(self.skeleton.model.get_input_embeddings())}.weight"
         own = self.skeleton.tied.get(head, head)
         with ExitStack() as stack:
-            # the head stays in its stored dtype; its slices are cast as they are used
-            stack.enter_context(
-                self.skeleton.resident(
-                    [own], self.skeleton.checkpoint.tensors[self.skeleton.sources[own]].dtype, self.device
-                )
-            )
+            # the head stays in its own dtype; its slices are cast as they are used
+            stack.enter_context(self.skeleton.resident([own], None, self.device))
             stack.enter_context(self.skeleton.resident(names - {own, embeddings}, self.dtype, self.device))
             yield
 

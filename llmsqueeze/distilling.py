@@ -65,8 +65,6 @@ def distill(
     recipe = make_recipe(settings.text)
     job = prepare(original, recipe, progress, text=False)
     check_teacher(job.skeleton, student, source, original.model)
-    if settings.blockwise:
-        check_ends(student, job.skeleton)
     text = read_calibration(original, job.skeleton, recipe, progress, settings.held_back, place)
     job = replace(job, calibration=text)
     rows, apart = split(text.rows, text.held_back, settings.held_back)
@@ -150,15 +148,6 @@ def check_trainable(student: Checkpoint, settings: Distillation) -> None:
     kinds = {spec["part"] for entry in read_entries(student).values() for spec in entry.specs}
     if set(settings.train) == {"lowrank"} and LowRank.kind not in kinds:
         raise RecipeError(f"train lowrank: {student.path} holds no low-rank parts; choose scales, norms or codes too")
-
-
-def check_ends(student: Checkpoint, skeleton: Skeleton) -> None:
-    """Raises UnsupportedError where the student's stream does not begin with the original's embeddings."""
-    coded = next((name for name in skeleton.outer if name in read_entries(student)), None)
-    if coded is not None:
-        raise UnsupportedError(
-            f"{student.path} holds coded {coded}, and --blockwise begins with the original's; distill it as a whole"
-        )
 
 
 def original_of(source: Path) -> str:

@@ -48,9 +48,11 @@ class Skeleton:
         return self.made[name]() if name in self.made else self.checkpoint.read(self.sources[name])
 
     @contextmanager
-    def instead(self, made: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the context the named parameters have these values, not those of the checkpoint."""
-        self.made.update({name: partial(torch.Tensor.detach, tensor) for name, tensor in made.items()})
+    def instead(self, made: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
+        """Within the context the named parameters have these values, or what is made of them then, not those of the
+        checkpoint."""
+        for name, value in made.items():
+            self.made[name] = partial(torch.Tensor.detach, value) if isinstance(value, Tensor) else value
         try:
             yield
         finally:
@@ -99,13 +101,14 @@ class Skeleton:
         return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]
 
     @contextmanager
-    def resident(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-        """Within the context the named parameters and buffers are real, in `dtype`; afterwards they are meta again."""
+    def resident(self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+        """Within the context the named parameters and buffers are real, in `dtype` or their own; afterwards they are
+        meta again."""
         names = list(names)
         try:
             for name in names:
                 tensor = self.read(name)
-                if tensor.is_floating_point():
+                if dtype is not None and tensor.is_floating_point():
                     tensor = tensor.to(dtype)
                 self._place(name, tensor.to(device))
             yield

@@ -326,6 +326,18 @@ def test_blocks_are_distilled_too(coded: Path, tmp_path: Path) -> None:
     assert command("check", tmp_path / "out", "--target", "native")[0] == 0
 
 
+def test_blocks_behind_coded_embeddings_are_distilled_as_the_opened_model_has_them(ends: Path, tmp_path: Path) -> None:
+    """What is measured block by block is what the whole model gives, at both ends too."""
+    options = {"steps": 2, "samples": 6, "seq_len": 48, "held_back": 3, "lr": 1e-3}
+    found = [
+        distill(str(ends), "demo", make_distillation(options | {"blockwise": way}), out, device="cpu")
+        for way, out in ((True, tmp_path / "blockwise"), (False, tmp_path / "whole"))
+    ]
+    assert found[0]["kl_before"] == pytest.approx(found[1]["kl_before"], rel=1e-4)
+    assert found[0]["kl_after"] <= found[0]["kl_before"]
+    assert command("check", tmp_path / "blockwise", "--target", "native")[0] == 0
+
+
 # --------------------------------------------------------------------------------------------------- exports
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmsqueeze import parts
 from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.checkpoint import Checkpoint
@@ -33,7 +35,7 @@ from llmsqueeze.distillation.teacher import answers, together
 from llmsqueeze.distillation.training import BETAS, Answers, State, batch_of, set_rate
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
-from llmsqueeze.formats.entries import read_entries
+from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.observe import as_rows
 from llmsqueeze.progress import Progress
 from llmsqueeze.skeleton import Skeleton
@@ -104,6 +106,9 @@ def train_blocks(
     with Spill(parent=work) as spill:
         walk = Walk(skeleton, [*rows, *apart], spill, torch.float32, device)
         original = compressed = walk.embed()
+        if any(f"{name}.weight" not in student.tensors for name in skeleton.outer):
+            with skeleton.instead(outside_blocks(skeleton, student)):
+                compressed = walk.embed()
         for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
             block = StudentBlock(skeleton, student, index, train, device)
             targets = Activations(spill)
@@ -207,22 +212,33 @@ def divergence(
     total, tokens = 0.0, 0
     with Spill(parent=work) as spill, torch.no_grad():
         walk = Walk(skeleton, apart, spill, torch.float32, device)
-        hidden = walk.embed()
-        # the embeddings are the same, but the last norm may have been trained before
-        walk.skeleton = replace(skeleton, checkpoint=student, sources={name: name for name in skeleton.sources})
+        with skeleton.instead(outside_blocks(skeleton, student)):
+            hidden = walk.embed()
         for index in range(len(skeleton.blocks)):
             block = StudentBlock(skeleton, student, index, frozenset(("scales", "norms", "lowrank", "codes")), device)
             mine = {name: t for name, t in stored.items() if name.startswith(block.prefix)}
             ahead = walk.through(index, hidden, block.overlay(mine))
             hidden.clear()
             hidden = ahead
-        with walk.resident_head():
+        with skeleton.instead(outside_blocks(skeleton, student)), walk.resident_head():
             for row, last in zip(apart, hidden.each(device), strict=True):
                 logits = torch.cat([part for _, part in walk.logits(last)], dim=1)
                 teacher = together([answers(*answered, row)], device)
                 total += float(divergences(logits, teacher).double().sum())
                 tokens += len(logits)
     return total / tokens if math.isfinite(total) else math.inf
+
+
+def outside_blocks(skeleton: Skeleton, student: Checkpoint) -> dict[str, Callable[[], Tensor]]:
+    """How the student's embeddings, head and last norm are read; they may be coded, or have been trained before."""
+    entries = read_entries(student)
+
+    def made(name: str) -> Tensor:
+        if name in student.tensors:
+            return student.read(name)
+        return parts.sum_of_parts(read_parts(student, entries[name.removesuffix(".weight")]))
+
+    return {name: partial(made, name) for name in skeleton.names_outside_blocks()}
 
 
 def block_file(work: Path, index: int) -> Path:
