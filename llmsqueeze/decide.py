@@ -71,7 +71,10 @@ def wanted_by(recipe: Recipe) -> Wanted:
 
 
 def options_of(recipe: Recipe) -> tuple[Option, ...]:
-    """What the allocator may give to a row, and for `mixllm` ranked by cost what its low rows get."""
+    """What the allocator may give to a row; for `mixllm` ranked by cost what its low rows get, and where codes are
+    packed to a size both widths."""
+    if recipe.packs_to_size:
+        return tuple(Option(grid) for grid in two_grids(recipe))
     if recipe.method != "budget":
         return (Option(recipe_grid(recipe, recipe.code_bits)),)
     assert recipe.widths is not None, "the recipe is filled in"
@@ -117,14 +120,15 @@ def decide(
     """What to do with every planned linear. `target`: bytes they may take, where the recipe has a budget."""
     if recipe.outlier_fraction:
         plan = gwq.allocate(plan, profile.candidates, recipe.outlier_fraction, recipe.outlier_scope)
+    if recipe.packs_to_size or (recipe.packs and recipe.method == "budget"):
+        assert target is not None, "there is a budget"
+        plan, target = packed(plan, profile), int(target * (1 - PACK_MARGIN))
     if recipe.method == "layerwise":
         plan = _layerwise(plan, profile, recipe, blocks, target)
     elif recipe.method == "mixllm":
         plan = _mixllm(plan, profile, recipe, target)
     elif recipe.method == "budget":
         assert target is not None, "method budget has a budget"
-        if recipe.packs:
-            plan, target = packed(plan, profile), int(target * (1 - PACK_MARGIN))
         decision = with_rows(_auto(plan, profile, recipe, target), profile, recipe)
         return replace(decision, predicted_portable=_predicted_portable(plan, profile, recipe, target))
     elif recipe.method == "coded":
@@ -242,23 +246,29 @@ def _layerwise(
     plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
 ) -> Plan:
     assert recipe.importance is not None
-    assert recipe.high_bits is not None
-    assert recipe.low_bits is not None
     assert target is not None
     order = layerwise.order_blocks(recipe.importance, len(blocks), profile.lim, profile.zd, recipe.seed)
-    high, low = recipe_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.low_bits)
+    high, low = two_grids(recipe)
     return layerwise.allocate(plan, blocks, order, high, low, target)
 
 
 def _mixllm(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) -> Plan:
-    assert recipe.high_bits is not None
     scores = row_scores(plan, profile, recipe)
-    low = recipe_grid(recipe, recipe.code_bits)
+    high, low = two_grids(recipe)
     if recipe.mix is not None:
         mix = [(_mixllm_grid(recipe, width), share) for width, share in recipe.mix]
         return mixllm.allocate(plan, scores, mix, low)
     assert target is not None
-    return mixllm.allocate_bytes(plan, scores, _mixllm_grid(recipe, recipe.high_bits), low, target)
+    return mixllm.allocate_bytes(plan, scores, high, low, target)
+
+
+def two_grids(recipe: Recipe) -> tuple[Grid, Grid]:
+    """The wide and the narrow grid of `layerwise` and `mixllm`."""
+    assert recipe.high_bits is not None
+    if recipe.method == "mixllm":
+        return _mixllm_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.code_bits)
+    assert recipe.low_bits is not None
+    return recipe_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.low_bits)
 
 
 def _mixllm_grid(recipe: Recipe, width: int) -> Grid:

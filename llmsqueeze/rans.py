@@ -84,7 +84,7 @@ def encode(symbols: Symbols, tables: Sequence[Ints], contexts: Contexts, per: in
         places = np.arange(len(table)) - (len(table) // 2 if symbols.dtype == np.int8 else 0)
         entry[places & 255] = np.where(table > 0, (np.cumsum(table) - table) << 16 | table, 0)
     out, lengths = np.empty(streams * room, np.uint16), np.empty(streams, np.int64)
-    shared, whole = np.ascontiguousarray(symbols).view(np.int8), (contexts.rows, contexts.cols, contexts.shift, per)
+    shared, whole = np.ascontiguousarray(symbols).view(np.uint8), (contexts.rows, contexts.cols, contexts.shift, per)
 
     def code(some: tuple[int, int]) -> bool:
         return bool(rans_loops().encode(shared, entries.ravel(), *whole, some, room, out, lengths))

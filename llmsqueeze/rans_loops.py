@@ -120,9 +120,9 @@ def encode(
     out: Numbers,
     lengths: Numbers,
 ) -> bool:
-    """Streams `some` of symbols int8 [rows, cols], each into the last words of its `room` of `out`; `lengths`
-    [streams]: how many. `entries` [tables * 256]: by the symbol's byte, the sum of frequencies before it << 16 and its
-    own. Whether every symbol has one."""
+    """Streams `some` of symbols uint8 [rows, cols] (the bytes of int8 ones), each into the last words of its `room` of
+    `out`; lengths [streams]: how many. `entries` [tables * 256]: by the symbol's byte, the sum of the frequencies
+    before it << 16 and its own. Whether every symbol has one."""
     stop = some[1]
     full = min(stop, len(rows) // per)
     known = True
@@ -138,10 +138,10 @@ def encode(
             b0, b1, b2, b3 = rows[r0], rows[r1], rows[r2], rows[r3]
             for col in range(len(cols) - 1, -1, -1):
                 kind = cols[col]
-                e0 = entries[((b0 + kind >> shift) << 8) + (symbols[r0, col] & 255)]
-                e1 = entries[((b1 + kind >> shift) << 8) + (symbols[r1, col] & 255)]
-                e2 = entries[((b2 + kind >> shift) << 8) + (symbols[r2, col] & 255)]
-                e3 = entries[((b3 + kind >> shift) << 8) + (symbols[r3, col] & 255)]
+                e0 = entries[((b0 + kind >> shift) << 8) + symbols[r0, col]]
+                e1 = entries[((b1 + kind >> shift) << 8) + symbols[r1, col]]
+                e2 = entries[((b2 + kind >> shift) << 8) + symbols[r2, col]]
+                e3 = entries[((b3 + kind >> shift) << 8) + symbols[r3, col]]
                 f0, f1, f2, f3 = e0 & 65535, e1 & 65535, e2 & 65535, e3 & 65535
                 if min(min(f0, f1), min(f2, f3)) == 0:
                     known = False  # and it is taken for one of the rarest, which stays within the room

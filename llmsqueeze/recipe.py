@@ -131,12 +131,18 @@ class Recipe:
 
     @property
     def needs_costs(self) -> bool:
-        return self.importance == "cost"
+        return self.importance == "cost" or self.packs_to_size
 
     @property
     def packs(self) -> bool:
         """Whether codes on grids are stored entropy-coded."""
         return self.pack == "rans"
+
+    @property
+    def packs_to_size(self) -> bool:
+        """Whether a budget is for codes of two widths that are stored entropy-coded."""
+        budget = self.size is not None or self.average_bits is not None
+        return self.packs and self.method in ("layerwise", "mixllm") and budget
 
     @property
     def needs_steps(self) -> bool:

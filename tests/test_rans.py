@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llmsqueeze import rans
+from llmsqueeze import rans, rans_loops
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.rans import Contexts, Ints, Symbols, Words
 
@@ -400,6 +401,37 @@ def test_threads_make_the_same_streams_and_symbols(threads: int, monkeypatch: py
         words, lengths = case.encode()
         assert split(words, lengths) == slow_encode(case)
         assert np.array_equal(case.decode(words, lengths), case.symbols)
+
+
+def test_without_a_place_for_its_cache_a_loop_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, asked = numba.njit, []
+
+    def njit(**settings: Any) -> Any:
+        asked.append(settings.get("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_(**settings)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert rans_loops.compiled(lambda x: x + 1)(2) == 3
+    assert asked == [True, False]
+
+
+@every_case
+def test_loops_as_python_runs_them_stay_within_their_arrays(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not compiled they are checked against bounds, and damaged words lead them nowhere either."""
+    compiled = ("_next", "_refill", "decode", "_emit", "_before", "encode", "gather", "count")
+    words, lengths = case.encode()
+    rng = np.random.default_rng(7)
+    hurt = [words, rng.integers(0, 1 << 16, len(words)).astype(np.uint16), words * 0, words * 0 + 65535]
+    expected = [outcome(case, one, lengths) for one in hurt]
+    for name in compiled:
+        monkeypatch.setattr(rans_loops, name, getattr(rans_loops, name).py_func)
+    assert split(*case.encode()) == slow_encode(case)
+    for one, found in zip(hurt, expected, strict=True):
+        again = outcome(case, one, lengths)
+        assert (again is None) == (found is None)
+        assert found is None or np.array_equal(found, again)
 
 
 # ---------------------------------------------------------------------------------------------------- damaged streams
