@@ -131,10 +131,11 @@ def main() -> None:
                     continue
                 row = measure(args, name, bits, draw)
                 results.append(row)
+                promised = row["predicted_loss_increase"]
                 print(
                     f"{name:26} {bits:4} draw {draw}  {row['bits_per_weight']:6.3f} bpw  ppl {row['perplexity']:9.4f}  "
                     f"nll +{row['nll_difference']:.4f} ± {row['nll_difference_stderr']:.4f}  KL {row['kl_mean']:.4f}  "
-                    f"promised {row['predicted_loss_increase']:.4f}",
+                    + ("" if promised is None else f"promised {promised:.4f}"),
                     flush=True,
                 )
                 if args.out:
