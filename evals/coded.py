@@ -103,7 +103,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "mixllm rows": {"method": "mixllm"},
 }
 # rows whose size follows from the width of their codes, or has to leave room for rows of 8 bits
-SIZES = {"gptq g64": (2, 3, 4), "gwq g64": (2, 3, 4), "mixllm rows": (2.5, 3.0, 3.5, 4.0, 4.5)}
+SIZES = {"gptq g64": (2, 3, 4), "gwq g64": (2, 3, 4), "mixllm rows": (2.5, 3.01, 3.5, 4.01, 4.5)}
 
 
 def main() -> None:

@@ -153,7 +153,8 @@ def plot(files: list[Path], path: Path) -> None:
     from matplotlib import pyplot
 
     with matplotlib.rc_context({"svg.hashsalt": "llmsqueeze", "font.size": 9}):
-        figure, panels = pyplot.subplots(1, len(files), figsize=(4.2 * len(files), 4), squeeze=False)
+        size = (4.2 * len(files), 4.4)
+        figure, panels = pyplot.subplots(1, len(files), figsize=size, squeeze=False, layout="constrained")
         for file, axes in zip(files, panels[0], strict=True):
             rows = json.loads(file.read_text())
             for name, style in STYLES.items():
@@ -162,8 +163,7 @@ def plot(files: list[Path], path: Path) -> None:
             axes.set(title=rows[0]["model"], xlabel="bits per weight, everything counted")
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("loss increase, nats per token")
-        panels[0][0].legend()
-        figure.tight_layout()
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES))
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
