@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -238,6 +239,30 @@ def test_what_is_decoded_gives_its_streams_back_at_once(coded: Path, monkeypatch
     llmsqueeze.load(str(coded))
     assert len(alive) == 28
     assert max(alive) <= 1
+
+
+SPECS: dict[str, tuple[dict[str, Any], str]] = {
+    "a word": ({"rows_per_stream": "x"}, "rows_per_stream of .* is 'x'.*a whole number from 1"),
+    "nothing": ({"rows_per_stream": None}, "rows_per_stream of .* is None"),
+    "below the least": ({"words": -5}, "words of .* is -5"),
+    "a fraction": ({"escapes": 0.5}, "escapes of .* is 0.5"),
+    "another kind": ({"part": "codde"}, "a part of kind 'codde'; known: affine"),
+    "no dtype": ({"dtype": 3}, "dtype of .* is 3"),
+    "a kind with nothing to it": ({"part": "lowrank"}, "incompletely: 'rank'"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("verb", ["check", "show", "eval"])
+def test_a_config_that_cannot_be_is_told_in_one_line(kind: str, verb: str, coded: Path, tmp_path: Path) -> None:
+    changed, told = SPECS[kind]
+    shutil.copytree(coded, tmp_path / "hurt")
+    config = json.loads((tmp_path / "hurt" / "config.json").read_text())
+    config["quantization_config"]["weights"][LINEAR]["parts"][0] |= changed
+    (tmp_path / "hurt" / "config.json").write_text(json.dumps(config))
+    code, stdout, stderr = command(verb, tmp_path / "hurt")
+    assert code == 2
+    assert re.search(told, " ".join((stdout + stderr).split()))
 
 
 # ---------------------------------------------------------------------------------------------------- damage

@@ -23,15 +23,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.parts import Part
 from llmsqueeze.plan import Plan
 
 METHOD = "llmsqueeze"
 FORMAT_VERSIONS = (1, 2, 3, 5)
+# what a spec may count, and the least that it may be
+LEAST = {
+    "bits": 1,
+    "group_size": -1,
+    "rows": 0,
+    "words": 0,
+    "tables": 0,
+    "rows_per_stream": 1,
+    "escapes": 0,
+    "count": 0,
+    "rank": 0,
+}
 NEW_IN_2 = {"rows", "half"}
 
 
@@ -79,7 +92,34 @@ def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise UnsupportedError("quantization_config lists no weights")
     for name, entry in entries.items():
-        unknown = [spec.get("part") for spec in entry["parts"] if spec.get("part") not in parts.PARTS]
-        if unknown:
-            raise UnsupportedError(f"{name} holds a part of kind {unknown[0]!r}; known: {', '.join(parts.PARTS)}")
+        check_entry(name, entry)
     return entries
+
+
+def check_entry(name: str, entry: Any) -> None:
+    """Raises UnsupportedError unless a linear's entry has the form that ours have."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("parts"), list) or not entry["parts"]:
+        raise UnsupportedError(f"quantization_config has no parts for {name}")
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise UnsupportedError(
+            f"the shape of {name} is {shape!r} in quantization_config; it must be two numbers above 0"
+        )
+    for spec in entry["parts"]:
+        if not isinstance(spec, dict) or not isinstance(spec.get("streams", {}), dict):
+            raise UnsupportedError(f"quantization_config describes a part of {name} as {spec!r}")
+        for key, value in (spec | spec.get("streams", {})).items():
+            if key in LEAST and (type(value) is not int or value < LEAST[key]):
+                raise UnsupportedError(
+                    f"{key} of {name} is {value!r} in quantization_config; it must be a whole number from {LEAST[key]}"
+                )
+        if spec.get("part") not in parts.PARTS:
+            raise UnsupportedError(f"{name} holds a part of kind {spec.get('part')!r}; known: {', '.join(parts.PARTS)}")
+        if not isinstance(getattr(torch, str(spec.get("dtype")), None), torch.dtype):
+            raise UnsupportedError(f"dtype of {name} is {spec.get('dtype')!r} in quantization_config; it is no dtype")
+        try:
+            parts.layout((shape[0], shape[1]), spec)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UnsupportedError(
+                f"quantization_config describes a part of {name} incompletely: {first_line(error)} is not as it must be"
+            ) from error
