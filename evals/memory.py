@@ -1,10 +1,11 @@
 """Peak memory of `quantize` against depth, and against an ordinary backward pass, all measured in one run.
 
-    python evals/memory.py [--layers 8 16 24] [--hidden 2048 --ffn 8192 --vocab 32000] [--device cpu] [--out FILE.json]
+    python evals/memory.py [--layers 8 16 24] [--hidden 2048 --ffn 8192 --heads 32 --kv-heads 32 --vocab 32000]
+        [--method gwq] [--bits 3] [--samples 16] [--seq-len 512] [--device cpu] [--out FILE.json]
 
-Random Llama-shaped models in bfloat16; GWQ over descent at 3 bits, 16 samples of 512 tokens. Every measurement is a
-process of its own: its peak resident memory, and on a CUDA device also the peak of what torch allocated there. The
-ordinary way is `from_pretrained` in bfloat16 and one backward pass over one sample.
+Random Llama-shaped models in bfloat16. Every measurement is a process of its own: its peak resident memory, and on a
+CUDA device also the peak of what torch allocated there. The ordinary way is `from_pretrained` in bfloat16 and one
+backward pass over one sample.
 
 A whole run takes minutes per block on a few cores. `--stop-after N` interrupts `quantize` when N blocks are written and
 reports the peak until then: the measuring sweeps are over by that time, and all blocks have the same shape.
@@ -26,10 +27,10 @@ from llmsqueeze.demo import MODEL_DIR
 MAKE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-folder, layers, hidden, ffn, vocab = sys.argv[1], *map(int, sys.argv[2:])
+folder, layers, hidden, ffn, vocab, heads, kv_heads = sys.argv[1], *map(int, sys.argv[2:])
 torch.manual_seed(0)
 config = LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, vocab_size=vocab,
-                     num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=2048)
+                     num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048)
 torch.set_default_dtype(torch.bfloat16)
 AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="1GB")
 """
@@ -40,7 +41,7 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 device = sys.argv[2]
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to(device)
-tokens = torch.randint(0, 200, (1, 512), device=device)
+tokens = torch.randint(0, 200, (1, int(sys.argv[3])), device=device)
 model(input_ids=tokens, labels=tokens).loss.backward()
 print(json.dumps({"peak_memory_mb": peak_memory_mb(), "peak_device_memory_mb": peak_device_memory_mb()}))
 """
@@ -52,6 +53,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--ffn", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--method", default="gwq")
+    parser.add_argument("--bits", type=float, default=3)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where the models are made, by default a temporary folder")
     parser.add_argument("--stop-after", type=int, metavar="N", help="interrupt quantize after N blocks")
@@ -69,17 +76,19 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, object]:
     model, out = make_model(args, folder, layers), folder / f"compressed-{layers}"
-    ordinary = json.loads(python(ORDINARY, str(model), args.device))
+    ordinary = json.loads(python(ORDINARY, str(model), args.device, str(args.seq_len)))
     print(f"{layers} layers, ordinary: {ordinary}", file=sys.stderr, flush=True)
     nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     options = (
-        f"--bits 3 --method gwq --calibration demo --samples 16 --seq-len 512 --device {args.device} --quiet --json"
+        f"--bits {args.bits} --method {args.method} --calibration demo --samples {args.samples} "
+        f"--seq-len {args.seq_len} --device {args.device} --quiet --json"
     )
     command = [sys.executable, "-m", "llmsqueeze.cli", "quantize", str(model), *options.split(), "--out", str(out)]
     ours = json.loads(run(command)) if args.stop_after is None else run_until(command, out, args.stop_after)
     shutil.rmtree(model)
     shutil.rmtree(out, ignore_errors=True)
     return {
+        "method": args.method,
         "layers": layers,
         "blocks_compressed": layers if args.stop_after is None else args.stop_after,
         "model_mb": round(nbytes / 1e6, 1),
@@ -95,7 +104,7 @@ def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, ob
 def make_model(args: argparse.Namespace, folder: Path, layers: int) -> Path:
     """A random model of that depth, with the demo's tokenizer."""
     model = folder / f"random-{layers}"
-    python(MAKE, str(model), *map(str, (layers, args.hidden, args.ffn, args.vocab)))
+    python(MAKE, str(model), *map(str, (layers, args.hidden, args.ffn, args.vocab, args.heads, args.kv_heads)))
     for file in MODEL_DIR.glob("tokenizer*"):
         shutil.copy(file, model)
     return model
