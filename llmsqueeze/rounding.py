@@ -138,8 +138,8 @@ def _code(
     some = max(1, ROUNDING_BYTES[target.device.type] // (4 * planned.shape[1]))
     found = coded.code(target, steps, curvature, mask, some)
     part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, planned.dtype)
-    decoded = part.decoded()
-    if not torch.equal(decoded.dense().to(target.device), found.dense()):
+    decoded = part.decoded(target.device)
+    if not torch.equal(decoded.dense(), found.dense()):
         raise VerificationError("the coded integers are not those that were chosen")
     return part, decoded
 

@@ -78,11 +78,13 @@ class Coded:
         streams = Streams.encode(symbols, tables, contexts, tuple(own.values()))
         return cls(streams, **own, shape=(len(row_step), len(col_step)), dtype=dtype)
 
-    def decoded(self) -> Integers:
-        """The integers and their steps. Raises CheckpointError for what is damaged."""
-        own = {name: getattr(self, name) for name in STEPS}
+    def decoded(self, device: torch.device | None = None) -> Integers:
+        """The integers and their steps, on `device` or where they are. Raises CheckpointError for what is damaged."""
+        own: dict[str, Tensor] = {name: getattr(self, name) for name in STEPS}
         symbols = self.streams.decode(contexts_of(self.row_step, self.col_step), True, tuple(own.values()))
-        return Integers(torch.from_numpy(symbols).to(self.row_step.device), **own, dtype=self.dtype)
+        place = device or self.row_step.device
+        there = {name: tensor.to(place) for name, tensor in own.items()}
+        return Integers(torch.from_numpy(symbols).to(place), **there, dtype=self.dtype)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.decoded().dense(dtype)

@@ -17,7 +17,8 @@ def exponents(steps: Tensor, span: int = LAST) -> Tensor:
 
 
 def powers(exponent: Tensor) -> Tensor:
-    """float32: 2^(exponent / 16), the same on every platform."""
+    """float32: 2^(exponent / 16), the same on every platform: of whole powers only bits, no function of a library."""
     mantissas = torch.tensor([2.0 ** (i / PER_OCTAVE) for i in range(PER_OCTAVE)], device=exponent.device)
     whole = exponent.div(PER_OCTAVE, rounding_mode="floor")
-    return torch.ldexp(mantissas[exponent - whole * PER_OCTAVE], whole)
+    scale = (whole.long().clamp(-1022, 1023) + 1023 << 52).view(torch.float64)
+    return (mantissas[exponent - whole * PER_OCTAVE] * scale).float()

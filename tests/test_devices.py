@@ -1,0 +1,158 @@
+"""Runs on a GPU that is pretended: nothing meets what is on the CPU, and the folders are those of a run on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended import MIXED, pretended_gpu
+from torch import Tensor
+
+import llmsqueeze
+from llmsqueeze.demo import MODEL_DIR
+from llmsqueeze.distillation import student
+from llmsqueeze.distillation.settings import make_distillation
+from llmsqueeze.distilling import distill
+from llmsqueeze.files import SIDECAR
+from llmsqueeze.prepare import Source
+from llmsqueeze.run import quantize
+
+TEXT = {"calibration": "demo", "samples": 1, "seq_len": 16}
+# every operation is looked at, so each run takes several paths at once, on few widths
+FEW = {"method": "budget", "bits": 3.0, "widths": [2, 4]}
+RUNS: dict[str, dict[str, Any]] = {
+    "coded, embeddings too": {"method": "coded", "bits": 3.0, "code_embeddings": True},
+    "coded, outliers and factors": {"method": "coded", "bits": 3.5, "outliers": 0.01, "lorc_rank": 1},
+    "budget, packed": FEW | {"row_outliers": [0.02], "lorc_rank": "auto", "pack": "rans", "quantizer": "gptq"},
+    "budget, portable": FEW | {"portable": True},
+    "gwq": {"method": "gwq", "bits": 3},
+    "gwq over the whole model": {"method": "gwq", "bits": 3, "outlier_scope": "global", "quantizer": "gptq"},
+    "gwq at random": {"method": "gwq", "bits": 3, "outlier_ranking": "random", "quantizer": "rtn"},
+    "layerwise, packed": {"method": "layerwise", "bits": 3.0, "pack": "rans", "quantizer": "gptq"},
+    "mixllm": {"method": "mixllm", "bits": 4, "quantizer": "gptq"},
+    "dbllm": {"method": "dbllm", "quantizer": "gptq"},
+    "rtn and factors": {"method": "rtn", "bits": 4, "lorc_rank": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the demo's tokenizer, so small that every operation may be looked at."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=626,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in MODEL_DIR.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def gpu() -> Iterator[Any]:
+    with pretended_gpu() as gpu:
+        yield gpu
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_gpu_gives_what_the_cpu_gives(name: str, tiny: Path, tmp_path: Path) -> None:
+    options = TEXT | RUNS[name]
+    quantize(Source(str(tiny)), options, tmp_path / "cpu", device="cpu")
+    with pretended_gpu():
+        summary = quantize(Source(str(tiny)), options, tmp_path / "cuda", device="auto")
+    assert summary["peak_device_memory_mb"] == 123.0
+    files = sorted(file.name for file in (tmp_path / "cpu").iterdir() if file.name != SIDECAR)
+    assert any(file.endswith(".safetensors") for file in files)
+    for file in files:
+        assert (tmp_path / "cuda" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def coded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("coded") / "tiny"
+    quantize(Source(str(tiny)), TEXT | {"method": "coded", "bits": 3.0}, out, device="cpu")
+    return out
+
+
+@pytest.mark.parametrize("keep_codes", [False, True])
+def test_a_coded_folder_opens_on_a_gpu(coded: Path, keep_codes: bool) -> None:
+    def logits(device: str) -> Tensor:
+        model = llmsqueeze.load(str(coded), keep_codes=keep_codes, device_map={"": torch.device(device)})
+        held = [*model.parameters(), *model.buffers()]
+        assert {tensor.device.type for tensor in held} == {device}
+        with torch.no_grad():
+            found: Tensor = model(input_ids=torch.arange(3, 20, device=device)[None]).logits
+        return found.cpu()
+
+    with pretended_gpu():
+        on_gpu = logits("cuda")
+    assert torch.equal(on_gpu, logits("cpu"))
+
+
+@pytest.mark.parametrize("settings", [{"steps": 2}, {"steps": 2, "blockwise": True}], ids=["whole", "blockwise"])
+def test_a_coded_folder_is_distilled_on_a_gpu(
+    settings: dict[str, Any], coded: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_distillation(settings | {"calibration": "demo", "samples": 2, "seq_len": 16})
+    distill(str(coded), str(tiny), made, tmp_path / "cpu", device="cpu")
+    again = student.checkpoint
+    with pretended_gpu() as gpu:  # blocks are run again in the backward pass
+        monkeypatch.setattr(student, "checkpoint", lambda forward, *args, **kw: again(gpu.within(forward), *args, **kw))
+        distill(str(coded), str(tiny), made, tmp_path / "cuda", device="cuda")
+    weights = sorted(file.name for file in (tmp_path / "cpu").glob("*.safetensors"))
+    assert weights
+    for file in weights:
+        assert (tmp_path / "cuda" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes(), file
+
+
+# ------------------------------------------------------------------------------------------- the pretended GPU
+
+
+def test_what_is_moved_says_so(gpu: Any) -> None:
+    here, there = torch.ones(2, 3), torch.ones(2, 3, device="cuda")
+    assert (here.device.type, there.device.type) == ("cpu", "cuda")
+    assert (there[:1] * 2).T.device.type == there.double().device.type == torch.zeros_like(there).device.type == "cuda"
+    assert there.cpu().device.type == there.to("cpu", torch.float64).device.type == "cpu"
+    assert here.to(there).device.type == torch.nn.Linear(3, 1).to("cuda").weight.device.type == "cuda"
+    assert (there.cpu().numpy() == here.numpy()).all()
+    assert here.to("cuda").data_ptr() != here.data_ptr()
+    assert here.device.type == "cpu"
+
+
+def test_two_devices_do_not_meet(gpu: Any) -> None:
+    here, there = torch.ones(2, 3), torch.ones(2, 3, device="cuda")
+    for meeting in (lambda: here + there, lambda: there @ here.T, lambda: torch.equal(here, there)):
+        with pytest.raises(RuntimeError, match=MIXED):
+            meeting()
+    with pytest.raises(TypeError, match="numpy"):
+        there.numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(3, device="cuda", generator=torch.Generator())
+    assert (there * torch.tensor(2.0)).sum() == 12  # single numbers are free
+    assert torch.equal(there[torch.tensor([1])], there[1:])  # and so are places
+    there.copy_(here * 3)
+    assert float(there.sum()) == 18
+
+
+def test_a_backward_pass_stays_where_it_is(gpu: Any) -> None:
+    seen = []
+    x = torch.ones(2, 3, device="cuda", requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: seen.append((gradient.device.type, torch.zeros(1, device=gradient.device).device)))
+    y.sum().backward()
+    assert seen == [("cuda", torch.device("cuda", 0))]
+    assert x.grad is not None
+    assert x.grad.device.type == "cuda"
