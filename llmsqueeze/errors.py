@@ -2,6 +2,7 @@
 
     SqueezeError            shown to the user as one line; the command exits with code 2
     +-- RecipeError         an option or recipe key is unknown, of the wrong type, or out of range
+    |   +-- BudgetError     the bytes asked for are fewer than the method can do with
     +-- CheckpointError     the model folder cannot be read as it is
     +-- UnsupportedError    a model that llmsqueeze cannot compress, or a folder it does not handle
     +-- CalibrationError    the text cannot serve as calibration or evaluation text
@@ -24,6 +25,10 @@ class SqueezeError(Exception):
 
 class RecipeError(SqueezeError):
     """An option or recipe key is unknown, of the wrong type, or out of range."""
+
+
+class BudgetError(RecipeError):
+    """The bytes asked for are fewer than the method can do with."""
 
 
 class CheckpointError(SqueezeError):

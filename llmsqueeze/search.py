@@ -19,7 +19,7 @@ from llmsqueeze import compress
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.decide import wanted_by
-from llmsqueeze.errors import CalibrationError, RecipeError
+from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluate import evaluate_rows
 from llmsqueeze.measure import measure
 from llmsqueeze.outlook import curve
@@ -36,7 +36,8 @@ ROUNDS = 9
 
 @dataclass(frozen=True)
 class Round:
-    """One size tried: its bits per weight, the loss predicted, and what was measured against the bound."""
+    """One size tried: its bits per weight, the loss predicted, and what was measured against the bound; infinite for a
+    size that cannot be had."""
 
     bits: float
     predicted: float
@@ -67,7 +68,10 @@ def smallest_within(
         )
     with partial_folder(out) as folder:
         search = _Search(source, recipe, job, folder, device, progress, profile, verify)
-        rounds = bisect(search.attempt, search.points, search.bound)
+        tried = bisect(search.attempt, search.points, search.bound)
+        rounds = [one for one in tried if math.isfinite(one.measured)]
+        if not rounds and search.refused is not None:
+            raise search.refused
         kept = [one for one in rounds if one.kept]
         if not kept:
             least = min(rounds, key=lambda one: one.measured)
@@ -105,6 +109,7 @@ class _Search:
         self.points = curve(job.plan, recipe, self.profile)
         self.best, self.best_bits = folder / "best", math.inf
         self.summary: dict[str, Any] = {}
+        self.refused: BudgetError | None = None
 
     @property
     def bound(self) -> float:
@@ -115,16 +120,21 @@ class _Search:
         """Compresses to an average of `bits` and measures."""
         sized = replace(self.recipe, max_ppl_increase=None, max_kl=None, bits=bits)
         made = self.folder / "tried"
-        summary = compress.quantize(
-            self.source,
-            sized,
-            made,
-            device=self.device,
-            overwrite=True,
-            profile=self.profile,
-            verify=self.verify,
-            progress=self.progress,
-        )
+        try:
+            summary = compress.quantize(
+                self.source,
+                sized,
+                made,
+                device=self.device,
+                overwrite=True,
+                profile=self.profile,
+                verify=self.verify,
+                progress=self.progress,
+            )
+        except BudgetError as error:  # the least sizes are estimates: a run may find that it takes more
+            self.refused = error
+            self.progress.note(f"{bits:.3f} bits per weight cannot be had: {error}")
+            return Round(bits, 0.0, 0.0, 0.0, 0.0, math.inf, False)
         assert self.job.calibration is not None
         rows = self.job.calibration.held_back
         trust = self.source.trust_remote_code
@@ -188,6 +198,6 @@ def _where(points: Sequence[tuple[float, float]], loss: float) -> float:
 
 def _share(above: float, below: float, bound: float) -> float:
     """How far the bound lies between two measured values, the logarithm being about linear in the bits."""
-    if min(above, below, bound) <= 0 or above <= below:
+    if min(above, below, bound) <= 0 or above <= below or not math.isfinite(above):
         return 0.5
     return (math.log(above) - math.log(bound)) / (math.log(above) - math.log(below))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -13,13 +14,14 @@ import pytest
 import torch
 import yaml
 
-from llmsqueeze import planning, reuse, search
+from llmsqueeze import compress, planning, reuse, search
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.errors import BudgetError, CheckpointError, RecipeError
 from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
 from llmsqueeze.profile import load
+from llmsqueeze.recipe import Recipe
 from llmsqueeze.run import quantize
 from llmsqueeze.search import WIDTH, Round, bisect
 from llmsqueeze.show import contents
@@ -296,6 +298,44 @@ def test_the_search_ends_where_no_other_size_is(bound: float, kept: list[bool]) 
         return Round(bits, measured, measured, measured, measured, measured, measured <= bound)
 
     assert [one.kept for one in bisect(attempt, points, bound)] == kept
+
+
+def test_sizes_that_cannot_be_had_bound_the_search_from_below() -> None:
+    points = [(1 + i / 20, 2.0 ** (-2 * i / 20)) for i in range(120)]
+
+    def attempt(bits: float) -> Round:
+        if bits < 2.4:
+            return Round(bits, 0.0, 0.0, 0.0, 0.0, math.inf, False)
+        measured = 2.0 ** (-2 * (bits - 1))
+        return Round(bits, measured, measured, measured, measured, measured, measured <= 0.9)
+
+    rounds = bisect(attempt, points, 0.9)
+    assert 2.4 <= min(one.bits for one in rounds if one.kept) <= 2.4 + WIDTH
+
+
+def test_a_size_that_cannot_be_had_ends_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed, asked = compress.quantize, []
+
+    def some(source: Source, recipe: Recipe, *args: Any, **named: Any) -> Any:
+        asked.append(recipe.bits)
+        if len(asked) == 1:
+            raise BudgetError("leaves 35 bytes")
+        return compressed(source, recipe, *args, **named)
+
+    monkeypatch.setattr(search, "WIDTH", 9.0)
+    monkeypatch.setattr(compress, "quantize", some)
+    options = {"max_kl": 5.0, "samples": 6, "seq_len": 48, "widths": [2, 4], "quantizer": "rtn"}
+    summary = quantize(DEMO, options, tmp_path / "out", verify=False)
+    assert len(summary["rounds"]) == 1
+    assert summary["rounds"][0]["bits"] > asked[0]
+
+    def none(*_args: Any, **_named: Any) -> Any:
+        raise BudgetError("leaves 35 bytes")
+
+    monkeypatch.setattr(compress, "quantize", none)
+    with pytest.raises(BudgetError, match="leaves 35 bytes"):
+        quantize(DEMO, options, tmp_path / "none")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_smallest_result_within_a_bound_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

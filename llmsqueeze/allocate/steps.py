@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from llmsqueeze import rans
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.errors import BudgetError
 from llmsqueeze.plan import Plan
 from llmsqueeze.quantize.coded import PRIOR
 
@@ -84,11 +84,11 @@ def curves_of(plan: Plan, points: Mapping[str, Tensor]) -> dict[str, Curve]:
 
 
 def allocate(plan: Plan, curves: Mapping[str, Curve], target: int, tokens: int) -> Plan:
-    """`plan` with the steps of one multiplier for `target` bytes in all. Raises RecipeError where none is so small."""
+    """`plan` with the steps of one multiplier for `target` bytes in all. Raises BudgetError where none is so small."""
     low, high = COARSEST, FINEST
     smallest = sum(w.nbytes for w in at_multiplier(plan, curves, FINEST, tokens).weights.values())
     if smallest > target:
-        raise RecipeError(
+        raise BudgetError(
             f"the budget is {8 * target / plan.numel:.3f} bits per weight, {target} bytes; steps and tables alone take "
             f"{8 * smallest / plan.numel:.3f}, {smallest} bytes"
         )
@@ -159,7 +159,7 @@ class Pace:
     def settle(self, names: Sequence[str], attempt: Callable[[float], M], nbytes: Callable[[M], dict[str, int]]) -> M:
         """What becomes of `names`, which are next, by `attempt` (octaves -> what is made); `nbytes` of it, by linear.
 
-        The last ones are made until they fit. Raises RecipeError if they do not.
+        The last ones are made until they fit. Raises BudgetError if they do not.
         """
         at = self.shift(names)
         made = attempt(at)
@@ -192,7 +192,7 @@ class Pace:
             at = _nearer(known, room, AIM * self.target, bit)
             made = attempt(at)
         if fits is None:
-            raise RecipeError(
+            raise BudgetError(
                 f"what was coded before {names[0]} leaves {room} bytes of the budget, in which it does not fit; ask "
                 "for a little more"
             )
