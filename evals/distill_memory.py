@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, Any]:
-    model, student = make_model(args, folder, layers), folder / f"student-{layers}"
+    model, student = make_model(folder, layers, args.hidden, args.ffn, args.vocab), folder / f"student-{layers}"
     command = [sys.executable, "-m", "llmsqueeze.cli"]
     run([*command, "quantize", str(model), "--method", "rtn", "--bits", "2", "--out", str(student), "--json", "-q"])
     found = {"ordinary": json.loads(python(ORDINARY, str(model)))["peak_memory_mb"]}

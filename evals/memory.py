@@ -1,6 +1,6 @@
 """Peak memory of `quantize` against depth, and against an ordinary backward pass, all measured in one run.
 
-    python evals/memory.py [--layers 8 16 24] [--hidden 2048 --ffn 8192 --heads 32 --kv-heads 32 --vocab 32000]
+    python evals/memory.py [--layers 8 16 24] [--hidden 2048 --ffn 8192 --vocab 32000] [--heads 32] [--kv-heads 32]
         [--method gwq] [--bits 3] [--samples 16] [--seq-len 512] [--device cpu] [--out FILE.json]
 
 Random Llama-shaped models in bfloat16. Every measurement is a process of its own: its peak resident memory, and on a
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--ffn", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--heads", type=int, help="by default one for 64 of the hidden size")
+    parser.add_argument("--kv-heads", type=int, help="by default as many as heads")
     parser.add_argument("--method", default="gwq")
     parser.add_argument("--bits", type=float, default=3)
     parser.add_argument("--samples", type=int, default=16)
@@ -75,7 +75,8 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, object]:
-    model, out = make_model(args, folder, layers), folder / f"compressed-{layers}"
+    heads = (args.heads, args.kv_heads)
+    model, out = make_model(folder, layers, args.hidden, args.ffn, args.vocab, *heads), folder / f"compressed-{layers}"
     ordinary = json.loads(python(ORDINARY, str(model), args.device, str(args.seq_len)))
     print(f"{layers} layers, ordinary: {ordinary}", file=sys.stderr, flush=True)
     nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -101,10 +102,12 @@ def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, ob
     }
 
 
-def make_model(args: argparse.Namespace, folder: Path, layers: int) -> Path:
-    """A random model of that depth, with the demo's tokenizer."""
-    model = folder / f"random-{layers}"
-    python(MAKE, str(model), *map(str, (layers, args.hidden, args.ffn, args.vocab, args.heads, args.kv_heads)))
+def make_model(
+    folder: Path, layers: int, hidden: int, ffn: int, vocab: int, heads: int | None = None, kv_heads: int | None = None
+) -> Path:
+    """A random model of that shape, with the demo's tokenizer."""
+    model, heads = folder / f"random-{layers}", heads or hidden // 64
+    python(MAKE, str(model), *map(str, (layers, hidden, ffn, vocab, heads, kv_heads or heads)))
     for file in MODEL_DIR.glob("tokenizer*"):
         shutil.copy(file, model)
     return model

@@ -58,10 +58,6 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.marks, self.seen = marks, 0
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and what would keep it out takes time at every operation
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
