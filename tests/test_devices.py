@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "coded, embeddings too": {"method": "coded", "bits": 3.0, "code_embeddings": True},
     "coded, outliers and factors": {"method": "coded", "bits": 3.5, "outliers": 0.01, "lorc_rank": 1},
     "budget, packed": FEW | {"row_outliers": [0.02], "lorc_rank": "auto", "pack": "rans", "quantizer": "gptq"},
-    "budget, portable": FEW | {"portable": True},
+    "budget, portable": FEW | {"portable": True, "quantizer": "rtn"},
     "gwq": {"method": "gwq", "bits": 3},
     "gwq over the whole model": {"method": "gwq", "bits": 3, "outlier_scope": "global", "quantizer": "gptq"},
     "gwq at random": {"method": "gwq", "bits": 3, "outlier_ranking": "random", "quantizer": "rtn"},
