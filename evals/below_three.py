@@ -23,7 +23,7 @@ from llmsqueeze.compress import quantize
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.evaluate import evaluate
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush
 
 DISTILLED: dict[str, dict[str, Any]] = {

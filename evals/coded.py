@@ -33,7 +33,7 @@ from llmsqueeze.compress import quantize
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.evaluate import evaluate
 from llmsqueeze.quantize import coded
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush
 
 BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)

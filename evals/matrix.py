@@ -52,7 +52,7 @@ from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats import gguf as gguf_map
 from llmsqueeze.formats.entries import read_entries, read_parts
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.skeleton import is_transposed
 from llmsqueeze.terminal import hush
 

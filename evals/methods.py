@@ -17,7 +17,7 @@ from typing import Any
 from llmsqueeze.calibrate import evaluation_text
 from llmsqueeze.compress import quantize
 from llmsqueeze.evaluate import evaluate
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush
 
 GWQ = {"method": "gwq", "outlier_scope": "global", "outlier_ranking": "gradient-weight"}

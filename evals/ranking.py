@@ -31,8 +31,8 @@ from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.terminal import hush
 
 WIDTHS = (2, 3)

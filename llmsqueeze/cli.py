@@ -141,7 +141,7 @@ def recipes(as_json: Json = False, debug: Debug = False) -> None:
     """List the recipes that come along; `--recipe NAME` uses one."""
     with friendly(debug):
         from llmsqueeze import report
-        from llmsqueeze.recipes import describe_recipes
+        from llmsqueeze.recipe.bundled import describe_recipes
 
         print_result({"recipes": describe_recipes()}, as_json, report.print_recipes)
 

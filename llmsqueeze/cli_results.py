@@ -110,9 +110,9 @@ def compare(
         names = task_names(tasks)
 
         from llmsqueeze import comparing, report, scoreboard
-        from llmsqueeze.checks import choice
         from llmsqueeze.evaluate import choose_text
         from llmsqueeze.prepare import pick_device
+        from llmsqueeze.recipe.values import choice
 
         hush()
         if html is not None and (html.is_dir() or not html.parent.is_dir()):

@@ -33,7 +33,7 @@ from llmsqueeze.plan import Plan, unfit, why_native
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import group_targets
 from llmsqueeze.skeleton import Skeleton, all_linears
 from llmsqueeze.verification import Witness

@@ -20,7 +20,7 @@ from llmsqueeze.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.quantize.coded import steadied
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 ROUNDS = 6  # of rows and ranks in turn
 PACK_MARGIN = 0.01  # of a budget: what entropy-coded codes may take more than they were expected to

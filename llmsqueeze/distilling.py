@@ -36,7 +36,7 @@ from llmsqueeze.output import Output, check_writable
 from llmsqueeze.parts import LowRank
 from llmsqueeze.prepare import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.rewrite import rewrite
 from llmsqueeze.skeleton import Skeleton
 

@@ -21,8 +21,6 @@ from transformers import PreTrainedModel
 
 from llmsqueeze import parts, verification
 from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.checks import choice, whole
-from llmsqueeze.checks import group_size as checked_group_size
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
 from llmsqueeze.formats import compressed_tensors, gguf, peft
@@ -31,6 +29,8 @@ from llmsqueeze.output import Output, check_writable, digest, partial_folder, pu
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.plan import short_groups
 from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.values import choice, whole
+from llmsqueeze.recipe.values import group_size as checked_group_size
 from llmsqueeze.rerounding import reround
 from llmsqueeze.rewrite import rewrite
 from llmsqueeze.skeleton import all_linears, empty_model, find_blocks, find_linears, is_transposed, load_config

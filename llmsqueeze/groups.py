@@ -16,7 +16,7 @@ from llmsqueeze.decide import Decision
 from llmsqueeze.parts import LowRank, Part
 from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.quantize import coded
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import compress_weight
 from llmsqueeze.verification import named
 

@@ -27,7 +27,7 @@ from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantize.coded import steadied
 from llmsqueeze.quantize.rtn import rtn
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.skeleton import Skeleton
 
 

@@ -184,7 +184,7 @@ def _with_options(command: Callable[..., None], taken: dict[str, Any]) -> Callab
 
 def settings_of(given: dict[str, Any]) -> dict[str, Any]:
     """Recipe settings from the options as they were given, over those of the recipe that they name."""
-    from llmsqueeze.recipes import find_recipe, read_recipe
+    from llmsqueeze.recipe.bundled import find_recipe, read_recipe
 
     named = [name for name in GRANULARITIES if given[name]]
     if len(named) > 1:

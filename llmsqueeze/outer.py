@@ -15,7 +15,7 @@ from llmsqueeze.formats import native
 from llmsqueeze.groups import Compressed, compress_group, compressed_nbytes
 from llmsqueeze.prepare import Job
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.skeleton import Skeleton
 
 SHARD_BYTES = 1 << 30

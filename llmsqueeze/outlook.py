@@ -13,7 +13,7 @@ from llmsqueeze.decide import Decision, options_of
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.profile import Profile
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 POINTS = 200
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmsqueeze import parts
-from llmsqueeze.defaults import unportable
 from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.parts import Grid, Spec
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.resolve import unportable
 from llmsqueeze.skeleton import Skeleton, is_transposed
 
 SHAPE_NBYTES = 16  # compressed-tensors stores the shape of every weight

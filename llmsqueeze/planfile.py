@@ -30,8 +30,8 @@ from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.files import read_yaml
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 VERSION = 1
 PLAN, PROFILE = "plan.yaml", "profile.safetensors"

@@ -15,7 +15,7 @@ from llmsqueeze.planfile import PLAN, PROFILE, write_plan
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.reuse import rows_by, stored_or_measured
 from llmsqueeze.trial import run_trial
 

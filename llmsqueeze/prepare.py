@@ -22,7 +22,7 @@ from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_lin
 from llmsqueeze.locate import locate
 from llmsqueeze.plan import Plan, base_plan
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.sampling import SOURCE as SAMPLED
 from llmsqueeze.sampling import sample_rows
 from llmsqueeze.skeleton import Skeleton, build_skeleton, imagine_checkpoint

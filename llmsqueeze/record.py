@@ -14,7 +14,7 @@ from llmsqueeze.card import license_of
 from llmsqueeze.decide import Decision
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.prepare import Source
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 
 def provenance(source: Source, path: Path) -> dict[str, Any]:

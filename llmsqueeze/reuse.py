@@ -20,7 +20,7 @@ from llmsqueeze.planfile import PLAN, PlanFile, plan_of, read_plan
 from llmsqueeze.prepare import Job
 from llmsqueeze.profile import Profile, lacks, load, save
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 SALIENCE_WIDTHS = (2, 3, 4)
 

@@ -18,7 +18,7 @@ from llmsqueeze.price import row_outliers
 from llmsqueeze.quantize import QUANTIZERS, coded
 from llmsqueeze.quantize.descent import corrected_target
 from llmsqueeze.quantize.grids import Rounded
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 # rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
 ROUNDING_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}

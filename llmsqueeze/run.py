@@ -13,8 +13,8 @@ from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.output import check_writable
 from llmsqueeze.prepare import Source, pick_device, prepare
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.reuse import given_plan, given_profile, open_plan
 from llmsqueeze.search import smallest_within
 

@@ -27,7 +27,7 @@ from llmsqueeze.output import partial_folder, publish
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 HELD_BACK, FEWEST = 64, 4
 WIDTH = 0.02  # of the bracket that is narrow enough, in bits per weight

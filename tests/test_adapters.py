@@ -36,7 +36,7 @@ from llmsqueeze.parts import LowRank
 from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.skeleton import build_skeleton
 
 LORC = {"method": "rtn", "bits": 3, "group_size": 64, "lorc_rank": 2, "lorc": "plain"}

@@ -20,7 +20,7 @@ from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure import forward_sweep, head_sweep
 from llmsqueeze.observe import fusion_groups
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.skeleton import Skeleton, build_skeleton, find_blocks
 
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -19,7 +19,7 @@ from llmsqueeze.checking import check
 from llmsqueeze.compress import quantize
 from llmsqueeze.exporting import export
 from llmsqueeze.public import human_bytes, shown
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 
 
 def code_blocks(card: str, language: str) -> list[str]:

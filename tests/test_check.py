@@ -19,7 +19,7 @@ from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.exporting import export
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 
 TEXT = {"samples": 2, "seq_len": 48}
 LINEAR = "model.layers.0.self_attn.q_proj"

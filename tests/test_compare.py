@@ -34,7 +34,7 @@ from llmsqueeze.demo.task import TASK_NAME, task_config
 from llmsqueeze.evaluate import TaskScores
 from llmsqueeze.exporting import export
 from llmsqueeze.formats.entries import read_entries, read_parts
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 
 CPU = torch.device("cpu")
 WINDOW = 48

@@ -30,8 +30,8 @@ from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan, base_plan
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import compress_weight
 from llmsqueeze.skeleton import build_skeleton, is_transposed
 

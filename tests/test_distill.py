@@ -23,9 +23,7 @@ from typer.testing import CliRunner
 import llmsqueeze
 from llmsqueeze.calibrate import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.cli import app
-from llmsqueeze.compensate.distill import (
-    distillation_loss,
-)
+from llmsqueeze.compensate.distill import distillation_loss
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo import stories as demo_stories
 from llmsqueeze.distillation import blockwise, teacher, training
@@ -33,7 +31,7 @@ from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 
 VOCABULARY = 626  # of the demo
 SHORT = {"samples": 6, "held_back": 3, "batch_size": 2, "seq_len": 32}

@@ -22,7 +22,7 @@ from llmsqueeze.quantize.descent import least_squares, normal_equations, refit, 
 from llmsqueeze.quantize.gptq import gptq
 from llmsqueeze.quantize.grids import fit_group
 from llmsqueeze.quantize.rtn import rtn
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.show import contents
 
 TEXT = {"samples": 6, "seq_len": 64}

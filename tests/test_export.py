@@ -34,8 +34,8 @@ from llmsqueeze.parts import Affine, Grid
 from llmsqueeze.plan import Rows, why_native
 from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.show import contents
 
 pytest.importorskip("compressed_tensors")

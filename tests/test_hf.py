@@ -17,7 +17,7 @@ import llmsqueeze.hf
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.hf import SumOfParts
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 
 TOKENS = torch.arange(5, 45)[None]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "llmsqueeze"
 
+
 def test_the_top_level_is_as_given() -> None:
     given = {"llmsqueeze", "recipes", "evals", "tests", "pyproject.toml", "README.md", "Makefile"}
     root = PACKAGE.parent

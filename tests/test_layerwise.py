@@ -25,8 +25,8 @@ from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import BLOCK_ORDERS
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import BLOCK_ORDERS
 
 CPU = torch.device("cpu")
 HIGH, LOW = Grid(4, 16, True), Grid(2, 16, True)

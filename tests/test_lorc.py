@@ -19,7 +19,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.hf import SumOfParts
 from llmsqueeze.parts import Grid, LowRank
 from llmsqueeze.plan import Rows, WeightPlan
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.rounding import compress_weight
 
 FAST = {"samples": 4, "seq_len": 48}

@@ -22,8 +22,8 @@ from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.price import rounding_error
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 
 CPU = torch.device("cpu")
 HIGH, LOW = Grid(8, 128, True), Grid(4, 128, False)

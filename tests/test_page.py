@@ -35,8 +35,8 @@ from llmsqueeze.page.labels import meet, place_labels
 from llmsqueeze.page.report import SHOWN, write_report
 from llmsqueeze.page.story import METHODS, distill_command, recipe_yaml
 from llmsqueeze.parts import Grid
-from llmsqueeze.recipe import METHODS as ALL_METHODS
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import METHODS as ALL_METHODS
 
 KINDS = [f"self_attn.{k}_proj" for k in "qkvo"] + [f"mlp.{k}_proj" for k in ("gate", "up", "down")]
 ROWS, COLS = 16, 64

@@ -21,7 +21,7 @@ from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
 from llmsqueeze.profile import load
-from llmsqueeze.recipe import Recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.run import quantize
 from llmsqueeze.search import WIDTH, Round, bisect
 from llmsqueeze.show import contents

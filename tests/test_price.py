@@ -36,7 +36,7 @@ from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantize import QUANTIZERS
 from llmsqueeze.quantize.rtn import rtn
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 
 CPU = torch.device("cpu")
 AUTO: dict[str, Any] = {"method": "budget", "bits": 3, "quantizer": "rtn"}

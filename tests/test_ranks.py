@@ -19,7 +19,7 @@ from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
 from llmsqueeze.price import RANKS, Option, low_rank_gains, price, residuals
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.run import quantize as quantize_verb
 
 OPTIONS = (Option(Grid(2, 16, True)), Option(Grid(3, 16, True)))

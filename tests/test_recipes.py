@@ -11,8 +11,7 @@ import yaml
 
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.plan import recipe_grid
-from llmsqueeze.recipe import BLOCK_ORDERS, CHOICES, METHODS, QUANTIZERS, ROW_ORDERS, Recipe
-from llmsqueeze.recipes import (
+from llmsqueeze.recipe.bundled import (
     KEYS,
     describe_recipes,
     find_recipe,
@@ -21,6 +20,7 @@ from llmsqueeze.recipes import (
     read_recipe,
     recipe_name,
 )
+from llmsqueeze.recipe.recipe import BLOCK_ORDERS, CHOICES, METHODS, QUANTIZERS, ROW_ORDERS, Recipe
 
 
 def message(**settings: Any) -> str:
@@ -544,7 +544,7 @@ def test_a_purpose_is_the_first_sentence_of_the_comment(tmp_path: Path, monkeypa
     (tmp_path / "mine.yaml").write_text("# Two lines of a\n# first sentence. And a second one.\nbits: 3\n")
     (tmp_path / "papers" / "gwq.yaml").write_text("# As published (arXiv 2411.00850).\nmethod: gwq\n")
     files = [tmp_path / "mine.yaml", tmp_path / "papers" / "gwq.yaml"]
-    monkeypatch.setattr("llmsqueeze.recipes.own_recipes", lambda: files)
+    monkeypatch.setattr("llmsqueeze.recipe.bundled.own_recipes", lambda: files)
     assert describe_recipes() == [
         {"name": "mine", "purpose": "Two lines of a first sentence"},
         {"name": "papers/gwq", "purpose": "As published (arXiv 2411.00850)"},

@@ -17,8 +17,8 @@ from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.quantize import QUANTIZERS
 from llmsqueeze.quantize.grids import fit_group, round_to
-from llmsqueeze.recipe import Recipe
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import compress_weight
 
 ROWS, COLS = 37, 200

@@ -23,7 +23,7 @@ from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError
 from llmsqueeze.prepare import Source, prepare, text_or_self
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.sampling import continued, first_tokens, sample_rows
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from llmsqueeze.compress import quantize
 from llmsqueeze.distillation.blockwise import StudentBlock
 from llmsqueeze.distillation.student import Student
 from llmsqueeze.distillation.training import chunks
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.skeleton import build_skeleton
 
 CPU = torch.device("cpu")

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from llmsqueeze import bitpack, blocks, parts
 from llmsqueeze.checkpoint import open_checkpoint
-from llmsqueeze.compensate.distill import (
-    Teacher,
-    distillation_loss,
-    teacher_losses,
-    token_losses,
-    token_weights,
-)
+from llmsqueeze.compensate.distill import Teacher, distillation_loss, teacher_losses, token_losses, token_weights
 from llmsqueeze.compensate.trained import Adjusted, Trained, TrainedCodes, TrainedWeight, norm_names
 from llmsqueeze.distillation import teacher
 from llmsqueeze.distillation.teacher import answers, ask, row_file

@@ -19,7 +19,7 @@ from llmsqueeze.cli import app
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.output import Output, digest
-from llmsqueeze.recipes import make_recipe
+from llmsqueeze.recipe.bundled import make_recipe
 
 QUICK = {"method": "rtn", "bits": 3}
 RECIPES: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmsqueeze.checks import choice, number, several, spoken, text, whole
 from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.recipe.values import choice, number, several, spoken, text, whole
 
 LOSSES = ("kd", "dad")
 TRAINABLE = ("scales", "norms", "lowrank", "codes")

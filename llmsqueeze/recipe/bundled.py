@@ -12,7 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.checks import (
+from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.files import read_yaml
+from llmsqueeze.recipe.recipe import CHOICES, Recipe
+from llmsqueeze.recipe.resolve import fill_in
+from llmsqueeze.recipe.values import (
     boolean,
     budget,
     choice,
@@ -29,10 +33,6 @@ from llmsqueeze.checks import (
     whole,
     widths,
 )
-from llmsqueeze.defaults import fill_in
-from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.files import read_yaml
-from llmsqueeze.recipe import CHOICES, Recipe
 
 KEYS = {field.name: field for field in dataclasses.fields(Recipe)}
 
@@ -90,7 +90,7 @@ def find_recipe(name: str) -> Path:
 
 def own_recipes() -> list[Path]:
     """The recipes that come along: beside the package in a checkout, under the prefix where it was installed."""
-    for folder in (Path(__file__).parents[1] / "recipes", Path(sys.prefix) / "share" / "llmsqueeze" / "recipes"):
+    for folder in (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "llmsqueeze" / "recipes"):
         if folder.is_dir():
             return sorted(folder.glob("*.yaml")) + sorted(folder.glob("papers/*.yaml"))
     return []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.recipe import IMPORTANCE, QUANTIZERS, Recipe
+from llmsqueeze.recipe.recipe import IMPORTANCE, QUANTIZERS, Recipe
 
 PLAIN = (*QUANTIZERS, "gwq", "dbllm")
 BUDGETED = ("coded", "budget")  # what `auto` may become
