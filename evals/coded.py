@@ -27,11 +27,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from llmsqueeze import rans
 from llmsqueeze.calibrate import evaluation_text
 from llmsqueeze.compress import quantize
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.evaluate import evaluate
+from llmsqueeze.parts.coding import rans
 from llmsqueeze.quantize import coded
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush

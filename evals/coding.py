@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmsqueeze import rans
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.formats.entries import read_entries
 from llmsqueeze.parts import Coded
 from llmsqueeze.parts.coded import LIMIT, contexts_of
+from llmsqueeze.parts.coding import rans
 
 TIMES = 5
 SHAPES = ((4096, 4096), (1024, 4096), (4096, 14336), (14336, 4096), (128, 352))

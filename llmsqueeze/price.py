@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmsqueeze import frequencies, rans
 from llmsqueeze.compensate.lorc import truncated_svd
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.coded import ESCAPE_BYTES, LIMIT, contexts_of
-from llmsqueeze.parts.streams import one_context
+from llmsqueeze.parts.coding import frequencies, rans
+from llmsqueeze.parts.coding.streams import one_context
 from llmsqueeze.quantize import QUANTIZERS, coded
 from llmsqueeze.quantize.rtn import rtn
 

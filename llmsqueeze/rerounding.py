@@ -18,7 +18,7 @@ from torch import Tensor
 from llmsqueeze import parts
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Affine, Grid, Integers, Part
-from llmsqueeze.parts.logsteps import powers
+from llmsqueeze.parts.coding.logsteps import powers
 from llmsqueeze.quantize.rtn import rtn
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmsqueeze import bitpack
+from llmsqueeze.parts import bitpack
 
 
 def slow_pack(row: list[int], bits: int) -> list[int]:

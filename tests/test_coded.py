@@ -14,7 +14,7 @@ from torch import Tensor
 from llmsqueeze import parts, price
 from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.parts import Coded
-from llmsqueeze.parts.logsteps import exponents
+from llmsqueeze.parts.coding.logsteps import exponents
 from llmsqueeze.quantize import coded
 from llmsqueeze.quantize.coded import Integers, code, feedback, regain, row_steps, steadied, sweep
 

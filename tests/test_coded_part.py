@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmsqueeze import frequencies, parts, rans
+from llmsqueeze import parts
 from llmsqueeze.allocate.steps import least_nbytes
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.parts import Coded, Integers, streams
+from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.parts.coded import contexts_of
-from llmsqueeze.parts.logsteps import exponents, powers
-from llmsqueeze.parts.streams import Streams, lengths_dtype
+from llmsqueeze.parts.coding import frequencies, rans, streams
+from llmsqueeze.parts.coding.logsteps import exponents, powers
+from llmsqueeze.parts.coding.streams import Streams, lengths_dtype
 
 SHAPES = [(1, 1), (1, 300), (300, 1), (3, 700), (37, 150), (40, 2100)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")

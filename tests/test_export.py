@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import llmsqueeze
-from llmsqueeze import bitpack, parts
+from llmsqueeze import parts
 from llmsqueeze.activations import Spill
 from llmsqueeze.blocks import Walk
 from llmsqueeze.card import model_card
@@ -30,7 +30,7 @@ from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.measure import measure
-from llmsqueeze.parts import Affine, Grid
+from llmsqueeze.parts import Affine, Grid, bitpack
 from llmsqueeze.plan import Rows, why_native
 from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmsqueeze import frequencies, rans
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.frequencies import Bytes
-from llmsqueeze.rans import Contexts, Ints
+from llmsqueeze.parts.coding import frequencies, rans
+from llmsqueeze.parts.coding.frequencies import Bytes
+from llmsqueeze.parts.coding.rans import Contexts, Ints
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 both_kinds = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "plain"])

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from llmsqueeze import rans, rans_loops
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.rans import Contexts, Ints, Symbols, Words
+from llmsqueeze.parts.coding import rans, rans_loops
+from llmsqueeze.parts.coding.rans import Contexts, Ints, Symbols, Words
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 

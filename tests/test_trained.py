@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze import bitpack, blocks, parts
+from llmsqueeze import blocks, parts
 from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.compensate.distill import Teacher, distillation_loss, teacher_losses, token_losses, token_weights
 from llmsqueeze.compensate.trained import Adjusted, Trained, TrainedCodes, TrainedWeight, norm_names
 from llmsqueeze.distillation import teacher
 from llmsqueeze.distillation.teacher import answers, ask, row_file
-from llmsqueeze.parts import Affine, DualBinary, Grid, LowRank, Part, Sparse
+from llmsqueeze.parts import Affine, DualBinary, Grid, LowRank, Part, Sparse, bitpack
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantize.dual_binary import in_order
 from llmsqueeze.skeleton import Skeleton, build_skeleton

@@ -22,8 +22,8 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from llmsqueeze import rans
 from llmsqueeze.errors import BudgetError
+from llmsqueeze.parts.coding import rans
 from llmsqueeze.plan import Plan
 from llmsqueeze.quantize.coded import PRIOR
 

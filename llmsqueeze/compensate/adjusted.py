@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.parts.logsteps import exponents, powers
+from llmsqueeze.parts.coding.logsteps import exponents, powers
 from llmsqueeze.quantize.grids import storable
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze import bitpack, parts, rans
+from llmsqueeze import parts
 from llmsqueeze.compensate.adjusted import Adjusted, AdjustedSteps, scale_of
-from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, Spec
+from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, Spec, bitpack
+from llmsqueeze.parts.coding import rans
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.parts.grid import onto_rows
 from llmsqueeze.quantize import dual_binary

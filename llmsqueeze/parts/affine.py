@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llmsqueeze import bitpack
+from llmsqueeze.parts import bitpack
+from llmsqueeze.parts.coding.streams import Streams
 from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name, mark_rows, onto_rows
-from llmsqueeze.parts.streams import Streams
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmsqueeze import frequencies, rans
 from llmsqueeze.errors import VerificationError
+from llmsqueeze.parts.coding import frequencies, rans
+from llmsqueeze.parts.coding.streams import Streams
 from llmsqueeze.parts.grid import Layout, Spec, dtype_name
 from llmsqueeze.parts.integers import STEPS, Integers, steps_layout
-from llmsqueeze.parts.streams import Streams
 
 CONTEXT_SHIFT = 3
 LIMIT = 127

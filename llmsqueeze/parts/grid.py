@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze import bitpack
+from llmsqueeze.parts import bitpack
 
 Spec = dict[str, Any]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.parts.coding.logsteps import powers
 from llmsqueeze.parts.grid import Layout, Spec, dtype_name
-from llmsqueeze.parts.logsteps import powers
 
 
 @dataclass(frozen=True)

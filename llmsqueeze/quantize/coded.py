@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.curvature import Curvature
-from llmsqueeze.parts.logsteps import LAST, PER_OCTAVE, exponents, powers
+from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
 
 ROUNDS = 2
 PANEL = 128

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.rans import PROBABILITY_BITS, SCALE, Ints
+from llmsqueeze.parts.coding.rans import PROBABILITY_BITS, SCALE, Ints
 
 MANTISSAS = np.array([round(2 ** (15 + i / 16)) for i in range(16)], np.int64)
 TOP = 255

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmsqueeze import frequencies, rans
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.parts.coding import frequencies, rans
 from llmsqueeze.parts.grid import Layout, Spec
 
 

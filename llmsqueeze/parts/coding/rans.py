@@ -165,6 +165,6 @@ def on_threads(code: Callable[[tuple[int, int]], T], streams: int, symbols: int)
 
 def rans_loops() -> Any:
     """The compiled loops; numba is imported where something is coded."""
-    from llmsqueeze import rans_loops
+    from llmsqueeze.parts.coding import rans_loops
 
     return rans_loops
