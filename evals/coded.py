@@ -27,10 +27,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from llmsqueeze.calibrate import evaluation_text
 from llmsqueeze.compress import quantize
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.evaluate import evaluate
+from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.quantize import coded
 from llmsqueeze.recipe.bundled import make_recipe

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.formats.entries import read_entries
+from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Coded
 from llmsqueeze.parts.coded import LIMIT, contexts_of
 from llmsqueeze.parts.coding import rans

@@ -44,7 +44,6 @@ from transformers import (
 )
 
 from llmsqueeze import parts
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import SqueezeError
@@ -52,8 +51,9 @@ from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats import gguf as gguf_map
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import is_transposed
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.skeleton import is_transposed
 from llmsqueeze.terminal import hush
 
 BAR = 1e-4

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.calibrate import evaluation_text
 from llmsqueeze.compress import quantize
 from llmsqueeze.evaluate import evaluate
+from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from memory import make_model, python
 
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.formats import native
+from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.output import output_folder
 from llmsqueeze.parts import Coded
 

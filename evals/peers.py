@@ -155,7 +155,7 @@ def compare(args: argparse.Namespace, work: Path) -> None:
 
 def calibration_tokens(args: argparse.Namespace) -> list[list[int]]:
     """The rows that `quantize` would draw."""
-    from llmsqueeze.calibrate import calibration_rows, calibration_text, load_tokenizer
+    from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     text = calibration_text(args.calibration, str(args.model))
@@ -164,8 +164,8 @@ def calibration_tokens(args: argparse.Namespace) -> list[list[int]]:
 
 def measured(args: argparse.Namespace, work: Path, common: Settings, settings: Settings) -> dict[str, Any]:
     """One row: the tool's process, and a real evaluation of what came out. Without settings nothing is quantized."""
-    from llmsqueeze.calibrate import evaluation_text
     from llmsqueeze.evaluate import evaluate
+    from llmsqueeze.model.text import evaluation_text
     from llmsqueeze.terminal import hush
 
     hush()

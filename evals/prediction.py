@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from methods import add_arguments
 
-from llmsqueeze.calibrate import evaluation_text
 from llmsqueeze.decide import Decision
 from llmsqueeze.evaluate import evaluate
+from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.profile import Profile, load
 from llmsqueeze.progress import Progress

@@ -20,12 +20,12 @@ from methods import add_arguments
 from torch import Tensor
 
 import llmsqueeze
-from llmsqueeze.activations import Spill
-from llmsqueeze.blocks import Walk
-from llmsqueeze.calibrate import evaluation_text, load_tokenizer, windows
 from llmsqueeze.compress import quantize
 from llmsqueeze.evaluate import token_losses
 from llmsqueeze.measure import Wanted, measure
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.price import Option

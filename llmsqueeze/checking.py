@@ -13,15 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmsqueeze import parts
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import CheckpointError, RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, gguf, native, peft
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.skeleton import all_linears, empty_model, load_config
 from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, bitpack, spec_grid
 from llmsqueeze.quantize import dual_binary
 from llmsqueeze.recipe.values import choice
-from llmsqueeze.skeleton import all_linears, empty_model, load_config
 
 FORMATS = (native.METHOD, compressed_tensors.METHOD)
 TARGETS = ("native", "transformers", "vllm")

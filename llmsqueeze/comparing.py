@@ -20,9 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmsqueeze import bnb, evaluate
-from llmsqueeze.calibrate import Text, windows
 from llmsqueeze.checking import form_of
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import OutputError, RecipeError, UnsupportedError
 from llmsqueeze.evaluate import (
     Evaluation,
@@ -36,10 +34,12 @@ from llmsqueeze.evaluate import (
     score_text,
 )
 from llmsqueeze.files import COMPARISON, FRONTIER, SIDECAR, write_json
-from llmsqueeze.locate import locate
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.locate import locate
+from llmsqueeze.model.skeleton import empty_model, find_blocks, find_linears, load_config
+from llmsqueeze.model.text import Text, windows
 from llmsqueeze.progress import Progress
 from llmsqueeze.public import shown
-from llmsqueeze.skeleton import empty_model, find_blocks, find_linears, load_config
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts, record, verification
-from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.allocate.steps import Pace
-from llmsqueeze.blocks import Walk
 from llmsqueeze.curvature import Curvature
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
@@ -26,6 +24,9 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.groups import NOTHING, Compressed, as_made, compress_group, compressed_nbytes, with_made
 from llmsqueeze.measure import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.skeleton import Skeleton, all_linears
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.outer import compress_ends, outer_shard, outer_shards
 from llmsqueeze.output import Output, check_writable, output_folder
@@ -35,7 +36,6 @@ from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import group_targets
-from llmsqueeze.skeleton import Skeleton, all_linears
 from llmsqueeze.verification import Witness
 
 

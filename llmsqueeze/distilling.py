@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import verification
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.distillation.blockwise import train_blocks
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
@@ -28,17 +27,18 @@ from llmsqueeze.distillation.teacher import ask
 from llmsqueeze.distillation.training import State, train
 from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json, read_json_if_there, whole_file
-from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.formats import native
 from llmsqueeze.formats.entries import is_compressed, own_names, read_entries
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.output import Output, check_writable
 from llmsqueeze.parts import LowRank
 from llmsqueeze.prepare import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.rewrite import rewrite
-from llmsqueeze.skeleton import Skeleton
 
 
 def distill(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmsqueeze.blocks import Walk
+from llmsqueeze.model.walk import Walk
 
 UNSEEN = 0.5  # occurrences that every token has beforehand
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import hf
-from llmsqueeze.calibrate import DEMO, Text, evaluation_text, load_tokenizer, windows
 from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line, nearest
 from llmsqueeze.files import EVALUATION, SIDECAR, read_json_if_there
-from llmsqueeze.locate import locate
+from llmsqueeze.model.locate import locate
+from llmsqueeze.model.text import DEMO, Text, evaluation_text, load_tokenizer, windows
 from llmsqueeze.progress import Progress
 from llmsqueeze.public import shown
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmsqueeze import parts, verification
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
 from llmsqueeze.formats import compressed_tensors, gguf, peft
 from llmsqueeze.formats.entries import Entry, read_entries, read_parts
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.skeleton import all_linears, empty_model, find_blocks, find_linears, is_transposed, load_config
 from llmsqueeze.output import Output, check_writable, digest, partial_folder, publish
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.plan import short_groups
@@ -33,7 +34,6 @@ from llmsqueeze.recipe.values import choice, whole
 from llmsqueeze.recipe.values import group_size as checked_group_size
 from llmsqueeze.rerounding import reround
 from llmsqueeze.rewrite import rewrite
-from llmsqueeze.skeleton import all_linears, empty_model, find_blocks, find_linears, is_transposed, load_config
 
 TARGETS = (compressed_tensors.METHOD, "dense", peft.FORMAT, gguf.FORMAT)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -24,13 +24,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmsqueeze import parts
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, first_line
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import is_compressed, native_config, read_entries
-from llmsqueeze.locate import locate
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.locate import locate
+from llmsqueeze.model.skeleton import is_transposed, load_config
 from llmsqueeze.parts import Spec
-from llmsqueeze.skeleton import is_transposed, load_config
 
 
 def load(model: str, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedModel:

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmsqueeze.activations import Activations
 from llmsqueeze.allocate import gwq, layerwise, mixllm
-from llmsqueeze.blocks import Walk
 from llmsqueeze.curvature import factorize
 from llmsqueeze.ends import Ends
+from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.observe import FusionGroup, as_rows, fusion_groups
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan
@@ -28,7 +29,6 @@ from llmsqueeze.progress import Progress
 from llmsqueeze.quantize.coded import steadied
 from llmsqueeze.quantize.rtn import rtn
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.skeleton import Skeleton
 
 
 @dataclass(frozen=True)

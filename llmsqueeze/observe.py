@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.activations import Activations
-from llmsqueeze.blocks import Walk
-from llmsqueeze.skeleton import Skeleton, is_transposed
+from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.skeleton import Skeleton, is_transposed
+from llmsqueeze.model.walk import Walk
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from llmsqueeze.curvature import Curvature, factorize
 from llmsqueeze.decide import Decision
 from llmsqueeze.formats import native
 from llmsqueeze.groups import Compressed, compress_group, compressed_nbytes
+from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.prepare import Job
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.skeleton import Skeleton
 
 SHARD_BYTES = 1 << 30
 

@@ -15,10 +15,10 @@ import torch
 
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.model.skeleton import Skeleton, is_transposed
 from llmsqueeze.parts import Grid, Spec
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import unportable
-from llmsqueeze.skeleton import Skeleton, is_transposed
 
 SHAPE_NBYTES = 16  # compressed-tensors stores the shape of every weight
 UNMEASURED_BITS = 7  # of a weight in a linear to be coded that no sample reaches

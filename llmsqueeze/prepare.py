@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 
-from llmsqueeze.calibrate import (
+from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.locate import locate
+from llmsqueeze.model.sampling import SOURCE as SAMPLED
+from llmsqueeze.model.sampling import sample_rows
+from llmsqueeze.model.skeleton import Skeleton, build_skeleton, imagine_checkpoint
+from llmsqueeze.model.text import (
     DEMO,
     SELF,
     Calibration,
@@ -17,15 +23,9 @@ from llmsqueeze.calibrate import (
     hashed,
     load_tokenizer,
 )
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line
-from llmsqueeze.locate import locate
 from llmsqueeze.plan import Plan, base_plan
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.sampling import SOURCE as SAMPLED
-from llmsqueeze.sampling import sample_rows
-from llmsqueeze.skeleton import Skeleton, build_skeleton, imagine_checkpoint
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from llmsqueeze import __version__
-from llmsqueeze.calibrate import Calibration
 from llmsqueeze.card import license_of
 from llmsqueeze.decide import Decision
 from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.model.text import Calibration
 from llmsqueeze.prepare import Source
 from llmsqueeze.recipe.recipe import Recipe
 

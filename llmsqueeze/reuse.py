@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from llmsqueeze import __version__
-from llmsqueeze.activations import Spill
-from llmsqueeze.blocks import Walk
 from llmsqueeze.decide import Decision, coded, options_of, priced, target_nbytes, wanted_by, with_rows
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.fingerprint import file_digests, weights_digest
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure import measure
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.planfile import PLAN, PlanFile, plan_of, read_plan
 from llmsqueeze.prepare import Job
 from llmsqueeze.profile import Profile, lacks, load, save

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.files import SIDECAR
+from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.output import Output, output_folder
 from llmsqueeze.progress import Progress
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from llmsqueeze import compress
-from llmsqueeze.activations import Spill
-from llmsqueeze.blocks import Walk
 from llmsqueeze.decide import wanted_by
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluate import evaluate_rows
 from llmsqueeze.measure import measure
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.outlook import curve
 from llmsqueeze.output import partial_folder, publish
 from llmsqueeze.prepare import Job, Source, pick_device, prepare

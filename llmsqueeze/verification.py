@@ -20,16 +20,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.activations import Spill
-from llmsqueeze.blocks import Walk
 from llmsqueeze.checking import check
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationError
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries, read_parts
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.observe import as_rows, using
 from llmsqueeze.output import Output, digest, settle
 from llmsqueeze.progress import Progress
-from llmsqueeze.skeleton import Skeleton, compressed_skeleton
 
 TOKENS = 32  # of the sample
 TOLERANCE = 1e-4  # of a block's largest output; the same operations on the same device give the same bits

@@ -24,7 +24,6 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import exporting, parts, rounding
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import Decision
@@ -32,12 +31,13 @@ from llmsqueeze.errors import RecipeError, UnsupportedError, VerificationError
 from llmsqueeze.exporting import export
 from llmsqueeze.formats import gguf, peft
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.parts import LowRank
 from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.skeleton import build_skeleton
 
 LORC = {"method": "rtn", "bits": 3, "group_size": 64, "lorc_rank": 2, "lorc": "plain"}
 # stands where llmsqueeze would be found, so that importing it fails; then base alone, and with each adapter

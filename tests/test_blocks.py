@@ -12,16 +12,16 @@ from conftest import ARCHITECTURES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze import blocks
-from llmsqueeze.activations import Activations, Spill
-from llmsqueeze.blocks import Walk
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure import forward_sweep, head_sweep
+from llmsqueeze.model import walk
+from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import Skeleton, build_skeleton, find_blocks
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.observe import fusion_groups
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.skeleton import Skeleton, build_skeleton, find_blocks
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 def test_gradients_of_the_built_in_model(
     demo_dir: Path, dtype: torch.dtype, tolerance: float, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr(walk, "LOGITS_BYTES", logits_bytes)
     rows = [torch.randint(5, 300, (1, 50), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     with walking(demo_dir, rows, dtype) as walk:
         losses, walked = walk_gradients(walk)
@@ -103,7 +103,7 @@ def test_gradients_of_real_models(shared: Path, name: str, dtype: torch.dtype, t
 def test_gradients_of_every_architecture(
     architecture: str, random_model: Callable[..., Path], rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "LOGITS_BYTES", 1 << 12)
+    monkeypatch.setattr(walk, "LOGITS_BYTES", 1 << 12)
     folder = random_model(architecture)
     with walking(folder, rows, torch.float64) as walk:
         losses, walked = walk_gradients(walk)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.files import INDEX, SIDECAR, SINGLE
-from llmsqueeze.locate import locate
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.locate import locate
 from llmsqueeze.output import OWNER, check_writable, output_folder
 
 

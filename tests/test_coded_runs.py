@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import parts, search
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
@@ -28,6 +27,7 @@ from llmsqueeze.errors import CheckpointError, RecipeError, UnsupportedError
 from llmsqueeze.exporting import export
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.hf import SumOfParts
+from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source

@@ -25,8 +25,6 @@ from typer.testing import CliRunner
 
 from llmsqueeze import bnb, comparing, parts, pictures
 from llmsqueeze import evaluate as evaluation
-from llmsqueeze.calibrate import Text, evaluation_text, load_tokenizer
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.comparing import compare, contenders, mark_frontier, paired
 from llmsqueeze.compress import quantize
@@ -34,6 +32,8 @@ from llmsqueeze.demo.task import TASK_NAME, task_config
 from llmsqueeze.evaluate import TaskScores
 from llmsqueeze.exporting import export
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
 from llmsqueeze.recipe.bundled import make_recipe
 
 CPU = torch.device("cpu")

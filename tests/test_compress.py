@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM
 
 import llmsqueeze
 from llmsqueeze import compress, groups, parts, rounding
-from llmsqueeze.activations import Activations, Spill
-from llmsqueeze.blocks import Walk
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.compress import Summary, compress_blocks, quantize
 from llmsqueeze.curvature import factorize
 from llmsqueeze.decide import Decision
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.hf import SumOfParts
+from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import build_skeleton, is_transposed
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.observe import FusionGroup, Moments, Streams, observe
 from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
@@ -33,7 +34,6 @@ from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import compress_weight
-from llmsqueeze.skeleton import build_skeleton, is_transposed
 
 CPU = torch.device("cpu")
 QUICK = {"samples": 6, "seq_len": 64}
@@ -106,7 +106,7 @@ def test_outliers_are_restored_exactly(gwq: Run, demo_dir: Path) -> None:
 
 def test_the_outliers_are_those_with_the_largest_gradient(gwq: Run, demo_dir: Path) -> None:
     """Against one ordinary backward pass per calibration sample."""
-    from llmsqueeze.calibrate import calibration_rows, calibration_text, load_tokenizer
+    from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 
     rows = calibration_rows(calibration_text(None, "demo"), load_tokenizer(demo_dir), 6, 64, seed=0).rows
     model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
@@ -180,8 +180,8 @@ def test_every_method_and_extreme_width_opens_and_runs(method: str, bits: int, t
 
 
 def perplexity(path: str | Path) -> float:
-    from llmsqueeze.calibrate import evaluation_text
     from llmsqueeze.evaluate import evaluate
+    from llmsqueeze.model.text import evaluation_text
 
     result = evaluate(str(path), text=evaluation_text("demo", "demo"), limit=30)
     assert result.scores.perplexity is not None

@@ -21,7 +21,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import llmsqueeze
-from llmsqueeze.calibrate import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.cli import app
 from llmsqueeze.compensate.distill import distillation_loss
 from llmsqueeze.compress import quantize
@@ -30,6 +29,7 @@ from llmsqueeze.distillation import blockwise, teacher, training
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 import llmsqueeze
 from llmsqueeze import parts, planfile
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.compress import quantize
 from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import DualBinary, Grid
 from llmsqueeze.plan import Rows
 from llmsqueeze.quantize import QUANTIZERS, dual_binary

@@ -16,10 +16,7 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import parts
-from llmsqueeze.activations import Spill
-from llmsqueeze.blocks import Walk
 from llmsqueeze.card import model_card
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
@@ -30,6 +27,9 @@ from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.measure import measure
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Affine, Grid, bitpack
 from llmsqueeze.plan import Rows, why_native
 from llmsqueeze.prepare import Job, Source, prepare

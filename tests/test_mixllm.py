@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze.activations import Spill
 from llmsqueeze.allocate import mixllm
-from llmsqueeze.blocks import Walk
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure import Wanted, measure
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.prepare import Job, Source, prepare

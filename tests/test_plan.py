@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from llmsqueeze import compress, planning, reuse, search
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import BudgetError, CheckpointError, RecipeError
-from llmsqueeze.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.fingerprint import file_digests, weights_digest
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
 from llmsqueeze.profile import load

@@ -10,15 +10,15 @@ import torch
 from conftest import ARCHITECTURES
 
 import llmsqueeze
-from llmsqueeze.activations import Spill
-from llmsqueeze.blocks import Walk
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.compress import quantize
 from llmsqueeze.distillation.blockwise import StudentBlock
 from llmsqueeze.distillation.student import Student
 from llmsqueeze.distillation.training import chunks
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import build_skeleton
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.skeleton import build_skeleton
 
 CPU = torch.device("cpu")
 EVERYTHING = frozenset(("scales", "norms", "lowrank", "codes"))

@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze import blocks, parts
-from llmsqueeze.checkpoint import open_checkpoint
+from llmsqueeze import parts
 from llmsqueeze.compensate.distill import Teacher, distillation_loss, teacher_losses, token_losses, token_weights
 from llmsqueeze.compensate.trained import Adjusted, Trained, TrainedCodes, TrainedWeight, norm_names
 from llmsqueeze.distillation import teacher
 from llmsqueeze.distillation.teacher import answers, ask, row_file
+from llmsqueeze.model import walk
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import Skeleton, build_skeleton
 from llmsqueeze.parts import Affine, DualBinary, Grid, LowRank, Part, Sparse, bitpack
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantize.dual_binary import in_order
-from llmsqueeze.skeleton import Skeleton, build_skeleton
 
 CPU = torch.device("cpu")
 VOCABULARY = 626  # of the demo
@@ -158,7 +159,7 @@ def test_answers_are_the_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where the vocabulary comes in slices, smaller and larger than k."""
-    monkeypatch.setattr(blocks, "LOGITS_BYTES", at_once * 19 * 4)
+    monkeypatch.setattr(walk, "LOGITS_BYTES", at_once * 19 * 4)
     key = ask(skeleton, samples, tmp_path / "cache", k, CPU, Progress())
     for row in samples:
         said = answers(tmp_path / "cache", key, row)

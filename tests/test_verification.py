@@ -14,10 +14,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from llmsqueeze import compress, exporting, parts, rounding, verification
-from llmsqueeze.checkpoint import open_checkpoint
 from llmsqueeze.cli import app
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.output import Output, digest
 from llmsqueeze.recipe.bundled import make_recipe
 

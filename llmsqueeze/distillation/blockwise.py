@@ -25,9 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmsqueeze import parts
-from llmsqueeze.activations import Activations, Spill
-from llmsqueeze.blocks import Walk
-from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compensate.distill import divergences
 from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.distillation.settings import Distillation
@@ -36,9 +33,12 @@ from llmsqueeze.distillation.training import BETAS, Answers, State, batch_of, se
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.observe import as_rows
 from llmsqueeze.progress import Progress
-from llmsqueeze.skeleton import Skeleton
 
 CHECKS = 5  # measurements on held-back samples, per block
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmsqueeze import hf
-from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
-from llmsqueeze.skeleton import find_blocks
+from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.model.skeleton import find_blocks
 
 TRAINABLE = ("scales", "norms", "lowrank", "codes")
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmsqueeze.activations import Spill
-from llmsqueeze.blocks import Walk
 from llmsqueeze.compensate.distill import Teacher
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
-from llmsqueeze.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
-from llmsqueeze.skeleton import Skeleton
 
 
 def cache_key(skeleton: Skeleton, k: int) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from llmsqueeze import parts
-from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.parts import Grid, Part, Spec
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from llmsqueeze import parts
 from llmsqueeze.card import read_sidecar
-from llmsqueeze.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.errors import CheckpointError, nearest
 from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.page.words import number
 from llmsqueeze.public import shown
 

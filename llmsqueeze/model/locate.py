@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmsqueeze.checkpoint import pickled_only
 from llmsqueeze.errors import CheckpointError, HubError, first_line, nearest
 from llmsqueeze.files import OTHER_WEIGHTS, PICKLES
+from llmsqueeze.model.checkpoint import pickled_only
 
 
 def locate(model: str, revision: str | None = None, weights: bool = True) -> Path:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.activations import Activations, Spill
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.skeleton import Skeleton
+from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.skeleton import Skeleton
 
 LOGITS_BYTES = 64 << 20  # the size of one slice of logits
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.checkpoint import Checkpoint, Stored, read_config
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.memory import give_back
+from llmsqueeze.model.checkpoint import Checkpoint, Stored, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.model.checkpoint import Checkpoint
 
 
 def file_digests(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""The original model: found, read lazily, laid out without weights, walked block by block; and the text it reads."""
