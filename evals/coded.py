@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.compress import quantize
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.parts.coding import rans
-from llmsqueeze.quantize import coded
+from llmsqueeze.quantizers import coded
+from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush
 

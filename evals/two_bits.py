@@ -19,7 +19,7 @@ from unittest import mock
 from methods import add_arguments, measure
 from torch import Tensor
 
-from llmsqueeze.quantize import grids
+from llmsqueeze.quantizers import grids
 from llmsqueeze.terminal import hush
 
 GRIDS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.skeleton import all_linears, empty_model, load_config
 from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, bitpack, spec_grid
-from llmsqueeze.quantize import dual_binary
+from llmsqueeze.quantizers import dual_binary
 from llmsqueeze.recipe.values import choice
 
 FORMATS = (native.METHOD, compressed_tensors.METHOD)

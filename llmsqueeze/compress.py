@@ -17,7 +17,6 @@ from torch import Tensor
 
 from llmsqueeze import parts, record, verification
 from llmsqueeze.allocate.steps import Pace
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, native
@@ -34,6 +33,7 @@ from llmsqueeze.plan import Plan, unfit, why_native
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
+from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import group_targets
 from llmsqueeze.verification import Witness

@@ -19,7 +19,7 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
-from llmsqueeze.quantize.coded import steadied
+from llmsqueeze.quantizers.coded import steadied
 from llmsqueeze.recipe.recipe import Recipe
 
 ROUNDS = 6  # of rows and ranks in turn

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocate import gwq
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.decide import Decision
 from llmsqueeze.parts import LowRank, Part
 from llmsqueeze.plan import Plan, WeightPlan
-from llmsqueeze.quantize import coded
+from llmsqueeze.quantizers import coded
+from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import compress_weight
 from llmsqueeze.verification import named

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocate import gwq, layerwise, mixllm
-from llmsqueeze.curvature import factorize
 from llmsqueeze.ends import Ends
 from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.skeleton import Skeleton
@@ -26,8 +25,9 @@ from llmsqueeze.plan import Plan
 from llmsqueeze.price import Option, coded_points, low_rank_gains, packed_rates, price, rounding_error
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.quantize.coded import steadied
-from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.quantizers.coded import steadied
+from llmsqueeze.quantizers.curvature import factorize
+from llmsqueeze.quantizers.rtn import rtn
 from llmsqueeze.recipe.recipe import Recipe
 
 

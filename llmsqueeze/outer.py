@@ -9,13 +9,13 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocate.steps import Pace
-from llmsqueeze.curvature import Curvature, factorize
 from llmsqueeze.decide import Decision
 from llmsqueeze.formats import native
 from llmsqueeze.groups import Compressed, compress_group, compressed_nbytes
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.prepare import Job
 from llmsqueeze.progress import Progress
+from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.recipe.recipe import Recipe
 
 SHARD_BYTES = 1 << 30

@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmsqueeze.compensate.lorc import truncated_svd
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.coded import ESCAPE_BYTES, LIMIT, contexts_of
 from llmsqueeze.parts.coding import frequencies, rans
 from llmsqueeze.parts.coding.streams import one_context
-from llmsqueeze.quantize import QUANTIZERS, coded
-from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.quantizers import QUANTIZERS, coded
+from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.quantizers.lorc import truncated_svd
+from llmsqueeze.quantizers.rtn import rtn
 
 TRIED_ROWS = 48
 RANKS = 16  # components that are priced

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Affine, Grid, Integers, Part
 from llmsqueeze.parts.coding.logsteps import powers
-from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.quantizers.rtn import rtn
 
 
 def reround(held: Sequence[Part], grid: Grid) -> tuple[Affine, float]:

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.compensate import lorc
-from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.observe import Moments
 from llmsqueeze.parts import Coded, Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.price import row_outliers
-from llmsqueeze.quantize import QUANTIZERS, coded
-from llmsqueeze.quantize.descent import corrected_target
-from llmsqueeze.quantize.grids import Rounded
+from llmsqueeze.quantizers import QUANTIZERS, coded, lorc
+from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
+from llmsqueeze.quantizers.descent import corrected_target
+from llmsqueeze.quantizers.grids import Rounded
 from llmsqueeze.recipe.recipe import Recipe
 
 # rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many

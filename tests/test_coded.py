@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts, price
-from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.parts import Coded
 from llmsqueeze.parts.coding.logsteps import exponents
-from llmsqueeze.quantize import coded
-from llmsqueeze.quantize.coded import Integers, code, feedback, regain, row_steps, steadied, sweep
+from llmsqueeze.quantizers import coded
+from llmsqueeze.quantizers.coded import Integers, code, feedback, regain, row_steps, steadied, sweep
+from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 
 ROWS, COLS = 24, 300  # two full panels and a short one
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import llmsqueeze
 from llmsqueeze import compress, groups, parts, rounding
 from llmsqueeze.compress import Summary, compress_blocks, quantize
-from llmsqueeze.curvature import factorize
 from llmsqueeze.decide import Decision
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.hf import SumOfParts
@@ -31,6 +30,7 @@ from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan, base_plan
 from llmsqueeze.progress import Progress
+from llmsqueeze.quantizers.curvature import factorize
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import compress_weight

@@ -11,17 +11,17 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze import parts, planfile
 from llmsqueeze.compress import quantize
-from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import DualBinary, Grid
 from llmsqueeze.plan import Rows
-from llmsqueeze.quantize import QUANTIZERS, dual_binary
-from llmsqueeze.quantize.descent import least_squares, normal_equations, refit, sweep
-from llmsqueeze.quantize.gptq import gptq
-from llmsqueeze.quantize.grids import fit_group
-from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.quantizers import QUANTIZERS, dual_binary
+from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
+from llmsqueeze.quantizers.descent import least_squares, normal_equations, refit, sweep
+from llmsqueeze.quantizers.gptq import gptq
+from llmsqueeze.quantizers.grids import fit_group
+from llmsqueeze.quantizers.rtn import rtn
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.show import contents
 

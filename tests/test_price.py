@@ -21,7 +21,6 @@ from llmsqueeze import price
 from llmsqueeze import profile as profiles
 from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.compress import quantize
-from llmsqueeze.curvature import Curvature, factorize
 from llmsqueeze.decide import options_of
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.evaluate import evaluate
@@ -35,8 +34,9 @@ from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.price import Option
 from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
-from llmsqueeze.quantize import QUANTIZERS
-from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.quantizers import QUANTIZERS
+from llmsqueeze.quantizers.curvature import Curvature, factorize
+from llmsqueeze.quantizers.rtn import rtn
 from llmsqueeze.recipe.bundled import make_recipe
 
 CPU = torch.device("cpu")

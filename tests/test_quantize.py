@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantize import QUANTIZERS
-from llmsqueeze.quantize.descent import corrected_target, descent, least_squares, normal_equations, refit, sweep
-from llmsqueeze.quantize.gptq import gptq, panels
-from llmsqueeze.quantize.grids import fit_group, round_to, storable
-from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.quantizers import QUANTIZERS
+from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
+from llmsqueeze.quantizers.descent import corrected_target, descent, least_squares, normal_equations, refit, sweep
+from llmsqueeze.quantizers.gptq import gptq, panels
+from llmsqueeze.quantizers.grids import fit_group, round_to, storable
+from llmsqueeze.quantizers.rtn import rtn
 
 GRIDS = [Grid(b, g, s) for b in (2, 3, 4, 8) for g, s in ((16, True), (24, False), (-1, True), (200, False))]
 grids = pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_rtn_is_the_nearest_level(weight: torch.Tensor) -> None:
 
 
 def test_scale_search_is_the_best_of_its_ratios(weight: torch.Tensor, moments: torch.Tensor) -> None:
-    from llmsqueeze.quantize.grids import RATIOS
+    from llmsqueeze.quantizers.grids import RATIOS
 
     grid, h = Grid(2, 16, True), moments.diagonal()[:16]
     w = weight[:, :16]

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocate import ranks
-from llmsqueeze.compensate.lorc import truncated_svd
 from llmsqueeze.compress import quantize
-from llmsqueeze.curvature import Curvature, factorize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
 from llmsqueeze.price import RANKS, Option, low_rank_gains, price, residuals
+from llmsqueeze.quantizers.curvature import Curvature, factorize
+from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.run import quantize as quantize_verb
 

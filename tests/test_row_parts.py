@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.curvature import Curvature, factorize, row_error
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.plan import Rows, WeightPlan
-from llmsqueeze.quantize import QUANTIZERS
-from llmsqueeze.quantize.grids import fit_group, round_to
+from llmsqueeze.quantizers import QUANTIZERS
+from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
+from llmsqueeze.quantizers.grids import fit_group, round_to
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.rounding import compress_weight

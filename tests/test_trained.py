@@ -22,7 +22,7 @@ from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton
 from llmsqueeze.parts import Affine, DualBinary, Grid, LowRank, Part, Sparse, bitpack
 from llmsqueeze.progress import Progress
-from llmsqueeze.quantize.dual_binary import in_order
+from llmsqueeze.quantizers.dual_binary import in_order
 
 CPU = torch.device("cpu")
 VOCABULARY = 626  # of the demo

@@ -25,7 +25,7 @@ from torch import Tensor
 from llmsqueeze.errors import BudgetError
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.plan import Plan
-from llmsqueeze.quantize.coded import PRIOR
+from llmsqueeze.quantizers.coded import PRIOR
 
 SLACK = 0.005  # of the budget: the result is under it by no more
 AIM = 0.002  # of the budget: the last group aims this far below it

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.parts.coding.logsteps import exponents, powers
-from llmsqueeze.quantize.grids import storable
+from llmsqueeze.quantizers.grids import storable
 
 
 class Adjusted(nn.Module):

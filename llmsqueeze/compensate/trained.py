@@ -23,7 +23,7 @@ from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Spars
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.parts.grid import onto_rows
-from llmsqueeze.quantize import dual_binary
+from llmsqueeze.quantizers import dual_binary
 
 
 class TrainedCodes(nn.Module):

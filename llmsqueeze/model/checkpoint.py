@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmsqueeze.curvature import all_finite
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
+from llmsqueeze.quantizers.curvature import all_finite
 
 
 @dataclass(frozen=True)

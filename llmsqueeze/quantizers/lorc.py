@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import LowRank
+from llmsqueeze.quantizers.curvature import Curvature
 
 EXACT = 1024
 OVERSAMPLING, POWER_ITERATIONS = 8, 4

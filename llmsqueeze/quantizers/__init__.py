@@ -6,8 +6,8 @@ bool [rows, cols] or None, search) -> Rounded.
 
 from __future__ import annotations
 
-from llmsqueeze.quantize.descent import descent
-from llmsqueeze.quantize.gptq import gptq
-from llmsqueeze.quantize.rtn import rtn
+from llmsqueeze.quantizers.descent import descent
+from llmsqueeze.quantizers.gptq import gptq
+from llmsqueeze.quantizers.rtn import rtn
 
 QUANTIZERS = {"rtn": rtn, "gptq": gptq, "descent": descent}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.dual_binary import planes_of
-from llmsqueeze.quantize import dual_binary
+from llmsqueeze.quantizers import dual_binary
 
 RATIOS = [1.05 - 0.7 * i / 28 for i in range(29)]
 

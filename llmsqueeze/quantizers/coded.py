@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
+from llmsqueeze.quantizers.curvature import Curvature
 
 ROUNDS = 2
 PANEL = 128

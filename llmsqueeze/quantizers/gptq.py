@@ -21,9 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantize.grids import Rounded, decode, encode, fit_group, zero_code
+from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.quantizers.grids import Rounded, decode, encode, fit_group, zero_code
 
 PANEL = 128
 

@@ -27,11 +27,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmsqueeze.curvature import Curvature
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantize import dual_binary
-from llmsqueeze.quantize.gptq import gptq
-from llmsqueeze.quantize.grids import Rounded, decode, encode, storable
+from llmsqueeze.quantizers import dual_binary
+from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.quantizers.gptq import gptq
+from llmsqueeze.quantizers.grids import Rounded, decode, encode, storable
 
 ROUNDS = 3
 PANEL = 128
