@@ -74,11 +74,11 @@ def without(what: str) -> Iterator[None]:
         if what == "equal rates":
             stack.enter_context(mock.patch.object(coded, "row_steps", row_size))
             stack.enter_context(mock.patch.object(coded, "column_steps", relative_columns))
-            stack.enter_context(mock.patch("llmsqueeze.price._zero_bits", return_value=ZERO_BITS))
+            stack.enter_context(mock.patch("llmsqueeze.measure.costs._zero_bits", return_value=ZERO_BITS))
         elif what == "no column steps":
             stack.enter_context(mock.patch.object(coded, "column_steps", even_columns))
         elif what == "no contexts":
-            for module in ("llmsqueeze.parts.coded", "llmsqueeze.price"):
+            for module in ("llmsqueeze.parts.coded", "llmsqueeze.measure.costs"):
                 stack.enter_context(mock.patch(f"{module}.contexts_of", one_table))
         yield
 

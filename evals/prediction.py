@@ -22,9 +22,9 @@ from methods import add_arguments
 
 from llmsqueeze.decide import Decision
 from llmsqueeze.evaluate import evaluate
+from llmsqueeze.measure.profile import Profile, load
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.prepare import Source, prepare
-from llmsqueeze.profile import Profile, load
 from llmsqueeze.progress import Progress
 from llmsqueeze.reuse import given_plan, open_plan
 from llmsqueeze.terminal import hush

@@ -22,14 +22,14 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze.compress import quantize
 from llmsqueeze.evaluate import token_losses
-from llmsqueeze.measure import Wanted, measure
+from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.profile import Profile
+from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.prepare import Source, prepare
-from llmsqueeze.price import Option
-from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe

@@ -21,17 +21,17 @@ from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.groups import NOTHING, Compressed, as_made, compress_group, compressed_nbytes, with_made
-from llmsqueeze.measure import measure
+from llmsqueeze.measure.moments import Moments, Streams, advance, as_rows, fusion_groups, observe
+from llmsqueeze.measure.profile import Profile
+from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.skeleton import Skeleton, all_linears
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.observe import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.outer import compress_ends, outer_shard, outer_shards
 from llmsqueeze.output import Output, check_writable, output_folder
 from llmsqueeze.plan import Plan, unfit, why_native
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
-from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe

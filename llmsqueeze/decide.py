@@ -14,11 +14,11 @@ from torch import Tensor
 from llmsqueeze.allocate import budget, gwq, layerwise, mixllm, ranks, rows, steps
 from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.measure import Wanted
+from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.profile import Profile
+from llmsqueeze.measure.sweeps import Wanted
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
-from llmsqueeze.price import Option
-from llmsqueeze.profile import Profile
 from llmsqueeze.quantizers.coded import steadied
 from llmsqueeze.recipe.recipe import Recipe
 

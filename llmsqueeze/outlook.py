@@ -11,8 +11,8 @@ import torch
 from llmsqueeze.allocate import budget, steps
 from llmsqueeze.decide import Decision, options_of
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.plan import Plan, WeightPlan
-from llmsqueeze.profile import Profile
 from llmsqueeze.recipe.recipe import Recipe
 
 POINTS = 200

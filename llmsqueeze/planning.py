@@ -10,10 +10,10 @@ from llmsqueeze import pictures
 from llmsqueeze.compress import portability
 from llmsqueeze.decide import Decision, decide, target_nbytes
 from llmsqueeze.errors import OutputError, RecipeError
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.outlook import curve, table
 from llmsqueeze.planfile import PLAN, PROFILE, write_plan
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
-from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.reuse import rows_by, stored_or_measured

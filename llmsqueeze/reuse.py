@@ -12,13 +12,13 @@ from llmsqueeze import __version__
 from llmsqueeze.decide import Decision, coded, options_of, priced, target_nbytes, wanted_by, with_rows
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
-from llmsqueeze.measure import measure
+from llmsqueeze.measure.profile import Profile, lacks, load, save
+from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.planfile import PLAN, PlanFile, plan_of, read_plan
 from llmsqueeze.prepare import Job
-from llmsqueeze.profile import Profile, lacks, load, save
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 

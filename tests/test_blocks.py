@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.measure import forward_sweep, head_sweep
+from llmsqueeze.measure.moments import fusion_groups
+from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
 from llmsqueeze.model import walk
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton, find_blocks
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.observe import fusion_groups
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 

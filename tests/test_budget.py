@@ -16,11 +16,11 @@ from torch import Tensor
 from llmsqueeze.allocate import budget, rows
 from llmsqueeze.decide import decide, target_nbytes
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.prepare import Job, Source, prepare
-from llmsqueeze.price import Option
-from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe

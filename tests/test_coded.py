@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsqueeze import parts, price
+from llmsqueeze import parts
+from llmsqueeze.measure import costs
 from llmsqueeze.parts import Coded
 from llmsqueeze.parts.coding.logsteps import exponents
 from llmsqueeze.quantizers import coded
@@ -328,7 +329,7 @@ def test_every_weight_costs_a_24th_of_the_squared_multiplier(filled: Filled) -> 
 
 def bits_and_loss(found: Integers, filled: Filled) -> tuple[float, float]:
     weight, gradient, curvature, _ = filled
-    bits, tables = price.code_length(found.values, found.row_exponent, found.col_exponent)
+    bits, tables = costs.code_length(found.values, found.row_exponent, found.col_exponent)
     return bits + 8 * tables, 0.5 * float(gradient @ row_error(weight - found.dense(), curvature.H))
 
 
@@ -500,7 +501,7 @@ def priced(request: pytest.FixtureRequest) -> Priced:
     weight = torch.randn(rows, 192, generator=generator) * 0.02
     gradient = 10 ** (torch.rand(rows, generator=generator) / 2 - 5)
     curvature = factorize(correlated(192, generator, octaves=0.5).float())
-    return weight, gradient, curvature, price.coded_points(weight, gradient, curvature)
+    return weight, gradient, curvature, costs.coded_points(weight, gradient, curvature)
 
 
 def test_bytes_fall_and_loss_rises_along_the_multipliers(priced: Priced) -> None:
@@ -521,17 +522,17 @@ def test_bits_come_to_none_at_the_middle_of_the_points_if_fine_steps_are_extrapo
     weight, _, _, (at, nbytes, _) = priced
     beside = sum(weight.shape) + math.ceil(len(weight) / 16) * 4.5
     for octave in (-5.0, -4.0, -3.5):
-        i = price.OCTAVES.index(octave)
+        i = costs.OCTAVES.index(octave)
         assert (float(nbytes[i]) - beside) * 8 / weight.numel() == pytest.approx(-octave, abs=0.15)
-        assert float(at[i] - at[price.OCTAVES.index(0.0)]) == pytest.approx(octave)
+        assert float(at[i] - at[costs.OCTAVES.index(0.0)]) == pytest.approx(octave)
 
 
 def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced) -> None:
     """With every row tried, the loss is that loss; with some, what rows differ by chance is in both."""
     weight, gradient, curvature, points = priced
-    exact = len(weight) <= price.CODED_ROWS
+    exact = len(weight) <= costs.CODED_ROWS
     for octave in (-5.0, -3.0, -1.5, 0.0, 1.0):
-        log_multiplier, nbytes, loss = points[:, price.OCTAVES.index(octave)].tolist()
+        log_multiplier, nbytes, loss = points[:, costs.OCTAVES.index(octave)].tolist()
         steps = row_steps(weight, 2.0**log_multiplier, gradient)
         found = code(weight, steps, curvature, None, len(weight))
         part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
@@ -543,7 +544,7 @@ def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced
 def test_the_code_length_is_what_streams_and_tables_take(weight: Tensor, curvature: Curvature) -> None:
     steps = row_steps(weight, 1.0, torch.linspace(1000, 40_000, ROWS, dtype=torch.float64))
     found = code(weight, steps, curvature, None, ROWS)
-    bits, tables = price.code_length(found.values, found.row_exponent, found.col_exponent)
+    bits, tables = costs.code_length(found.values, found.row_exponent, found.col_exponent)
     part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert tables == len(part.streams.tables)
     streams, escapes = len(part.streams.lengths), part.escape_index.nbytes + part.escape_value.nbytes
@@ -570,7 +571,7 @@ def test_every_multiplier_has_all_octaves_that_a_byte_holds(generator: torch.Gen
     weight = torch.randn(12, 60, generator=generator) * 0.05
     gradient = 4.0 ** -torch.linspace(0, 10, 12)
     curvature = factorize(correlated(60, generator).float())
-    at, nbytes, loss = price.coded_points(weight, gradient, curvature)
+    at, nbytes, loss = costs.coded_points(weight, gradient, curvature)
     for i in (0, 6, len(at) - 1):
         alone = code(weight, row_steps(weight, 2.0 ** float(at[i]), gradient), curvature, None, 12)
         part = Coded.from_integers(alone.values, alone.row_exponent, alone.col_exponent, torch.bfloat16)
@@ -585,7 +586,7 @@ def test_hard_cases_have_finite_prices(of_weight: str, of_moments: str) -> None:
     generator = torch.Generator().manual_seed(5)
     weight = WEIGHTS[of_weight](torch.randn(9, 20, generator=generator) * 0.05)
     curvature = factorize(MOMENTS[of_moments](correlated(20, generator).float()))
-    points = price.coded_points(weight, steadied(torch.zeros(9), 3), curvature)
+    points = costs.coded_points(weight, steadied(torch.zeros(9), 3), curvature)
     assert bool(points.isfinite().all())
     assert (points[1] > 0).all()
     assert (points[2] >= 0).all()

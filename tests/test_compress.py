@@ -21,11 +21,11 @@ from llmsqueeze.compress import Summary, compress_blocks, quantize
 from llmsqueeze.decide import Decision
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.hf import SumOfParts
+from llmsqueeze.measure.moments import FusionGroup, Moments, Streams, observe
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton, is_transposed
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.observe import FusionGroup, Moments, Streams, observe
 from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan, base_plan

@@ -26,7 +26,7 @@ from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats.entries import read_entries, read_parts
-from llmsqueeze.measure import measure
+from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.walk import Walk

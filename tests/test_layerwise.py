@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.allocate import layerwise
 from llmsqueeze.decide import decide, target_nbytes, wanted_by
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.measure import Wanted, measure
+from llmsqueeze.measure.profile import Profile
+from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.prepare import Source, prepare
-from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import BLOCK_ORDERS

@@ -16,11 +16,11 @@ import yaml
 
 from llmsqueeze import compress, planning, reuse, search
 from llmsqueeze.errors import BudgetError, CheckpointError, RecipeError
+from llmsqueeze.measure.profile import load
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
-from llmsqueeze.profile import load
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.run import quantize
 from llmsqueeze.search import WIDTH, Round, bisect

@@ -17,22 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze import price
-from llmsqueeze import profile as profiles
 from llmsqueeze.allocate.gwq import Candidates
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import options_of
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.evaluate import evaluate
-from llmsqueeze.measure import Wanted, measure
+from llmsqueeze.measure import costs
+from llmsqueeze.measure import profile as profiles
+from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.profile import Profile
+from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model import walk
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.prepare import Source, prepare
-from llmsqueeze.price import Option
-from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers import QUANTIZERS
 from llmsqueeze.quantizers.curvature import Curvature, factorize
@@ -150,11 +150,11 @@ def curvature(moments: Tensor) -> Curvature:
 
 
 def prices(weight: Tensor, curvature: Curvature, quantizer: str, options: tuple[Option, ...] = PRICED) -> Tensor:
-    return price.price(weight, torch.ones(len(weight)), curvature, options, quantizer, torch.float32, True)
+    return costs.price(weight, torch.ones(len(weight)), curvature, options, quantizer, torch.float32, True)
 
 
 def test_a_rows_outliers_are_those_that_would_cost_most_to_lose(weight: Tensor, curvature: Curvature) -> None:
-    mask = price.row_outliers(weight, curvature, 3)
+    mask = costs.row_outliers(weight, curvature, 3)
     for r in range(60):
         order = sorted(range(96), key=lambda j: -float(weight[r, j] ** 2 * curvature.H[j, j]))
         assert set(mask[r].nonzero()[:, 0].tolist()) == set(order[:3])
@@ -163,9 +163,9 @@ def test_a_rows_outliers_are_those_that_would_cost_most_to_lose(weight: Tensor, 
 def test_what_stays_as_it_is_costs_nothing(weight: Tensor, moments: Tensor, curvature: Curvature) -> None:
     """Outliers leave both the range that is rounded and the error: against a slow loop."""
     option = Option(Grid(3, 32, True), 0.05)
-    found = price.price(weight, torch.arange(60.0), curvature, [option], "rtn", torch.float32, False)[0]
+    found = costs.price(weight, torch.arange(60.0), curvature, [option], "rtn", torch.float32, False)[0]
     assert option.kept(96) == 5
-    kept = price.row_outliers(weight, curvature, 5)
+    kept = costs.row_outliers(weight, curvature, 5)
     rounded = rtn(weight, option.grid, torch.float32, None, kept).dense()
     for r in range(0, 60, 9):
         d = [0.0 if kept[r, j] else float(weight[r, j] - rounded[r, j]) for j in range(96)]
@@ -183,7 +183,7 @@ def test_descent_prices_are_gptqs_lowered_by_what_descent_saves_on_some_rows(
     weight: Tensor, moments: Tensor, curvature: Curvature
 ) -> None:
     """With no more rows than are tried their sum is that of descent itself."""
-    few = weight[: price.TRIED_ROWS]
+    few = weight[: costs.TRIED_ROWS]
     found, gptq = prices(few, curvature, "descent"), prices(few, curvature, "gptq")
     for at in (0, 1):
         d = few - QUANTIZERS["descent"](few, PRICED[at].grid, torch.float32, curvature, None, True).dense()
@@ -203,7 +203,7 @@ def test_pricing_some_rows_at_a_time_changes_nothing(
     weight: Tensor, curvature: Curvature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prices(weight, curvature, "descent")
-    monkeypatch.setitem(price.CHUNK_BYTES, "cpu", 7 * 4 * 96)
+    monkeypatch.setitem(costs.CHUNK_BYTES, "cpu", 7 * 4 * 96)
     assert torch.allclose(prices(weight, curvature, "descent"), whole, rtol=1e-5)
 
 

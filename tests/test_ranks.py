@@ -12,11 +12,11 @@ from torch import Tensor
 from llmsqueeze.allocate import ranks
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.costs import RANKS, Option, low_rank_gains, price, residuals
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
-from llmsqueeze.price import RANKS, Option, low_rank_gains, price, residuals
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.recipe.bundled import make_recipe

@@ -17,9 +17,9 @@ from llmsqueeze import parts
 from llmsqueeze.allocate import steps
 from llmsqueeze.allocate.steps import Curve, Pace, allocate, at_multiplier, curves_of, least_nbytes, predicted
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.costs import OCTAVES
 from llmsqueeze.parts import Coded
 from llmsqueeze.plan import Plan, WeightPlan
-from llmsqueeze.price import OCTAVES
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 PLENTY = 10**9  # tokens

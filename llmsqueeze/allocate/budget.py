@@ -23,8 +23,8 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.costs import Option
 from llmsqueeze.plan import Plan, Rows, WeightPlan
-from llmsqueeze.price import Option
 
 TRIES = 50
 

@@ -33,11 +33,11 @@ from llmsqueeze.distillation.training import BETAS, Answers, State, batch_of, se
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.measure.moments import as_rows
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.observe import as_rows
 from llmsqueeze.progress import Progress
 
 CHECKS = 5  # measurements on held-back samples, per block

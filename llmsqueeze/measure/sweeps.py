@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocate import gwq, layerwise, mixllm
-from llmsqueeze.ends import Ends
+from llmsqueeze.measure.costs import Option, coded_points, low_rank_gains, packed_rates, price, rounding_error
+from llmsqueeze.measure.ends import Ends
+from llmsqueeze.measure.moments import FusionGroup, as_rows, fusion_groups
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.observe import FusionGroup, as_rows, fusion_groups
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan
-from llmsqueeze.price import Option, coded_points, low_rank_gains, packed_rates, price, rounding_error
-from llmsqueeze.profile import Profile
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.coded import steadied
 from llmsqueeze.quantizers.curvature import factorize

@@ -21,9 +21,9 @@ from torch import Tensor
 from llmsqueeze.allocate.gwq import Candidates, first
 from llmsqueeze.allocate.ranks import expected_gains
 from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.measure.costs import Option
 from llmsqueeze.parts import Grid
 from llmsqueeze.plan import Plan, Rows, WeightPlan
-from llmsqueeze.price import Option
 
 VERSION = 1
 

@@ -1,0 +1,1 @@
+"""What is measured of the original: second moments, gradients, costs, rankings."""
