@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts, record, verification
-from llmsqueeze.allocate.steps import Pace
+from llmsqueeze.allocation.multiplier import Pace
+from llmsqueeze.allocation.plan import Plan, unfit, why_native
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, native
@@ -30,7 +31,6 @@ from llmsqueeze.model.skeleton import Skeleton, all_linears
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.outer import compress_ends, outer_shard, outer_shards
 from llmsqueeze.output import Output, check_writable, output_folder
-from llmsqueeze.plan import Plan, unfit, why_native
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from llmsqueeze.allocate import budget, gwq, layerwise, mixllm, ranks, rows, steps
-from llmsqueeze.allocate.gwq import Candidates
+from llmsqueeze.allocation import budget, gwq, layerwise, mixllm, multiplier, ranks, rows
+from llmsqueeze.allocation.gwq import Candidates
+from llmsqueeze.allocation.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
 from llmsqueeze.quantizers.coded import steadied
 from llmsqueeze.recipe.recipe import Recipe
 
@@ -31,7 +31,7 @@ class Coding:
     """What coding goes by, beside the plan: bytes and loss at other steps, every linear's gradient [rows], and the
     bytes that all linears may take. moments: of what lies outside the blocks, [cols, cols]."""
 
-    curves: Mapping[str, steps.Curve]
+    curves: Mapping[str, multiplier.Curve]
     row_gradient: Mapping[str, Tensor]
     target: int
     moments: Mapping[str, Tensor] = field(default_factory=dict)
@@ -148,14 +148,14 @@ def packed(plan: Plan, profile: Profile) -> Plan:
 def coded(plan: Plan, profile: Profile, target: int | None) -> Decision:
     """The decision to code the planned linears within `target` bytes."""
     assert target is not None, "method coded has a budget"
-    curves = steps.curves_of(plan, profile.steps)
+    curves = multiplier.curves_of(plan, profile.steps)
     lacking = next((n for n, w in plan.weights.items() if w.outer and n not in profile.moments), None)
     if lacking is not None:
         raise RecipeError(f"the profile does not know what {lacking} costs: it was measured without --code-embeddings")
-    found = steps.allocate(plan, curves, target, profile.labels)
+    found = multiplier.allocate(plan, curves, target, profile.labels)
     gradient = {name: steadied(profile.row_gradient[name], profile.labels) for name in curves}
     candidates = profile.trimmed(found).candidates
-    predicted = steps.predicted(found, curves)
+    predicted = multiplier.predicted(found, curves)
     return Decision(found, {}, candidates, predicted, coding=Coding(curves, gradient, target, profile.moments))
 
 
@@ -233,7 +233,7 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
 def narrowest(plan: Plan, recipe: Recipe) -> Plan:
     """The smallest plan that the recipe's method can make of the linears."""
     if recipe.method == "coded":
-        return Plan({n: replace(w, coded_nbytes=steps.least_nbytes(w.shape)) for n, w in plan.weights.items()})
+        return Plan({n: replace(w, coded_nbytes=multiplier.least_nbytes(w.shape)) for n, w in plan.weights.items()})
     if recipe.method != "budget":
         grids = [recipe_grid(recipe, recipe.code_bits)]
     else:

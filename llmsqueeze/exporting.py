@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmsqueeze import parts, verification
+from llmsqueeze.allocation.plan import short_groups
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
 from llmsqueeze.formats import compressed_tensors, gguf, peft
@@ -28,7 +29,6 @@ from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.skeleton import all_linears, empty_model, find_blocks, find_linears, is_transposed, load_config
 from llmsqueeze.output import Output, check_writable, digest, partial_folder, publish
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
-from llmsqueeze.plan import short_groups
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.values import choice, whole
 from llmsqueeze.recipe.values import group_size as checked_group_size

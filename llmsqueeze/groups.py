@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.allocate import gwq
+from llmsqueeze.allocation import gwq
+from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.decide import Decision
 from llmsqueeze.parts import LowRank, Part
-from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.quantizers import coded
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.allocate.steps import Pace
+from llmsqueeze.allocation.multiplier import Pace
 from llmsqueeze.decide import Decision
 from llmsqueeze.formats import native
 from llmsqueeze.groups import Compressed, compress_group, compressed_nbytes

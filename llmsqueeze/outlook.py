@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from llmsqueeze.allocate import budget, steps
+from llmsqueeze.allocation import budget, multiplier
+from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.decide import Decision, options_of
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.recipe.recipe import Recipe
 
 POINTS = 200
@@ -59,7 +59,7 @@ def _row(
 def _predicted(part: Plan, decided: Decision, profile: Profile) -> float | None:
     if decided.coding is not None:
         curves = {name: curve for name, curve in decided.coding.curves.items() if name in part.weights}
-        return steps.predicted(part, curves)
+        return multiplier.predicted(part, curves)
     return profile.predicted(part, decided.chosen) if profile.costs else None
 
 
@@ -82,12 +82,12 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
 
 def _coded_curve(plan: Plan, profile: Profile) -> list[tuple[float, float]]:
     """The same of coded weights, from where they take half a bit to where they take ten."""
-    curves = steps.curves_of(plan, profile.steps)
+    curves = multiplier.curves_of(plan, profile.steps)
     found = []
     for bits in torch.linspace(0.5, 10.0, POINTS).tolist():
         try:
-            made = steps.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
+            made = multiplier.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
         except RecipeError:
             continue  # steps and tables alone take more
-        found.append((made.bits_per_weight, steps.predicted(made, curves)))
+        found.append((made.bits_per_weight, multiplier.predicted(made, curves)))
     return found

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze import pictures
+from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
 from llmsqueeze.compress import portability
 from llmsqueeze.decide import Decision, decide, target_nbytes
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.outlook import curve, table
-from llmsqueeze.planfile import PLAN, PROFILE, write_plan
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llmsqueeze.allocation.plan import Plan, base_plan
 from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.locate import locate
@@ -23,7 +24,6 @@ from llmsqueeze.model.text import (
     hashed,
     load_tokenizer,
 )
-from llmsqueeze.plan import Plan, base_plan
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 

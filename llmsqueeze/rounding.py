@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
+from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.measure.costs import row_outliers
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.parts import Coded, Grid, Part, Sparse
-from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.quantizers import QUANTIZERS, coded, lorc
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import corrected_target

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import exporting, parts, rounding
+from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import Decision
@@ -34,7 +35,6 @@ from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.parts import LowRank
-from llmsqueeze.plan import Plan, WeightPlan
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmsqueeze.allocate import budget, rows
+from llmsqueeze.allocation import budget, rows
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.decide import decide, target_nbytes
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.allocate.steps import least_nbytes
+from llmsqueeze.allocation.multiplier import least_nbytes
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.parts.coded import contexts_of

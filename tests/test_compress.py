@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import llmsqueeze
 from llmsqueeze import compress, groups, parts, rounding
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan, base_plan
 from llmsqueeze.compress import Summary, compress_blocks, quantize
 from llmsqueeze.decide import Decision
 from llmsqueeze.errors import RecipeError
@@ -28,7 +29,6 @@ from llmsqueeze.model.skeleton import build_skeleton, is_transposed
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, WeightPlan, base_plan
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import factorize
 from llmsqueeze.recipe.bundled import make_recipe

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import llmsqueeze
-from llmsqueeze import parts, planfile
+from llmsqueeze import parts
+from llmsqueeze.allocation import plan_yaml
+from llmsqueeze.allocation.plan import Rows
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import DualBinary, Grid
-from llmsqueeze.plan import Rows
 from llmsqueeze.quantizers import QUANTIZERS, dual_binary
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import least_squares, normal_equations, refit, sweep
@@ -272,6 +273,6 @@ def test_the_method_has_the_papers_groups_unless_told() -> None:
 
 def test_a_plan_file_can_say_dual() -> None:
     assert str(Grid(2, 64, True, dual=True)) == "2 bit g64 dual"
-    assert planfile._rows("2 bit g64 dual", 7) == Rows(Grid(2, 64, True, dual=True), 7)
+    assert plan_yaml._rows("2 bit g64 dual", 7) == Rows(Grid(2, 64, True, dual=True), 7)
     with pytest.raises(RecipeError, match="2 to 2 bits"):
-        planfile._rows("3 bit g64 dual", 7)
+        plan_yaml._rows("3 bit g64 dual", 7)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import parts
+from llmsqueeze.allocation.plan import Rows, why_native
 from llmsqueeze.card import model_card
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
@@ -31,7 +32,6 @@ from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Affine, Grid, bitpack
-from llmsqueeze.plan import Rows, why_native
 from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmsqueeze.allocate import gwq
+from llmsqueeze.allocation import gwq
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, WeightPlan
 
 
 def ranked(

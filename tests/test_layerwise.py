@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze.allocate import layerwise
+from llmsqueeze.allocation import layerwise
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.decide import decide, target_nbytes, wanted_by
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
@@ -22,7 +23,6 @@ from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

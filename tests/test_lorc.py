@@ -11,12 +11,12 @@ from torch import Tensor
 
 import llmsqueeze
 from llmsqueeze import parts
+from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.hf import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Grid, LowRank
-from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.quantizers import lorc
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.recipe.bundled import make_recipe

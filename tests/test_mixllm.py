@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze.allocate import mixllm
+from llmsqueeze.allocation import mixllm
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import rounding_error
@@ -19,7 +20,6 @@ from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

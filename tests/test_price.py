@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze.allocate.gwq import Candidates
+from llmsqueeze.allocation.gwq import Candidates
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import options_of
 from llmsqueeze.errors import CheckpointError, RecipeError

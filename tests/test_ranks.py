@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsqueeze.allocate import ranks
+from llmsqueeze.allocation import ranks
+from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import RANKS, Option, low_rank_gains, price, residuals
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.planning import plan
 from llmsqueeze.prepare import Source
 from llmsqueeze.quantizers.curvature import Curvature, factorize

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from llmsqueeze.allocation.plan import recipe_grid
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.plan import recipe_grid
 from llmsqueeze.recipe.bundled import (
     KEYS,
     describe_recipes,

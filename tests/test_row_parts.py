@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
+from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
-from llmsqueeze.plan import Rows, WeightPlan
 from llmsqueeze.quantizers import QUANTIZERS
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.grids import fit_group, round_to

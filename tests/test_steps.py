@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmsqueeze import parts
-from llmsqueeze.allocate import steps
-from llmsqueeze.allocate.steps import Curve, Pace, allocate, at_multiplier, curves_of, least_nbytes, predicted
+from llmsqueeze.allocation import multiplier
+from llmsqueeze.allocation.multiplier import Curve, Pace, allocate, at_multiplier, curves_of, least_nbytes, predicted
+from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import OCTAVES
 from llmsqueeze.parts import Coded
-from llmsqueeze.plan import Plan, WeightPlan
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 PLENTY = 10**9  # tokens
@@ -347,7 +347,7 @@ GROUPS = (2, 3, 5, 10, 30)
 def test_a_run_that_is_off_everywhere_ends_just_under_its_budget(share: float, count: int) -> None:
     run = Run(blocks(count, 3), off_by(share))
     assert 0.995 * run.target <= run.total() <= run.target
-    assert len(run.tried) <= count + steps.TRIES
+    assert len(run.tried) <= count + multiplier.TRIES
 
 
 @quick
@@ -394,7 +394,7 @@ def test_every_group_is_made_once_but_the_last() -> None:
     run.total()
     names = [name for name, _ in run.tried]
     assert [names.count(group[0]) for group in run.groups[:-1]] == [1] * 11
-    assert 1 < names.count(run.groups[-1][0]) <= steps.TRIES + 1
+    assert 1 < names.count(run.groups[-1][0]) <= multiplier.TRIES + 1
 
 
 def test_half_a_surprise_is_believed_when_a_tenth_is_written() -> None:
@@ -446,7 +446,7 @@ def test_a_last_group_that_does_not_fit_is_refused() -> None:
 
     with pytest.raises(RecipeError, match=rf"before {names[0]} leaves {room} bytes of the budget, in which it does"):
         run.pace.settle(names, attempt, lambda made: made)
-    assert len(tried) <= steps.TRIES + 1
+    assert len(tried) <= multiplier.TRIES + 1
     assert max(tried) <= 4
 
 
@@ -463,8 +463,8 @@ def test_a_last_group_that_cannot_grow_is_taken_as_it_is() -> None:
         return dict.fromkeys(names, 1)
 
     assert run.pace.settle(names, attempt, lambda made: made) == dict.fromkeys(names, 1)
-    assert min(tried) == -steps.MOST_OCTAVES
-    assert len(tried) < steps.TRIES
+    assert min(tried) == -multiplier.MOST_OCTAVES
+    assert len(tried) < multiplier.TRIES
 
 
 @pytest.mark.parametrize("slope", [0.4, 3.0, 5.0])

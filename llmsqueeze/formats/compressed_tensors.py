@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Affine, Grid, Part, Spec, spec_grid
-from llmsqueeze.plan import Plan
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
+from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.parts import Part
-from llmsqueeze.plan import Plan
 
 METHOD = "llmsqueeze"
 FORMAT_VERSIONS = (1, 2, 3, 5)

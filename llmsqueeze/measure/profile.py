@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.allocate.gwq import Candidates, first
-from llmsqueeze.allocate.ranks import expected_gains
+from llmsqueeze.allocation.gwq import Candidates, first
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
+from llmsqueeze.allocation.ranks import expected_gains
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, WeightPlan
 
 VERSION = 1
 

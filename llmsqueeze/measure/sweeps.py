@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmsqueeze.allocate import gwq, layerwise, mixllm
+from llmsqueeze.allocation import gwq, layerwise, mixllm
+from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.measure.costs import Option, coded_points, low_rank_gains, packed_rates, price, rounding_error
 from llmsqueeze.measure.ends import Ends
 from llmsqueeze.measure.moments import FusionGroup, as_rows, fusion_groups
@@ -23,7 +24,6 @@ from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.coded import steadied
 from llmsqueeze.quantizers.curvature import factorize

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from llmsqueeze.allocation.plan import Grids, Plan, Rows
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Grids, Plan, Rows
 
 
 def sample_salience(gradient: Tensor, error: Tensor) -> Tensor:

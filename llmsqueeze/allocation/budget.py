@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
-from llmsqueeze.plan import Plan, Rows, WeightPlan
 
 TRIES = 50
 

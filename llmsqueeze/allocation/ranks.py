@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.plan import WeightPlan
+from llmsqueeze.allocation.plan import WeightPlan
 
 SPAN = 0.01  # of the bytes, over which the price of the last one is taken
 

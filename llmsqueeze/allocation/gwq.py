@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from llmsqueeze.plan import Plan
+from llmsqueeze.allocation.plan import Plan
 
 CANDIDATES = 0.02
 

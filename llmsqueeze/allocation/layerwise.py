@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmsqueeze.allocation.plan import Plan, Rows
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows
 
 
 def similarity(before: Tensor, after: Tensor) -> float:

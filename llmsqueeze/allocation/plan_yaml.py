@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.files import read_yaml
 from llmsqueeze.parts import Grid
-from llmsqueeze.plan import Plan, Rows, WeightPlan
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
 

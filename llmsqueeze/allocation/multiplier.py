@@ -22,9 +22,9 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
+from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import BudgetError
 from llmsqueeze.parts.coding import rans
-from llmsqueeze.plan import Plan
 from llmsqueeze.quantizers.coded import PRIOR
 
 SLACK = 0.005  # of the budget: the result is under it by no more

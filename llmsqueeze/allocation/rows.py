@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmsqueeze.plan import Plan, WeightPlan
+from llmsqueeze.allocation.plan import Plan, WeightPlan
 
 
 def by_score(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
