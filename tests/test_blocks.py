@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure.moments import fusion_groups
 from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
-from llmsqueeze.model import walk
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton, find_blocks
@@ -77,7 +76,7 @@ TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 def test_gradients_of_the_built_in_model(
     demo_dir: Path, dtype: torch.dtype, tolerance: float, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk, "LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("llmsqueeze.model.walk.LOGITS_BYTES", logits_bytes)
     rows = [torch.randint(5, 300, (1, 50), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     with walking(demo_dir, rows, dtype) as walk:
         losses, walked = walk_gradients(walk)
@@ -103,7 +102,7 @@ def test_gradients_of_real_models(shared: Path, name: str, dtype: torch.dtype, t
 def test_gradients_of_every_architecture(
     architecture: str, random_model: Callable[..., Path], rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk, "LOGITS_BYTES", 1 << 12)
+    monkeypatch.setattr("llmsqueeze.model.walk.LOGITS_BYTES", 1 << 12)
     folder = random_model(architecture)
     with walking(folder, rows, torch.float64) as walk:
         losses, walked = walk_gradients(walk)

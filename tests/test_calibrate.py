@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llmsqueeze.errors import CalibrationError
-from llmsqueeze.model import text
 from llmsqueeze.model.text import (
     Text,
     calibration_rows,
@@ -86,14 +85,14 @@ def test_a_data_set_from_the_hubs_format(tmp_path: Path, monkeypatch: pytest.Mon
 
     load_dataset = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(text, "_hub_answers", lambda name: True)
+    monkeypatch.setattr("llmsqueeze.model.text._hub_answers", lambda name: True)
     assert read_text("owner/set:raw:validation", "train") == Text("owner/set raw validation", "one\n\ntwo")
     assert read_text("owner/set", "test").source == "owner/set test"
     assert asked == [("owner/set", "raw", "validation"), ("owner/set", None, "test")]
 
 
 def test_without_a_source_the_papers_choice_or_the_demos_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_read_hub", lambda name, config, split: "hub text")
+    monkeypatch.setattr("llmsqueeze.model.text._read_hub", lambda name, config, split: "hub text")
     assert calibration_text(None, "owner/model").source == "Salesforce/wikitext wikitext-2-raw-v1 train"
     assert evaluation_text(None, "owner/model").source == "Salesforce/wikitext wikitext-2-raw-v1 test"
     assert calibration_text(None, "demo").content != evaluation_text(None, "demo").content

@@ -27,7 +27,7 @@ from llmsqueeze.measure import profile as profiles
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
-from llmsqueeze.model import walk
+from llmsqueeze.model import walk as block_walk
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.model.walk import Walk
@@ -223,7 +223,7 @@ def test_an_option_reads_as_tables_write_it() -> None:
 def test_the_gradient_is_that_of_labels_drawn_from_the_whole_softmax(
     logits_bytes: int, model: nn.Module, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk, "LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("llmsqueeze.model.walk.LOGITS_BYTES", logits_bytes)
     make = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, 31, 128, generator=make, dtype=torch.float64)
     draw = torch.rand(30, generator=make)
@@ -248,7 +248,7 @@ def test_labels_are_as_frequent_as_they_are_probable(step: int, generator: torch
     """Evenly spread draws give every label its share, to one draw, whatever the slices."""
     count = 4000
     probability = torch.randn(50, generator=generator, dtype=torch.float64).mul(2).softmax(dim=0)
-    drawing = walk._Drawing((torch.arange(count, dtype=torch.float64) + 0.5) / count, 49)
+    drawing = block_walk._Drawing((torch.arange(count, dtype=torch.float64) + 0.5) / count, 49)
     for start in range(0, 50, step):
         part = slice(start, min(start + step, 50))
         labels = drawing.over(probability[part].expand(count, -1), part)
@@ -258,7 +258,7 @@ def test_labels_are_as_frequent_as_they_are_probable(step: int, generator: torch
 
 def test_a_draw_beyond_all_rounding_is_the_last_label() -> None:
     """The sum of probabilities may end a little below one."""
-    drawing = walk._Drawing(torch.tensor([0.9999999]), 3)
+    drawing = block_walk._Drawing(torch.tensor([0.9999999]), 3)
     drawing.over(torch.tensor([[0.5, 0.2]]), slice(0, 2))
     assert drawing.over(torch.tensor([[0.2, 0.0999]]), slice(2, 4)).tolist() == [3]
 

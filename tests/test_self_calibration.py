@@ -20,9 +20,9 @@ from llmsqueeze import hf
 from llmsqueeze.cli import app
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError
-from llmsqueeze.model import sampling, text
+from llmsqueeze.model import sampling
 from llmsqueeze.model.sampling import continued, first_tokens, sample_rows
-from llmsqueeze.model.text import Calibration, Text, load_tokenizer
+from llmsqueeze.model.text import Calibration, Text, hashed, load_tokenizer
 from llmsqueeze.prepare import Source, prepare, text_or_self
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
@@ -170,7 +170,7 @@ def test_self_is_hashed_and_repeats() -> None:
     assert [row.tolist() for row in first.rows] == [row.tolist() for row in again.rows]
     assert first.as_dict()["samples"] == 4
     assert first.as_dict()["seq_len"] == 16
-    expected = text.hashed("x", drawn(MODEL_DIR, 4, 16), 4, []).sha256
+    expected = hashed("x", drawn(MODEL_DIR, 4, 16), 4, []).sha256
     assert first.sha256 == expected
 
 
@@ -206,7 +206,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(name)
         raise HubError(f"the data set {name} cannot be had from the Hub (ConnectionError); name a local text file")
 
-    monkeypatch.setattr(text, "_read_hub", read)
+    monkeypatch.setattr("llmsqueeze.model.text._read_hub", read)
     return asked
 
 
@@ -237,13 +237,13 @@ def test_other_errors_are_none_of_the_hubs(source: str | None, copy: Path, monke
     def read(name: str, config: str | None, split: str) -> str:
         raise CalibrationError(f"the data set {name} has no 'text' column")
 
-    monkeypatch.setattr(text, "_read_hub", read)
+    monkeypatch.setattr("llmsqueeze.model.text._read_hub", read)
     with pytest.raises(CalibrationError, match="no 'text' column"):
         text_of(str(copy), calibration=source)
 
 
 def test_the_hubs_text_is_taken_where_it_can_be_had(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_read_hub", lambda name, config, split: "Tom has a red ball. " * 50)
+    monkeypatch.setattr("llmsqueeze.model.text._read_hub", lambda name, config, split: "Tom has a red ball. " * 50)
     notes = Notes()
     recipe = make_recipe({"method": "gptq"})
     found = text_or_self(Source(str(copy)), recipe, notes)
@@ -287,7 +287,7 @@ def test_the_summary_and_the_sidecar_say_so(by_itself: tuple[Path, dict[str, Any
     assert about == summary["calibration"]
     assert about["source"] == sampling.SOURCE
     assert (about["samples"], about["seq_len"], about["tokens"]) == (3, 16, 48)
-    assert about["sha256"] == text.hashed("x", drawn(MODEL_DIR, 3, 16), 3, []).sha256
+    assert about["sha256"] == hashed("x", drawn(MODEL_DIR, 3, 16), 3, []).sha256
     assert sidecar(out)["recipe"]["calibration"] == "self"
 
 
@@ -347,5 +347,5 @@ def test_a_machine_without_network_compresses_all_the_same(
     assert json.loads(done.stdout)["calibration"]["source"] == sampling.SOURCE
     about = sidecar(tmp_path / "out")
     assert about["calibration"]["source"] == sampling.SOURCE
-    assert about["calibration"]["sha256"] == text.hashed("x", drawn(MODEL_DIR, 3, 16), 3, []).sha256
+    assert about["calibration"]["sha256"] == hashed("x", drawn(MODEL_DIR, 3, 16), 3, []).sha256
     assert about["recipe"]["calibration"] is None
