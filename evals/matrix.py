@@ -47,10 +47,10 @@ from llmsqueeze import parts
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import SqueezeError
-from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats import gguf as gguf_map
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import is_transposed
 from llmsqueeze.recipe.bundled import make_recipe

@@ -20,8 +20,8 @@ import torch
 from memory import make_model, python
 
 from llmsqueeze.formats import native
+from llmsqueeze.formats.folder import output_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.output import output_folder
 from llmsqueeze.parts import Coded
 
 OPEN = """

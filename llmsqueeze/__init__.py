@@ -20,6 +20,6 @@ def load(directory: str, **kwargs: Any) -> PreTrainedModel:
 
     Registers the llmsqueeze format first, so the one call opens compressed and ordinary folders alike.
     """
-    from llmsqueeze import hf
+    from llmsqueeze.formats import load as hf
 
     return hf.load(directory, **kwargs)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llmsqueeze import hf
 from llmsqueeze.errors import UnsupportedError, first_line
+from llmsqueeze.formats import load as hf
 
 NAMES = {"nf4": "bitsandbytes nf4", "int8": "bitsandbytes int8"}
 

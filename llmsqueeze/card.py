@@ -16,7 +16,7 @@ from typing import Any
 from llmsqueeze import card_scores
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json
-from llmsqueeze.public import TEXT_SUFFIXES, human_bytes, is_hub_id, shown, table, yaml_text
+from llmsqueeze.formats.public import TEXT_SUFFIXES, human_bytes, is_hub_id, shown, table, yaml_text
 from llmsqueeze.snippets import how_to_load, what_opens_it
 
 MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file anew. -->"

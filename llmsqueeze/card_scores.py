@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, read_json_if_there
-from llmsqueeze.public import is_hub_id, is_number, number, shown, slug, table, with_error
+from llmsqueeze.formats.public import is_hub_id, is_number, number, shown, slug, table, with_error
 
 # key in the JSON, how people read it, the metric's type in the Hub's metadata
 MEASURES = (

@@ -214,7 +214,7 @@ def export(
     """Write a compressed FOLDER in another format; only coded weights are rounded again, for compressed-tensors."""
     with friendly(debug):
         from llmsqueeze import report
-        from llmsqueeze.exporting import export as export_folder
+        from llmsqueeze.formats.export import export as export_folder
 
         hush()
         with report.TerminalProgress(quiet) as progress:

@@ -178,7 +178,7 @@ def check(
     """Check that FOLDER is whole and sound, and what opens it; no model is run."""
     with friendly(debug):
         from llmsqueeze import scoreboard
-        from llmsqueeze.checking import check as check_folder
+        from llmsqueeze.formats.check import check as check_folder
 
         hush()
         result = check_folder(folder, target, trust_remote_code)

@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmsqueeze import bnb, evaluate
-from llmsqueeze.checking import form_of
 from llmsqueeze.errors import OutputError, RecipeError, UnsupportedError
 from llmsqueeze.evaluate import (
     Evaluation,
@@ -34,12 +33,13 @@ from llmsqueeze.evaluate import (
     score_text,
 )
 from llmsqueeze.files import COMPARISON, FRONTIER, SIDECAR, write_json
+from llmsqueeze.formats.check import form_of
+from llmsqueeze.formats.public import shown
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.locate import locate
 from llmsqueeze.model.skeleton import empty_model, find_blocks, find_linears, load_config
 from llmsqueeze.model.text import Text, windows
 from llmsqueeze.progress import Progress
-from llmsqueeze.public import shown
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze import verification
 from llmsqueeze.distillation.blockwise import train_blocks
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
@@ -27,18 +26,18 @@ from llmsqueeze.distillation.teacher import ask
 from llmsqueeze.distillation.training import State, train
 from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json, read_json_if_there, whole_file
-from llmsqueeze.formats import native
+from llmsqueeze.formats import native, verify
 from llmsqueeze.formats.entries import is_compressed, own_names, read_entries
+from llmsqueeze.formats.folder import Output, check_writable
+from llmsqueeze.formats.rewrite import rewrite
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.output import Output, check_writable
 from llmsqueeze.parts import LowRank
 from llmsqueeze.prepare import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.rewrite import rewrite
 
 
 def distill(
@@ -229,9 +228,9 @@ def write(
         return {name: best[name] if name in best else student.read_raw(name) for name in names}
 
     def inspect(output: Output) -> None:
-        with verification.doubts(output.partial):
-            verification.read_back(open_checkpoint(output.partial), output.digests)
-        verification.inspected(output, trust_remote_code)
+        with verify.doubts(output.partial):
+            verify.read_back(open_checkpoint(output.partial), output.digests)
+        verify.inspected(output, trust_remote_code)
 
     config = refitted(student.config, best)
     rewrite(student, out, student.nbytes, overwrite, shard_of, config, partial(sized, taught), inspect)

@@ -22,13 +22,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from llmsqueeze import hf
 from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_line, nearest
 from llmsqueeze.files import EVALUATION, SIDECAR, read_json_if_there
+from llmsqueeze.formats import load as hf
+from llmsqueeze.formats.public import shown
 from llmsqueeze.model.locate import locate
 from llmsqueeze.model.text import DEMO, Text, evaluation_text, load_tokenizer, windows
 from llmsqueeze.progress import Progress
-from llmsqueeze.public import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

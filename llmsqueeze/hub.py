@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from llmsqueeze.card import MARK, model_card, read_sidecar
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError, nearest
 from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json
+from llmsqueeze.formats.public import human_bytes, shown
 from llmsqueeze.hub_errors import hub_errors
 from llmsqueeze.progress import Progress
-from llmsqueeze.public import human_bytes, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -81,7 +81,7 @@ def push(
 
 def _sound(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
     """What `llmsqueeze check` finds; raises CheckpointError for a folder that does not pass."""
-    from llmsqueeze.checking import check
+    from llmsqueeze.formats.check import check
 
     checked = check(str(directory), trust_remote_code=trust_remote_code)
     if not checked["sound"]:

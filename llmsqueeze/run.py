@@ -10,7 +10,7 @@ from typing import Any
 
 from llmsqueeze import compress
 from llmsqueeze.errors import RecipeError, SqueezeError
-from llmsqueeze.output import check_writable
+from llmsqueeze.formats.folder import check_writable
 from llmsqueeze.prepare import Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -19,12 +19,12 @@ from llmsqueeze import compress
 from llmsqueeze.decide import wanted_by
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluate import evaluate_rows
+from llmsqueeze.formats.folder import partial_folder, publish
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.outlook import curve
-from llmsqueeze.output import partial_folder, publish
 from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from llmsqueeze.compress import compress_blocks, needed_streams
+from llmsqueeze.formats.folder import Output
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.outer import outer_shards
-from llmsqueeze.output import Output
 from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.reuse import given_plan, open_plan

@@ -25,7 +25,8 @@ TOKEN = "dummy-token-4711"
 SHARDS = tuple(f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6))
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["llmsqueeze.cli", "llmsqueeze.checking", "transformers.models.llama.modeling_llama"])
+MODULES = ["llmsqueeze.cli", "llmsqueeze.formats.check", "transformers.models.llama.modeling_llama"]
+SERVER.set_forkserver_preload(MODULES)
 
 SIDECAR: dict[str, Any] = {
     "llmsqueeze_version": "0.1.0",

@@ -23,15 +23,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from typer.testing import CliRunner
 
 import llmsqueeze
-from llmsqueeze import exporting, parts, rounding
+from llmsqueeze import parts, rounding
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import Decision
 from llmsqueeze.errors import RecipeError, UnsupportedError, VerificationError
-from llmsqueeze.exporting import export
+from llmsqueeze.formats import export as exporting
 from llmsqueeze.formats import gguf, peft
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.parts import LowRank

@@ -15,10 +15,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from llmsqueeze.card import model_card
-from llmsqueeze.checking import check
 from llmsqueeze.compress import quantize
-from llmsqueeze.exporting import export
-from llmsqueeze.public import human_bytes, shown
+from llmsqueeze.formats.check import check
+from llmsqueeze.formats.export import export
+from llmsqueeze.formats.public import human_bytes, shown
 from llmsqueeze.recipe.bundled import make_recipe
 
 

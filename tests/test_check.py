@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze.checking import check
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.exporting import export
+from llmsqueeze.formats.check import check
+from llmsqueeze.formats.export import export
 from llmsqueeze.recipe.bundled import make_recipe
 
 TEXT = {"samples": 2, "seq_len": 48}
@@ -157,7 +157,7 @@ def test_damage_is_found_and_named(damage: str, made: Callable[[str], Path], tmp
 
 
 def test_bits_beyond_the_last_column_are_found() -> None:
-    from llmsqueeze.checking import _beyond
+    from llmsqueeze.formats.check import _beyond
 
     clean = torch.zeros(2, 4, dtype=torch.int32)
     clean[:, -1] = 0b111

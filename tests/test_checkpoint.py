@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.files import INDEX, SIDECAR, SINGLE
+from llmsqueeze.formats.folder import OWNER, check_writable, output_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.locate import locate
-from llmsqueeze.output import OWNER, check_writable, output_folder
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from llmsqueeze.cli import app
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.errors import CheckpointError, RecipeError, UnsupportedError
-from llmsqueeze.exporting import export
 from llmsqueeze.formats.entries import read_entries, read_parts
-from llmsqueeze.hf import SumOfParts
+from llmsqueeze.formats.export import export
+from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.planning import plan

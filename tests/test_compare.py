@@ -30,8 +30,8 @@ from llmsqueeze.comparing import compare, contenders, mark_frontier, paired
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo.task import TASK_NAME, task_config
 from llmsqueeze.evaluate import TaskScores
-from llmsqueeze.exporting import export
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
 from llmsqueeze.recipe.bundled import make_recipe

@@ -21,13 +21,13 @@ from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan, base_plan
 from llmsqueeze.compress import Summary, compress_blocks, quantize
 from llmsqueeze.decide import Decision
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.hf import SumOfParts
+from llmsqueeze.formats.folder import Output
+from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.measure.moments import FusionGroup, Moments, Streams, observe
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton, is_transposed
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.output import Output
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import factorize

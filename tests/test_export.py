@@ -24,9 +24,9 @@ from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError, UnsupportedError
-from llmsqueeze.exporting import export
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.formats.export import export
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint

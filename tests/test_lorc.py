@@ -14,7 +14,7 @@ from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.hf import SumOfParts
+from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Grid, LowRank
 from llmsqueeze.quantizers import lorc

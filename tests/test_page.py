@@ -25,8 +25,8 @@ from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.exporting import export
 from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR
+from llmsqueeze.formats.export import export
 from llmsqueeze.page import words
 from llmsqueeze.page.comparison import comparison_page
 from llmsqueeze.page.folder import read_folder

@@ -30,7 +30,7 @@ from hub_folder import (
 from hub_server import Hub, serve
 
 from llmsqueeze.card import model_card
-from llmsqueeze.checking import check
+from llmsqueeze.formats.check import check
 
 
 @pytest.fixture

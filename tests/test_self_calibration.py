@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze import hf
 from llmsqueeze.cli import app
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError
+from llmsqueeze.formats import load
 from llmsqueeze.model import sampling
 from llmsqueeze.model.sampling import continued, first_tokens, sample_rows
 from llmsqueeze.model.text import Calibration, Text, hashed, load_tokenizer
@@ -60,7 +60,7 @@ class Tokens:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return hf.load("demo", dtype=torch.float32)
+    return load.load("demo", dtype=torch.float32)
 
 
 def drawn(folder: Path, count: int = 5, length: int = 12, seed: int = 0) -> list[Tensor]:
@@ -98,7 +98,7 @@ def test_the_seed_says_which() -> None:
 def test_a_real_models_rows(shared: Path) -> None:
     folder = shared / "models" / "babyllama-361"
     rows, tokenizer = drawn(folder, 3, 10), load_tokenizer(folder)
-    rows_of_model = hf.load(str(folder)).get_input_embeddings().weight.shape[0]
+    rows_of_model = load.load(str(folder)).get_input_embeddings().weight.shape[0]
     for row in rows:
         assert row.shape == (1, 10)
         assert (int(row[0, 0]) == tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)

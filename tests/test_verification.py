@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze import compress, exporting, parts, rounding, verification
+from llmsqueeze import compress, parts, rounding
 from llmsqueeze.cli import app
 from llmsqueeze.errors import VerificationError
+from llmsqueeze.formats import export
+from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.formats.folder import Output, digest
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.output import Output, digest
 from llmsqueeze.recipe.bundled import make_recipe
 
 QUICK = {"method": "rtn", "bits": 3}
@@ -232,7 +234,7 @@ def test_an_export_is_read_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Output, "write_shard", damaged)
     with pytest.raises(VerificationError, match=f"{LINEAR}.weight_scale"):
-        exporting.export(str(tmp_path / "made"), "compressed-tensors", tmp_path / "out")
+        export.export(str(tmp_path / "made"), "compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

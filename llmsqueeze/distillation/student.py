@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmsqueeze import hf
 from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
+from llmsqueeze.formats import load
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.skeleton import find_blocks
 
@@ -28,7 +28,7 @@ class Student:
     def __init__(
         self, model: str, checkpoint_: Checkpoint, train: frozenset[str], device: torch.device, trust_remote_code: bool
     ) -> None:
-        self.model: Any = hf.load(
+        self.model: Any = load.load(
             model,
             keep_codes=True,
             dtype=torch.float32,
@@ -40,7 +40,7 @@ class Student:
             parameter.requires_grad_(False)
         weights: dict[str, TrainedWeight] = {}
         for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, hf.SumOfParts):
+            if isinstance(layer, load.SumOfParts):
                 made = TrainedLinear(layer, train)
                 weights[name] = made.weight
                 self.model.set_submodule(name, made)
@@ -67,7 +67,7 @@ class Student:
 class TrainedLinear(nn.Module):
     """A linear layer on a weight that is trained."""
 
-    def __init__(self, layer: hf.SumOfParts, train: frozenset[str]) -> None:
+    def __init__(self, layer: load.SumOfParts, train: frozenset[str]) -> None:
         super().__init__()
         tensors = [dict(holder.named_buffers()) for holder in layer.parts]
         self.weight = TrainedWeight(layer.shape, layer.specs, tensors, train)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmsqueeze import hf
+from llmsqueeze.formats import load
 from llmsqueeze.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def sample_rows(
     progress: Progress,
 ) -> list[Tensor]:
     """`count` token rows [1, length] of the model in `path`; of more the first are the same."""
-    model = hf.load(str(path), dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code)
+    model = load.load(str(path), dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code)
     generator = torch.Generator(device).manual_seed(seed)
     rows: list[Tensor] = []
     starts = range(0, count, BATCH)

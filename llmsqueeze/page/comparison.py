@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.formats.public import shown
 from llmsqueeze.page import words
 from llmsqueeze.page.frontier import Point, plot
 from llmsqueeze.page.render import render
 from llmsqueeze.page.words import fixed, number, plus_minus, significant
-from llmsqueeze.public import shown
 
 NUMBERS = (
     *("nbytes", "bits_per_weight", "perplexity", "perplexity_stderr", "nll_difference", "nll_difference_stderr"),

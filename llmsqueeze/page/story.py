@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from llmsqueeze.formats.public import TEXT_SUFFIXES
 from llmsqueeze.page import words
 from llmsqueeze.page.folder import Folder
 from llmsqueeze.page.scores import perplexities
 from llmsqueeze.page.words import fixed, number, percent, significant
-from llmsqueeze.public import TEXT_SUFFIXES
 
 METHODS = {
     "auto": "what suits what was asked for: coded weights, or a budget on grids",

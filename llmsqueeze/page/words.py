@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llmsqueeze.public import is_number, shown
+from llmsqueeze.formats.public import is_number, shown
 
 UNKNOWN = "–"
 TIMES = 3.0  # a perplexity this many times the original's is said as a factor, not as a percentage

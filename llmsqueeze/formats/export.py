@@ -19,21 +19,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmsqueeze import parts, verification
+from llmsqueeze import parts
 from llmsqueeze.allocation.plan import short_groups
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
-from llmsqueeze.formats import compressed_tensors, gguf, peft
+from llmsqueeze.formats import compressed_tensors, gguf, peft, verify
 from llmsqueeze.formats.entries import Entry, read_entries, read_parts
+from llmsqueeze.formats.folder import Output, check_writable, digest, partial_folder, publish
+from llmsqueeze.formats.reround import reround
+from llmsqueeze.formats.rewrite import rewrite
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.skeleton import all_linears, empty_model, find_blocks, find_linears, is_transposed, load_config
-from llmsqueeze.output import Output, check_writable, digest, partial_folder, publish
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.values import choice, whole
 from llmsqueeze.recipe.values import group_size as checked_group_size
-from llmsqueeze.rerounding import reround
-from llmsqueeze.rewrite import rewrite
 
 TARGETS = (compressed_tensors.METHOD, "dense", peft.FORMAT, gguf.FORMAT)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -199,11 +199,11 @@ def write_folder(
         return record | {"nbytes": nbytes, "bits_per_weight": bits, "format": form}
 
     def inspect(output: Output) -> None:
-        with verification.doubts(output.partial):
+        with verify.doubts(output.partial):
             written = open_checkpoint(output.partial)
-            verification.read_back(written, output.digests)
-            verification.compare_weights(written, made.meant)
-        made.opens |= verification.inspected(output, source.trust_remote_code)
+            verify.read_back(written, output.digests)
+            verify.compare_weights(written, made.meant)
+        made.opens |= verify.inspected(output, source.trust_remote_code)
 
     needed = dense_nbytes(source.entries, dtype) + source.kept_nbytes if target == "dense" else 2 * checkpoint.nbytes
     shard_of = converter(source, target, dtype, made)
@@ -301,7 +301,7 @@ def write_adapted(
             tensors |= peft.adapter_tensors(linear, factors, rank, DTYPES[dtype or "fp32"])
         (folder / peft.ADAPTER).mkdir()
         save_file(tensors, folder / peft.ADAPTER / peft.WEIGHTS, {"format": "pt"})
-        verification.same_tensors(folder / peft.ADAPTER / peft.WEIGHTS, tensors)
+        verify.same_tensors(folder / peft.ADAPTER / peft.WEIGHTS, tensors)
         config = peft.adapter_config(f"{out.name}/{peft.BASE}", list(made.factors), rank)
         write_json(folder / peft.ADAPTER / peft.CONFIG, config)
         record = read_json_if_there(source.path / SIDECAR)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from llmsqueeze.files import SIDECAR
+from llmsqueeze.formats.folder import Output, output_folder
 from llmsqueeze.model.checkpoint import Checkpoint
-from llmsqueeze.output import Output, output_folder
 from llmsqueeze.progress import Progress
 
 

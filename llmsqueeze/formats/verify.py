@@ -20,15 +20,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.checking import check
 from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationError
+from llmsqueeze.formats.check import check
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries, read_parts
+from llmsqueeze.formats.folder import Output, digest, settle
 from llmsqueeze.measure.moments import as_rows, using
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.output import Output, digest, settle
 from llmsqueeze.progress import Progress
 
 TOKENS = 32  # of the sample
