@@ -21,7 +21,7 @@ from methods import add_arguments
 from llmsqueeze.compress import quantize
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.distilling import distill
-from llmsqueeze.evaluate import evaluate
+from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush

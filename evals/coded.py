@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.compress import quantize
-from llmsqueeze.evaluate import evaluate
+from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.quantizers import coded

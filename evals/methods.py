@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.compress import quantize
-from llmsqueeze.evaluate import evaluate
+from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.terminal import hush

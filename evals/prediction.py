@@ -21,7 +21,7 @@ import torch
 from methods import add_arguments
 
 from llmsqueeze.decide import Decision
-from llmsqueeze.evaluate import evaluate
+from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure.profile import Profile, load
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.prepare import Source, prepare

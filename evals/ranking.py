@@ -21,7 +21,7 @@ from torch import Tensor
 
 import llmsqueeze
 from llmsqueeze.compress import quantize
-from llmsqueeze.evaluate import token_losses
+from llmsqueeze.evaluation.evaluate import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure

@@ -60,8 +60,8 @@ def evaluate(
     with friendly(debug):
         names = task_names(tasks)
 
-        from llmsqueeze import evaluate as evaluation
         from llmsqueeze import report, scoreboard
+        from llmsqueeze.evaluation import evaluate as evaluation
         from llmsqueeze.prepare import pick_device
 
         hush()
@@ -109,8 +109,9 @@ def compare(
     with friendly(debug):
         names = task_names(tasks)
 
-        from llmsqueeze import comparing, report, scoreboard
-        from llmsqueeze.evaluate import choose_text
+        from llmsqueeze import report, scoreboard
+        from llmsqueeze.evaluation import compare as comparing
+        from llmsqueeze.evaluation.evaluate import choose_text
         from llmsqueeze.prepare import pick_device
         from llmsqueeze.recipe.values import choice
 

@@ -18,7 +18,7 @@ import torch
 from llmsqueeze import compress
 from llmsqueeze.decide import wanted_by
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
-from llmsqueeze.evaluate import evaluate_rows
+from llmsqueeze.evaluation.evaluate import evaluate_rows
 from llmsqueeze.formats.folder import partial_folder, publish
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure

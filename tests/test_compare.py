@@ -23,13 +23,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
-from llmsqueeze import bnb, comparing, parts, pictures
-from llmsqueeze import evaluate as evaluation
+from llmsqueeze import parts, pictures
 from llmsqueeze.cli import app
-from llmsqueeze.comparing import compare, contenders, mark_frontier, paired
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo.task import TASK_NAME, task_config
-from llmsqueeze.evaluate import TaskScores
+from llmsqueeze.evaluation import bnb
+from llmsqueeze.evaluation import compare as comparing
+from llmsqueeze.evaluation import evaluate as evaluation
+from llmsqueeze.evaluation.compare import compare, contenders, mark_frontier, paired
+from llmsqueeze.evaluation.evaluate import TaskScores
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint

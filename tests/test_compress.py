@@ -180,7 +180,7 @@ def test_every_method_and_extreme_width_opens_and_runs(method: str, bits: int, t
 
 
 def perplexity(path: str | Path) -> float:
-    from llmsqueeze.evaluate import evaluate
+    from llmsqueeze.evaluation.evaluate import evaluate
     from llmsqueeze.model.text import evaluation_text
 
     result = evaluate(str(path), text=evaluation_text("demo", "demo"), limit=30)

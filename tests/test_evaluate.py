@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmsqueeze.compress import quantize
 from llmsqueeze.errors import RecipeError, UnsupportedError
-from llmsqueeze.evaluate import _metrics, divergence, evaluate, find_tasks, remember
+from llmsqueeze.evaluation.evaluate import _metrics, divergence, evaluate, find_tasks, remember
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
 from llmsqueeze.recipe.bundled import make_recipe
 

@@ -21,7 +21,7 @@ from llmsqueeze.allocation.gwq import Candidates
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import options_of
 from llmsqueeze.errors import CheckpointError, RecipeError
-from llmsqueeze.evaluate import evaluate
+from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure import costs
 from llmsqueeze.measure import profile as profiles
 from llmsqueeze.measure.costs import Option

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmsqueeze import bnb, evaluate
 from llmsqueeze.errors import OutputError, RecipeError, UnsupportedError
-from llmsqueeze.evaluate import (
+from llmsqueeze.evaluation import bnb, evaluate
+from llmsqueeze.evaluation.evaluate import (
     Evaluation,
     Opened,
     Scores,

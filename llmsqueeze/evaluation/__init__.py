@@ -1,0 +1,1 @@
+"""Quality: perplexity, divergence, tasks; models beside each other."""
