@@ -19,8 +19,8 @@ import torch
 from methods import add_arguments
 
 from llmsqueeze.compress import quantize
+from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
-from llmsqueeze.distilling import distill
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.bundled import make_recipe

@@ -172,7 +172,7 @@ def distill(
         settings = make_distillation(given)
 
         from llmsqueeze import report
-        from llmsqueeze.distilling import distill as distill_folder
+        from llmsqueeze.distillation.distill import distill as distill_folder
 
         hush()
         with report.TerminalProgress(quiet) as progress:

@@ -75,8 +75,8 @@ def distilled(
     source: Source, recipe: Recipe, first: Path, out: Path, device: str, overwrite: bool, progress: Progress
 ) -> dict[str, Any]:
     """Distils the folder `first` into `out` and removes it; returns what changes in the summary."""
+    from llmsqueeze.distillation.distill import distill
     from llmsqueeze.distillation.settings import Distillation
-    from llmsqueeze.distilling import distill
 
     settings = Distillation(
         steps=recipe.distill_steps,

@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 import llmsqueeze
 from llmsqueeze import parts, search
 from llmsqueeze.cli import app
+from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
-from llmsqueeze.distilling import distill
 from llmsqueeze.errors import CheckpointError, RecipeError, UnsupportedError
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export

@@ -15,8 +15,8 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.distillation import student
+from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
-from llmsqueeze.distilling import distill
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.prepare import Source
 from llmsqueeze.run import quantize

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze.cli import app
-from llmsqueeze.compensate.distill import distillation_loss
 from llmsqueeze.compress import quantize
 from llmsqueeze.demo import stories as demo_stories
 from llmsqueeze.distillation import blockwise, teacher, training
+from llmsqueeze.distillation.distill import distill
+from llmsqueeze.distillation.losses import distillation_loss
 from llmsqueeze.distillation.settings import make_distillation
-from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.progress import Progress

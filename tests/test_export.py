@@ -21,8 +21,8 @@ from llmsqueeze.card import model_card
 from llmsqueeze.cli import app
 from llmsqueeze.compress import quantize
 from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
-from llmsqueeze.distilling import distill
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.formats.entries import read_entries, read_parts

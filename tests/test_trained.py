@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze import parts
-from llmsqueeze.compensate.distill import Teacher, distillation_loss, teacher_losses, token_losses, token_weights
-from llmsqueeze.compensate.trained import Adjusted, Trained, TrainedCodes, TrainedWeight, norm_names
 from llmsqueeze.distillation import teacher
+from llmsqueeze.distillation.losses import Teacher, distillation_loss, teacher_losses, token_losses, token_weights
 from llmsqueeze.distillation.teacher import answers, ask, row_file
+from llmsqueeze.distillation.trained import Adjusted, Trained, TrainedCodes, TrainedWeight, norm_names
 from llmsqueeze.model import walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton

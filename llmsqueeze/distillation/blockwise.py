@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmsqueeze import parts
-from llmsqueeze.compensate.distill import divergences
-from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
+from llmsqueeze.distillation.losses import divergences
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.teacher import answers, together
+from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.distillation.training import BETAS, Answers, State, batch_of, set_rate
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file

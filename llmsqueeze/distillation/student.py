@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmsqueeze.compensate.trained import Trained, TrainedWeight, norm_names
+from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.formats import load
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.skeleton import find_blocks

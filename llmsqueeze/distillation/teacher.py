@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmsqueeze.compensate.distill import Teacher
+from llmsqueeze.distillation.losses import Teacher
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
 from llmsqueeze.model.activations import Spill

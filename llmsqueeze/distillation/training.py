@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmsqueeze.compensate.distill import distillation_loss, divergences
-from llmsqueeze.compensate.trained import Trained
+from llmsqueeze.distillation.losses import distillation_loss, divergences
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
 from llmsqueeze.distillation.teacher import answers, together
+from llmsqueeze.distillation.trained import Trained
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import whole_file
 from llmsqueeze.progress import Progress

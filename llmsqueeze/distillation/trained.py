@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze import parts
-from llmsqueeze.compensate.adjusted import Adjusted, AdjustedSteps, scale_of
+from llmsqueeze.distillation.adjusted import Adjusted, AdjustedSteps, scale_of
 from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, Spec, bitpack
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.parts.dual_binary import planes_of
