@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.parts.coding import rans

@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from llmsqueeze import parts
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import SqueezeError
 from llmsqueeze.formats import compressed_tensors

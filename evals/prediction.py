@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from methods import add_arguments
 
-from llmsqueeze.decide import Decision
+from llmsqueeze.compress.decide import Decision
+from llmsqueeze.compress.job import Source, prepare
+from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure.profile import Profile, load
 from llmsqueeze.model.text import evaluation_text
-from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
-from llmsqueeze.reuse import given_plan, open_plan
 from llmsqueeze.terminal import hush
 
 

@@ -20,7 +20,8 @@ from methods import add_arguments
 from torch import Tensor
 
 import llmsqueeze
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.job import Source, prepare
 from llmsqueeze.evaluation.evaluate import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
@@ -29,7 +30,6 @@ from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
-from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe

@@ -76,8 +76,8 @@ def quantize(
         settings = settings_of(given)
 
         from llmsqueeze import report
-        from llmsqueeze.prepare import Source
-        from llmsqueeze.run import quantize as quantize_model
+        from llmsqueeze.compress.job import Source
+        from llmsqueeze.compress.quantize import quantize as quantize_model
 
         hush()
         with report.TerminalProgress(quiet) as progress:
@@ -119,8 +119,8 @@ def make_plan(
             raise RecipeError(f"unknown weights {weights!r}; choose all or none")
 
         from llmsqueeze import report
-        from llmsqueeze.planning import plan as plan_model
-        from llmsqueeze.prepare import Source
+        from llmsqueeze.compress.job import Source
+        from llmsqueeze.compress.plan import plan as plan_model
 
         hush()
         with report.TerminalProgress(quiet) as progress:

@@ -61,8 +61,8 @@ def evaluate(
         names = task_names(tasks)
 
         from llmsqueeze import report, scoreboard
+        from llmsqueeze.compress.job import pick_device
         from llmsqueeze.evaluation import evaluate as evaluation
-        from llmsqueeze.prepare import pick_device
 
         hush()
         with report.TerminalProgress(quiet) as progress:
@@ -110,9 +110,9 @@ def compare(
         names = task_names(tasks)
 
         from llmsqueeze import report, scoreboard
+        from llmsqueeze.compress.job import pick_device
         from llmsqueeze.evaluation import compare as comparing
         from llmsqueeze.evaluation.evaluate import choose_text
-        from llmsqueeze.prepare import pick_device
         from llmsqueeze.recipe.values import choice
 
         hush()

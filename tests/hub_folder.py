@@ -112,7 +112,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 @functools.cache
 def compressed() -> tuple[tempfile.TemporaryDirectory[str], Path]:
     """The built-in model in three bits, made once; the first holds the second."""
-    from llmsqueeze.compress import quantize
+    from llmsqueeze.compress.blocks import quantize
     from llmsqueeze.recipe.bundled import make_recipe
 
     held = tempfile.TemporaryDirectory()

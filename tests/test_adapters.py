@@ -23,11 +23,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from typer.testing import CliRunner
 
 import llmsqueeze
-from llmsqueeze import parts, rounding
+from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli import app
-from llmsqueeze.compress import quantize
-from llmsqueeze.decide import Decision
+from llmsqueeze.compress import weight
+from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.decide import Decision
+from llmsqueeze.compress.job import Source, prepare
 from llmsqueeze.errors import RecipeError, UnsupportedError, VerificationError
 from llmsqueeze.formats import export as exporting
 from llmsqueeze.formats import gguf, peft
@@ -36,7 +38,6 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.parts import LowRank
-from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 
@@ -77,14 +78,14 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {
         name: replace(w, rank=0 if name.endswith("v_proj") else next(ranks)) for name, w in job.plan.weights.items()
     }
-    compensation = rounding.compensation
+    compensation = weight.compensation
 
     def some(target: Tensor, made: Any, planned: WeightPlan, *rest: Any) -> Any:
         return [] if dropped(planned.name) else compensation(target, made, planned, *rest)
 
     out = tmp_path_factory.mktemp("native") / "native"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounding, "compensation", some)
+        patched.setattr(weight, "compensation", some)
         quantize("demo", recipe, out, decided=Decision(Plan(weights)))
     return out
 

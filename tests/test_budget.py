@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llmsqueeze.allocation import budget, rows
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
-from llmsqueeze.decide import decide, target_nbytes
+from llmsqueeze.compress.decide import decide, target_nbytes
+from llmsqueeze.compress.job import Job, Source, prepare
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts import Grid
-from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe

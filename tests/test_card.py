@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from llmsqueeze.card import model_card
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.export import export
 from llmsqueeze.formats.public import human_bytes, shown

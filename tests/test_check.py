@@ -15,7 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from llmsqueeze.cli import app
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.export import export

@@ -19,8 +19,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmsqueeze
-from llmsqueeze import parts, search
+from llmsqueeze import parts
 from llmsqueeze.cli import app
+from llmsqueeze.compress import search
+from llmsqueeze.compress.job import Source
+from llmsqueeze.compress.plan import plan
+from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import CheckpointError, RecipeError, UnsupportedError
@@ -29,9 +33,6 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Coded, Integers
-from llmsqueeze.planning import plan
-from llmsqueeze.prepare import Source
-from llmsqueeze.run import quantize
 from llmsqueeze.show import contents
 
 TEXT = {"samples": 4, "seq_len": 48}

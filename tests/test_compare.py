@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from llmsqueeze import parts, pictures
 from llmsqueeze.cli import app
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo.task import TASK_NAME, task_config
 from llmsqueeze.evaluation import bnb
 from llmsqueeze.evaluation import compare as comparing

@@ -16,10 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmsqueeze
-from llmsqueeze import compress, groups, parts, rounding
+from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan, base_plan
-from llmsqueeze.compress import Summary, compress_blocks, quantize
-from llmsqueeze.decide import Decision
+from llmsqueeze.compress import blocks
+from llmsqueeze.compress import group as groups
+from llmsqueeze.compress import weight as rounding
+from llmsqueeze.compress.blocks import Summary, compress_blocks, quantize
+from llmsqueeze.compress.decide import Decision
+from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.load import SumOfParts
@@ -33,7 +37,6 @@ from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import factorize
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.rounding import compress_weight
 
 CPU = torch.device("cpu")
 QUICK = {"samples": 6, "seq_len": 64}
@@ -289,7 +292,7 @@ def test_every_architecture_compresses_and_opens(
     skeleton = walk.skeleton
     held |= {n: checkpoint.read(skeleton.sources[n]) for n in skeleton.names_outside_blocks()}
     out.write_shard(held)
-    config = checkpoint.config | {"quantization_config": compress.quantization_config(skeleton, plan)}
+    config = checkpoint.config | {"quantization_config": blocks.quantization_config(skeleton, plan)}
     assert config["quantization_config"]["quant_method"] == ("compressed-tensors" if portable else "llmsqueeze")
     out.write_json("config.json", config)
     out.write_json("llmsqueeze.json", {})
@@ -356,14 +359,14 @@ def test_the_blocks_inputs_are_those_behind_the_compressed_blocks(
     """The moments seen while compressing block 1 are those in a model whose block 0 computes with its parts."""
     rows = [torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     seen: dict[str, Moments] = {}
-    group_targets = compress.group_targets
+    group_targets = blocks.group_targets
 
     def watched(group: dict[str, Tensor], moments: Moments | None) -> Any:
         if moments is not None:
             seen.update(dict.fromkeys(group, Moments(moments.xtx.clone(), moments.drift)))
         return group_targets(group, moments)
 
-    monkeypatch.setattr(compress, "group_targets", watched)
+    monkeypatch.setattr(blocks, "group_targets", watched)
     _, plan, held = compress_random(demo_dir, rows, make_recipe({"bits": 2, "portable": False}))
     model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
     for name, planned in plan.weights.items():

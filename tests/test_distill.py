@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze.cli import app
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo import stories as demo_stories
 from llmsqueeze.distillation import blockwise, teacher, training
 from llmsqueeze.distillation.distill import distill

@@ -12,7 +12,7 @@ import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.allocation import plan_yaml
 from llmsqueeze.allocation.plan import Rows
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.checkpoint import open_checkpoint

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.evaluation.evaluate import _metrics, divergence, evaluate, find_tasks, remember
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer

@@ -19,8 +19,9 @@ from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, why_native
 from llmsqueeze.card import model_card
 from llmsqueeze.cli import app
-from llmsqueeze.compress import quantize
-from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.job import Job, Source, prepare
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import RecipeError, UnsupportedError
@@ -32,7 +33,6 @@ from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Affine, Grid, bitpack
-from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import llmsqueeze
 import llmsqueeze.hf
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.recipe.bundled import make_recipe

@@ -12,7 +12,8 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -20,7 +21,6 @@ from llmsqueeze.parts import Grid, LowRank
 from llmsqueeze.quantizers import lorc
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.rounding import compress_weight
 
 FAST = {"samples": 4, "seq_len": 48}
 

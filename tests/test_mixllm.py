@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from llmsqueeze.allocation import mixllm
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
-from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.job import Job, Source, prepare
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import rounding_error
 from llmsqueeze.measure.profile import Profile
@@ -20,7 +21,6 @@ from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
-from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from llmsqueeze import parts
 from llmsqueeze.cli import app
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR

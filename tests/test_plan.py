@@ -14,16 +14,17 @@ import pytest
 import torch
 import yaml
 
-from llmsqueeze import compress, planning, reuse, search
+from llmsqueeze.compress import blocks, reuse, search
+from llmsqueeze.compress import plan as planning
+from llmsqueeze.compress.job import Source
+from llmsqueeze.compress.plan import plan
+from llmsqueeze.compress.quantize import quantize
+from llmsqueeze.compress.search import WIDTH, Round, bisect
 from llmsqueeze.errors import BudgetError, CheckpointError, RecipeError
 from llmsqueeze.measure.profile import load
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
-from llmsqueeze.planning import plan
-from llmsqueeze.prepare import Source
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.run import quantize
-from llmsqueeze.search import WIDTH, Round, bisect
 from llmsqueeze.show import contents
 
 FAST = {"samples": 6, "seq_len": 48, "widths": [1, 2, 3, 4]}
@@ -214,9 +215,9 @@ def test_a_plan_for_other_weights_is_refused(own: Path, demo_dir: Path, tmp_path
 
 
 def test_a_profile_serves_a_run(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmsqueeze import compress
+    from llmsqueeze.compress import blocks
 
-    monkeypatch.setattr(compress, "measure", None)
+    monkeypatch.setattr(blocks, "measure", None)
     summary = quantize(
         DEMO, {"bits": 3.0, "method": "budget", **FAST}, tmp_path / "out", profile=own / planning.PROFILE
     )
@@ -314,7 +315,7 @@ def test_sizes_that_cannot_be_had_bound_the_search_from_below() -> None:
 
 
 def test_a_size_that_cannot_be_had_ends_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compressed, asked = compress.quantize, []
+    compressed, asked = blocks.quantize, []
 
     def some(source: Source, recipe: Recipe, *args: Any, **named: Any) -> Any:
         asked.append(recipe.bits)
@@ -323,7 +324,7 @@ def test_a_size_that_cannot_be_had_ends_no_search(tmp_path: Path, monkeypatch: p
         return compressed(source, recipe, *args, **named)
 
     monkeypatch.setattr(search, "WIDTH", 9.0)
-    monkeypatch.setattr(compress, "quantize", some)
+    monkeypatch.setattr(blocks, "quantize", some)
     options = {"max_kl": 5.0, "samples": 6, "seq_len": 48, "widths": [2, 4], "quantizer": "rtn"}
     summary = quantize(DEMO, options, tmp_path / "out", verify=False)
     assert len(summary["rounds"]) == 1
@@ -332,7 +333,7 @@ def test_a_size_that_cannot_be_had_ends_no_search(tmp_path: Path, monkeypatch: p
     def none(*_args: Any, **_named: Any) -> Any:
         raise BudgetError("leaves 35 bytes")
 
-    monkeypatch.setattr(compress, "quantize", none)
+    monkeypatch.setattr(blocks, "quantize", none)
     with pytest.raises(BudgetError, match="leaves 35 bytes"):
         quantize(DEMO, options, tmp_path / "none")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

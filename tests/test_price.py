@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmsqueeze.allocation.gwq import Candidates
-from llmsqueeze.compress import quantize
-from llmsqueeze.decide import options_of
+from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.decide import options_of
+from llmsqueeze.compress.job import Source, prepare
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure import costs
@@ -32,7 +33,6 @@ from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
-from llmsqueeze.prepare import Source, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers import QUANTIZERS
 from llmsqueeze.quantizers.curvature import Curvature, factorize

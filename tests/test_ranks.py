@@ -11,16 +11,16 @@ from torch import Tensor
 
 from llmsqueeze.allocation import ranks
 from llmsqueeze.allocation.plan import Rows, WeightPlan
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.job import Source
+from llmsqueeze.compress.plan import plan
+from llmsqueeze.compress.quantize import quantize as quantize_verb
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import RANKS, Option, low_rank_gains, price, residuals
 from llmsqueeze.parts import Grid
-from llmsqueeze.planning import plan
-from llmsqueeze.prepare import Source
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.run import quantize as quantize_verb
 
 OPTIONS = (Option(Grid(2, 16, True)), Option(Grid(3, 16, True)))
 TEXT = {"samples": 6, "seq_len": 64}

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
+from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.quantizers import QUANTIZERS
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.grids import fit_group, round_to
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.rounding import compress_weight
 
 ROWS, COLS = 37, 200
 

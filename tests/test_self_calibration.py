@@ -17,13 +17,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from llmsqueeze.cli import app
+from llmsqueeze.compress.job import Source, prepare, text_or_self
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError
 from llmsqueeze.formats import load
 from llmsqueeze.model import sampling
 from llmsqueeze.model.sampling import continued, first_tokens, sample_rows
 from llmsqueeze.model.text import Calibration, Text, hashed, load_tokenizer
-from llmsqueeze.prepare import Source, prepare, text_or_self
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 

@@ -10,7 +10,7 @@ import torch
 from conftest import ARCHITECTURES
 
 import llmsqueeze
-from llmsqueeze.compress import quantize
+from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.distillation.blockwise import StudentBlock
 from llmsqueeze.distillation.student import Student
 from llmsqueeze.distillation.training import chunks

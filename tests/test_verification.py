@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze import compress, parts, rounding
+from llmsqueeze import parts
 from llmsqueeze.cli import app
+from llmsqueeze.compress import blocks, weight
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.formats import export
 from llmsqueeze.formats import verify as verification
@@ -37,13 +38,13 @@ LINEAR = "model.layers.2.mlp.up_proj"
 
 def between(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
     """`damage` is done to the folder when all is written and nothing is verified."""
-    verify = compress.verification.verify
+    verify = blocks.verification.verify
 
     def damaged(output: Output, *rest: Any) -> Any:
         damage(output.partial)
         return verify(output, *rest)
 
-    monkeypatch.setattr(compress.verification, "verify", damaged)
+    monkeypatch.setattr(blocks.verification, "verify", damaged)
 
 
 def place_of(folder: Path, name: str) -> tuple[Path, int, int]:
@@ -73,7 +74,7 @@ def flips(name: str, share: float) -> Callable[[Path], None]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_all_is_read_back_and_equal(name: str, tmp_path: Path) -> None:
-    made = compress.quantize("demo", make_recipe(RECIPES[name]), tmp_path / "out")
+    made = blocks.quantize("demo", make_recipe(RECIPES[name]), tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert made.verified == {
         "tensors": len(checkpoint.tensors),
@@ -105,7 +106,7 @@ def test_one_wrong_byte_is_found_and_named(
 ) -> None:
     between(monkeypatch, flips(tensor, share))
     with pytest.raises(VerificationError, match=tensor.replace(".", r"\.")):
-        compress.quantize("demo", make_recipe(RECIPES[recipe]), tmp_path / "out")
+        blocks.quantize("demo", make_recipe(RECIPES[recipe]), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert (tmp_path / "out.partial" / "config.json").exists()
 
@@ -116,7 +117,7 @@ def test_a_damaged_header_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     between(monkeypatch, damage)
     with pytest.raises(VerificationError, match=r"cannot be read back|but not both"):
-        compress.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
+        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
     assert (tmp_path / "out.partial").is_dir()
 
 
@@ -154,22 +155,22 @@ def test_a_config_that_says_something_else_is_found(
 ) -> None:
     between(monkeypatch, edits_config(change))
     with pytest.raises(VerificationError, match=words):
-        compress.quantize("demo", make_recipe(RECIPES["native"]), tmp_path / "out")
+        blocks.quantize("demo", make_recipe(RECIPES["native"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_change_places_are_found_by_their_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tensors are all there and sound, only under each other's names: as a wrong map of names would write them."""
-    stored = compress.compressed_tensors.stored_tensors
+    stored = blocks.compressed_tensors.stored_tensors
 
     def swapped(linear: str, weight_parts: Any) -> dict[str, Tensor]:
         other = {"q_proj": "o_proj", "o_proj": "q_proj"}
         head, _, leaf = linear.rpartition(".")
         return stored(f"{head}.{other.get(leaf, leaf)}", weight_parts)
 
-    monkeypatch.setattr(compress.compressed_tensors, "stored_tensors", swapped)
+    monkeypatch.setattr(blocks.compressed_tensors, "stored_tensors", swapped)
     with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.[qo]_proj, put together from the file"):
-        compress.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
+        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
 
 
 def test_codes_that_are_packed_wrongly_are_found_before_they_are_written(
@@ -178,31 +179,31 @@ def test_codes_that_are_packed_wrongly_are_found_before_they_are_written(
     pack = parts.affine.bitpack.pack
     monkeypatch.setattr(parts.affine.bitpack, "pack", lambda codes, bits: pack(codes.clamp(max=5), bits))
     with pytest.raises(VerificationError, match=r"model\.layers\.0\.\S+: the packed codes on 3 bit"):
-        compress.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
-    assert rounding.VerificationError is VerificationError
+        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
+    assert weight.VerificationError is VerificationError
 
 
 def test_without_verification_the_check_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("nothing is to be verified")
 
-    monkeypatch.setattr(compress.verification, "verify", refuse)
-    made = compress.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out", verify=False)
+    monkeypatch.setattr(blocks.verification, "verify", refuse)
+    made = blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out", verify=False)
     assert made.verified is None
     assert made.opens["transformers"] == ""
 
 
 def test_what_fails_the_check_does_not_get_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale of zero is what was meant, and is wrong all the same."""
-    stored = compress.compressed_tensors.stored_tensors
+    stored = blocks.compressed_tensors.stored_tensors
 
     def zeroed(linear: str, weight_parts: Any) -> dict[str, Tensor]:
         made = stored(linear, weight_parts)
         return made | {name: t * 0 for name, t in made.items() if name.endswith("weight_scale")}
 
-    monkeypatch.setattr(compress.compressed_tensors, "stored_tensors", zeroed)
+    monkeypatch.setattr(blocks.compressed_tensors, "stored_tensors", zeroed)
     with pytest.raises(VerificationError, match=r"does not pass the check: .*weight_scale holds zeros"):
-        compress.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out", verify=False)
+        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out", verify=False)
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +222,7 @@ def test_the_command_ends_with_2_and_the_next_run_begins_anew(tmp_path: Path, mo
 
 
 def test_an_export_is_read_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compress.quantize("demo", make_recipe(RECIPES["native"]), tmp_path / "made")
+    blocks.quantize("demo", make_recipe(RECIPES["native"]), tmp_path / "made")
     write = Output.write_shard
 
     def damaged(self: Output, tensors: dict[str, Tensor]) -> None:
@@ -251,14 +252,14 @@ def test_a_digest_knows_shape_dtype_and_every_bit(generator: torch.Generator) ->
 def test_the_witness_sees_what_transformers_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs that are compared are those of the model with the compressed weights in it."""
     kept: list[verification.Meant] = []
-    verify = compress.verification.verify
+    verify = blocks.verification.verify
 
     def watched(output: Output, meant: verification.Meant, *rest: Any) -> Any:
         kept.append(meant)
         return verify(output, meant, *rest)
 
-    monkeypatch.setattr(compress.verification, "verify", watched)
-    compress.quantize("demo", make_recipe(RECIPES["outliers"]), tmp_path / "out")
+    monkeypatch.setattr(blocks.verification, "verify", watched)
+    blocks.quantize("demo", make_recipe(RECIPES["outliers"]), tmp_path / "out")
     from transformers import AutoModelForCausalLM
 
     from llmsqueeze.demo import MODEL_DIR

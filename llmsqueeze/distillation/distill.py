@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze.compress.job import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.distillation.blockwise import train_blocks
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
@@ -35,7 +36,6 @@ from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import LowRank
-from llmsqueeze.prepare import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 

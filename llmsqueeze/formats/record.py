@@ -10,10 +10,10 @@ import torch
 
 from llmsqueeze import __version__
 from llmsqueeze.card import license_of
-from llmsqueeze.decide import Decision
+from llmsqueeze.compress.decide import Decision
+from llmsqueeze.compress.job import Source
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.model.text import Calibration
-from llmsqueeze.prepare import Source
 from llmsqueeze.recipe.recipe import Recipe
 
 

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze import compress
+from llmsqueeze.compress import blocks
+from llmsqueeze.compress.job import Source, pick_device, prepare
+from llmsqueeze.compress.reuse import given_plan, given_profile, open_plan
+from llmsqueeze.compress.search import smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.formats.folder import check_writable
-from llmsqueeze.prepare import Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.reuse import given_plan, given_profile, open_plan
-from llmsqueeze.search import smallest_within
 
 MOST_SAMPLES = 1024  # of text that distillation reads
 
@@ -54,7 +54,7 @@ def quantize(
     if recipe.bounded:
         return smallest_within(source, recipe, folder, measured, device, overwrite, verify, progress)
     first = folder.with_name(folder.name + ".undistilled") if recipe.distill_steps else folder
-    summary = compress.quantize(
+    summary = blocks.quantize(
         source,
         recipe,
         first,

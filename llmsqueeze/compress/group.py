@@ -12,13 +12,13 @@ from torch import Tensor
 from llmsqueeze import parts
 from llmsqueeze.allocation import gwq
 from llmsqueeze.allocation.plan import Plan, WeightPlan
-from llmsqueeze.decide import Decision
+from llmsqueeze.compress.decide import Decision
+from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.formats.verify import named
 from llmsqueeze.parts import LowRank, Part
 from llmsqueeze.quantizers import coded
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.rounding import compress_weight
 
 NOTHING = torch.empty(0)
 

@@ -18,13 +18,16 @@ from torch import Tensor
 from llmsqueeze import parts
 from llmsqueeze.allocation.multiplier import Pace
 from llmsqueeze.allocation.plan import Plan, unfit, why_native
-from llmsqueeze.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.group import NOTHING, Compressed, as_made, compress_group, compressed_nbytes, with_made
+from llmsqueeze.compress.job import Job, Source, pick_device, prepare
+from llmsqueeze.compress.outer import compress_ends, outer_shard, outer_shards
+from llmsqueeze.compress.weight import group_targets
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, native, record
 from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.folder import Output, check_writable, output_folder
 from llmsqueeze.formats.verify import Witness
-from llmsqueeze.groups import NOTHING, Compressed, as_made, compress_group, compressed_nbytes, with_made
 from llmsqueeze.measure.moments import Moments, Streams, advance, as_rows, fusion_groups, observe
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure
@@ -32,12 +35,9 @@ from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.skeleton import Skeleton, all_linears
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.outer import compress_ends, outer_shard, outer_shards
-from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.rounding import group_targets
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan_yaml import PLAN, PlanFile, plan_of, read_plan
-from llmsqueeze.decide import Decision, coded, options_of, priced, target_nbytes, wanted_by, with_rows
+from llmsqueeze.compress.decide import Decision, coded, options_of, priced, target_nbytes, wanted_by, with_rows
+from llmsqueeze.compress.job import Job
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure.profile import Profile, lacks, load, save
@@ -18,7 +19,6 @@ from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.prepare import Job
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 

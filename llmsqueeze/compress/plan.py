@@ -8,16 +8,16 @@ from typing import Any
 
 from llmsqueeze import pictures
 from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
-from llmsqueeze.compress import portability
-from llmsqueeze.decide import Decision, decide, target_nbytes
+from llmsqueeze.compress.blocks import portability
+from llmsqueeze.compress.decide import Decision, decide, target_nbytes
+from llmsqueeze.compress.job import Job, Source, pick_device, prepare
+from llmsqueeze.compress.outlook import curve, table
+from llmsqueeze.compress.reuse import rows_by, stored_or_measured
+from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.outlook import curve, table
-from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.reuse import rows_by, stored_or_measured
-from llmsqueeze.trial import run_trial
 
 
 def plan(

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.multiplier import Pace
-from llmsqueeze.decide import Decision
+from llmsqueeze.compress.decide import Decision
+from llmsqueeze.compress.group import Compressed, compress_group, compressed_nbytes
+from llmsqueeze.compress.job import Job
 from llmsqueeze.formats import native
-from llmsqueeze.groups import Compressed, compress_group, compressed_nbytes
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.prepare import Job
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.recipe.recipe import Recipe

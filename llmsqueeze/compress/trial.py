@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from llmsqueeze.compress import compress_blocks, needed_streams
+from llmsqueeze.compress.blocks import compress_blocks, needed_streams
+from llmsqueeze.compress.job import Job, Source, prepare
+from llmsqueeze.compress.outer import outer_shards
+from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.outer import outer_shards
-from llmsqueeze.prepare import Job, Source, prepare
 from llmsqueeze.progress import Progress
-from llmsqueeze.reuse import given_plan, open_plan
 
 
 def run_trial(job: Job, plan: Path, place: torch.device, progress: Progress) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run_trial(job: Job, plan: Path, place: torch.device, progress: Progress) -> 
     source = [job.source.model, job.source.revision, job.source.trust_remote_code]
     task = json.dumps({"source": source, "plan": str(plan), "device": str(place)})
     progress.stage("trial", 1)
-    done = subprocess.run([sys.executable, "-m", "llmsqueeze.trial", task], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "llmsqueeze.compress.trial", task], capture_output=True, text=True)
     progress.advance()
     if done.returncode:
         said = done.stderr.strip().splitlines()

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from llmsqueeze import compress
-from llmsqueeze.decide import wanted_by
+from llmsqueeze.compress import blocks
+from llmsqueeze.compress.decide import wanted_by
+from llmsqueeze.compress.job import Job, Source, pick_device, prepare
+from llmsqueeze.compress.outlook import curve
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate_rows
 from llmsqueeze.formats.folder import partial_folder, publish
@@ -24,8 +26,6 @@ from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.outlook import curve
-from llmsqueeze.prepare import Job, Source, pick_device, prepare
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 
@@ -121,7 +121,7 @@ class _Search:
         sized = replace(self.recipe, max_ppl_increase=None, max_kl=None, bits=bits)
         made = self.folder / "tried"
         try:
-            summary = compress.quantize(
+            summary = blocks.quantize(
                 self.source,
                 sized,
                 made,

@@ -10,7 +10,7 @@ import torch
 
 from llmsqueeze.allocation import budget, multiplier
 from llmsqueeze.allocation.plan import Plan, WeightPlan
-from llmsqueeze.decide import Decision, options_of
+from llmsqueeze.compress.decide import Decision, options_of
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.recipe.recipe import Recipe
