@@ -150,7 +150,7 @@ def show(
     """Print what each weight of a compressed folder holds, and its size."""
     with friendly(debug):
         from llmsqueeze import scoreboard
-        from llmsqueeze.show import contents
+        from llmsqueeze.publish.show import contents
 
         print_result(contents(folder).as_dict(), as_json, scoreboard.print_contents)
 
@@ -163,7 +163,7 @@ def make_report(
 ) -> None:
     """Write one HTML file about a compressed FOLDER: sizes, scores, bits and errors of every weight, its recipe."""
     with friendly(debug):
-        from llmsqueeze.page.report import write_report
+        from llmsqueeze.publish.page.report import write_report
 
         result = write_report(folder, out)
         print_result(result, as_json, lambda made: typer.echo(f"written to {made['out']}; open it in any browser"))
@@ -203,7 +203,8 @@ def push(
 ) -> None:
     """Upload a compressed folder to the Hub, with a model card; a push that broke off goes on when it is repeated."""
     with friendly(debug):
-        from llmsqueeze import hub, report
+        from llmsqueeze import report
+        from llmsqueeze.publish import push as hub
 
         hush()
         with report.TerminalProgress(quiet) as progress:

@@ -14,11 +14,11 @@ from hub_folder import COMPARISON, EVALUATION, SIDECAR, front_matter, make_folde
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from llmsqueeze.card import model_card
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.export import export
 from llmsqueeze.formats.public import human_bytes, shown
+from llmsqueeze.publish.card import model_card
 from llmsqueeze.recipe.bundled import make_recipe
 
 

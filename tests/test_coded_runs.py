@@ -33,7 +33,7 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Coded, Integers
-from llmsqueeze.show import contents
+from llmsqueeze.publish.show import contents
 
 TEXT = {"samples": 4, "seq_len": 48}
 DEMO = Source("demo")

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
-from llmsqueeze import parts, pictures
+from llmsqueeze import parts
 from llmsqueeze.cli import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo.task import TASK_NAME, task_config
@@ -36,6 +36,7 @@ from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
+from llmsqueeze.publish import plots
 from llmsqueeze.recipe.bundled import make_recipe
 
 CPU = torch.device("cpu")
@@ -402,7 +403,7 @@ def test_a_comparison_is_kept_in_our_folders(copies: dict[str, Path], text_file:
     ours = [copies["portable"], copies["dense"]]
     assert result["kept_in"] == [str(folder) for folder in ours]
     assert {path.parent for path in tmp_path.rglob("comparison.json")} == set(ours)
-    assert {path.parent for path in tmp_path.rglob("frontier.png")} == (set(ours) if pictures.available() else set())
+    assert {path.parent for path in tmp_path.rglob("frontier.png")} == (set(ours) if plots.available() else set())
     for place, folder in enumerate(ours, 1):
         written = (folder / "comparison.json").read_text()
         assert str(tmp_path) not in written

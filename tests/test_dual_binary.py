@@ -17,6 +17,7 @@ from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import DualBinary, Grid
+from llmsqueeze.publish.show import contents
 from llmsqueeze.quantizers import QUANTIZERS, dual_binary
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import least_squares, normal_equations, refit, sweep
@@ -24,7 +25,6 @@ from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import fit_group
 from llmsqueeze.quantizers.rtn import rtn
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.show import contents
 
 TEXT = {"samples": 6, "seq_len": 64}
 

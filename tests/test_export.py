@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, why_native
-from llmsqueeze.card import model_card
 from llmsqueeze.cli import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
@@ -34,9 +33,10 @@ from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Affine, Grid, bitpack
 from llmsqueeze.progress import Progress
+from llmsqueeze.publish.card import model_card
+from llmsqueeze.publish.show import contents
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.show import contents
 
 pytest.importorskip("compressed_tensors")
 

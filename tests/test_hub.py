@@ -27,7 +27,7 @@ from hub_server import Hub, serve
 from safetensors.torch import load_file, save_file
 
 from llmsqueeze.errors import CheckpointError, HubError, SqueezeError, UnsupportedError
-from llmsqueeze.hub import check_folder, check_repo_id, files_to_upload
+from llmsqueeze.publish.push import check_folder, check_repo_id, files_to_upload
 
 
 @pytest.fixture

@@ -27,14 +27,14 @@ from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR
 from llmsqueeze.formats.export import export
-from llmsqueeze.page import words
-from llmsqueeze.page.comparison import comparison_page
-from llmsqueeze.page.folder import read_folder
-from llmsqueeze.page.heat import heat_map
-from llmsqueeze.page.labels import meet, place_labels
-from llmsqueeze.page.report import SHOWN, write_report
-from llmsqueeze.page.story import METHODS, distill_command, recipe_yaml
 from llmsqueeze.parts import Grid
+from llmsqueeze.publish.page import words
+from llmsqueeze.publish.page.comparison import comparison_page
+from llmsqueeze.publish.page.folder import read_folder
+from llmsqueeze.publish.page.heat import heat_map
+from llmsqueeze.publish.page.labels import meet, place_labels
+from llmsqueeze.publish.page.report import SHOWN, write_report
+from llmsqueeze.publish.page.story import METHODS, distill_command, recipe_yaml
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import METHODS as ALL_METHODS
 
@@ -188,7 +188,7 @@ def test_the_weights_stand_worst_first(folder: Path) -> None:
 
 
 def test_bytes_and_bits_are_the_files(folder: Path) -> None:
-    from llmsqueeze.show import contents
+    from llmsqueeze.publish.show import contents
 
     read, shown = read_folder(folder), contents(str(folder))
     assert read.linear_nbytes == sum(row.nbytes for row in shown.rows)

@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from llmsqueeze import pictures
 from llmsqueeze.errors import OutputError
+from llmsqueeze.publish import plots
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes  # noqa: E402
@@ -68,7 +68,7 @@ def line(figure: Figure, label: str) -> Line2D:
 def test_a_cell_for_every_linear(count: int) -> None:
     blocks = make_blocks(count)
     bits = make_bits(blocks)
-    figure = pictures.heat_map(bits, blocks, "a plan")
+    figure = plots.heat_map(bits, blocks, "a plan")
     expected = [[bits[f"model.layers.{i}.{kind}"] for i in range(count)] for kind in LLAMA]
     assert kinds_of(figure) == LLAMA
     np.testing.assert_allclose(cells(figure), expected)
@@ -84,17 +84,17 @@ def test_a_cell_for_every_linear(count: int) -> None:
 def test_numbers_stand_in_their_cells_while_they_can_be_read(count: int, numbered: bool) -> None:
     blocks = make_blocks(count)
     bits = make_bits(blocks)
-    found = numbers(pictures.heat_map(bits, blocks, "t").axes[0])
+    found = numbers(plots.heat_map(bits, blocks, "t").axes[0])
     every = {(x, y): f"{bits[name]:.2f}" for x, block in enumerate(blocks) for y, name in enumerate(block)}
     assert found == (every if numbered else {})
 
 
 def test_the_first_row_is_on_top_and_the_blocks_are_numbered_from_zero() -> None:
-    axes = pictures.heat_map(make_bits(make_blocks(3)), make_blocks(3), "t").axes[0]
+    axes = plots.heat_map(make_bits(make_blocks(3)), make_blocks(3), "t").axes[0]
     bottom, top = axes.get_ylim()
     assert bottom > top
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2"]
-    many = pictures.heat_map(make_bits(make_blocks(126)), make_blocks(126), "t").axes[0]
+    many = plots.heat_map(make_bits(make_blocks(126)), make_blocks(126), "t").axes[0]
     assert [label.get_text() for label in many.get_xticklabels()] == [str(i) for i in range(0, 126, 5)]
     assert list(many.get_xticks()) == [i + 0.5 for i in range(0, 126, 5)]
 
@@ -104,13 +104,13 @@ def test_blocks_that_differ_and_linears_left_out_are_grey() -> None:
     blocks = [*make_blocks(1), [], [f"model.layers.2.{kind}" for kind in full], [f"model.layers.3.{LLAMA[2]}"]]
     bits = make_bits(blocks)
     del bits["model.layers.2.mlp.up_proj"]
-    figure = pictures.heat_map(bits, blocks, "t")
+    figure = plots.heat_map(bits, blocks, "t")
     assert kinds_of(figure) == full  # what only a later block has stands where it stands there
     missing = np.ma.getmaskarray(cells(figure))
     present = [[0, 2], [0, 2], [2], [0, 3], [0, 2]]
     assert [[i for i in range(4) if not row[i]] for row in missing] == present
     assert len(numbers(figure.axes[0])) == 9
-    grey = matplotlib.colors.to_rgba(pictures.MISSING)
+    grey = matplotlib.colors.to_rgba(plots.MISSING)
     assert mesh_of(figure).cmap.get_bad() == pytest.approx(grey)
     assert any("grey" in text.get_text() for text in figure.axes[0].texts)
 
@@ -127,12 +127,12 @@ def test_blocks_that_differ_and_linears_left_out_are_grey() -> None:
     ids=["one block", "one linear each", "no numbers", "bare name", "blocks are linears"],
 )
 def test_rows_are_named_by_what_is_inside_a_block(blocks: list[list[str]], kinds: list[str]) -> None:
-    assert kinds_of(pictures.heat_map({name: 3.0 for block in blocks for name in block}, blocks, "t")) == kinds
+    assert kinds_of(plots.heat_map({name: 3.0 for block in blocks for name in block}, blocks, "t")) == kinds
 
 
 def test_every_number_contrasts_with_its_cell() -> None:
     blocks = make_blocks(40)
-    figure = pictures.heat_map(make_bits(blocks), blocks, "t")
+    figure = plots.heat_map(make_bits(blocks), blocks, "t")
     colours = mesh_of(figure).to_rgba(cells(figure))[..., :3]
     light = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
     for text in figure.axes[0].texts:
@@ -143,22 +143,22 @@ def test_every_number_contrasts_with_its_cell() -> None:
 
 def test_a_nearly_uniform_plan_looks_uniform() -> None:
     blocks = make_blocks(2)
-    figure = pictures.heat_map({name: 3.25 + 0.01 * i for i, name in enumerate(blocks[0] + blocks[1])}, blocks, "t")
+    figure = plots.heat_map({name: 3.25 + 0.01 * i for i, name in enumerate(blocks[0] + blocks[1])}, blocks, "t")
     low, high = mesh_of(figure).get_clim()
-    assert high - low == pytest.approx(pictures.LEAST_SPAN)
+    assert high - low == pytest.approx(plots.LEAST_SPAN)
     assert low < 3.25 < 3.32 < high
 
 
 def test_bits_that_are_none_or_wide() -> None:
     blocks = make_blocks(1)
-    figure = pictures.heat_map(dict(zip(blocks[0], [math.nan, 16.0, 9.999, 0.0], strict=True)), blocks, "t")
+    figure = plots.heat_map(dict(zip(blocks[0], [math.nan, 16.0, 9.999, 0.0], strict=True)), blocks, "t")
     assert list(np.ma.getmaskarray(cells(figure))[:, 0]) == [True, False, False, False]
     assert numbers(figure.axes[0]) == {(0, 1): "16.0", (0, 2): "10.0", (0, 3): "0.00"}
-    assert np.ma.getmaskarray(cells(pictures.heat_map({}, blocks, "t"))).all()
+    assert np.ma.getmaskarray(cells(plots.heat_map({}, blocks, "t"))).all()
 
 
 def test_the_curve_and_the_chosen_point() -> None:
-    figure = pictures.cost_curve([*reversed(CURVE), (5.0, math.nan)], (2.7, 0.109), "cost")
+    figure = plots.cost_curve([*reversed(CURVE), (5.0, math.nan)], (2.7, 0.109), "cost")
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     assert "bits per weight" in axes.get_xlabel()
@@ -175,7 +175,7 @@ def test_the_curve_and_the_chosen_point() -> None:
 
 
 def test_zeros_and_less_stand_on_the_edge_of_the_logarithmic_axis() -> None:
-    figure = pictures.cost_curve([*CURVE, (5.0, 0.0), (6.0, -1e-5)], (5.0, 0.0), "t")
+    figure = plots.cost_curve([*CURVE, (5.0, 0.0), (6.0, -1e-5)], (5.0, 0.0), "t")
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     losses = np.asarray(line(figure, "smallest").get_ydata(), dtype=float)
@@ -205,10 +205,10 @@ def test_zeros_and_less_stand_on_the_edge_of_the_logarithmic_axis() -> None:
 def test_odd_curves_are_drawn(
     curve: list[tuple[float, float]], chosen: tuple[float, float] | None, tmp_path: Path
 ) -> None:
-    figure = pictures.cost_curve(curve, chosen, "t")
+    figure = plots.cost_curve(curve, chosen, "t")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_files(pictures.write(figure, tmp_path / "cost"))
+        check_files(plots.write(figure, tmp_path / "cost"))
     positive = any(loss > 0 for _, loss in curve) or (chosen is not None and math.isfinite(chosen[0]))
     assert figure.axes[0].get_yscale() == ("log" if positive and chosen != (3.0, 0.0) else "linear")
 
@@ -225,11 +225,11 @@ def test_files_are_sound_and_the_same_again(count: int, tmp_path: Path) -> None:
     blocks = make_blocks(count)
     bits = make_bits(blocks)
     for name in ("a-2.7", "b-2.7"):
-        figure = pictures.heat_map(bits, blocks, "t")
-        files = pictures.write(figure, tmp_path / name)
+        figure = plots.heat_map(bits, blocks, "t")
+        files = plots.write(figure, tmp_path / name)
         assert files == [tmp_path / f"{name}.png", tmp_path / f"{name}.svg"]
         check_files(files)
-    pictures.write(figure, tmp_path / "again")
+    plots.write(figure, tmp_path / "again")
     for kind in ("png", "svg"):
         first = (tmp_path / f"a-2.7.{kind}").read_bytes()
         assert first == (tmp_path / f"b-2.7.{kind}").read_bytes()
@@ -239,20 +239,20 @@ def test_files_are_sound_and_the_same_again(count: int, tmp_path: Path) -> None:
 
 def test_a_title_is_text_whatever_is_in_it(tmp_path: Path) -> None:
     title = "$x_1 a_$ " + "very long name " * 10 + "模型"
-    figure = pictures.cost_curve(CURVE, None, title)
+    figure = plots.cost_curve(CURVE, None, title)
     assert figure.get_suptitle().split() == title.split()
     assert "\n" in figure.get_suptitle()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_files(pictures.write(figure, tmp_path / "t"))
+        check_files(plots.write(figure, tmp_path / "t"))
 
 
 def test_the_users_settings_neither_matter_nor_change(tmp_path: Path) -> None:
     blocks = make_blocks(2)
-    pictures.write(pictures.heat_map(make_bits(blocks), blocks, "t"), tmp_path / "plain")
+    plots.write(plots.heat_map(make_bits(blocks), blocks, "t"), tmp_path / "plain")
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "svg.fonttype": "none"}):
         before = dict(matplotlib.rcParams)
-        pictures.write(pictures.heat_map(make_bits(blocks), blocks, "t"), tmp_path / "styled")
+        plots.write(plots.heat_map(make_bits(blocks), blocks, "t"), tmp_path / "styled")
         assert dict(matplotlib.rcParams) == before
     for kind in ("png", "svg"):
         assert (tmp_path / f"plain.{kind}").read_bytes() == (tmp_path / f"styled.{kind}").read_bytes()
@@ -260,7 +260,7 @@ def test_the_users_settings_neither_matter_nor_change(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write the picture"):
-        pictures.write(pictures.cost_curve(CURVE, None, "t"), tmp_path / "none" / "cost")
+        plots.write(plots.cost_curve(CURVE, None, "t"), tmp_path / "none" / "cost")
 
 
 def test_nothing_is_imported_before_it_is_needed_and_pyplot_never(tmp_path: Path) -> None:
@@ -271,12 +271,12 @@ def test_nothing_is_imported_before_it_is_needed_and_pyplot_never(tmp_path: Path
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "plan")], check=True)
-    pictures.write(pictures.heat_map({"h.0.a": 3.0}, [["h.0.a"]], "t"), tmp_path / "here")
+    plots.write(plots.heat_map({"h.0.a": 3.0}, [["h.0.a"]], "t"), tmp_path / "here")
     for kind in ("png", "svg"):  # another process writes the same bytes
         assert (tmp_path / f"plan.{kind}").read_bytes() == (tmp_path / f"here.{kind}").read_bytes()
 
 
 def test_without_matplotlib_it_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pictures.available()
+    assert plots.available()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not pictures.available()
+    assert not plots.available()

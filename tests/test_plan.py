@@ -24,8 +24,8 @@ from llmsqueeze.errors import BudgetError, CheckpointError, RecipeError
 from llmsqueeze.measure.profile import load
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.publish.show import contents
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.show import contents
 
 FAST = {"samples": 6, "seq_len": 48, "widths": [1, 2, 3, 4]}
 DEMO = Source("demo")

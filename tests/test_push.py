@@ -29,8 +29,8 @@ from hub_folder import (
 )
 from hub_server import Hub, serve
 
-from llmsqueeze.card import model_card
 from llmsqueeze.formats.check import check
+from llmsqueeze.publish.card import model_card
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze import pictures
 from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
 from llmsqueeze.compress.blocks import portability
 from llmsqueeze.compress.decide import Decision, decide, target_nbytes
@@ -17,6 +16,7 @@ from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.progress import Progress
+from llmsqueeze.publish import plots
 from llmsqueeze.recipe.bundled import make_recipe
 
 
@@ -88,12 +88,12 @@ def make_folder(folder: Path) -> Path:
 
 def draw(folder: Path, job: Job, decided: Decision, points: list[tuple[float, float]], progress: Progress) -> None:
     """The plan as a heat map, and where it lies on the curve of cost against bytes."""
-    if not pictures.available():
+    if not plots.available():
         progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
         return
     bits = {name: 8 * weight.nbytes / weight.numel for name, weight in decided.plan.weights.items()}
     title = f"{job.path.name}: {decided.plan.bits_per_weight:.3f} bits per weight"
-    pictures.write(pictures.heat_map(bits, job.skeleton.linears, title), folder / "plan")
+    plots.write(plots.heat_map(bits, job.skeleton.linears, title), folder / "plan")
     if decided.predicted is not None and points:
         chosen = (decided.plan.bits_per_weight, decided.predicted)
-        pictures.write(pictures.cost_curve(points, chosen, title), folder / "cost")
+        plots.write(plots.cost_curve(points, chosen, title), folder / "cost")

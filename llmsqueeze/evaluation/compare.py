@@ -296,7 +296,7 @@ def as_evaluation(result: Mapping[str, Any], model: Mapping[str, Any]) -> dict[s
 
 def write_page(result: Mapping[str, Any], path: Path) -> None:
     """The comparison as one HTML file. Raises OutputError."""
-    from llmsqueeze.page.comparison import comparison_page
+    from llmsqueeze.publish.page.comparison import comparison_page
 
     text = comparison_page(result)
     try:
@@ -307,10 +307,10 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
 
 def draw(result: Mapping[str, Any], path: Path) -> bool:
     """Writes the plot of quality against bytes, if there is something to draw and matplotlib to draw it."""
-    from llmsqueeze import pictures
+    from llmsqueeze.publish import plots
 
     points = [m for m in result["models"] if m["nll_difference"] is not None]
-    if len(points) < 2 or not pictures.available():
+    if len(points) < 2 or not plots.available():
         return False
-    pictures.write(pictures.frontier(points, f"{points[0]['model']}: what bytes buy"), path.with_suffix(""), ("png",))
+    plots.write(plots.frontier(points, f"{points[0]['model']}: what bytes buy"), path.with_suffix(""), ("png",))
     return True

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from llmsqueeze import __version__
-from llmsqueeze.card import license_of
 from llmsqueeze.compress.decide import Decision
 from llmsqueeze.compress.job import Source
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.model.text import Calibration
+from llmsqueeze.publish.card import license_of
 from llmsqueeze.recipe.recipe import Recipe
 
 

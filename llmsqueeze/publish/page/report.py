@@ -12,13 +12,13 @@ from typing import Any
 
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
-from llmsqueeze.page import story, words
-from llmsqueeze.page.comparison import view_of
-from llmsqueeze.page.folder import Folder, Linear, read_folder
-from llmsqueeze.page.heat import NUMBERED, heat_map
-from llmsqueeze.page.render import render
-from llmsqueeze.page.scores import baseline, score_rows
-from llmsqueeze.page.words import number
+from llmsqueeze.publish.page import story, words
+from llmsqueeze.publish.page.comparison import view_of
+from llmsqueeze.publish.page.folder import Folder, Linear, read_folder
+from llmsqueeze.publish.page.heat import NUMBERED, heat_map
+from llmsqueeze.publish.page.render import render
+from llmsqueeze.publish.page.scores import baseline, score_rows
+from llmsqueeze.publish.page.words import number
 
 REPORT = "report.html"
 SHOWN = 50  # rows of the table of weights, until all are asked for

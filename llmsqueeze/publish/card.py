@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze import card_scores
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json
 from llmsqueeze.formats.public import TEXT_SUFFIXES, human_bytes, is_hub_id, shown, table, yaml_text
-from llmsqueeze.snippets import how_to_load, what_opens_it
+from llmsqueeze.publish import card_scores
+from llmsqueeze.publish.snippets import how_to_load, what_opens_it
 
 MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file anew. -->"
 LICENSE_KEYS = ("license", "license_name", "license_link")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmsqueeze.page import words
-from llmsqueeze.page.folder import Folder
-from llmsqueeze.page.words import fixed, mapping, number, plus_minus, significant
+from llmsqueeze.publish.page import words
+from llmsqueeze.publish.page.folder import Folder
+from llmsqueeze.publish.page.words import fixed, mapping, number, plus_minus, significant
 
 
 def baseline(folder: Folder) -> Mapping[str, Any]:

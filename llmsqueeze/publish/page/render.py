@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from llmsqueeze import __version__
-from llmsqueeze.page import words
+from llmsqueeze.publish.page import words
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -53,7 +53,7 @@ def environment() -> Environment:
 
 
 def asset(name: str) -> str:
-    return (files("llmsqueeze.page") / FOLDER / name).read_text(encoding="utf-8")
+    return (files("llmsqueeze.publish.page") / FOLDER / name).read_text(encoding="utf-8")
 
 
 def digest(text: str) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmsqueeze.formats.public import TEXT_SUFFIXES
-from llmsqueeze.page import words
-from llmsqueeze.page.folder import Folder
-from llmsqueeze.page.scores import perplexities
-from llmsqueeze.page.words import fixed, number, percent, significant
+from llmsqueeze.publish.page import words
+from llmsqueeze.publish.page.folder import Folder
+from llmsqueeze.publish.page.scores import perplexities
+from llmsqueeze.publish.page.words import fixed, number, percent, significant
 
 METHODS = {
     "auto": "what suits what was asked for: coded weights, or a budget on grids",

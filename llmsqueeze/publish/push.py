@@ -14,12 +14,12 @@ import re
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from llmsqueeze.card import MARK, model_card, read_sidecar
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError, nearest
 from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json
 from llmsqueeze.formats.public import human_bytes, shown
-from llmsqueeze.hub_errors import hub_errors
 from llmsqueeze.progress import Progress
+from llmsqueeze.publish.card import MARK, model_card, read_sidecar
+from llmsqueeze.publish.hub_errors import hub_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

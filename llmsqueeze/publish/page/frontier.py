@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmsqueeze.page import words
-from llmsqueeze.page.labels import Label, place_labels, shortened
+from llmsqueeze.publish.page import words
+from llmsqueeze.publish.page.labels import Label, place_labels, shortened
 
 LOG_SIZES, LOG_LOSSES = 4.0, 10.0  # axes whose numbers span less are linear
 LEAST_BAR = 1 / 3  # of the least loss: how far an error bar may stretch a logarithmic axis

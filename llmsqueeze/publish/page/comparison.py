@@ -10,10 +10,10 @@ from typing import Any
 
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.formats.public import shown
-from llmsqueeze.page import words
-from llmsqueeze.page.frontier import Point, plot
-from llmsqueeze.page.render import render
-from llmsqueeze.page.words import fixed, number, plus_minus, significant
+from llmsqueeze.publish.page import words
+from llmsqueeze.publish.page.frontier import Point, plot
+from llmsqueeze.publish.page.render import render
+from llmsqueeze.publish.page.words import fixed, number, plus_minus, significant
 
 NUMBERS = (
     *("nbytes", "bits_per_weight", "perplexity", "perplexity_stderr", "nll_difference", "nll_difference_stderr"),

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze import parts
-from llmsqueeze.card import read_sidecar
 from llmsqueeze.errors import CheckpointError, nearest
 from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.page.words import number
+from llmsqueeze.publish.card import read_sidecar
+from llmsqueeze.publish.page.words import number
 
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # what configs call it
 

@@ -1,0 +1,1 @@
+"""What is told of a folder: contents, plots, pages, the card, the Hub."""
