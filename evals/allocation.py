@@ -14,7 +14,7 @@ from typing import Any
 
 from methods import add_arguments, measure
 
-from llmsqueeze.terminal import hush
+from llmsqueeze.cli.terminal import hush
 
 PLAIN = {"symmetric": False, "group_size": 64}
 

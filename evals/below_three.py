@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from methods import add_arguments
 
+from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.terminal import hush
 
 DISTILLED: dict[str, dict[str, Any]] = {
     "kd": {},

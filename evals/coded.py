@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
@@ -34,7 +35,6 @@ from llmsqueeze.parts.coding import rans
 from llmsqueeze.quantizers import coded
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.terminal import hush
 
 BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 ZERO_BITS = 2.05  # binary logarithm of the step, in sizes of the row, at which bits come to none

@@ -12,7 +12,7 @@ import json
 
 from methods import add_arguments, measure
 
-from llmsqueeze.terminal import hush
+from llmsqueeze.cli.terminal import hush
 
 
 def main() -> None:

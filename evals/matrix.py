@@ -44,6 +44,7 @@ from transformers import (
 )
 
 from llmsqueeze import parts
+from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import SqueezeError
@@ -54,7 +55,6 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import is_transposed
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.terminal import hush
 
 BAR = 1e-4
 VOCABULARY = 96

@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.terminal import hush
 
 GWQ = {"method": "gwq", "outlier_scope": "global", "outlier_ranking": "gradient-weight"}
 PAPER = {"method": "gwq", "outlier_scope": "layer", "outlier_ranking": "gradient"}

@@ -164,9 +164,9 @@ def calibration_tokens(args: argparse.Namespace) -> list[list[int]]:
 
 def measured(args: argparse.Namespace, work: Path, common: Settings, settings: Settings) -> dict[str, Any]:
     """One row: the tool's process, and a real evaluation of what came out. Without settings nothing is quantized."""
+    from llmsqueeze.cli.terminal import hush
     from llmsqueeze.evaluation.evaluate import evaluate
     from llmsqueeze.model.text import evaluation_text
-    from llmsqueeze.terminal import hush
 
     hush()
     answer: dict[str, Any] = {"version": "", "bits_per_weight": None, "seconds": 0.0}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from methods import add_arguments
 
+from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.decide import Decision
 from llmsqueeze.compress.job import Source, prepare
 from llmsqueeze.compress.reuse import given_plan, open_plan
@@ -27,7 +28,6 @@ from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure.profile import Profile, load
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.progress import Progress
-from llmsqueeze.terminal import hush
 
 
 def main() -> None:

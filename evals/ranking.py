@@ -20,6 +20,7 @@ from methods import add_arguments
 from torch import Tensor
 
 import llmsqueeze
+from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.job import Source, prepare
 from llmsqueeze.evaluation.evaluate import token_losses
@@ -33,7 +34,6 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.terminal import hush
 
 WIDTHS = (2, 3)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from methods import add_arguments, measure
 
-from llmsqueeze.terminal import hush
+from llmsqueeze.cli.terminal import hush
 
 ROWS: dict[str, dict[str, Any]] = {
     "gptq 2 bit g64": {"method": "gptq", "bits": 2, "symmetric": False, "group_size": 64, "search": True},

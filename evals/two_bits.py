@@ -19,8 +19,8 @@ from unittest import mock
 from methods import add_arguments, measure
 from torch import Tensor
 
+from llmsqueeze.cli.terminal import hush
 from llmsqueeze.quantizers import grids
-from llmsqueeze.terminal import hush
 
 GRIDS: dict[str, dict[str, Any]] = {
     "integer": {},

@@ -25,7 +25,7 @@ TOKEN = "dummy-token-4711"
 SHARDS = tuple(f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6))
 
 SERVER = multiprocessing.get_context("forkserver")
-MODULES = ["llmsqueeze.cli", "llmsqueeze.formats.check", "transformers.models.llama.modeling_llama"]
+MODULES = ["llmsqueeze.cli.app", "llmsqueeze.formats.check", "transformers.models.llama.modeling_llama"]
 SERVER.set_forkserver_preload(MODULES)
 
 SIDECAR: dict[str, Any] = {
@@ -185,7 +185,7 @@ def _push(arguments: list[str], env: dict[str, str], log: Path) -> None:
     time.sleep = lambda seconds: None  # huggingface_hub waits between retries
     sys.argv = ["llmsqueeze", *arguments]
 
-    from llmsqueeze.cli import main
+    from llmsqueeze.cli.app import main
 
     main()
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Plan, WeightPlan
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress import weight
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import Decision

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.check import check

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 FAST = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import llmsqueeze
 from llmsqueeze import parts
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress import search
 from llmsqueeze.compress.job import Source
 from llmsqueeze.compress.plan import plan

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from llmsqueeze import parts
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo.task import TASK_NAME, task_config
 from llmsqueeze.evaluation import bnb

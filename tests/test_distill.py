@@ -21,7 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import llmsqueeze
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo import stories as demo_stories
 from llmsqueeze.distillation import blockwise, teacher, training

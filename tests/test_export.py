@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, why_native
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.compress.job import Job, Source, prepare

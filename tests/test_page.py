@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from llmsqueeze import parts
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import CheckpointError

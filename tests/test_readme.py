@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

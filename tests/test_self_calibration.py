@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress.job import Source, prepare, text_or_self
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError

@@ -14,7 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from llmsqueeze import parts
-from llmsqueeze.cli import app
+from llmsqueeze.cli.app import app
 from llmsqueeze.compress import blocks, weight
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.formats import export

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze import __version__, cli_results
-from llmsqueeze.errors import RecipeError
-from llmsqueeze.options import (
+from llmsqueeze import __version__
+from llmsqueeze.cli import results
+from llmsqueeze.cli.options import (
     MODEL_HELP,
     Debug,
     Device,
@@ -25,7 +25,8 @@ from llmsqueeze.options import (
     takes_distillation,
     takes_recipe,
 )
-from llmsqueeze.terminal import friendly, hush, print_result
+from llmsqueeze.cli.terminal import friendly, hush, print_result
+from llmsqueeze.errors import RecipeError
 
 app = typer.Typer(
     name="llmsqueeze",
@@ -75,7 +76,7 @@ def quantize(
     with friendly(debug):
         settings = settings_of(given)
 
-        from llmsqueeze import report
+        from llmsqueeze.cli import report
         from llmsqueeze.compress.job import Source
         from llmsqueeze.compress.quantize import quantize as quantize_model
 
@@ -118,7 +119,7 @@ def make_plan(
         if weights not in ("all", "none"):
             raise RecipeError(f"unknown weights {weights!r}; choose all or none")
 
-        from llmsqueeze import report
+        from llmsqueeze.cli import report
         from llmsqueeze.compress.job import Source
         from llmsqueeze.compress.plan import plan as plan_model
 
@@ -140,7 +141,7 @@ def make_plan(
 def recipes(as_json: Json = False, debug: Debug = False) -> None:
     """List the recipes that come along; `--recipe NAME` uses one."""
     with friendly(debug):
-        from llmsqueeze import report
+        from llmsqueeze.cli import report
         from llmsqueeze.recipe.bundled import describe_recipes
 
         print_result({"recipes": describe_recipes()}, as_json, report.print_recipes)
@@ -171,7 +172,7 @@ def distill(
 
         settings = make_distillation(given)
 
-        from llmsqueeze import report
+        from llmsqueeze.cli import report
         from llmsqueeze.distillation.distill import distill as distill_folder
 
         hush()
@@ -213,7 +214,7 @@ def export(
 ) -> None:
     """Write a compressed FOLDER in another format; only coded weights are rounded again, for compressed-tensors."""
     with friendly(debug):
-        from llmsqueeze import report
+        from llmsqueeze.cli import report
         from llmsqueeze.formats.export import export as export_folder
 
         hush()
@@ -232,7 +233,7 @@ def export(
         print_result(summary, as_json, report.print_export)
 
 
-cli_results.register(app)
+results.register(app)
 
 
 def main() -> None:
@@ -242,7 +243,3 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llmsqueeze.report import console, divergence, size, width
+from llmsqueeze.cli.report import console, divergence, size, width
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

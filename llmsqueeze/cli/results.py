@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmsqueeze.errors import RecipeError
-from llmsqueeze.options import (
+from llmsqueeze.cli.options import (
     MODEL_HELP,
     BatchSize,
     Debug,
@@ -22,7 +21,8 @@ from llmsqueeze.options import (
     TrustCode,
     Window,
 )
-from llmsqueeze.terminal import friendly, hush, print_result
+from llmsqueeze.cli.terminal import friendly, hush, print_result
+from llmsqueeze.errors import RecipeError
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +60,7 @@ def evaluate(
     with friendly(debug):
         names = task_names(tasks)
 
-        from llmsqueeze import report, scoreboard
+        from llmsqueeze.cli import report, scoreboard
         from llmsqueeze.compress.job import pick_device
         from llmsqueeze.evaluation import evaluate as evaluation
 
@@ -109,7 +109,7 @@ def compare(
     with friendly(debug):
         names = task_names(tasks)
 
-        from llmsqueeze import report, scoreboard
+        from llmsqueeze.cli import report, scoreboard
         from llmsqueeze.compress.job import pick_device
         from llmsqueeze.evaluation import compare as comparing
         from llmsqueeze.evaluation.evaluate import choose_text
@@ -149,7 +149,7 @@ def show(
 ) -> None:
     """Print what each weight of a compressed folder holds, and its size."""
     with friendly(debug):
-        from llmsqueeze import scoreboard
+        from llmsqueeze.cli import scoreboard
         from llmsqueeze.publish.show import contents
 
         print_result(contents(folder).as_dict(), as_json, scoreboard.print_contents)
@@ -178,7 +178,7 @@ def check(
 ) -> None:
     """Check that FOLDER is whole and sound, and what opens it; no model is run."""
     with friendly(debug):
-        from llmsqueeze import scoreboard
+        from llmsqueeze.cli import scoreboard
         from llmsqueeze.formats.check import check as check_folder
 
         hush()
@@ -203,7 +203,7 @@ def push(
 ) -> None:
     """Upload a compressed folder to the Hub, with a model card; a push that broke off goes on when it is repeated."""
     with friendly(debug):
-        from llmsqueeze import report
+        from llmsqueeze.cli import report
         from llmsqueeze.publish import push as hub
 
         hush()

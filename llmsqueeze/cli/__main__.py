@@ -1,0 +1,5 @@
+"""`python -m llmsqueeze.cli`."""
+
+from llmsqueeze.cli.app import main
+
+main()
