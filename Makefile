@@ -28,6 +28,7 @@ check: $(READY) ## lint, formatting and strict types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 fix: $(READY) ## repair what the linter and formatter can
 	$(BIN)/ruff check --fix .

@@ -22,10 +22,11 @@ from methods import add_arguments
 
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.decide import Decision
-from llmsqueeze.compress.job import Source, prepare
+from llmsqueeze.compress.job import prepare
 from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure.profile import Profile, load
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.progress import Progress
 

@@ -22,12 +22,13 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.compress.job import Source, prepare
+from llmsqueeze.compress.job import prepare
 from llmsqueeze.evaluation.evaluate import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid

@@ -77,8 +77,8 @@ def quantize(
         settings = settings_of(given)
 
         from llmsqueeze.cli import report
-        from llmsqueeze.compress.job import Source
         from llmsqueeze.compress.quantize import quantize as quantize_model
+        from llmsqueeze.model.source import Source
 
         hush()
         with report.TerminalProgress(quiet) as progress:
@@ -120,8 +120,9 @@ def make_plan(
             raise RecipeError(f"unknown weights {weights!r}; choose all or none")
 
         from llmsqueeze.cli import report
-        from llmsqueeze.compress.job import Source
         from llmsqueeze.compress.plan import plan as plan_model
+        from llmsqueeze.model.source import Source
+        from llmsqueeze.publish import plots
 
         hush()
         with report.TerminalProgress(quiet) as progress:
@@ -134,6 +135,10 @@ def make_plan(
                 trial=trial,
                 progress=progress,
             )
+            if plots.available():
+                plots.draw_plan(result, Path(result["out"]))
+            else:
+                progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
         print_result(result, as_json, report.print_plan)
 
 

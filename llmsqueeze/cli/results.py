@@ -61,8 +61,8 @@ def evaluate(
         names = task_names(tasks)
 
         from llmsqueeze.cli import report, scoreboard
-        from llmsqueeze.compress.job import pick_device
         from llmsqueeze.evaluation import evaluate as evaluation
+        from llmsqueeze.model.source import pick_device
 
         hush()
         with report.TerminalProgress(quiet) as progress:
@@ -110,9 +110,13 @@ def compare(
         names = task_names(tasks)
 
         from llmsqueeze.cli import report, scoreboard
-        from llmsqueeze.compress.job import pick_device
         from llmsqueeze.evaluation import compare as comparing
         from llmsqueeze.evaluation.evaluate import choose_text
+        from llmsqueeze.files import FRONTIER
+        from llmsqueeze.formats.public import shown
+        from llmsqueeze.model.source import pick_device
+        from llmsqueeze.publish.page.comparison import write_page
+        from llmsqueeze.publish.plots import draw_frontier
         from llmsqueeze.recipe.values import choice
 
         hush()
@@ -135,9 +139,11 @@ def compare(
                 progress=progress,
             )
         kept = comparing.remember(result) if limit is None else []
+        for folder in kept:
+            draw_frontier(shown(result), Path(folder) / FRONTIER)
         print_result(result | {"kept_in": kept}, as_json, scoreboard.print_comparison)
         if html is not None:
-            comparing.write_page(result, html)
+            write_page(result, html)
         if result["left_out"]:
             raise typer.Exit(2)
 

@@ -20,7 +20,7 @@ from llmsqueeze.allocation.multiplier import Pace
 from llmsqueeze.allocation.plan import Plan, unfit, why_native
 from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
 from llmsqueeze.compress.group import NOTHING, Compressed, as_made, compress_group, compressed_nbytes, with_made
-from llmsqueeze.compress.job import Job, Source, pick_device, prepare
+from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.compress.outer import compress_ends, outer_shard, outer_shards
 from llmsqueeze.compress.weight import group_targets
 from llmsqueeze.files import SIDECAR
@@ -34,6 +34,7 @@ from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.skeleton import Skeleton, all_linears
+from llmsqueeze.model.source import Source, pick_device
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature
@@ -186,7 +187,7 @@ def write_rest(
     output.copy_rest(job.path)
     config = job.checkpoint.config | {"quantization_config": quantization_config(job.skeleton, decided.plan)}
     output.write_json("config.json", config)
-    result = record.outcome(decided, output.nbytes, job.checkpoint.nbytes, by_weight)
+    result = record.outcome(decided.plan, decided.predicted, output.nbytes, job.checkpoint.nbytes, by_weight)
     made = record.provenance(job.source, job.path) | record.settings(recipe, job.calibration)
     output.write_json(SIDECAR, made | result)
     output.finish()

@@ -8,15 +8,15 @@ from typing import Any
 
 from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
 from llmsqueeze.compress.blocks import portability
-from llmsqueeze.compress.decide import Decision, decide, target_nbytes
-from llmsqueeze.compress.job import Job, Source, pick_device, prepare
+from llmsqueeze.compress.decide import decide, target_nbytes
+from llmsqueeze.compress.job import prepare
 from llmsqueeze.compress.outlook import curve, table
 from llmsqueeze.compress.reuse import rows_by, stored_or_measured
 from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
+from llmsqueeze.model.source import Source, pick_device
 from llmsqueeze.progress import Progress
-from llmsqueeze.publish import plots
 from llmsqueeze.recipe.bundled import make_recipe
 
 
@@ -60,7 +60,6 @@ def plan(
     }
     write_plan(folder / PLAN, decided.plan, recipe, about, rows_by(recipe), PROFILE if weights else None)
     points = curve(job.plan, recipe, profile)
-    draw(folder, job, decided, points, progress)
     predicted = run_trial(job, folder / PLAN, place, progress) if trial and weights else {}
     return about | {
         "given": source.model,
@@ -72,6 +71,8 @@ def plan(
         "rows": table(decided, job.skeleton.linears, profile),
         **portability(recipe, job, decided),
         "curve": points,
+        "blocks": job.skeleton.linears,
+        "weights": {name: 8 * weight.nbytes / weight.numel for name, weight in decided.plan.weights.items()},
         "predicted_seconds": predicted.get("seconds"),
         "predicted_peak_memory_mb": predicted.get("peak_memory_mb"),
     }
@@ -84,16 +85,3 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error}") from error
     return folder
-
-
-def draw(folder: Path, job: Job, decided: Decision, points: list[tuple[float, float]], progress: Progress) -> None:
-    """The plan as a heat map, and where it lies on the curve of cost against bytes."""
-    if not plots.available():
-        progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
-        return
-    bits = {name: 8 * weight.nbytes / weight.numel for name, weight in decided.plan.weights.items()}
-    title = f"{job.path.name}: {decided.plan.bits_per_weight:.3f} bits per weight"
-    plots.write(plots.heat_map(bits, job.skeleton.linears, title), folder / "plan")
-    if decided.predicted is not None and points:
-        chosen = (decided.plan.bits_per_weight, decided.predicted)
-        plots.write(plots.cost_curve(points, chosen, title), folder / "cost")

@@ -17,7 +17,7 @@ import torch
 
 from llmsqueeze.compress import blocks
 from llmsqueeze.compress.decide import wanted_by
-from llmsqueeze.compress.job import Job, Source, pick_device, prepare
+from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.compress.outlook import curve
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate_rows
@@ -25,6 +25,7 @@ from llmsqueeze.formats.folder import partial_folder, publish
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.source import Source, pick_device
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from llmsqueeze.compress.blocks import compress_blocks, needed_streams
-from llmsqueeze.compress.job import Job, Source, prepare
+from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.compress.outer import outer_shards
 from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 

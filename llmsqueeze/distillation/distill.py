@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.compress.job import Job, Source, pick_device, prepare, read_calibration
 from llmsqueeze.distillation.blockwise import train_blocks
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
@@ -32,12 +31,14 @@ from llmsqueeze.formats.entries import is_compressed, own_names, read_entries
 from llmsqueeze.formats.folder import Output, check_writable
 from llmsqueeze.formats.rewrite import rewrite
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.source import Source, open_original, pick_device
+from llmsqueeze.model.text import Calibration
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
 
 
 def distill(
@@ -60,26 +61,24 @@ def distill(
     out = out or source.with_name(source.resolve().name + "-distilled")
     check_writable(out, overwrite)
     check_trainable(student, settings)
-    original = Source(teacher or original_of(source), revision, trust_remote_code)
-    recipe = make_recipe(settings.text)
-    job = prepare(original, recipe, progress, text=False)
-    check_teacher(job.skeleton, student, source, original.model)
-    text = read_calibration(original, job.skeleton, recipe, progress, settings.held_back, place)
-    job = replace(job, calibration=text)
+    original = open_original(Source(teacher or original_of(source), revision, trust_remote_code))
+    skeleton = original.skeleton
+    check_teacher(skeleton, student, source, original.source.model)
+    text = read_calibration(original, settings.text, progress, settings.held_back, place)
     rows, apart = split(text.rows, text.held_back, settings.held_back)
-    work = working_folder(out, student, job.skeleton, settings, text.sha256)
+    work = working_folder(out, student, skeleton, settings, text.sha256)
     cache, asked = teacher_cache or work / "teacher", apart if settings.blockwise else [*rows, *apart]
-    answered = cache, ask(job.skeleton, asked, cache, settings.top_k, place, progress, work)
+    answered = cache, ask(skeleton, asked, cache, settings.top_k, place, progress, work)
     if settings.blockwise:
-        state, best = train_blocks(job.skeleton, student, rows, apart, settings, answered, work, place, progress)
+        state, best = train_blocks(skeleton, student, rows, apart, settings, answered, work, place, progress)
     else:
         opened = Student(folder, student, frozenset(settings.train), place, trust_remote_code)
         state, best = train(opened, rows, apart, settings, answered, work, progress)
     if not best:
         progress.note("nothing that was tried is better than what there was: the result is the same folder again")
-    write(student, best, record_of(job, settings, state), out, overwrite, trust_remote_code)
+    write(student, best, record_of(original.source.model, text, settings, state), out, overwrite, trust_remote_code)
     shutil.rmtree(work, ignore_errors=True)
-    return summary_of(job, settings, state, folder, out) | {
+    return summary_of(original.source.model, text, settings, state, folder, out) | {
         "nbytes": open_checkpoint(out).nbytes,
         "nbytes_before": student.nbytes,
         "seconds": round(time.monotonic() - start, 3),
@@ -88,13 +87,14 @@ def distill(
     }
 
 
-def summary_of(job: Job, settings: Distillation, state: State, folder: str, out: Path) -> dict[str, Any]:
+def summary_of(
+    teacher: str, text: Calibration, settings: Distillation, state: State, folder: str, out: Path
+) -> dict[str, Any]:
     """What the command says of how it went."""
-    assert job.calibration is not None
     return {
         "out": str(out),
         "model": folder,
-        "teacher": job.source.model,
+        "teacher": teacher,
         "loss": "blockwise" if settings.blockwise else settings.loss,
         "steps": state.step,
         "best_step": state.best_step,
@@ -103,7 +103,7 @@ def summary_of(job: Job, settings: Distillation, state: State, folder: str, out:
         "codes_moved": state.moved,
         "guarded": state.guarded,
         "stopped": state.stopped,
-        "calibration": job.calibration.as_dict(),
+        "calibration": text.as_dict(),
     }
 
 
@@ -117,14 +117,13 @@ def split(rows: list[Tensor], apart: list[Tensor], wanted: int) -> tuple[list[Te
     return rows[:-count], rows[-count:]
 
 
-def record_of(job: Job, settings: Distillation, state: State) -> dict[str, Any]:
+def record_of(teacher: str, text: Calibration, settings: Distillation, state: State) -> dict[str, Any]:
     """What the folder will say of its distillation; no paths and no times."""
-    assert job.calibration is not None
-    local = Path(job.source.model).expanduser().is_dir()
+    local = Path(teacher).expanduser().is_dir()
     return {
-        "teacher": Path(job.source.model).resolve().name if local else job.source.model,
-        "settings": asdict(settings) | {"calibration": job.calibration.source},
-        "calibration_sha256": job.calibration.sha256,
+        "teacher": Path(teacher).resolve().name if local else teacher,
+        "settings": asdict(settings) | {"calibration": text.source},
+        "calibration_sha256": text.sha256,
         "kl_before": state.before,
         "kl_after": state.best,
         "best_step": state.best_step,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.recipe.recipe import TextSettings
 from llmsqueeze.recipe.values import choice, number, several, spoken, text, whole
 
 LOSSES = ("kd", "dad")
@@ -54,9 +55,9 @@ class Distillation:
         return self.rate(step) * min(WISH / self.steps, WISH_STEP)
 
     @property
-    def text(self) -> dict[str, Any]:
-        """The settings that a recipe has too."""
-        return {key: getattr(self, key) for key in ("calibration", "samples", "seq_len", "seed")}
+    def text(self) -> TextSettings:
+        """The settings of the text."""
+        return TextSettings(self.calibration, self.samples, self.seq_len, self.seed)
 
 
 CHECKS: dict[str, Callable[[str, Any], Any]] = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmsqueeze.errors import OutputError, RecipeError, UnsupportedError
+from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.evaluation import bnb, evaluate
 from llmsqueeze.evaluation.evaluate import (
     Evaluation,
@@ -32,7 +32,7 @@ from llmsqueeze.evaluation.evaluate import (
     run_tasks,
     score_text,
 )
-from llmsqueeze.files import COMPARISON, FRONTIER, SIDECAR, write_json
+from llmsqueeze.files import COMPARISON, SIDECAR, write_json
 from llmsqueeze.formats.check import form_of
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
@@ -272,7 +272,6 @@ def remember(result: Mapping[str, Any]) -> list[str]:
         if i and (folder / SIDECAR).exists() and os.access(folder, os.W_OK):
             models = [one | {"this": i == j} for j, one in enumerate(public["models"])]
             write_json(folder / COMPARISON, public | {"models": models})
-            draw(public, folder / FRONTIER)
             evaluate.remember(model["model"], as_evaluation(result, model))
             kept.append(model["model"])
     return kept
@@ -292,25 +291,3 @@ def as_evaluation(result: Mapping[str, Any], model: Mapping[str, Any]) -> dict[s
     differences = {key: model[key] for key in ("nll_difference", "nll_difference_stderr")}
     about = {"text": result["text"], "window": result["window"], "baseline": scores(result["models"][0])}
     return scores(model) | differences | about
-
-
-def write_page(result: Mapping[str, Any], path: Path) -> None:
-    """The comparison as one HTML file. Raises OutputError."""
-    from llmsqueeze.publish.page.comparison import comparison_page
-
-    text = comparison_page(result)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def draw(result: Mapping[str, Any], path: Path) -> bool:
-    """Writes the plot of quality against bytes, if there is something to draw and matplotlib to draw it."""
-    from llmsqueeze.publish import plots
-
-    points = [m for m in result["models"] if m["nll_difference"] is not None]
-    if len(points) < 2 or not plots.available():
-        return False
-    plots.write(plots.frontier(points, f"{points[0]['model']}: what bytes buy"), path.with_suffix(""), ("png",))
-    return True

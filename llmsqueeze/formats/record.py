@@ -3,18 +3,20 @@ equal files."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmsqueeze import __version__
-from llmsqueeze.compress.decide import Decision
-from llmsqueeze.compress.job import Source
+from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.text import Calibration
-from llmsqueeze.publish.card import license_of
 from llmsqueeze.recipe.recipe import Recipe
+
+LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def provenance(source: Source, path: Path) -> dict[str, Any]:
@@ -40,19 +42,37 @@ def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
 
 
 def outcome(
-    decided: Decision, nbytes: int, nbytes_original: int, by_weight: dict[str, dict[str, float]]
+    plan: Plan,
+    predicted: float | None,
+    nbytes: int,
+    nbytes_original: int,
+    by_weight: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """What came of it: sizes in bytes, and by kind what is known of each weight."""
-    plan = decided.plan
     return {
         "llmsqueeze_version": __version__,
         "format": compressed_tensors.METHOD if plan.portable else native.METHOD,
         "format_version": None if plan.portable else native.format_version(plan),
         "code_bits": plan.code_bits,
         "bits_per_weight": round(plan.bits_per_weight, 6),
-        "predicted_loss_increase": decided.predicted,
+        "predicted_loss_increase": predicted,
         "quantized_weights": plan.numel,
         "nbytes": nbytes,
         "nbytes_original": nbytes_original,
         **{kind: {name: float(f"{one:.6g}") for name, one in found.items()} for kind, found in by_weight.items()},
     }
+
+
+def license_of(directory: Path) -> dict[str, Any]:
+    """The licence lines in the front matter of a model folder's README.md; empty when it has none to read."""
+    import yaml
+
+    try:
+        text = (directory / "README.md").read_text(encoding="utf-8-sig")
+        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        metadata = yaml.safe_load(match[1]) if match else None
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return {}
+    if not isinstance(metadata, dict) or not metadata.get("license"):
+        return {}
+    return {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)}

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
-from llmsqueeze.quantizers.curvature import all_finite
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,12 @@ def _headers(file: Path) -> dict[str, Stored]:
         raise UnsupportedError(f"{file} holds tensors of dtype {error}, which is not read") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut short ({error}); download or copy it again") from error
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, without the copies that `isfinite` makes."""
+    low, high = values.aminmax()
+    return bool(low.isfinite()) and bool(high.isfinite())
 
 
 _DTYPES = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.formats import load
+from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def sample_rows(
     progress: Progress,
 ) -> list[Tensor]:
     """`count` token rows [1, length] of the model in `path`; of more the first are the same."""
-    model = load.load(str(path), dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code)
+    model = open_original(path, device, trust_remote_code)
     generator = torch.Generator(device).manual_seed(seed)
     rows: list[Tensor] = []
     starts = range(0, count, BATCH)
@@ -42,6 +42,19 @@ def sample_rows(
         first = first_tokens(model, tokenizer, BATCH, generator)
         rows += continued(model, first, length, generator).cpu().split(1)
     return rows[:count]
+
+
+def open_original(path: Path, device: torch.device, trust_remote_code: bool) -> Any:
+    """The model in `path` in the dtype of its file. Raises UnsupportedError."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        raise UnsupportedError(f"transformers cannot open {path}: {first_line(error)}") from error
+    return model.eval()
 
 
 def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:

@@ -7,7 +7,6 @@ component: `shown`.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json
 from llmsqueeze.formats.public import TEXT_SUFFIXES, human_bytes, is_hub_id, shown, table, yaml_text
+from llmsqueeze.formats.record import LICENSE_KEYS, license_of
 from llmsqueeze.publish import card_scores
 from llmsqueeze.publish.snippets import how_to_load, what_opens_it
 
 MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file anew. -->"
-LICENSE_KEYS = ("license", "license_name", "license_link")
 
 # the keys of the sidecar that a card cannot do without
 NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -105,21 +104,6 @@ def _tags(sidecar: dict[str, Any], form: str) -> list[str]:
     if form == "dense" or not isinstance(bits, int | float):
         return []
     return [*([form] if form != "llmsqueeze" else []), f"{round(bits, 2):g}-bit"]
-
-
-def license_of(directory: Path) -> dict[str, Any]:
-    """The licence lines in the front matter of a model folder's README.md; empty when it has none to read."""
-    import yaml
-
-    try:
-        text = (directory / "README.md").read_text(encoding="utf-8-sig")
-        match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-        metadata = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeError, yaml.YAMLError):
-        return {}
-    if not isinstance(metadata, dict) or not metadata.get("license"):
-        return {}
-    return {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)}
 
 
 def _what(sidecar: dict[str, Any]) -> str:

@@ -145,6 +145,24 @@ def frontier(models: Sequence[Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
+def draw_plan(plan: Mapping[str, Any], folder: Path) -> None:
+    """A plan, as `llmsqueeze plan` returns it: its heat map, and where it lies on the curve of cost against bytes."""
+    title = f"{plan['model']}: {plan['bits_per_weight']:.3f} bits per weight"
+    write(heat_map(plan["weights"], plan["blocks"], title), folder / "plan")
+    if plan["predicted_loss_increase"] is not None and plan["curve"]:
+        chosen = (plan["bits_per_weight"], plan["predicted_loss_increase"])
+        write(cost_curve(plan["curve"], chosen, title), folder / "cost")
+
+
+def draw_frontier(comparison: Mapping[str, Any], path: Path) -> bool:
+    """Writes the plot of quality against bytes; False if there is nothing to draw, or no matplotlib to draw it."""
+    points = [model for model in comparison["models"] if model["nll_difference"] is not None]
+    if len(points) < 2 or not available():
+        return False
+    write(frontier(points, f"{points[0]['model']}: what bytes buy"), path.with_suffix(""), ("png",))
+    return True
+
+
 def write(figure: Figure, path: Path, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Writes `figure` as PNG and SVG beside each other; `path` has no suffix. Returns the files."""
     files = []

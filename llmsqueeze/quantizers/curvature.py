@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.model.checkpoint import all_finite
 
 DAMP = 0.01
 
@@ -70,12 +71,6 @@ def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
         "the squares of a layer's inputs on the calibration text are not finite numbers of float32: the model "
         "overflows on this text, or its weights are damaged"
     )
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite, without the copies that `isfinite` makes."""
-    low, high = values.aminmax()
-    return bool(low.isfinite()) and bool(high.isfinite())
 
 
 def row_error(residual: Tensor, H: Tensor) -> Tensor:

@@ -35,6 +35,17 @@ NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """Which text to calibrate on, and how much of it. calibration: a file, a Hub data set, `self`, or None for the
+    default; samples: how many rows; seq_len: tokens in each; seed: of their order."""
+
+    calibration: str | None
+    samples: int
+    seq_len: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How to compress a model.
 
@@ -167,6 +178,11 @@ class Recipe:
     @property
     def needs_text(self) -> bool:
         return self.needs_moments or self.needs_gradients or self.needs_lim
+
+    @property
+    def text(self) -> TextSettings:
+        """The settings of the calibration text."""
+        return TextSettings(self.calibration, self.samples, self.seq_len, self.seed)
 
     def as_dict(self) -> dict[str, Any]:
         """YAML keys and values; what `make_recipe` makes the same recipe of."""

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from llmsqueeze.errors import CheckpointError
+from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.formats.public import shown
 from llmsqueeze.publish.page import words
 from llmsqueeze.publish.page.frontier import Point, plot
@@ -110,3 +111,12 @@ def task_cell(values: Mapping[str, Any], metric: str, place: int) -> dict[str, A
         "difference": "" if place == 1 or difference is None else plus_minus(fixed(difference, 4, True), spread, 4),
         "beyond": bool(place > 1 and difference and spread and abs(difference) > BEYOND * spread),
     }
+
+
+def write_page(comparison: Mapping[str, Any], path: Path) -> None:
+    """The comparison as one HTML file. Raises OutputError."""
+    text = comparison_page(comparison)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -16,10 +16,11 @@ from torch import Tensor
 from llmsqueeze.allocation import budget, rows
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.compress.decide import decide, target_nbytes
-from llmsqueeze.compress.job import Job, Source, prepare
+from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
+from llmsqueeze.model.source import Source
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -17,12 +17,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from llmsqueeze.cli.app import app
-from llmsqueeze.compress.job import Source, prepare, text_or_self
+from llmsqueeze.compress.job import prepare
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError
 from llmsqueeze.formats import load
 from llmsqueeze.model import sampling
+from llmsqueeze.model.calibration import text_or_self
 from llmsqueeze.model.sampling import continued, first_tokens, sample_rows
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.text import Calibration, Text, hashed, load_tokenizer
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from llmsqueeze.cli.app import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FAST = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]
 
 

@@ -436,8 +436,8 @@ def test_people_read_a_table(copies: dict[str, Path], text_file: Path, tmp_path:
 def test_nothing_is_drawn_without_losses(compared: dict[str, Any], tmp_path: Path) -> None:
     """Tasks alone say nothing of the text."""
     silent = [model | {"nll_difference": None} for model in compared["models"]]
-    assert not comparing.draw(compared | {"models": silent}, tmp_path / "frontier.png")
-    assert not comparing.draw(compared | {"models": compared["models"][:1]}, tmp_path / "frontier.png")
+    assert not draw_frontier(compared | {"models": silent}, tmp_path / "frontier.png")
+    assert not draw_frontier(compared | {"models": compared["models"][:1]}, tmp_path / "frontier.png")
     assert list(tmp_path.iterdir()) == []
 
 

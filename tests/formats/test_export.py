@@ -20,7 +20,7 @@ from llmsqueeze.allocation.plan import Rows, why_native
 from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
-from llmsqueeze.compress.job import Job, Source, prepare
+from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import RecipeError, UnsupportedError
@@ -30,6 +30,7 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Affine, Grid, bitpack
 from llmsqueeze.progress import Progress

@@ -16,7 +16,6 @@ import yaml
 
 from llmsqueeze.compress import blocks, reuse, search
 from llmsqueeze.compress import plan as planning
-from llmsqueeze.compress.job import Source
 from llmsqueeze.compress.plan import plan
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.compress.search import WIDTH, Round, bisect
@@ -24,6 +23,7 @@ from llmsqueeze.errors import BudgetError, CheckpointError, RecipeError
 from llmsqueeze.measure.profile import load
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.source import Source
 from llmsqueeze.publish.show import contents
 from llmsqueeze.recipe.recipe import Recipe
 

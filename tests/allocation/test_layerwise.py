@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.allocation import layerwise
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.compress.decide import decide, target_nbytes, wanted_by
-from llmsqueeze.compress.job import Source, prepare
+from llmsqueeze.compress.job import prepare
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOKEN = "dummy-token-4711"
 SHARDS = tuple(f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6))
 

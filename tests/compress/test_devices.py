@@ -13,13 +13,13 @@ from pretended import MIXED, pretended_gpu
 from torch import Tensor
 
 import llmsqueeze
-from llmsqueeze.compress.job import Source
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.distillation import student
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.files import SIDECAR
+from llmsqueeze.model.source import Source
 
 TEXT = {"calibration": "demo", "samples": 1, "seq_len": 16}
 # every operation is looked at, so each run takes several paths at once, on few widths

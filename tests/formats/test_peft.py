@@ -29,7 +29,7 @@ from llmsqueeze.cli.app import app
 from llmsqueeze.compress import weight
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import Decision
-from llmsqueeze.compress.job import Source, prepare
+from llmsqueeze.compress.job import prepare
 from llmsqueeze.errors import RecipeError, UnsupportedError, VerificationError
 from llmsqueeze.formats import export as exporting
 from llmsqueeze.formats import gguf, peft
@@ -37,6 +37,7 @@ from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
+from llmsqueeze.model.source import Source
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

@@ -22,7 +22,6 @@ import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.cli.app import app
 from llmsqueeze.compress import search
-from llmsqueeze.compress.job import Source
 from llmsqueeze.compress.plan import plan
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.distillation.distill import distill
@@ -32,6 +31,7 @@ from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.source import Source
 from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.publish.show import contents
 

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.allocation import mixllm
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
-from llmsqueeze.compress.job import Job, Source, prepare
+from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import rounding_error
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress

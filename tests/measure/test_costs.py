@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.allocation.gwq import Candidates
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import options_of
-from llmsqueeze.compress.job import Source, prepare
+from llmsqueeze.compress.job import prepare
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure import costs
@@ -30,6 +30,7 @@ from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model import walk as block_walk
 from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.source import Source
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid

@@ -1,1 +1,0 @@
-"""Compensation: what is added to a rounded weight to take back some of its error."""

@@ -1,0 +1,73 @@
+"""The calibration text of a model, as rows of tokens; if no text can be read, the model generates one."""
+
+from __future__ import annotations
+
+import torch
+
+from llmsqueeze.errors import HubError, UnsupportedError, first_line
+from llmsqueeze.model.sampling import SOURCE as SAMPLED
+from llmsqueeze.model.sampling import sample_rows
+from llmsqueeze.model.source import Original
+from llmsqueeze.model.text import (
+    SELF,
+    Calibration,
+    Text,
+    calibration_rows,
+    calibration_text,
+    hashed,
+    load_tokenizer,
+)
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.recipe import TextSettings
+
+
+def read_calibration(
+    original: Original,
+    settings: TextSettings,
+    progress: Progress,
+    held_back: int = 0,
+    device: torch.device | None = None,
+) -> Calibration:
+    """The calibration rows, no longer than the model's context. `held_back`: further samples, to measure on.
+
+    If the model generates its own text, it does so on `device` (default: the CPU). Raises CalibrationError, HubError or
+    UnsupportedError.
+    """
+    skeleton, trust = original.skeleton, original.source.trust_remote_code
+    context = getattr(skeleton.model.config, "max_position_embeddings", None) or settings.seq_len
+    tokenizer, seq_len = load_tokenizer(original.path, trust), min(settings.seq_len, context)
+    text = text_or_self(original.source.model, settings.calibration, progress)
+    if text is None:
+        wanted, place = settings.samples + held_back, device or torch.device("cpu")
+        rows = sample_rows(original.path, tokenizer, wanted, seq_len, settings.seed, place, trust, progress)
+        return hashed(SAMPLED, rows[: settings.samples], settings.samples, rows[settings.samples :])
+    calibration = calibration_rows(text, tokenizer, settings.samples, seq_len, settings.seed, held_back)
+    vocabulary, _ = skeleton.embedding_shape
+    if max(int(row.max()) for row in calibration.rows) >= vocabulary:
+        raise UnsupportedError(
+            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}: they do not match"
+        )
+    count = len(calibration.rows)
+    if count < settings.samples:
+        progress.note(f"the calibration text fills {count} samples of {seq_len} tokens, not {settings.samples}")
+    return calibration
+
+
+def text_or_self(model: str, calibration: str | None, progress: Progress) -> Text | None:
+    """The text that `calibration` names, or the default text of `model`.
+
+    None: the model generates the text, as asked for (`self`) or because no text is named and the default one cannot
+    be read. Raises HubError if a named text cannot be read.
+    """
+    if calibration == SELF:
+        return None
+    try:
+        return calibration_text(calibration, model)
+    except HubError as error:
+        if calibration is not None:
+            raise
+        progress.note(
+            f"{first_line(error).partition(';')[0]}: calibrating on text sampled from the model itself, which costs "
+            "some quality; name a text file with --calibration to do better"
+        )
+        return None
