@@ -41,7 +41,7 @@ def refused(*arguments: object) -> str:
 def test_help_needs_neither_torch_nor_transformers() -> None:
     watch = (
         "import sys; sys.argv = ['llmsqueeze', '--help']\n"
-        "from llmsqueeze.cli import main\n"
+        "from llmsqueeze.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'accelerate', 'lm_eval'} & set(sys.modules)\n"

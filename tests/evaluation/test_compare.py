@@ -37,6 +37,7 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
 from llmsqueeze.publish import plots
+from llmsqueeze.publish.plots import draw_frontier
 from llmsqueeze.recipe.bundled import make_recipe
 
 CPU = torch.device("cpu")

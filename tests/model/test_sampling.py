@@ -247,15 +247,14 @@ def test_other_errors_are_none_of_the_hubs(source: str | None, copy: Path, monke
 def test_the_hubs_text_is_taken_where_it_can_be_had(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmsqueeze.model.text._read_hub", lambda name, config, split: "Tom has a red ball. " * 50)
     notes = Notes()
-    recipe = make_recipe({"method": "gptq"})
-    found = text_or_self(Source(str(copy)), recipe, notes)
+    found = text_or_self(str(copy), None, notes)
     assert found == Text("Salesforce/wikitext wikitext-2-raw-v1 train", "Tom has a red ball. " * 50)
-    assert text_or_self(Source(str(copy)), make_recipe({"calibration": "self"}), notes) is None
+    assert text_or_self(str(copy), "self", notes) is None
     assert notes.said == []
 
 
 def test_a_method_without_text_draws_none(no_hub: list[str], copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling.hf, "load", None)
+    monkeypatch.setattr(sampling, "open_original", None)
     job = prepare(Source(str(copy)), make_recipe({"method": "rtn"}), Progress())
     assert job.calibration is None
     assert no_hub == []

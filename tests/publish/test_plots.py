@@ -265,9 +265,9 @@ def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_nothing_is_imported_before_it_is_needed_and_pyplot_never(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from llmsqueeze import pictures; assert pictures.available()\n"
+        "import sys; from pathlib import Path; from llmsqueeze.publish import plots; assert plots.available()\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "pictures.write(pictures.heat_map({'h.0.a': 3.0}, [['h.0.a']], 't'), Path(sys.argv[1]))\n"
+        "plots.write(plots.heat_map({'h.0.a': 3.0}, [['h.0.a']], 't'), Path(sys.argv[1]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "plan")], check=True)
