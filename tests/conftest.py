@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmsqueeze.demo import MODEL_DIR
 
@@ -24,6 +27,48 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     return MODEL_DIR
+
+
+@pytest.fixture(scope="session")
+def demo_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """blocks -> folder of the built-in model cut to its first decoder blocks: a quick real model."""
+    folders: dict[int, Path] = {}
+
+    def cut(blocks: int) -> Path:
+        if blocks not in folders:
+            folders[blocks] = Path(shutil.copytree(MODEL_DIR, tmp_path_factory.mktemp("demo") / f"demo-{blocks}"))
+            config = json.loads((MODEL_DIR / "config.json").read_text())
+            changed = {"num_hidden_layers": blocks}
+            if "layer_types" in config:
+                changed["layer_types"] = config["layer_types"][:blocks]
+            (folders[blocks] / "config.json").write_text(json.dumps(config | changed))
+            beyond = tuple(f"model.layers.{i}." for i in range(blocks, config["num_hidden_layers"]))
+            tensors = load_file(MODEL_DIR / "model.safetensors")
+            kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(beyond)}
+            save_file(kept, folders[blocks] / "model.safetensors", {"format": "pt"})
+        return folders[blocks]
+
+    return cut
+
+
+@pytest.fixture(scope="session")
+def compressed(demo_of: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """kind (`support.KINDS`) -> folder of the two-block demo compressed so; read it, and copy it to change it."""
+    folders: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in folders:
+            from support import KINDS, command
+
+            out = tmp_path_factory.mktemp("compressed") / kind
+            recipe = out.with_suffix(".yaml")
+            recipe.write_text(json.dumps(KINDS[kind]))
+            code, _, err = command("quantize", demo_of(2), "--recipe", recipe, "--out", out, "--quiet")
+            assert code == 0, err
+            folders[kind] = out
+        return folders[kind]
+
+    return make
 
 
 @pytest.fixture(scope="session")

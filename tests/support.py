@@ -1,0 +1,66 @@
+"""What test files of several rooms need: the command line run in this process, compressed folders, curvatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from llmsqueeze.cli.app import app
+from llmsqueeze.quantizers.curvature import Curvature, factorize
+
+TEXT: dict[str, Any] = {
+    "calibration": "demo",
+    "samples": 2,
+    "seq_len": 32,
+}  # enough for every fact that is not about quality
+FAST = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]
+
+# one compressed folder per kind of content; `conftest.compressed` makes each once
+KINDS: dict[str, dict[str, Any]] = {
+    "portable": {"method": "rtn", "bits": 4, "group_size": 64, "portable": True},
+    "native": {"method": "rtn", "bits": 3, "portable": False},
+    "outliers": {"method": "gwq", "bits": 3, **TEXT},
+    "rows": {"method": "mixllm", "bits": 3, **TEXT},
+    "dual": {"method": "dbllm", **TEXT},
+    "factors": {"method": "gptq", "bits": 3, "lorc_rank": 4, **TEXT},
+    "coded": {"method": "coded", "bits": 2.5, **TEXT},
+    "packed": {"method": "gptq", "bits": 3, "pack": "rans", **TEXT},
+}
+
+
+def command(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of `llmsqueeze ARGUMENTS`, run in this process."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*arguments: object) -> str:
+    """stderr of a call that must end with code 2, one message, and no traceback; white space folded."""
+    code, out, err = command(*arguments)
+    assert code == 2, f"{out}{err}"
+    assert out == ""
+    assert "Traceback" not in err
+    return " ".join(err.split())
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model folder."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def correlated_moments(cols: int, generator: torch.Generator, tokens: int = 400) -> Tensor:
+    """[cols, cols]: second moments of correlated inputs, so that feedback and refit couple all columns."""
+    x = torch.randn(tokens, cols, generator=generator)
+    x = x @ (torch.eye(cols) + 0.1 * torch.randn(cols, cols, generator=generator))
+    return x.T @ x / tokens
+
+
+def correlated_curvature(cols: int, generator: torch.Generator) -> Curvature:
+    """The curvature of `correlated_moments`."""
+    return factorize(correlated_moments(cols, generator))
