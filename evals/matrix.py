@@ -53,7 +53,7 @@ from llmsqueeze.formats import gguf as gguf_map
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.skeleton import is_transposed
+from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.recipe.bundled import make_recipe
 
 BAR = 1e-4

@@ -26,7 +26,7 @@ from llmsqueeze.compress.job import prepare
 from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure.profile import Profile, load
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.progress import Progress
 

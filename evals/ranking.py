@@ -28,7 +28,7 @@ from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid

@@ -15,7 +15,8 @@ import torch
 
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.model.skeleton import Skeleton, is_transposed
+from llmsqueeze.model.linears import is_transposed
+from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import Grid, Spec
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import unportable

@@ -78,7 +78,7 @@ def quantize(
 
         from llmsqueeze.cli import report
         from llmsqueeze.compress.quantize import quantize as quantize_model
-        from llmsqueeze.model.source import Source
+        from llmsqueeze.model.original import Source
 
         hush()
         with report.TerminalProgress(quiet) as progress:
@@ -121,7 +121,7 @@ def make_plan(
 
         from llmsqueeze.cli import report
         from llmsqueeze.compress.plan import plan as plan_model
-        from llmsqueeze.model.source import Source
+        from llmsqueeze.model.original import Source
         from llmsqueeze.publish import plots
 
         hush()

@@ -62,7 +62,7 @@ def evaluate(
 
         from llmsqueeze.cli import report, scoreboard
         from llmsqueeze.evaluation import evaluate as evaluation
-        from llmsqueeze.model.source import pick_device
+        from llmsqueeze.model.original import pick_device
 
         hush()
         with report.TerminalProgress(quiet) as progress:
@@ -114,7 +114,7 @@ def compare(
         from llmsqueeze.evaluation.evaluate import choose_text
         from llmsqueeze.files import FRONTIER
         from llmsqueeze.formats.public import shown
-        from llmsqueeze.model.source import pick_device
+        from llmsqueeze.model.original import pick_device
         from llmsqueeze.publish.page.comparison import write_page
         from llmsqueeze.publish.plots import draw_frontier
         from llmsqueeze.recipe.values import choice

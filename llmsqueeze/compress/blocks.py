@@ -28,13 +28,14 @@ from llmsqueeze.formats import compressed_tensors, native, record
 from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.folder import Output, check_writable, output_folder
 from llmsqueeze.formats.verify import Witness
-from llmsqueeze.measure.moments import Moments, Streams, advance, as_rows, fusion_groups, observe
+from llmsqueeze.measure.moments import Moments, Streams, advance, fusion_groups, observe
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Activations, Spill
-from llmsqueeze.model.skeleton import Skeleton, all_linears
-from llmsqueeze.model.source import Source, pick_device
+from llmsqueeze.model.linears import all_linears, as_rows
+from llmsqueeze.model.original import Source, pick_device
+from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature
@@ -110,7 +111,7 @@ def quantize(
         decided = replace(decided, plan=with_made(decided.plan, ends))
         for names in outer:
             output.write_shard(outer_shard(job, names, ends))
-        with job.skeleton.instead({f"{name}.weight": made.dense for name, made in ends.items()}):
+        with job.skeleton.overriding({f"{name}.weight": made.dense for name, made in ends.items()}):
             witness = Witness(walk, recipe.seed, progress) if verify else None
             streams = needed_streams(walk, inputs, recipe, bool(ends))
         if witness is not None:

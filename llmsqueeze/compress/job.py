@@ -10,8 +10,8 @@ import torch
 from llmsqueeze.allocation.plan import Plan, base_plan
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.model.original import Original, Source, open_original
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.source import Original, Source, open_original
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe

@@ -15,7 +15,7 @@ from llmsqueeze.compress.reuse import rows_by, stored_or_measured
 from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.model.source import Source, pick_device
+from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 

@@ -14,7 +14,7 @@ from llmsqueeze.compress.reuse import given_plan, given_profile, open_plan
 from llmsqueeze.compress.search import smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.formats.folder import check_writable
-from llmsqueeze.model.source import Source, pick_device
+from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe

@@ -17,7 +17,7 @@ from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure.profile import Profile, lacks, load, save
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.checkpoint import file_digests, weights_digest
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe

@@ -25,7 +25,7 @@ from llmsqueeze.formats.folder import partial_folder, publish
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.source import Source, pick_device
+from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe

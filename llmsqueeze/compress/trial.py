@@ -24,7 +24,7 @@ from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 

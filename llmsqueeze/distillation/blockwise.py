@@ -33,9 +33,9 @@ from llmsqueeze.distillation.training import BETAS, Answers, State, batch_of, se
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
 from llmsqueeze.formats.entries import read_entries, read_parts
-from llmsqueeze.measure.moments import as_rows
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
@@ -107,7 +107,7 @@ def train_blocks(
         walk = Walk(skeleton, [*rows, *apart], spill, torch.float32, device)
         original = compressed = walk.embed()
         if any(f"{name}.weight" not in student.tensors for name in skeleton.outer):
-            with skeleton.instead(outside_blocks(skeleton, student)):
+            with skeleton.overriding(outside_blocks(skeleton, student)):
                 compressed = walk.embed()
         for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
             block = StudentBlock(skeleton, student, index, train, device)
@@ -212,7 +212,7 @@ def divergence(
     total, tokens = 0.0, 0
     with Spill(parent=work) as spill, torch.no_grad():
         walk = Walk(skeleton, apart, spill, torch.float32, device)
-        with skeleton.instead(outside_blocks(skeleton, student)):
+        with skeleton.overriding(outside_blocks(skeleton, student)):
             hidden = walk.embed()
         for index in range(len(skeleton.blocks)):
             block = StudentBlock(skeleton, student, index, frozenset(("scales", "norms", "lowrank", "codes")), device)
@@ -220,7 +220,7 @@ def divergence(
             ahead = walk.through(index, hidden, block.overlay(mine))
             hidden.clear()
             hidden = ahead
-        with skeleton.instead(outside_blocks(skeleton, student)), walk.resident_head():
+        with skeleton.overriding(outside_blocks(skeleton, student)), walk.resident_head():
             for row, last in zip(apart, hidden.each(device), strict=True):
                 logits = torch.cat([part for _, part in walk.logits(last)], dim=1)
                 teacher = together([answers(*answered, row)], device)

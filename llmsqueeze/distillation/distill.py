@@ -32,10 +32,9 @@ from llmsqueeze.formats.folder import Output, check_writable
 from llmsqueeze.formats.rewrite import rewrite
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.calibration import read_calibration
-from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoint, weights_digest
+from llmsqueeze.model.original import Source, open_original, pick_device
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.source import Source, open_original, pick_device
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress

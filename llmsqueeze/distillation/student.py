@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.formats import load
 from llmsqueeze.model.checkpoint import Checkpoint
-from llmsqueeze.model.skeleton import find_blocks
+from llmsqueeze.model.linears import find_blocks
 
 TRAINABLE = ("scales", "norms", "lowrank", "codes")
 

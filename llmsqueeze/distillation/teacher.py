@@ -18,7 +18,7 @@ from llmsqueeze.distillation.losses import Teacher
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.fingerprint import file_digests, weights_digest
+from llmsqueeze.model.checkpoint import file_digests, weights_digest
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress

@@ -36,8 +36,9 @@ from llmsqueeze.files import COMPARISON, SIDECAR, write_json
 from llmsqueeze.formats.check import form_of
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.locate import locate
-from llmsqueeze.model.skeleton import empty_model, find_blocks, find_linears, load_config
+from llmsqueeze.model.linears import find_blocks, find_linears
+from llmsqueeze.model.original import locate
+from llmsqueeze.model.skeleton import empty_model, load_config
 from llmsqueeze.model.text import Text, windows
 from llmsqueeze.progress import Progress
 

@@ -26,7 +26,7 @@ from llmsqueeze.errors import HubError, RecipeError, UnsupportedError, first_lin
 from llmsqueeze.files import EVALUATION, SIDECAR, read_json_if_there
 from llmsqueeze.formats import load as hf
 from llmsqueeze.formats.public import shown
-from llmsqueeze.model.locate import locate
+from llmsqueeze.model.original import locate
 from llmsqueeze.model.text import DEMO, Text, evaluation_text, load_tokenizer, windows
 from llmsqueeze.progress import Progress
 

@@ -18,7 +18,8 @@ from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, gguf, native, peft
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.skeleton import all_linears, empty_model, load_config
+from llmsqueeze.model.linears import all_linears
+from llmsqueeze.model.skeleton import empty_model, load_config
 from llmsqueeze.parts import Affine, Coded, DualBinary, Integers, LowRank, Sparse, bitpack, spec_grid
 from llmsqueeze.quantizers import dual_binary
 from llmsqueeze.recipe.values import choice

@@ -29,7 +29,8 @@ from llmsqueeze.formats.folder import Output, check_writable, digest, partial_fo
 from llmsqueeze.formats.reround import reround
 from llmsqueeze.formats.rewrite import rewrite
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.skeleton import all_linears, empty_model, find_blocks, find_linears, is_transposed, load_config
+from llmsqueeze.model.linears import all_linears, find_blocks, find_linears, is_transposed
+from llmsqueeze.model.skeleton import empty_model, load_config
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.values import choice, whole

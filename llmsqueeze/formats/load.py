@@ -28,8 +28,9 @@ from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, f
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import is_compressed, native_config, read_entries
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.locate import locate
-from llmsqueeze.model.skeleton import is_transposed, load_config
+from llmsqueeze.model.linears import is_transposed
+from llmsqueeze.model.original import locate
+from llmsqueeze.model.skeleton import load_config
 from llmsqueeze.parts import Spec
 
 

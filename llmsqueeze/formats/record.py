@@ -12,7 +12,7 @@ import torch
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.formats import compressed_tensors, native
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.recipe.recipe import Recipe
 

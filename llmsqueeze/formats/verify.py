@@ -24,9 +24,9 @@ from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationErr
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries, read_parts
 from llmsqueeze.formats.folder import Output, digest, settle
-from llmsqueeze.measure.moments import as_rows, using
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
@@ -73,7 +73,7 @@ class Witness:
         for name, weight in weights.items():
             self.meant.weights[name] = digest(as_rows(self._walk.skeleton.module(name), weight))
         if self.meant.sample is not None:
-            with using(self._walk.skeleton, weights), torch.no_grad():
+            with self._walk.skeleton.using(weights), torch.no_grad():
                 self._hidden = self._walk.run(index, 0, self._hidden)
             self.meant.outputs.append(self._hidden.cpu())
 
@@ -200,7 +200,7 @@ def compare_outputs(
                     for name in skeleton.linears[index]
                     if name in entries
                 }
-                with using(skeleton, weights):
+                with skeleton.using(weights):
                     hidden = walk.run(index, 0, hidden)
             wanted = expected[index].to(hidden)
             scale = float(wanted.abs().max().clamp(min=1e-30))

@@ -6,15 +6,14 @@ their input in a traced run, not by name, and share one second-moment matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llmsqueeze.model.activations import Activations
-from llmsqueeze.model.skeleton import Skeleton, is_transposed
 from llmsqueeze.model.walk import Walk
 
 
@@ -110,26 +109,8 @@ def advance(walk: Walk, index: int, stream: Activations | None, weights: Mapping
     """The stream behind a resident block that computes with `weights`; the old stream is left as it is."""
     if stream is None:
         return None
-    with using(walk.skeleton, weights):
+    with walk.skeleton.using(weights):
         return walk.through(index, stream)
-
-
-@contextmanager
-def using(skeleton: Skeleton, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The named linears compute with these weights, given as the modules store them."""
-    before = {name: skeleton.linear(name).weight for name in weights}
-    try:
-        for name, weight in weights.items():
-            skeleton.linear(name).weight = nn.Parameter(weight, requires_grad=False)
-        yield
-    finally:
-        for name, parameter in before.items():
-            skeleton.linear(name).weight = parameter
-
-
-def as_rows(module: nn.Module, stored: Tensor) -> Tensor:
-    """A linear's weight as [rows, cols] = [out_features, in_features], from how the module stores it, or back."""
-    return stored.T if is_transposed(module) else stored
 
 
 class _Enough(Exception):  # noqa: N818 - no error
@@ -156,7 +137,7 @@ class _Capture:
 
         handle = self.walk.skeleton.module(self.group.names[0]).register_forward_pre_hook(note)
         try:
-            with suppress(_Enough), using(self.walk.skeleton, self.weights), torch.no_grad():
+            with suppress(_Enough), self.walk.skeleton.using(self.weights), torch.no_grad():
                 self.walk.run(self.index, sample, hidden)
         finally:
             handle.remove()

@@ -18,9 +18,10 @@ from llmsqueeze.allocation import gwq, layerwise, mixllm
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.measure.costs import Option, coded_points, low_rank_gains, packed_rates, price, rounding_error
 from llmsqueeze.measure.ends import Ends
-from llmsqueeze.measure.moments import FusionGroup, as_rows, fusion_groups
+from llmsqueeze.measure.moments import FusionGroup, fusion_groups
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from llmsqueeze.errors import HubError, UnsupportedError, first_line
+from llmsqueeze.model.original import Original
 from llmsqueeze.model.sampling import SOURCE as SAMPLED
 from llmsqueeze.model.sampling import sample_rows
-from llmsqueeze.model.source import Original
 from llmsqueeze.model.text import (
     SELF,
     Calibration,

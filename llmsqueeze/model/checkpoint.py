@@ -6,6 +6,8 @@ it reads headers only and finds what is missing, cut short, or outside the folde
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where one tensor lies: its file, shape and dtype."""
 
     file: Path
@@ -37,7 +39,7 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
     @property
     def nbytes(self) -> int:
@@ -112,12 +114,12 @@ def pickled_only(model: str, file: str) -> str:
     )
 
 
-def _indexed(path: Path) -> dict[str, Stored]:
+def _indexed(path: Path) -> dict[str, StoredTensor]:
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path / INDEX} has no weight_map of tensor names to files")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{path / INDEX} names {file!r}, which lies outside the model folder")
@@ -131,13 +133,14 @@ def _indexed(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _headers(file: Path) -> dict[str, Stored]:
+def _headers(file: Path) -> dict[str, StoredTensor]:
     """Tensor name -> where it lies; opening checks that the file is as long as its header says."""
     try:
         with safe_open(file, framework="pt") as handle:
             views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
             return {
-                name: Stored(file, tuple(view.get_shape()), _DTYPES[view.get_dtype()]) for name, view in views.items()
+                name: StoredTensor(file, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+                for name, view in views.items()
             }
     except KeyError as error:
         raise UnsupportedError(f"{file} holds tensors of dtype {error}, which is not read") from error
@@ -149,6 +152,29 @@ def all_finite(values: Tensor) -> bool:
     """Whether no entry is NaN or infinite, without the copies that `isfinite` makes."""
     low, high = values.aminmax()
     return bool(low.isfinite()) and bool(high.isfinite())
+
+
+def file_digests(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """File name -> its size, modification time and SHA-256.
+
+    A file whose size and time are those in `known` is taken to be the one that was read then, and not read again.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
+        stat = file.stat()
+        about = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        before = (known or {}).get(file.name, {})
+        if not about.items() <= before.items():
+            with file.open("rb") as stream:
+                before = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        found[file.name] = about | {"sha256": before["sha256"]}
+    return found
+
+
+def weights_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """One SHA-256 for all files; names count, times do not."""
+    text = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _DTYPES = {

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.memory import give_back
-from llmsqueeze.model.checkpoint import Checkpoint, Stored, read_config
+from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
+from llmsqueeze.model.linears import find_blocks, find_linears, is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 META = torch.device("meta")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Skeleton:
-    """A model on the meta device, and where its tensors come from.
+    """A model on the meta device, and the source of each tensor. It changes: see its contexts.
 
-    `sources`: parameter or buffer name -> checkpoint tensor; `tied`: parameter -> the parameter it shares.
-    `blocks`: full module names of the decoder blocks, in order. `linears`: for each, the names of its linears. `made`:
-    parameters that are made, not read.
+    `sources`: parameter or buffer name -> checkpoint tensor; `tied`: parameter -> the parameter that it shares.
+    `blocks`: full module names of the decoder blocks, in order. `linears`: for each block, the names of its linears.
+    `overrides`: parameter -> a function that gives its tensor; these are not read from the checkpoint.
     """
 
     model: PreTrainedModel
@@ -41,23 +42,36 @@ class Skeleton:
     tied: dict[str, str]
     blocks: list[str]
     linears: list[list[str]]
-    made: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    overrides: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
-        """A parameter or buffer, as it is stored."""
-        return self.made[name]() if name in self.made else self.checkpoint.read(self.sources[name])
+        """A parameter or buffer in its stored shape and dtype."""
+        return self.overrides[name]() if name in self.overrides else self.checkpoint.read(self.sources[name])
 
     @contextmanager
-    def instead(self, made: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
-        """Within the context the named parameters have these values, or what is made of them then, not those of the
-        checkpoint."""
-        for name, value in made.items():
-            self.made[name] = partial(torch.Tensor.detach, value) if isinstance(value, Tensor) else value
+    def overriding(self, tensors: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
+        """In the context `read` gives these tensors for the named parameters, not those of the checkpoint.
+
+        A function instead of a tensor is called at each `read`.
+        """
+        before = self.overrides
+        self.overrides = {**before, **{name: _reader(tensor) for name, tensor in tensors.items()}}
         try:
             yield
         finally:
-            for name in made:
-                del self.made[name]
+            self.overrides = before
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """In the context the named linears compute with these weights, in the orientation of their modules."""
+        before = {name: self.linear(name).weight for name in weights}
+        try:
+            for name, weight in weights.items():
+                self.linear(name).weight = nn.Parameter(weight, requires_grad=False)
+            yield
+        finally:
+            for name, parameter in before.items():
+                self.linear(name).weight = parameter
 
     @property
     def outer(self) -> list[str]:
@@ -129,6 +143,10 @@ class Skeleton:
             setattr(self.model.get_submodule(parent), leaf, value)
 
 
+def _reader(tensor: Tensor | Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return partial(torch.Tensor.detach, tensor) if isinstance(tensor, Tensor) else tensor
+
+
 def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Skeleton:
     """The skeleton of the checkpoint's causal language model.
 
@@ -147,16 +165,18 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
 
 
 def compressed_skeleton(
-    checkpoint: Checkpoint, trust_remote_code: bool = False, made: Mapping[str, Callable[[], Tensor]] | None = None
+    checkpoint: Checkpoint, trust_remote_code: bool = False, ends: Mapping[str, Callable[[], Tensor]] | None = None
 ) -> Skeleton:
-    """The skeleton of a folder that we wrote, whose names are the model's own; a compressed linear's weight has no
-    source, but for those of `made`, which outside the blocks are embeddings and head."""
+    """The skeleton of a folder that llmsqueeze wrote: its tensors have the model's own names.
+
+    The weight of a compressed linear has no source. `ends`: compressed embeddings and head, each by its weight's name.
+    """
     model = empty_model(checkpoint.path, load_config(checkpoint.path, trust_remote_code), trust_remote_code)
-    known = {**checkpoint.tensors, **(made or {})}
-    sources = {name: name for name in model.state_dict() if name in known}
+    overrides = ends or {}
+    sources = {name: name for name in model.state_dict() if name in checkpoint.tensors or name in overrides}
     blocks = find_blocks(model)
     linears = [find_linears(model, block) for block in blocks]
-    return Skeleton(model, checkpoint, sources, _tied(model, sources), blocks, linears, dict(made or {}))
+    return Skeleton(model, checkpoint, sources, _tied(model, sources), blocks, linears, overrides)
 
 
 def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -170,7 +190,7 @@ def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoin
     model = empty_model(path, config, trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    stored = {name: Stored(path, tuple(tensor.shape), dtype) for name, tensor in held.items()}
+    stored = {name: StoredTensor(path, tuple(tensor.shape), dtype) for name, tensor in held.items()}
     return Checkpoint(path, raw, stored)
 
 
@@ -278,41 +298,6 @@ def _check_complete(
             )
         if stored.dtype.itemsize < 2 and stored.dtype.is_floating_point:
             raise UnsupportedError(f"{name} is stored as {stored.dtype}: this model is already quantized")
-
-
-def find_blocks(model: nn.Module) -> list[str]:
-    """The decoder blocks: the members of the longest module list of one class (of equals, the largest)."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
-    }
-    if not lists:
-        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks of one class")
-    # a list inside a block (experts) may be longer than the list of blocks: only outermost lists count
-    outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    name, members = max(
-        outermost.items(), key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters()))
-    )
-    return [f"{name}.{i}" for i in range(len(members))]
-
-
-def find_linears(model: nn.Module, block: str) -> list[str]:
-    """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D."""
-    inside = model.get_submodule(block).named_modules()
-    return [f"{block}.{name}" for name, module in inside if isinstance(module, nn.Linear) or is_transposed(module)]
-
-
-def all_linears(model: nn.Module) -> set[str]:
-    """Full names of every nn.Linear of the model, the head among them."""
-    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the module is a linear that stores its weight as [in_features, out_features]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]) -> None:

@@ -11,7 +11,7 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, read_entries
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.locate import locate
+from llmsqueeze.model.original import locate
 
 
 @dataclass(frozen=True)

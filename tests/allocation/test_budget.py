@@ -20,7 +20,7 @@ from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

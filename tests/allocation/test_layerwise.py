@@ -22,7 +22,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress

@@ -19,7 +19,7 @@ from llmsqueeze.measure.costs import rounding_error
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress

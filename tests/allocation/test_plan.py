@@ -21,9 +21,8 @@ from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.compress.search import WIDTH, Round, bisect
 from llmsqueeze.errors import BudgetError, CheckpointError, RecipeError
 from llmsqueeze.measure.profile import load
-from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.fingerprint import file_digests, weights_digest
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoint, weights_digest
+from llmsqueeze.model.original import Source
 from llmsqueeze.publish.show import contents
 from llmsqueeze.recipe.recipe import Recipe
 

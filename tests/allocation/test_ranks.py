@@ -16,7 +16,7 @@ from llmsqueeze.compress.plan import plan
 from llmsqueeze.compress.quantize import quantize as quantize_verb
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import RANKS, Option, low_rank_gains, price, residuals
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.quantizers.lorc import truncated_svd

@@ -30,7 +30,8 @@ from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.measure.moments import FusionGroup, Moments, Streams, observe
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.skeleton import build_skeleton, is_transposed
+from llmsqueeze.model.linears import is_transposed
+from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress

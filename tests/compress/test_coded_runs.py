@@ -31,7 +31,7 @@ from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.formats.load import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.publish.show import contents
 

@@ -19,7 +19,7 @@ from llmsqueeze.distillation import student
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.files import SIDECAR
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 
 TEXT = {"calibration": "demo", "samples": 1, "seq_len": 16}
 # every operation is looked at, so each run takes several paths at once, on few widths

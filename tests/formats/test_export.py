@@ -30,7 +30,7 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Affine, Grid, bitpack
 from llmsqueeze.progress import Progress

@@ -36,8 +36,8 @@ from llmsqueeze.formats import gguf, peft
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.skeleton import build_skeleton
-from llmsqueeze.model.source import Source
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

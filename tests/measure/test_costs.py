@@ -30,7 +30,7 @@ from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
 from llmsqueeze.model import walk as block_walk
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.source import Source
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid

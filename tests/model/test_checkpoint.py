@@ -15,7 +15,7 @@ from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.files import INDEX, SIDECAR, SINGLE
 from llmsqueeze.formats.folder import OWNER, check_writable, output_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.locate import locate
+from llmsqueeze.model.original import locate
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from llmsqueeze.errors import CalibrationError, HubError
 from llmsqueeze.formats import load
 from llmsqueeze.model import sampling
 from llmsqueeze.model.calibration import text_or_self
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.sampling import continued, first_tokens, sample_rows
-from llmsqueeze.model.source import Source
 from llmsqueeze.model.text import Calibration, Text, hashed, load_tokenizer
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe

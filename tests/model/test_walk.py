@@ -17,7 +17,8 @@ from llmsqueeze.measure.moments import fusion_groups
 from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.skeleton import Skeleton, build_skeleton, find_blocks
+from llmsqueeze.model.linears import find_blocks
+from llmsqueeze.model.skeleton import Skeleton, build_skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.bundled import make_recipe
@@ -203,6 +204,18 @@ def test_fusion_groups_by_identity_of_the_input(
     found = [sorted(name.split(".")[-1] for name in group.names) for group in groups]
     assert sorted(found) == sorted(sorted(names) for names in EXPECTED_GROUPS[architecture])
     assert all(group.calls == 1 for group in groups)
+
+
+def test_overrides_nest_and_end(demo_dir: Path) -> None:
+    skeleton = build_skeleton(open_checkpoint(demo_dir))
+    name = "model.norm.weight"
+    stored, one, two = skeleton.read(name), torch.ones(1), torch.full((1,), 2.0)
+    with skeleton.overriding({name: one}):
+        assert torch.equal(skeleton.read(name), one)
+        with skeleton.overriding({name: lambda: two}):
+            assert torch.equal(skeleton.read(name), two)
+        assert torch.equal(skeleton.read(name), one)
+    assert torch.equal(skeleton.read(name), stored)
 
 
 def test_the_longest_list_of_one_class_are_the_blocks() -> None:
