@@ -10,13 +10,13 @@ from torch import Tensor
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.errors import VerificationError
-from llmsqueeze.measure.costs import row_outliers
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.parts import Coded, Grid, Part, Sparse
-from llmsqueeze.quantizers import QUANTIZERS, coded, lorc
+from llmsqueeze.quantizers import coded, lorc, rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import corrected_target
 from llmsqueeze.quantizers.grids import Rounded
+from llmsqueeze.quantizers.outliers import row_outliers
 from llmsqueeze.recipe.recipe import Recipe
 
 # rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
@@ -159,7 +159,7 @@ def _round(
         mask = None  # rows on a grid without a level 0 have none
     step = max(1, ROUNDING_BYTES[target.device.type] // (4 * planned.shape[1]))
     rounded = [
-        QUANTIZERS[planned.quantizer](
+        rounder(planned.quantizer)(
             target[rows],
             grid,
             planned.dtype,

@@ -23,9 +23,10 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.parts.coded import ESCAPE_BYTES, LIMIT, contexts_of
 from llmsqueeze.parts.coding import frequencies, rans
 from llmsqueeze.parts.coding.streams import one_context
-from llmsqueeze.quantizers import QUANTIZERS, coded
+from llmsqueeze.quantizers import coded, rounder
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.lorc import truncated_svd
+from llmsqueeze.quantizers.outliers import row_outliers
 from llmsqueeze.quantizers.rtn import rtn
 
 TRIED_ROWS = 48
@@ -48,17 +49,6 @@ class Option(NamedTuple):
     def kept(self, cols: int) -> int:
         """Outliers of a row of `cols` weights."""
         return round(self.outliers * cols)
-
-
-def row_outliers(weight: Tensor, curvature: Curvature, count: int, taken: Tensor | None = None) -> Tensor:
-    """bool [rows, cols]: in every row the `count` weights that would cost most to lose, by w^2 * H[j, j].
-
-    Those `taken` already (bool [rows, cols]) are left out.
-    """
-    score = weight.square() * curvature.importance
-    if taken is not None:
-        score = score.masked_fill(taken, -torch.inf)
-    return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)
 
 
 def price(
@@ -125,7 +115,7 @@ def residuals(
     for rows in weight.split(step):
         count = option.kept(weight.shape[1])
         pinned = row_outliers(rows, curvature, count) if count else None
-        dense = QUANTIZERS[quantizer](rows, option.grid, dtype, curvature, pinned, search).dense()
+        dense = rounder(quantizer)(rows, option.grid, dtype, curvature, pinned, search).dense()
         residual = rows - dense
         if pinned is not None:
             residual.masked_fill_(pinned, 0.0)
@@ -149,7 +139,7 @@ def packed_rates(
     for option in options:
         pinned = row_outliers(weight[tried], curvature, option.kept(cols)) if option.outliers else None
         stand_in = "rtn" if quantizer == "rtn" else "gptq"
-        rounded = QUANTIZERS[stand_in](weight[tried], option.grid, dtype, curvature, pinned, search)
+        rounded = rounder(stand_in)(weight[tried], option.grid, dtype, curvature, pinned, search)
         counted = rans.counts(rounded.codes.cpu().numpy(), one_context(len(tried), cols))
         tables = frequencies.choose(counted, symmetric=False)
         bits = frequencies.coded_bits(counted, tables, symmetric=False) / (len(tried) * cols)

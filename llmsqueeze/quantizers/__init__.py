@@ -1,13 +1,48 @@
-"""Quantizers: how one weight matrix is rounded, given the grid it may use.
+"""Quantizers: how one weight matrix is rounded.
 
-All have one signature: (weight [rows, cols] float32, grid, dtype of the scales, curvature or None, pinned
-bool [rows, cols] or None, search) -> Rounded.
+The rounding method NAME is the function NAME in the file NAME.py of this folder, with the signature of `Rounder`. A new
+method is one such file here, and one entry in the table of methods (recipe/).
 """
 
 from __future__ import annotations
 
-from llmsqueeze.quantizers.descent import descent
-from llmsqueeze.quantizers.gptq import gptq
-from llmsqueeze.quantizers.rtn import rtn
+import importlib
+import importlib.util
+from typing import Protocol
 
-QUANTIZERS = {"rtn": rtn, "gptq": gptq, "descent": descent}
+import torch
+from torch import Tensor
+
+from llmsqueeze.parts import Grid
+from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.quantizers.grids import Rounded
+
+
+class Rounder(Protocol):
+    """The signature of every rounding method."""
+
+    def __call__(
+        self,
+        weight: Tensor,
+        grid: Grid,
+        dtype: torch.dtype,
+        curvature: Curvature,
+        pinned: Tensor | None = None,
+        search: bool = False,
+    ) -> Rounded:
+        """Rounds `weight` [rows, cols] (float32) to `grid` under the curvature of the output error.
+
+        `dtype`: of the scales in the file. `pinned` bool [rows, cols]: outliers, which get the code of level 0.
+        `search`: search the scales under the curvature's diagonal, instead of taking them from the range.
+        """
+        ...
+
+
+def rounder(name: str) -> Rounder:
+    """The rounding method of this name. Raises ValueError if no file here has it."""
+    path = f"{__name__}.{name}"
+    module = importlib.import_module(path) if importlib.util.find_spec(path) else None
+    method: Rounder | None = getattr(module, name, None)
+    if method is None:
+        raise ValueError(f"no rounding method {name}: quantizers/{name}.py with a function {name} is needed")
+    return method

@@ -42,12 +42,11 @@ def descent(
     weight: Tensor,
     grid: Grid,
     dtype: torch.dtype,
-    curvature: Curvature | None,
+    curvature: Curvature,
     pinned: Tensor | None = None,
-    search: bool = True,
+    search: bool = False,
 ) -> Rounded:
     """Rounds the target `weight` [rows, cols] (float32); arguments and result as for `gptq`."""
-    assert curvature is not None
     H = curvature.H
     rounded = gptq(weight, grid, dtype, curvature, pinned, search)
     # pinned entries deliver their target exactly: for the rest they are zeros that stay zero

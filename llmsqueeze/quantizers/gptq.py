@@ -32,7 +32,7 @@ def gptq(
     weight: Tensor,
     grid: Grid,
     dtype: torch.dtype,
-    curvature: Curvature | None,
+    curvature: Curvature,
     pinned: Tensor | None = None,
     search: bool = False,
 ) -> Rounded:
@@ -40,7 +40,6 @@ def gptq(
 
     `dtype` is the scales' in the file; with `search` they are searched under its diagonal.
     """
-    assert curvature is not None
     assert pinned is None or not grid.half, "outliers are pinned to level 0"
     rows, cols = weight.shape
     upper, importance = curvature.upper, curvature.importance

@@ -35,8 +35,10 @@ from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
-from llmsqueeze.quantizers import QUANTIZERS
 from llmsqueeze.quantizers.curvature import Curvature, factorize
+from llmsqueeze.quantizers.descent import descent
+from llmsqueeze.quantizers.gptq import gptq
+from llmsqueeze.quantizers.outliers import row_outliers
 from llmsqueeze.quantizers.rtn import rtn
 from llmsqueeze.recipe.bundled import make_recipe
 
@@ -155,7 +157,7 @@ def prices(weight: Tensor, curvature: Curvature, quantizer: str, options: tuple[
 
 
 def test_a_rows_outliers_are_those_that_would_cost_most_to_lose(weight: Tensor, curvature: Curvature) -> None:
-    mask = costs.row_outliers(weight, curvature, 3)
+    mask = row_outliers(weight, curvature, 3)
     for r in range(60):
         order = sorted(range(96), key=lambda j: -float(weight[r, j] ** 2 * curvature.H[j, j]))
         assert set(mask[r].nonzero()[:, 0].tolist()) == set(order[:3])
@@ -166,7 +168,7 @@ def test_what_stays_as_it_is_costs_nothing(weight: Tensor, moments: Tensor, curv
     option = Option(Grid(3, 32, True), 0.05)
     found = costs.price(weight, torch.arange(60.0), curvature, [option], "rtn", torch.float32, False)[0]
     assert option.kept(96) == 5
-    kept = costs.row_outliers(weight, curvature, 5)
+    kept = row_outliers(weight, curvature, 5)
     rounded = rtn(weight, option.grid, torch.float32, None, kept).dense()
     for r in range(0, 60, 9):
         d = [0.0 if kept[r, j] else float(weight[r, j] - rounded[r, j]) for j in range(96)]
@@ -175,7 +177,7 @@ def test_what_stays_as_it_is_costs_nothing(weight: Tensor, moments: Tensor, curv
 
 
 def test_gptq_prices_are_its_own_errors(weight: Tensor, moments: Tensor, curvature: Curvature) -> None:
-    d = weight - QUANTIZERS["gptq"](weight, PRICED[0].grid, torch.float32, curvature, None, True).dense()
+    d = weight - gptq(weight, PRICED[0].grid, torch.float32, curvature, None, True).dense()
     expected = 0.5 * ((d @ moments) * d).sum(dim=1)
     assert torch.allclose(prices(weight, curvature, "gptq")[0], expected, rtol=1e-3)
 
@@ -185,11 +187,11 @@ def test_descent_prices_are_gptqs_lowered_by_what_descent_saves_on_some_rows(
 ) -> None:
     """With no more rows than are tried their sum is that of descent itself."""
     few = weight[: costs.TRIED_ROWS]
-    found, gptq = prices(few, curvature, "descent"), prices(few, curvature, "gptq")
+    found, start = prices(few, curvature, "descent"), prices(few, curvature, "gptq")
     for at in (0, 1):
-        d = few - QUANTIZERS["descent"](few, PRICED[at].grid, torch.float32, curvature, None, True).dense()
+        d = few - descent(few, PRICED[at].grid, torch.float32, curvature, None, True).dense()
         assert float(found[at].sum()) == pytest.approx(float(0.5 * ((d @ moments) * d).sum()), rel=1e-3)
-        ratio = found[at] / gptq[at]
+        ratio = found[at] / start[at]
         assert torch.allclose(ratio, ratio[0].expand(len(few)), rtol=1e-4), "one factor for all rows"
         assert 0.2 < float(ratio[0]) < 1
 

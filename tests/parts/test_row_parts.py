@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from support import ROUNDERS
 from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
-from llmsqueeze.quantizers import QUANTIZERS
+from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.grids import fit_group, round_to
 from llmsqueeze.recipe.bundled import make_recipe
@@ -107,7 +108,7 @@ def test_half_integer_levels_are_symmetric_and_skip_zero(bits: int) -> None:
     assert levels.tolist() == [-level for level in reversed(positive)] + positive
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 @pytest.mark.parametrize("search", [False, True], ids=["range", "search"])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_a_zero_row_on_a_half_grid_stays_next_to_zero(
@@ -116,7 +117,7 @@ def test_a_zero_row_on_a_half_grid_stays_next_to_zero(
     weight = torch.randn(4, 48, generator=generator)
     weight[2] = 0
     grid, curvature = Grid(bits, 16, True, True), Curvature.flat(48, weight)
-    dense = QUANTIZERS[quantizer](weight, grid, torch.float16, curvature, None, search).dense()
+    dense = rounder(quantizer)(weight, grid, torch.float16, curvature, None, search).dense()
     assert float(dense[2].abs().max()) < 1e-4, "there is no level 0, but float16 scales go down to 6e-8"
     assert (dense[[0, 1, 3]] != 0).all()
 
@@ -169,7 +170,7 @@ COUNTS = (4, 10, 20, 3)
 
 
 @pytest.mark.parametrize("search", [False, True], ids=["range", "search"])
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_rows_of_a_mix_equal_those_of_the_weight_on_one_grid(
     quantizer: str, search: bool, weight: Tensor, curvature: Curvature
 ) -> None:
@@ -190,7 +191,7 @@ def test_rows_of_a_mix_equal_those_of_the_weight_on_one_grid(
         assert torch.equal(dense[on], whole[on])
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_the_target_of_one_row_moves_no_other(quantizer: str, weight: Tensor, curvature: Curvature) -> None:
     mix = planned(quantizer, Rows(Grid(8, 64, True), 7), Rows(Grid(3, 64, False), 30))
     chosen = dealt(7, 30)
@@ -203,7 +204,7 @@ def test_the_target_of_one_row_moves_no_other(quantizer: str, weight: Tensor, cu
     assert not torch.equal(before[5], after[5])
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_outliers_of_rows_keep_their_value_exactly(quantizer: str, weight: Tensor, curvature: Curvature) -> None:
     """Every row keeps as many weights as its entry in the plan says: those that w^2 * H[j, j] ranks first."""
     grids = (Rows(Grid(4, 64, True), 10, 5), Rows(Grid(3, 64, True), 20, 2), Rows(Grid(2, 64, True, True), 7))
@@ -250,7 +251,7 @@ def test_outliers_named_twice_leave_planned_and_made_bytes_the_same(weight: Tens
     assert mix.specs == [part.spec() for part in made]
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_the_target_of_an_outlier_does_not_matter(quantizer: str, weight: Tensor, curvature: Curvature) -> None:
     """It keeps the weight's own value, which is what GPTQ's feedback and descent must reckon with."""
     mask = torch.rand(ROWS, COLS, generator=torch.Generator().manual_seed(2)) < 0.02

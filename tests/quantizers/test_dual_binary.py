@@ -18,7 +18,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import DualBinary, Grid
 from llmsqueeze.publish.show import contents
-from llmsqueeze.quantizers import QUANTIZERS, dual_binary
+from llmsqueeze.quantizers import dual_binary, rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import least_squares, normal_equations, refit, sweep
 from llmsqueeze.quantizers.gptq import gptq
@@ -75,7 +75,7 @@ def test_the_bits_follow_the_papers_thresholds(generator: torch.Generator) -> No
 @grids
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_part_is_what_was_rounded(grid: Grid, dtype: torch.dtype, weight: Tensor, curvature: Curvature) -> None:
-    rounded = QUANTIZERS["descent"](weight, grid, dtype, curvature, None, True)
+    rounded = rounder("descent")(weight, grid, dtype, curvature, None, True)
     part = parts.of_codes(rounded.codes, rounded.scale, rounded.zero, grid)
     assert isinstance(part, DualBinary)
     assert torch.equal(part.dense(), rounded.dense())
@@ -119,7 +119,7 @@ def test_the_search_is_better_than_the_range_and_chooses_the_sign(generator: tor
 def test_each_quantizer_beats_the_one_before(grid: Grid, weight: Tensor, curvature: Curvature) -> None:
     errors = [
         float(row_error(weight - q(weight, grid, torch.float32, curvature, None, True).dense(), curvature.H).sum())
-        for q in (QUANTIZERS["rtn"], QUANTIZERS["gptq"], QUANTIZERS["descent"])
+        for q in map(rounder, ("rtn", "gptq", "descent"))
     ]
     assert errors[2] < errors[1] < errors[0]
 

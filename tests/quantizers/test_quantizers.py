@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import ROUNDERS
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantizers import QUANTIZERS
+from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import corrected_target, descent, least_squares, normal_equations, refit, sweep
 from llmsqueeze.quantizers.gptq import gptq, panels
@@ -94,7 +95,7 @@ def test_panels_cover_every_column_once_and_respect_groups() -> None:
 
 
 @pytest.mark.parametrize("grid", [g for g in GRIDS if not g.symmetric], ids=str)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_weights_on_the_grid_survive(quantizer: str, grid: Grid, curvature: Curvature) -> None:
     """Integers already on the grid, spanning its range, come back unchanged."""
     make = torch.Generator().manual_seed(4)
@@ -103,16 +104,14 @@ def test_weights_on_the_grid_survive(quantizer: str, grid: Grid, curvature: Curv
         codes[:, group.start] = 0
         codes[:, group.start + 1] = grid.max_code
     weight = (codes - 2 ** (grid.bits - 1)).float() * 0.125
-    rounded = QUANTIZERS[quantizer](weight, grid, torch.float32, curvature, None, False)
+    rounded = rounder(quantizer)(weight, grid, torch.float32, curvature, None, False)
     assert torch.allclose(rounded.dense(), weight, atol=1e-6)
 
 
 @grids
 def test_each_quantizer_beats_the_one_before(grid: Grid, weight: torch.Tensor, curvature: Curvature) -> None:
     errors = [
-        relative_error(
-            weight, QUANTIZERS[name](weight, grid, torch.float32, curvature, None, True).dense(), curvature.H
-        )
+        relative_error(weight, rounder(name)(weight, grid, torch.float32, curvature, None, True).dense(), curvature.H)
         for name in ("rtn", "gptq", "descent")
     ]
     assert errors[2] < min(errors[:2])
@@ -121,10 +120,10 @@ def test_each_quantizer_beats_the_one_before(grid: Grid, weight: torch.Tensor, c
 
 
 @grids
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_outliers_leave_the_range_and_are_the_zero_level(quantizer, grid, weight, curvature, pinned) -> None:
     huge = torch.where(pinned, 100.0, weight)
-    rounded = QUANTIZERS[quantizer](huge, grid, torch.float32, curvature, pinned, False)
+    rounded = rounder(quantizer)(huge, grid, torch.float32, curvature, pinned, False)
     assert (rounded.dense()[pinned] == 0).all()
     if quantizer == "rtn":
         plain = rtn(torch.where(pinned, 0.0, weight), grid, torch.float32)
@@ -164,14 +163,14 @@ def test_a_stored_scale_is_finite_and_never_zero(value: float, dtype: torch.dtyp
     assert bool((stored != 0).all())
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", ROUNDERS)
 def test_degenerate_weights_give_finite_results(quantizer: str) -> None:
     """All zero, one value, a single column, inputs that were never active."""
     for weight in (torch.zeros(4, 40), torch.full((4, 40), 0.3), torch.randn(4, 1)):
         for moments in (torch.zeros(weight.shape[1], weight.shape[1]), torch.eye(weight.shape[1])):
             for grid in (Grid(2, 16, True), Grid(3, 16, False)):
                 curvature = factorize(moments.clone())
-                dense = QUANTIZERS[quantizer](weight, grid, torch.float16, curvature, None, True).dense()
+                dense = rounder(quantizer)(weight, grid, torch.float16, curvature, None, True).dense()
                 assert bool(dense.isfinite().all())
                 assert (dense - weight).abs().max() <= weight.abs().max() + 1e-6
 
@@ -278,7 +277,8 @@ def test_descent_on_the_corrected_target_follows_the_drifting_inputs(generator: 
     x = torch.randn(500, 64, generator=generator)
     y = 0.7 * x
     curvature, drift = factorize(y.T @ y / 500), (x - y).T @ y / 500
-    plain = descent(weight, Grid(4, 32), torch.float32, curvature)
-    corrected = descent(corrected_target(weight, weight @ drift, curvature), Grid(4, 32), torch.float32, curvature)
+    plain = descent(weight, Grid(4, 32), torch.float32, curvature, search=True)
+    target = corrected_target(weight, weight @ drift, curvature)
+    corrected = descent(target, Grid(4, 32), torch.float32, curvature, search=True)
     wanted = x @ weight.T
     assert (wanted - y @ corrected.dense().T).norm() < 0.7 * (wanted - y @ plain.dense().T).norm()
