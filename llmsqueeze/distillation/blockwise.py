@@ -220,9 +220,9 @@ def divergence(
             ahead = walk.through(index, hidden, block.overlay(mine))
             hidden.clear()
             hidden = ahead
-        with skeleton.overriding(outside_blocks(skeleton, student)), walk.resident_head():
+        with skeleton.overriding(outside_blocks(skeleton, student)), walk.head.resident():
             for row, last in zip(apart, hidden.each(device), strict=True):
-                logits = torch.cat([part for _, part in walk.logits(last)], dim=1)
+                logits = torch.cat([part for _, part in walk.head.logits(last)], dim=1)
                 teacher = together([answers(*answered, row)], device)
                 total += float(divergences(logits, teacher).double().sum())
                 tokens += len(logits)

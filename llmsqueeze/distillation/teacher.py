@@ -63,7 +63,7 @@ def ask(
                     ahead = walk.through(index, hidden)
                 hidden.clear()
                 hidden = ahead
-            with walk.resident_head(), torch.no_grad():
+            with walk.head.resident(), torch.no_grad():
                 for row, last in progress.over(zip(missing, hidden.each(device), strict=True), "answers", len(missing)):
                     said = most_likely(walk, last, k)
                     with whole_file(row_file(folder, key, row)) as half:
@@ -89,7 +89,7 @@ def together(said: Sequence[Teacher], device: torch.device) -> Teacher:
 def most_likely(walk: Walk, hidden: Tensor, k: int) -> Teacher:
     """The head's answers at `hidden` [1, length, width], the last block's output; the last token's are left out."""
     log_z = mean = best = index = None
-    for part, logits in walk.logits(hidden):
+    for part, logits in walk.head.logits(hidden):
         z = logits.logsumexp(dim=1)
         total = z if log_z is None else torch.logaddexp(log_z, z)
         here = (torch.exp(logits - total[:, None]) * logits).sum(dim=1)

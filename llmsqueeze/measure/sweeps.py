@@ -165,11 +165,11 @@ def head_sweep(
     gradients = Activations(walk.spill)
     losses = []
     generator = torch.Generator().manual_seed(recipe.seed)
-    with walk.resident_head():
+    with walk.head.resident():
         pairs = zip(outputs.each(walk.device), walk.samples, strict=True)
         for hidden, tokens in progress.over(pairs, "loss", len(walk.samples)):
             draw = torch.rand(tokens.shape[1] - 1, generator=generator) if recipe.labels == "model" else None
-            loss, gradient = walk.head_gradient(hidden, tokens, draw, None if ends is None else ends.see_head)
+            loss, gradient = walk.head.gradient(hidden, tokens, draw, None if ends is None else ends.see_head)
             losses.append(loss)
             gradients.append(gradient)
     outputs.clear()

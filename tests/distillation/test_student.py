@@ -82,9 +82,9 @@ def test_blocks_one_by_one_are_the_model(pair: tuple[Path, Path], rows: list[tor
             for name, tensor in block.overlay(block.trained.stored()).items():
                 assert torch.allclose(tensor, tensors[name], atol=1e-6), name
             hidden = walk.through(index, hidden, tensors)
-        with walk.resident_head():
+        with walk.head.resident():
             for i, row in enumerate(rows):
-                logits = torch.cat([part for _, part in walk.logits(hidden.get(i, CPU))], dim=1)
+                logits = torch.cat([part for _, part in walk.head.logits(hidden.get(i, CPU))], dim=1)
                 assert torch.allclose(logits, model(input_ids=row).logits[0, :-1].float(), atol=1e-4)
 
 

@@ -28,8 +28,8 @@ from llmsqueeze.measure import profile as profiles
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted, measure
-from llmsqueeze.model import walk as block_walk
 from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.head import LabelDraws
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.model.walk import Walk
@@ -226,15 +226,15 @@ def test_an_option_reads_as_tables_write_it() -> None:
 def test_the_gradient_is_that_of_labels_drawn_from_the_whole_softmax(
     logits_bytes: int, model: nn.Module, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmsqueeze.model.walk.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("llmsqueeze.model.head.LOGITS_BYTES", logits_bytes)
     make = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, 31, 128, generator=make, dtype=torch.float64)
     draw = torch.rand(30, generator=make)
     row = tokens[1]
-    with demo_walk(tokens) as walk, walk.resident_head():
-        assert len(walk._vocabulary_slices(30)) == {1 << 26: 1, 1 << 12: 37, 1: 626}[logits_bytes]
-        loss, gradient = walk.head_gradient(hidden, row, draw)
-        plain, on_text = walk.head_gradient(hidden, row)
+    with demo_walk(tokens) as walk, walk.head.resident():
+        assert len(walk.head._slices(30)) == {1 << 26: 1, 1 << 12: 37, 1: 626}[logits_bytes]
+        loss, gradient = walk.head.gradient(hidden, row, draw)
+        plain, on_text = walk.head.gradient(hidden, row)
     start = hidden.clone().requires_grad_(True)
     logits = model.lm_head(model.model.norm(start))[0, :-1]
     reached = logits.softmax(dim=-1).cumsum(dim=-1)
@@ -251,7 +251,7 @@ def test_labels_are_as_frequent_as_they_are_probable(step: int, generator: torch
     """Evenly spread draws give every label its share, to one draw, whatever the slices."""
     count = 4000
     probability = torch.randn(50, generator=generator, dtype=torch.float64).mul(2).softmax(dim=0)
-    drawing = block_walk._Drawing((torch.arange(count, dtype=torch.float64) + 0.5) / count, 49)
+    drawing = LabelDraws((torch.arange(count, dtype=torch.float64) + 0.5) / count, 49)
     for start in range(0, 50, step):
         part = slice(start, min(start + step, 50))
         labels = drawing.over(probability[part].expand(count, -1), part)
@@ -261,7 +261,7 @@ def test_labels_are_as_frequent_as_they_are_probable(step: int, generator: torch
 
 def test_a_draw_beyond_all_rounding_is_the_last_label() -> None:
     """The sum of probabilities may end a little below one."""
-    drawing = block_walk._Drawing(torch.tensor([0.9999999]), 3)
+    drawing = LabelDraws(torch.tensor([0.9999999]), 3)
     drawing.over(torch.tensor([[0.5, 0.2]]), slice(0, 2))
     assert drawing.over(torch.tensor([[0.2, 0.0999]]), slice(2, 4)).tolist() == [3]
 

@@ -36,9 +36,9 @@ def walk_gradients(walk: Walk) -> tuple[list[float], dict[str, Tensor]]:
     """Each sample's loss and the sum over samples of every linear's weight gradient, as stored."""
     inputs = forward_sweep(walk, walk.embed(), Progress())[0]
     losses, upstream = [], []
-    with walk.resident_head():
+    with walk.head.resident():
         for hidden, tokens in zip(inputs[-1].each(CPU), walk.samples, strict=True):
-            loss, gradient = walk.head_gradient(hidden, tokens)
+            loss, gradient = walk.head.gradient(hidden, tokens)
             losses.append(loss)
             upstream.append(gradient)
     total: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 def test_gradients_of_the_built_in_model(
     demo_dir: Path, dtype: torch.dtype, tolerance: float, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmsqueeze.model.walk.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("llmsqueeze.model.head.LOGITS_BYTES", logits_bytes)
     rows = [torch.randint(5, 300, (1, 50), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     with walking(demo_dir, rows, dtype) as walk:
         losses, walked = walk_gradients(walk)
@@ -103,7 +103,7 @@ def test_gradients_of_real_models(shared: Path, name: str, dtype: torch.dtype, t
 def test_gradients_of_every_architecture(
     architecture: str, random_model: Callable[..., Path], rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmsqueeze.model.walk.LOGITS_BYTES", 1 << 12)
+    monkeypatch.setattr("llmsqueeze.model.head.LOGITS_BYTES", 1 << 12)
     folder = random_model(architecture)
     with walking(folder, rows, torch.float64) as walk:
         losses, walked = walk_gradients(walk)
@@ -116,8 +116,8 @@ def test_forward_is_bit_equal(demo_dir: Path) -> None:
     tokens = torch.randint(5, 300, (1, 60))
     with walking(demo_dir, [tokens], torch.float32) as walk:
         last = forward_sweep(walk, walk.embed(), Progress())[0][-1].get(0, CPU)
-        with walk.resident_head():
-            normed = walk._final_norm(last)
+        with walk.head.resident():
+            normed = walk.head.final_norm(last)
     model = AutoModelForCausalLM.from_pretrained(demo_dir, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(normed.detach(), model.model(input_ids=tokens, use_cache=False).last_hidden_state)
