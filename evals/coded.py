@@ -78,8 +78,7 @@ def without(what: str) -> Iterator[None]:
         elif what == "no column steps":
             stack.enter_context(mock.patch.object(coded, "column_steps", even_columns))
         elif what == "no contexts":
-            for module in ("llmsqueeze.parts.coded", "llmsqueeze.measure.costs"):
-                stack.enter_context(mock.patch(f"{module}.contexts_of", one_table))
+            stack.enter_context(mock.patch("llmsqueeze.parts.coded.contexts_of", one_table))
         yield
 
 

@@ -19,7 +19,7 @@ from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import Wanted
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantizers.coded import steadied
+from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.recipe.recipe import Recipe
 
 ROUNDS = 6  # of rows and ranks in turn
@@ -153,7 +153,7 @@ def coded(plan: Plan, profile: Profile, target: int | None) -> Decision:
     if lacking is not None:
         raise RecipeError(f"the profile does not know what {lacking} costs: it was measured without --code-embeddings")
     found = multiplier.allocate(plan, curves, target, profile.labels)
-    gradient = {name: steadied(profile.row_gradient[name], profile.labels) for name in curves}
+    gradient = {name: shrunk_gradient(profile.row_gradient[name], profile.labels) for name in curves}
     candidates = profile.trimmed(found).candidates
     predicted = multiplier.predicted(found, curves)
     return Decision(found, {}, candidates, predicted, coding=Coding(curves, gradient, target, profile.moments))

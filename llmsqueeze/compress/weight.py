@@ -135,8 +135,8 @@ def _code(
     gradient = None if row_gradient is None else row_gradient.to(target.device)
     steps = coded.row_steps(target, planned.step, gradient)
     some = max(1, ROUNDING_BYTES[target.device.type] // (4 * planned.shape[1]))
-    found = coded.code(target, steps, curvature, mask, some)
-    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, planned.dtype)
+    found = coded.round_to_steps(target, steps, curvature, mask, some)
+    part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, planned.dtype)
     decoded = part.decoded(target.device)
     if not torch.equal(decoded.dense(), found.dense()):
         raise VerificationError("the coded integers are not those that were chosen")

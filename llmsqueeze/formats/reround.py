@@ -12,9 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from llmsqueeze import parts
 from llmsqueeze.parts import Affine, Grid, Integers, Part
 from llmsqueeze.parts.coding.logsteps import powers
@@ -27,14 +24,8 @@ def reround(held: Sequence[Part], grid: Grid) -> tuple[Affine, float]:
     weight = parts.sum_of_parts(held)
     integers = next(part for part in held if isinstance(part, Integers))
     rows, cols = (powers(exponent) for exponent in integers.exponents())
-    rounded = rtn(weight, grid, integers.dtype, weighted_by(cols.pow(-2)), search=True)
+    rounded = rtn(weight, grid, integers.dtype, Curvature.of_columns(cols.pow(-2)), search=True)
     error = (weight - rounded.dense()).div_(cols).div_(rows[:, None])
     made = parts.of_codes(rounded.codes, rounded.scale, rounded.zero, grid)
     assert isinstance(made, Affine)
     return made, float(error.square_().sum())
-
-
-def weighted_by(importance: Tensor) -> Curvature:
-    """A curvature that knows only how much each column [cols] counts."""
-    H = torch.diag(importance / importance.mean())
-    return Curvature(H, torch.diag(H.diagonal().rsqrt()), torch.zeros_like(importance))

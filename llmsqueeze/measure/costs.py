@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
-from llmsqueeze.parts.coded import ESCAPE_BYTES, LIMIT, contexts_of
+from llmsqueeze.parts.coded import code_length
 from llmsqueeze.parts.coding import frequencies, rans
 from llmsqueeze.parts.coding.streams import one_context
 from llmsqueeze.quantizers import coded, rounder
@@ -160,25 +160,14 @@ def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> 
     steps = torch.cat([coded.row_steps(some, 2.0 ** float(one), gradient) for one in at])
     target = some.repeat(len(at), 1)
     chunk = max(1, CHUNK_BYTES[weight.device.type] // (4 * cols))
-    found = coded.code(target, steps, curvature, None, chunk, matrices=len(at))
+    found = coded.round_to_steps(target, steps, curvature, None, chunk, matrices=len(at))
     cost = 0.5 * gradient * curvature.output_error(target - found.dense()).view(len(at), -1)
     streams = -(-rows // rans.rows_per_stream(rows, cols))
     nbytes = []
-    for values, exponent in zip(found.values.chunk(len(at)), found.row_exponent.chunk(len(at)), strict=True):
+    for values, exponent in zip(found.integers.chunk(len(at)), found.row_exponent.chunk(len(at)), strict=True):
         bits, tables = code_length(values, exponent, found.col_exponent)
         nbytes.append(bits * share / 8 + tables + streams * STREAM_BYTES + rows + cols)
     return torch.stack([at, torch.tensor(nbytes, dtype=torch.float64), cost.sum(dim=1).double().cpu() * share])
-
-
-def code_length(values: Tensor, row_exponent: Tensor, col_exponent: Tensor) -> tuple[float, int]:
-    """Bits that whole numbers [rows, cols] take by the tables that would be chosen for them, what escapes take beside
-    among them, and bytes of the tables."""
-    contexts = contexts_of(row_exponent - row_exponent.min(), col_exponent - col_exponent.min())
-    symbols = values.abs().clamp(max=LIMIT).to(torch.uint8).cpu().numpy()
-    counted = rans.counts(symbols, contexts)
-    tables = frequencies.choose(counted, symmetric=True)
-    escaped = int((values.abs() > LIMIT).sum())
-    return frequencies.coded_bits(counted, tables, symmetric=True) + 8 * ESCAPE_BYTES * escaped, len(tables)
 
 
 def _zero_bits(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> float:

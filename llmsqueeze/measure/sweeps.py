@@ -26,7 +26,7 @@ from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
-from llmsqueeze.quantizers.coded import steadied
+from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.quantizers.curvature import factorize
 from llmsqueeze.quantizers.rtn import rtn
 from llmsqueeze.recipe.recipe import Recipe
@@ -230,7 +230,7 @@ def price_ends(ends: Ends, first_inputs: Activations, gradients: Activations, fo
     for name, (xtx, row_gradient) in ends.moments().items():
         weight = ends.weight(name)
         found.moments[name], found.row_gradient[name] = xtx.cpu().clone(), row_gradient.cpu()
-        found.steps[name] = coded_points(weight, steadied(row_gradient, found.labels), factorize(xtx))
+        found.steps[name] = coded_points(weight, shrunk_gradient(row_gradient, found.labels), factorize(xtx))
 
 
 class _GradientSums:
@@ -308,7 +308,7 @@ class _Moments:
                 gradient, dtype = self.squares[name] / self.labels, plan.weights[name].dtype
                 found.row_gradient[name] = gradient.cpu()
                 if wanted.steps:
-                    found.steps[name] = coded_points(weight, steadied(gradient, self.labels), curvature)
+                    found.steps[name] = coded_points(weight, shrunk_gradient(gradient, self.labels), curvature)
                 given = weight, gradient, curvature, wanted.options, recipe.quantizer, dtype, bool(recipe.search)
                 if wanted.options:
                     found.costs[name] = price(*given)

@@ -110,3 +110,14 @@ def contexts_of(row_step: Tensor, col_step: Tensor) -> rans.Contexts:
     """Which table each place has, from the steps alone."""
     rows, cols = (step.cpu().numpy().astype(np.int64) for step in (row_step, col_step))
     return rans.Contexts(rows.max() - rows, cols.max() - cols, CONTEXT_SHIFT)
+
+
+def code_length(integers: Tensor, row_exponent: Tensor, col_exponent: Tensor) -> tuple[float, int]:
+    """Bits that integers [rows, cols] take under the tables that would be chosen for them, with the list of escapes;
+    and bytes of the tables. What streams and steps take is not counted."""
+    contexts = contexts_of(row_exponent - row_exponent.min(), col_exponent - col_exponent.min())
+    symbols = integers.abs().clamp(max=LIMIT).to(torch.uint8).cpu().numpy()
+    counts = rans.counts(symbols, contexts)
+    tables = frequencies.choose(counts, symmetric=True)
+    escapes = int((integers.abs() > LIMIT).sum())
+    return frequencies.coded_bits(counts, tables, symmetric=True) + 8 * ESCAPE_BYTES * escapes, len(tables)

@@ -1,21 +1,23 @@
-"""Coded weights: whole numbers of unlimited range whose steps come from one Lagrange multiplier for the whole model.
+"""Coded weights: integers of unlimited range, whose steps come from one Lagrange multiplier for the whole model.
 
     step[r, j] = lambda * u[j] / sqrt(g[r])
 
-u [cols] is the diagonal of the feedback factor U (curvature.py), g [rows] the mean squared gradient of the summed loss
-at the linear's output row, labels drawn from the model. Columns are rounded in order with GPTQ's error feedback, so
-that what rounding leaves of column j is u[j] times an error of its own, uniform within half a step over u[j]. Every
-weight then costs lambda^2 / 24 of predicted loss (1/2 * sum_r g[r] * d H d^T) whatever it is worth, and one more bit
-anywhere buys the same fall: reverse water-filling over rows, columns and layers at once. Bits per layer and row follow,
-and outliers need no place of their own. Integers are entropy-coded (parts/coded.py), so nothing is cut off.
+u [cols] is the diagonal of the feedback factor U (curvature.py). g [rows] is the mean squared gradient of the summed
+loss at the linear's output row, with labels drawn from the model. Columns are rounded in order with GPTQ's error
+feedback. The error that remains of column j is then u[j] times an error that belongs to this column only, and that is
+uniform within half a step over u[j]. Thus every weight costs lambda^2 / 24 of predicted loss (1/2 * sum_r g[r] * d H
+d^T), and one more bit lowers the loss by the same amount anywhere: this is reverse water-filling over rows, columns and
+layers at once. The bits of each layer and row follow from it, and outliers need no separate part. The integers are
+entropy-coded (parts/coded.py), so no value is clipped.
 
-After the feedback two rounds of a least-squares gain for every row (as far as sixteenths of an octave go) and one sweep
-of coordinate descent over the integers: 3 to 15 % less predicted loss at equal bits on the small models we measured.
+After the feedback come two rounds of a least-squares gain for every row (a whole number of sixteenths of an octave) and
+one pass of coordinate descent over the integers. They lower the predicted loss by 3 to 15 % at equal bits on the small
+models that we measured.
 
-Steps per column from GPTQ's factor with entropy coding are WaterSIC's (arXiv 2603.04956), which gives every row and
-layer the same rate; the gradient in the steps is ours. No dead zone, no activation order. Guard rails: a row's
-gradient is drawn towards the mean of its linear by `PRIOR` tokens' worth of it, which is also the least that a row
-without any gets; columns that were never active count as active ones of mean size (curvature.py).
+WaterSIC (arXiv 2603.04956) takes the steps of the columns from GPTQ's factor and uses entropy coding, with the same
+rate for every row and layer; the gradient in the steps is ours. There is no dead zone and no activation order. Safe
+limits: a row's gradient is drawn towards the mean of its linear with the weight of `PRIOR` tokens, so no row has a zero
+gradient; columns that were never active count as active columns of mean size (curvature.py).
 Memory beside W: two copies of it, its integers, and the curvature.
 """
 
@@ -32,33 +34,36 @@ from llmsqueeze.quantizers.curvature import Curvature
 ROUNDS = 2
 PANEL = 128
 PRIOR = 64  # tokens
-GAIN_OCTAVES = 2  # that gains may take a row's step beyond those it began with, either way
-MOST_BITS = 29  # of an integer before gains and feedback move it: 32 are stored
+GAIN_OCTAVES = 2  # the most that gains change a row's first step, up or down
+MAX_BITS = 29  # of an integer before gains and feedback change it; 32 are stored
 FREE_STEP = 1 / 16  # of a row's root mean square, for a linear that no sample reached: about six bits
 
 
 @dataclass(frozen=True)
-class Integers:
-    """float32 whole numbers [rows, cols] with exponents of their steps, int64 [rows] and [cols]; no row's may become
-    less than `lowest` [rows], or more than 255 beyond it."""
+class RoundedToSteps:
+    """A weight rounded to steps: integers [rows, cols] (float32); row_exponent int64 [rows], col_exponent int64 [cols].
 
-    values: Tensor
+    The step of row r and column j is 2^((row_exponent[r] + col_exponent[j]) / 16). `lowest` int64 [rows]: a row's
+    exponent stays from `lowest` to `lowest` + 255.
+    """
+
+    integers: Tensor
     row_exponent: Tensor
     col_exponent: Tensor
     lowest: Tensor
 
-    def rows(self, some: slice) -> Integers:
-        """Of these rows alone."""
-        cut = {name: getattr(self, name)[some] for name in ("values", "row_exponent", "lowest")}
+    def rows(self, rows: slice) -> RoundedToSteps:
+        """These rows only."""
+        cut = {name: getattr(self, name)[rows] for name in ("integers", "row_exponent", "lowest")}
         return replace(self, **cut)
 
     def dense(self) -> Tensor:
-        """float32 [rows, cols], as `Coded` makes it of the same numbers."""
-        return (self.values * powers(self.col_exponent)).mul_(powers(self.row_exponent)[:, None])
+        """float32 [rows, cols], equal to the `dense` of the `Coded` part with the same numbers."""
+        return (self.integers * powers(self.col_exponent)).mul_(powers(self.row_exponent)[:, None])
 
 
-def steadied(row_gradient: Tensor, tokens: int) -> Tensor:
-    """g [rows] drawn towards its mean, the more the fewer tokens it was measured on."""
+def shrunk_gradient(row_gradient: Tensor, tokens: int) -> Tensor:
+    """g [rows] drawn towards its mean; the fewer tokens it was measured on, the more."""
     mean = row_gradient.mean()
     if not mean > 0:
         return torch.ones_like(row_gradient)
@@ -66,7 +71,7 @@ def steadied(row_gradient: Tensor, tokens: int) -> Tensor:
 
 
 def row_steps(weight: Tensor, multiplier: float, row_gradient: Tensor | None) -> Tensor:
-    """[rows]: the step of each row where u is 1; by the row's size alone if there is no gradient."""
+    """[rows]: the step of each row where u is 1. Without a gradient it follows the size of the row."""
     if row_gradient is not None:
         return multiplier / row_gradient.sqrt()
     size = weight.square().mean(dim=1).sqrt()
@@ -79,89 +84,90 @@ def column_steps(curvature: Curvature) -> Tensor:
 
 
 def sensitivity(multiplier: float, curvature: Curvature) -> float:
-    """What an error without feedback costs: nats per token and square of it, in steps.
+    """The cost of an error without feedback, in nats per token for each squared step of error.
 
-    1/2 * g[r] * H[j, j] * d^2 = 1/2 * lambda^2 * (d / step[r, j])^2 * H[j, j] * u[j]^2, the last two averaged over the
-    columns for errors that are of one size.
+    1/2 * g[r] * H[j, j] * d^2 = 1/2 * lambda^2 * (d / step[r, j])^2 * H[j, j] * u[j]^2. The last two factors are
+    averaged over the columns for errors d of one size.
     """
-    alone = curvature.importance.sum() / column_steps(curvature).pow(-2).sum()
-    return 0.5 * multiplier**2 * float(alone)
+    mean = curvature.importance.sum() / column_steps(curvature).pow(-2).sum()
+    return 0.5 * multiplier**2 * float(mean)
 
 
-def code(
-    target: Tensor, steps: Tensor, curvature: Curvature, pinned: Tensor | None, some: int, matrices: int = 1
-) -> Integers:
-    """Rounds `target` [rows, cols] (float32) with row steps `steps` [rows] under the curvature, `some` rows at a time.
+def round_to_steps(
+    target: Tensor, steps: Tensor, curvature: Curvature, pinned: Tensor | None, chunk: int, matrices: int = 1
+) -> RoundedToSteps:
+    """Rounds `target` [rows, cols] (float32) to the row steps `steps` [rows] under the curvature, `chunk` rows at once.
 
-    `pinned` bool [rows, cols]: weights kept beside, whose integer is 0. `matrices`: so many stand one below the other,
-    of as many rows each. No step is so fine that its row's integers would need more than `MOST_BITS`.
+    `pinned` bool [rows, cols]: weights of another part, whose integer is 0. `matrices`: the number of matrices with
+    equally many rows that `target` stacks. If a step is so fine that an integer of its row would need more than
+    `MAX_BITS`, the step becomes coarser.
     """
     margin = GAIN_OCTAVES * PER_OCTAVE
     col_exponent = exponents(column_steps(curvature))
-    # the least column step is 1, as `Coded` has it: products round in the same way then
-    finest = target.abs().amax(dim=1) * 2.0 ** (1 - MOST_BITS) / powers(col_exponent.min())
+    # the smallest column step becomes 1, as in `Coded`: only then do both round products in the same way
+    finest = target.abs().amax(dim=1) * 2.0 ** (1 - MAX_BITS) / powers(col_exponent.min())
     row_exponent = exponents(torch.maximum(steps, finest.to(steps)).view(matrices, -1), LAST - 2 * margin)
     row_exponent, col_exponent = row_exponent + col_exponent.min(), col_exponent - col_exponent.min()
     lowest = (row_exponent.amin(dim=1, keepdim=True) - margin).expand_as(row_exponent)
-    start = Integers(target, row_exponent.flatten(), col_exponent, lowest.flatten())
-    made = []
-    for first in range(0, len(target), some):
-        rows = slice(first, first + some)
-        made.append(_code_rows(target[rows], start.rows(rows), curvature, None if pinned is None else pinned[rows]))
-    values, exponent = (torch.cat([getattr(one, name) for one in made]) for name in ("values", "row_exponent"))
-    return replace(start, values=values, row_exponent=exponent)
+    start = RoundedToSteps(target, row_exponent.flatten(), col_exponent, lowest.flatten())
+    chunks = []
+    for first in range(0, len(target), chunk):
+        rows = slice(first, first + chunk)
+        chunks.append(_round_rows(target[rows], start.rows(rows), curvature, None if pinned is None else pinned[rows]))
+    integers, exponent = (torch.cat([getattr(one, name) for one in chunks]) for name in ("integers", "row_exponent"))
+    return replace(start, integers=integers, row_exponent=exponent)
 
 
-def _code_rows(target: Tensor, start: Integers, curvature: Curvature, pinned: Tensor | None) -> Integers:
-    found = feedback(target, start, curvature, pinned)
-    # pinned entries deliver their target exactly: for the rest they are zeros that stay zero
-    aim = target if pinned is None else target.masked_fill(pinned, 0.0)
+def _round_rows(target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None) -> RoundedToSteps:
+    rounded = feedback(target, start, curvature, pinned)
+    # pinned entries have no error: for the other entries they are zeros that stay zero
+    target = target if pinned is None else target.masked_fill(pinned, 0.0)
     for _ in range(ROUNDS):
-        found = sweep(regain(found, aim, curvature.H), aim, curvature.H, pinned)
-    return regain(found, aim, curvature.H)
+        rounded = coordinate_descent(refit(rounded, target, curvature.H), target, curvature.H, pinned)
+    return refit(rounded, target, curvature.H)
 
 
-def feedback(target: Tensor, start: Integers, curvature: Curvature, pinned: Tensor | None) -> Integers:
-    """Column after column to the nearest whole step of `start`; what that leaves goes to the columns still to come."""
+def feedback(target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None) -> RoundedToSteps:
+    """Rounds column after column to the steps of `start`; the columns that follow take the error up."""
     rows, cols = target.shape
     upper, row, col = curvature.upper, powers(start.row_exponent), powers(start.col_exponent)
-    w, values = target.clone(), torch.empty_like(target)
+    w, integers = target.clone(), torch.empty_like(target)
     for begin in range(0, cols, PANEL):
         stop = min(begin + PANEL, cols)
         error = torch.empty(rows, stop - begin, dtype=w.dtype, device=w.device)
         for j in range(begin, stop):
             step = row * col[j]
-            value = torch.round(w[:, j] / step)
-            rounded = value * step
+            integer = torch.round(w[:, j] / step)
+            rounded = integer * step
             if pinned is not None:
-                value = value.masked_fill(pinned[:, j], 0.0)
+                integer = integer.masked_fill(pinned[:, j], 0.0)
                 rounded = torch.where(pinned[:, j], target[:, j], rounded)
-            values[:, j] = value
+            integers[:, j] = integer
             e = (w[:, j] - rounded) / upper[j, j]
             w[:, j + 1 : stop] -= torch.outer(e, upper[j, j + 1 : stop])
             error[:, j - begin] = e
         w[:, stop:] -= error @ upper[begin:stop, stop:]
-    return replace(start, values=values)
+    return replace(start, integers=integers)
 
 
-def regain(found: Integers, target: Tensor, H: Tensor) -> Integers:
-    """Every row's step times its least-squares gain, to whole exponents; where that would not be better, as it was."""
-    dense = found.dense()
+def refit(rounded: RoundedToSteps, target: Tensor, H: Tensor) -> RoundedToSteps:
+    """Multiplies every row's step by its least-squares gain, rounded to a whole exponent, if that lowers the error."""
+    dense = rounded.dense()
     pull = dense @ H
     energy, missing = (pull * dense).sum(dim=1), (pull * (target - dense)).sum(dim=1)
-    wished = 1 + missing / energy.clamp(min=torch.finfo(energy.dtype).tiny)
-    shift = (wished.clamp(0.25, 4.0).log2() * PER_OCTAVE).round().long()
+    best = 1 + missing / energy.clamp(min=torch.finfo(energy.dtype).tiny)
+    shift = (best.clamp(0.25, 4.0).log2() * PER_OCTAVE).round().long()
     gain = powers(shift) - 1
     better = (gain * (gain * energy - 2 * missing) < 0) & (energy > 0)
-    exponent = torch.where(better, found.row_exponent + shift, found.row_exponent)
-    return replace(found, row_exponent=exponent.clamp(found.lowest, found.lowest + LAST))
+    exponent = torch.where(better, rounded.row_exponent + shift, rounded.row_exponent)
+    return replace(rounded, row_exponent=exponent.clamp(rounded.lowest, rounded.lowest + LAST))
 
 
-def sweep(found: Integers, target: Tensor, H: Tensor, pinned: Tensor | None) -> Integers:
-    """One pass of coordinate descent over the integers, column by column."""
+def coordinate_descent(rounded: RoundedToSteps, target: Tensor, H: Tensor, pinned: Tensor | None) -> RoundedToSteps:
+    """One pass over the integers, column by column: each becomes the one with the least error."""
     cols = target.shape[1]
-    row, col = powers(found.row_exponent), powers(found.col_exponent)
-    values, dense = found.values.clone(), found.dense()
+    row, col = powers(rounded.row_exponent), powers(rounded.col_exponent)
+    integers, dense = rounded.integers.clone(), rounded.dense()
     residual = target - dense
     for start in range(0, cols, PANEL):
         panel = slice(start, min(start + PANEL, cols))
@@ -169,11 +175,11 @@ def sweep(found: Integers, target: Tensor, H: Tensor, pinned: Tensor | None) -> 
         within = H[panel, panel]
         for j in range(panel.start, panel.stop):
             i, step = j - start, row * col[j]
-            value = torch.round((dense[:, j] + gradient[:, i] / within[i, i]) / step)
+            integer = torch.round((dense[:, j] + gradient[:, i] / within[i, i]) / step)
             if pinned is not None:
-                value = value.masked_fill(pinned[:, j], 0.0)
-            change = value * step - dense[:, j]
+                integer = integer.masked_fill(pinned[:, j], 0.0)
+            change = integer * step - dense[:, j]
             gradient[:, i:] -= torch.outer(change, within[i, i:])
             residual[:, j] -= change
-            values[:, j] = value
-    return replace(found, values=values)
+            integers[:, j] = integer
+    return replace(rounded, integers=integers)

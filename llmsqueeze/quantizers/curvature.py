@@ -3,9 +3,10 @@
     error of a row d:  d H d^T,  H = mean of y y^T over the tokens + damp * mean(diag) * I
     feedback factor:   U^T U = H^-1,  U upper triangular
 
-With J the reversal of rows and columns and J H J = L L^T, the factor is U = J L^-1 J: one Cholesky and one triangular
-inverse, where inverting H first would take two and lose digits. It is made once for all linears that share an input.
-Symbols: y [cols] one input; H, U [cols, cols], float32. Memory: three such matrices while U is made, two afterwards.
+If J reverses rows and columns and J H J = L L^T, the factor is U = J L^-1 J: one Cholesky factorization and one
+triangular inverse. To invert H first would take two factorizations and lose digits. All linears that share an input
+share one factor. Symbols: y [cols] one input; H, U [cols, cols], float32. Memory: three such matrices during the
+factorization, two afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DAMP = 0.01
 
 @dataclass(frozen=True)
 class Curvature:
-    """H and U [cols, cols] as above; `damping` [cols] is what was added to the diagonal of the moments."""
+    """H and U [cols, cols] as above; `damping` [cols]: the addition to the diagonal of the moments."""
 
     H: Tensor
     upper: Tensor
@@ -31,25 +32,31 @@ class Curvature:
 
     @property
     def importance(self) -> Tensor:
-        """[cols]: how much a squared error in each column costs by itself."""
+        """[cols]: the cost of a squared error of 1 in each column alone."""
         return self.H.diagonal()
 
     @classmethod
     def flat(cls, cols: int, like: Tensor) -> Curvature:
-        """Every input counts the same: for linears whose inputs are not known."""
+        """The identity [cols, cols], for linears with unknown inputs; dtype and device are those of `like`."""
         identity = torch.eye(cols, dtype=like.dtype, device=like.device)
         return cls(identity, identity, torch.zeros(cols, dtype=like.dtype, device=like.device))
 
+    @classmethod
+    def of_columns(cls, importance: Tensor) -> Curvature:
+        """A diagonal curvature from the importance [cols] of each column; its mean becomes 1."""
+        H = torch.diag(importance / importance.mean())
+        return cls(H, torch.diag(H.diagonal().rsqrt()), torch.zeros_like(importance))
+
     def output_error(self, residual: Tensor) -> Tensor:
-        """[rows]: the mean squared output error of each row of `residual` [rows, cols], without the damping's share."""
+        """[rows]: the mean squared output error of each row of `residual` [rows, cols], without the damping."""
         return (row_error(residual, self.H) - residual.square() @ self.damping).clamp_(min=0)
 
 
 def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
-    """Damps the second moments `xtx` [cols, cols] in place and factors them; the damping grows until that succeeds.
+    """Damps the second moments `xtx` [cols, cols] in place and factors them; more damping is added until that succeeds.
 
-    Columns that were never active count as active ones of mean size. Raises UnsupportedError if no damping helps,
-    which only moments that float32 does not hold can cause.
+    Columns that were never active count as active columns of mean size. Raises UnsupportedError if no damping helps:
+    the moments are then not finite in float32.
     """
     diagonal = xtx.diagonal()
     active = diagonal > 0
@@ -65,11 +72,11 @@ def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
             upper = inverse.flip(0, 1)
             if all_finite(upper) and all_finite(xtx) and bool((upper.diagonal() > 0).all()):
                 return Curvature(xtx, upper, diagonal - before)
-        diagonal.add_(9 * damp * mean)  # ten times what was there
+        diagonal.add_(9 * damp * mean)  # ten times the damping before
         damp *= 10
     raise UnsupportedError(
-        "the squares of a layer's inputs on the calibration text are not finite numbers of float32: the model "
-        "overflows on this text, or its weights are damaged"
+        "the squares of a layer's inputs on the calibration text are not finite in float32: the model overflows on "
+        "this text, or its weights are damaged"
     )
 
 

@@ -2,20 +2,21 @@
 
     minimise  (t - w) H (t - w)^T  for every row, w[j] = scale[g(j)] * (code[j] - zero[g(j)])
     refit:    scale += A^-1 b,  A[g, h] = l_g H l_h^T,  b[g] = l_g H (t - w)^T,  l_g = code - zero in group g, else 0
-    sweep:    for each column j: code[j] = the level nearest to w[j] + ((t - w) H)[j] / H[j, j]
+    pass:     for each column j: code[j] = the level nearest to w[j] + ((t - w) H)[j] / H[j, j]
 
-t [cols] one row of the target; H [cols, cols] the damped second moments of the inputs (curvature.py); three rounds
-of one refit and one sweep, then a last refit. A row keeps a refit only where its error falls; a sweep cannot raise
-it, for each step is the exact minimiser of one code. Pinned entries (outliers) are held at their exact value.
+t [cols] one row of the target; H [cols, cols] the damped second moments of the inputs (curvature.py). There are three
+rounds of one refit and one pass of coordinate descent, then a last refit. A row takes a refit only if its error falls.
+A pass cannot raise the error, because each new code is the exact minimiser of the error in that code. Pinned entries
+(outliers) keep their exact value.
 
-The target is the weight corrected for the drift of its inputs (`corrected_target`): with X the original inputs of
-the linear and Y those that it will see behind the compressed weights before it,
+The target is the weight corrected for the drift of its inputs (`corrected_target`). If X are the original inputs of the
+linear, and Y its inputs in the model whose earlier weights are compressed, it is
 
     T = W + 1/2 * W (X - Y)^T Y (Y^T Y + damp)^-1 = W + 1/2 * W D U^T U,  D = mean of (x - y) y^T
 
-which is half of the step to the least-squares answer to X W^T = Y T^T. The form of the correction is that of QEP
-(arXiv 2504.09629), half-strength as it measured best. Source of the rest: ours, after LNQ's alternation of scales
-and codes (arXiv 2505.07004). Memory beside W: two copies of it, the curvature, and [rows, groups, groups] in slices.
+which goes half of the way to the least-squares solution of X W^T = Y T^T. The form of the correction is that of QEP
+(arXiv 2504.09629); half strength measured best. The rest is ours, after LNQ, which alternates scales and codes (arXiv
+2505.07004). Memory beside W: two copies of it, the curvature, and [rows, groups, groups] in chunks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import dual_binary
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.gptq import gptq
-from llmsqueeze.quantizers.grids import Rounded, decode, encode, storable
+from llmsqueeze.quantizers.grids import Rounded, level_of, nearest_code, storable
 
 ROUNDS = 3
 PANEL = 128
@@ -46,43 +47,43 @@ def descent(
     pinned: Tensor | None = None,
     search: bool = False,
 ) -> Rounded:
-    """Rounds the target `weight` [rows, cols] (float32); arguments and result as for `gptq`."""
+    """Rounds the target `weight` [rows, cols] (float32); arguments and result as `Rounder` has them."""
     H = curvature.H
     rounded = gptq(weight, grid, dtype, curvature, pinned, search)
-    # pinned entries deliver their target exactly: for the rest they are zeros that stay zero
+    # pinned entries have no error: for the other entries they are zeros that stay zero
     target = weight if pinned is None else weight.masked_fill(pinned, 0.0)
     for _ in range(ROUNDS):
-        rounded = sweep(refit(rounded, target, H), target, H, pinned)
+        rounded = coordinate_descent(refit(rounded, target, H), target, H, pinned)
     return refit(rounded, target, H)
 
 
 def corrected_target(weight: Tensor, pull: Tensor, curvature: Curvature, strength: float = 0.5) -> Tensor:
-    """`weight` [rows, cols] corrected for the drift of its inputs; `pull` = weight @ D, so that D can go before U."""
+    """`weight` [rows, cols] corrected for the drift of its inputs; `pull` = weight @ D, so D is not needed beside U."""
     return torch.addmm(weight, pull @ curvature.upper.T, curvature.upper, alpha=strength)
 
 
 def refit(rounded: Rounded, target: Tensor, H: Tensor) -> Rounded:
-    """Least-squares scales for the codes as they are; a row keeps its old ones where these would not be better."""
+    """Least-squares scales for fixed codes; a row keeps its old scales if the new ones are not better."""
     unknowns = rounded.scales.shape[1]
     chunk = max(1, REFIT_BYTES // (4 * unknowns * unknowns))
-    # solved for the change, from what is left: errors of a millionth of the weight would drown in the whole
+    # solved for the change of the scales: float32 would lose small errors if it were solved for the scales
     pull = (target - rounded.dense()) @ H
-    made = []
+    scales = []
     for start in range(0, len(pull), chunk):
         rows = slice(start, start + chunk)
         A, b = normal_equations(rounded.planes(rows), pull[rows], H, rounded.grid)
-        made.append(_better_scale(rounded.scales[rows], A, b, rounded.grid))
-    return rounded.rescaled(torch.cat(made))
+        scales.append(_better_scale(rounded.scales[rows], A, b, rounded.grid))
+    return rounded.rescaled(torch.cat(scales))
 
 
 def _better_scale(old: Tensor, A: Tensor, b: Tensor, grid: Grid) -> Tensor:
-    """`old` [rows, planes * groups] changed by the solution of A s = b, in the rows where that lowers the error."""
+    """`old` [rows, planes * groups] plus the solution of A s = b, in the rows whose error falls."""
     before = old.float()
-    wished = before + least_squares(A, b)
-    after = storable(torch.where(wished.isfinite() & (wished != 0), wished, before), old.dtype)
+    solved = before + least_squares(A, b)
+    after = storable(torch.where(solved.isfinite() & (solved != 0), solved, before), old.dtype)
     if grid.dual:
-        kept = dual_binary.in_order(*after.chunk(2, dim=1))
-        after = torch.where(torch.cat([kept, kept], dim=1), after, before)
+        ordered = dual_binary.in_order(*after.chunk(2, dim=1))
+        after = torch.where(torch.cat([ordered, ordered], dim=1), after, before)
     change = after - before
     gain = ((A @ change[:, :, None])[:, :, 0] - 2 * b).mul_(change).sum(dim=1)
     return torch.where((gain < 0)[:, None], after, before).to(old.dtype)
@@ -100,25 +101,25 @@ def normal_equations(planes: Sequence[Tensor], pull: Tensor, H: Tensor, grid: Gr
     count = len(planes)
     A = torch.empty(rows, count, groups, count, groups, device=pull.device)
     for (k, plane), (i, group) in itertools.product(enumerate(planes), enumerate(grid.slices(cols))):
-        seen = plane[:, group] @ H[group, group.start :]
+        pulled = plane[:, group] @ H[group, group.start :]
         for m, other in enumerate(planes):
-            # A is symmetric: the part from the diagonal on is enough
-            row = per_group(seen * other[:, group.start :])
+            # A is symmetric: it is computed from the diagonal on, and mirrored
+            row = per_group(pulled * other[:, group.start :])
             A[:, k, i, m, i:] = row
             A[:, m, i:, k, i] = row
     return A.view(rows, count * groups, -1), torch.cat([per_group(pull * plane) for plane in planes], dim=1)
 
 
 def least_squares(A: Tensor, b: Tensor) -> Tensor:
-    """The solution [rows, n] of A s = b with a slight ridge; zero where a group has no level but 0."""
+    """The solution [rows, n] of A s = b with a slight ridge; zero for a group with all weights at level 0."""
     diagonal = A.diagonal(dim1=1, dim2=2)
     ridge = 1e-6 * diagonal.mean(dim=1, keepdim=True) + torch.finfo(A.dtype).tiny
     solution: Tensor = torch.linalg.solve_ex(A + torch.diag_embed(torch.where(diagonal > 0, ridge, 1.0)), b)[0]
     return solution
 
 
-def sweep(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:
-    """One pass of coordinate descent over the codes, column by column; a panel's gradient is made when it comes up."""
+def coordinate_descent(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:
+    """One pass over the codes, column by column: each becomes the one with the least error."""
     grid, cols = rounded.grid, target.shape[1]
     scale = grid.expand(rounded.scale.float(), cols)
     zero = grid.expand(rounded.zero, cols)
@@ -131,12 +132,12 @@ def sweep(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) ->
         within = H[panel, panel]
         for j in range(panel.start, panel.stop):
             i = j - start
-            wish = values[:, j] + gradient[:, i] / within[i, i]
-            code = encode(wish, scale[:, j], zero[:, j], grid)
+            best = values[:, j] + gradient[:, i] / within[i, i]
+            code = nearest_code(best, scale[:, j], zero[:, j], grid)
             if pinned is not None:
                 code = torch.where(pinned[:, j], codes[:, j], code)
-            change = decode(code, scale[:, j], zero[:, j], grid) - values[:, j]
+            change = level_of(code, scale[:, j], zero[:, j], grid) - values[:, j]
             gradient[:, i:] -= torch.outer(change, within[i, i:])
             residual[:, j] -= change
-            codes[:, j] = code  # no column comes up twice, so `values` may stay behind
+            codes[:, j] = code  # no column comes up twice, so `values` is not updated
     return replace(rounded, codes=codes.to(torch.uint8))

@@ -1,19 +1,19 @@
 """GPTQ: "Accurate Post-Training Quantization for Generative Pre-trained Transformers" (arXiv 2210.17323).
 
-Columns are rounded in order; what each rounding leaves is spread over the columns still to come, so that the
-layer's output, not its weight, stays near:
+Columns are rounded in order. The error of each column is spread over the columns that follow, so that the output of the
+layer changes least:
 
     U^T U = H^-1,  U upper triangular
     e[:, j] = (w[:, j] - rounded[:, j]) / U[j, j];   w[:, k] -= e[:, j] * U[j, k]   for k > j
 
-W [rows, cols]; H [cols, cols] damped second moments of the inputs (curvature.py); the feedback is applied lazily,
-a panel of about 128 columns at a time, which changes no result (the column-by-column form is the oracle in the
-tests). Scale and zero of a group are fitted when its first column comes up, to the weights as they then are.
+W [rows, cols]; H [cols, cols] damped second moments of the inputs (curvature.py). The feedback is applied to a panel of
+about 128 columns at a time, which changes no result (the tests compare it with the column-by-column form). Scale and
+zero of a group are fitted at its first column, to the weights with the feedback so far.
 
-What differs from the paper: damping starts at 0.01 and grows tenfold until the factorisation succeeds; a column that
-was never active (H[j, j] = 0) is rounded to nearest, not set to zero; no activation order. Pinned entries (outliers)
-keep their exact value; the feedback that reached one flows on to the columns after it, as the exact minimiser wants.
-Memory beside W: one copy of it, its codes, and the curvature.
+What differs from the paper: damping starts at 0.01 and grows tenfold until the factorization succeeds. A column that
+was never active (H[j, j] = 0) is rounded to nearest, and not set to zero. There is no activation order. Pinned entries
+(outliers) keep their exact value; the feedback to a pinned entry goes on to the columns after it, as the exact minimum
+needs. Memory beside W: one copy of it, its codes, and the curvature.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.quantizers.grids import Rounded, decode, encode, fit_group, zero_code
+from llmsqueeze.quantizers.grids import Rounded, fit_group, level_of, nearest_code, zero_code
 
 PANEL = 128
 
@@ -36,10 +36,7 @@ def gptq(
     pinned: Tensor | None = None,
     search: bool = False,
 ) -> Rounded:
-    """Rounds `weight` [rows, cols] (float32) under the curvature; pinned entries get the code of level 0.
-
-    `dtype` is the scales' in the file; with `search` they are searched under its diagonal.
-    """
+    """Rounds `weight` [rows, cols] (float32); arguments and result as `Rounder` has them."""
     assert pinned is None or not grid.half, "outliers are pinned to level 0"
     rows, cols = weight.shape
     upper, importance = curvature.upper, curvature.importance
@@ -57,8 +54,8 @@ def gptq(
                 mask = None if pinned is None else pinned[:, group]
                 h = importance[group] if search else None
                 scale[:, g], zero[:, g] = fit_group(w[:, group], h, grid, dtype, mask)
-            code = encode(w[:, j], scale[:, g], zero[:, g], grid)
-            rounded = decode(code, scale[:, g], zero[:, g], grid)
+            code = nearest_code(w[:, j], scale[:, g], zero[:, g], grid)
+            rounded = level_of(code, scale[:, g], zero[:, g], grid)
             if pinned is not None:
                 code = torch.where(pinned[:, j], zero_code(zero[:, g], grid), code)
                 rounded = torch.where(pinned[:, j], weight[:, j], rounded)
@@ -71,7 +68,8 @@ def gptq(
 
 
 def panels(cols: int, width: int) -> list[slice]:
-    """Runs of about 128 columns such that a group never starts inside one with feedback still pending beyond it."""
-    step = PANEL // width * width if width <= PANEL else width
-    starts = [s for group in range(0, cols, step) for s in range(group, min(group + step, cols), PANEL)]
+    """Panels of about 128 columns. A group starts at the first column of a panel or ends in the panel where it starts, so
+    that no feedback to its columns is pending when it is fitted."""
+    span = PANEL // width * width if width <= PANEL else width  # whole groups
+    starts = [s for first in range(0, cols, span) for s in range(first, min(first + span, cols), PANEL)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], cols], strict=True)]

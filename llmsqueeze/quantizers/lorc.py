@@ -1,15 +1,16 @@
 """LoRC, low-rank compensation: "ZeroQuant-V2: Exploring Post-training Quantization in LLMs from Comprehensive Study to
-Low Rank Compensation" (arXiv 2303.08302): the rounding error's best approximation of rank m is stored beside the codes.
+Low Rank Compensation" (arXiv 2303.08302): a part of rank m approximates the rounding error.
 
-    plain            E ~= A B,  A B the truncated SVD of E                      the paper: least ||E - A B||
+    plain            A B the truncated SVD of E                                 least ||E - A B||, as in the paper
     input-weighted   A B L the truncated SVD of E L,  L L^T = H                 least (E - A B) H (E - A B)^T
 
-E [rows, cols] = target - rounded; A [rows, m], B [m, cols], the singular values split evenly by their roots; H [cols,
+E [rows, cols] = target - rounded; A [rows, m] and B [m, cols] each have the roots of the singular values; H [cols,
 cols] the damped second moments of the inputs (curvature.py), whose factor U (U^T U = H^-1) gives L = U^-1.
 
-What differs from the paper: both factors are 8-bit with one scale per component, not per row of each, which costs less
-and measures the same; a weight whose output error does not fall keeps no factors. Above `EXACT` rows or columns the SVD
-is a randomised one (Halko, Martinsson, Tropp, arXiv 0909.4061) with four power iterations. Memory: two copies of E.
+What differs from the paper: both factors are 8-bit with one scale per component, and not one per row, which takes fewer
+bytes at the same measured error. A weight whose output error does not fall gets no factors. If both sides are longer
+than `EXACT`, the SVD is randomized (Halko, Martinsson, Tropp, arXiv 0909.4061) with four power iterations. Memory: two
+copies of E.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ OVERSAMPLING, POWER_ITERATIONS = 8, 4
 
 
 def factors(error: Tensor, rank: int, curvature: Curvature | None, dtype: torch.dtype, seed: int = 0) -> LowRank:
-    """The factors for `error` [rows, cols] (float32), weighted by the curvature's inputs where one is given.
+    """The factors of `error` [rows, cols] (float32), weighted by the inputs if their curvature is given.
 
-    `dtype` is the scales' in the file.
+    `dtype`: of the scales in the file.
     """
     weighted = error
     if curvature is not None:
@@ -35,15 +36,15 @@ def factors(error: Tensor, rank: int, curvature: Curvature | None, dtype: torch.
     left, right = truncated_svd(weighted, rank, seed)
     if curvature is not None:
         right = right @ curvature.upper
-        # the roots of the singular values no longer balance the two: 8 bits want columns and rows of one size
+        # the roots of the singular values no longer balance the factors: 8 bits need columns and rows of one size
         balance = (right.norm(dim=1) / left.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-30)
         left, right = left * balance, right / balance[:, None]
     return LowRank.from_factors(left, right, dtype)
 
 
 def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """left [rows, rank] and right [rank, cols] whose product is the best approximation of that rank, nearly so above
-    `EXACT`; the singular values are split evenly."""
+    """left [rows, rank] and right [rank, cols]: their product is the best approximation of that rank, nearly so above
+    `EXACT`. Each has the roots of the singular values."""
     small = min(matrix.shape)
     if small <= EXACT or rank + OVERSAMPLING >= small:
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)

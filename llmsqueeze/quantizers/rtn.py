@@ -1,9 +1,9 @@
-"""RTN: round to nearest, the baseline that needs no data.
+"""RTN: round to nearest. It needs no data.
 
     code[r, j] = clamp(round(W[r, j] / scale[r, g(j)] + zero[r, g(j)]), 0, 2**bits - 1)
 
 W [rows, cols]; g(j) the group of column j; scale and zero [rows, groups] from the range of the group, or searched
-(grids.py), with every column weighing the same where no curvature is given. Memory: one copy of W and its codes.
+(grids.py). Without curvature every column has the same weight in the search. Memory: one copy of W and its codes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.quantizers.grids import Rounded, encode, fit_group, zero_code
+from llmsqueeze.quantizers.grids import Rounded, fit_group, nearest_code, zero_code
 
 
 def rtn(
@@ -24,10 +24,8 @@ def rtn(
     pinned: Tensor | None = None,
     search: bool = False,
 ) -> Rounded:
-    """Rounds `weight` [rows, cols] (float32). Pinned entries (bool [rows, cols]) get the code of level 0.
-
-    The curvature only weighs the scale search; `dtype` is the scales' in the file.
-    """
+    """Rounds `weight` [rows, cols] (float32); arguments and result as `Rounder` has them. The curvature changes
+    only the search of the scales."""
     assert pinned is None or not grid.half, "outliers are pinned to level 0"
     cols = weight.shape[1]
     importance = torch.ones(cols, device=weight.device) if curvature is None else curvature.importance
@@ -37,7 +35,7 @@ def rtn(
         w = weight[:, group]
         mask = None if pinned is None else pinned[:, group]
         scale, zero = fit_group(w, importance[group] if search else None, grid, dtype, mask)
-        code = encode(w, scale[:, None], zero[:, None], grid)
+        code = nearest_code(w, scale[:, None], zero[:, None], grid)
         if mask is not None:
             code = torch.where(mask, zero_code(zero, grid)[:, None], code)
         codes[:, group] = code.to(torch.uint8)

@@ -18,7 +18,7 @@ from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
-from llmsqueeze.quantizers.grids import fit_group, round_to
+from llmsqueeze.quantizers.grids import fit_group, nearest_level
 from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
 
@@ -129,7 +129,7 @@ def test_no_scale_from_a_long_list_beats_the_one_bit_fit(weighted: bool, generat
     grid = Grid(1, -1, True, True)
 
     def error(scale: Tensor) -> Tensor:
-        rounded = round_to(w, scale[:, None], torch.full((6, 1), 0.5), grid)
+        rounded = nearest_level(w, scale[:, None], torch.full((6, 1), 0.5), grid)
         assert torch.allclose(rounded.abs(), scale[:, None] / 2), "levels are +-scale/2"
         return (rounded - w).square().mv(h)
 

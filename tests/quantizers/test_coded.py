@@ -14,9 +14,18 @@ from torch import Tensor
 from llmsqueeze import parts
 from llmsqueeze.measure import costs
 from llmsqueeze.parts import Coded
+from llmsqueeze.parts.coded import code_length
 from llmsqueeze.parts.coding.logsteps import exponents
 from llmsqueeze.quantizers import coded
-from llmsqueeze.quantizers.coded import Integers, code, feedback, regain, row_steps, steadied, sweep
+from llmsqueeze.quantizers.coded import (
+    RoundedToSteps,
+    coordinate_descent,
+    feedback,
+    refit,
+    round_to_steps,
+    row_steps,
+    shrunk_gradient,
+)
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 
 ROWS, COLS = 24, 300  # two full panels and a short one
@@ -52,13 +61,13 @@ def pinned(generator: torch.Generator) -> Tensor:
     return torch.rand(ROWS, COLS, generator=generator) < 0.03
 
 
-def begun(weight: Tensor, steps: Tensor, curvature: Curvature) -> Integers:
+def begun(weight: Tensor, steps: Tensor, curvature: Curvature) -> RoundedToSteps:
     """As `code` begins: exponents of steps, those of the columns from 0 on."""
     row, col = exponents(steps), exponents(curvature.upper.diagonal())
-    return Integers(weight, row + col.min(), col - col.min(), int(row.min() + col.min()) - 32)
+    return RoundedToSteps(weight, row + col.min(), col - col.min(), int(row.min() + col.min()) - 32)
 
 
-def slow_steps(found: Integers) -> Tensor:
+def slow_steps(found: RoundedToSteps) -> Tensor:
     """float64 [rows, cols]."""
     return 2.0 ** ((found.row_exponent[:, None] + found.col_exponent).double() / 16)
 
@@ -98,8 +107,8 @@ def test_feedback_equals_the_column_by_column_form(
     steps = row_steps(weight, multiplier_for(weight, gradient, curvature, bits), gradient)
     start = begun(weight, steps, curvature)
     fast = feedback(weight, start, curvature, pins)
-    assert torch.equal(fast.values, slow_feedback(weight, slow_steps(start), curvature.upper, pins))
-    assert fast.values.abs().max() > 0
+    assert torch.equal(fast.integers, slow_feedback(weight, slow_steps(start), curvature.upper, pins))
+    assert fast.integers.abs().max() > 0
     for field in ("row_exponent", "col_exponent", "lowest"):
         assert getattr(fast, field) is getattr(start, field)
 
@@ -113,8 +122,8 @@ def test_a_sweep_is_coordinate_descent(
     aim = weight.masked_fill(pinned, 0.0) if with_pinned else weight
     steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 2.0), gradient)
     start = feedback(weight, begun(weight, steps, curvature), curvature, pins)
-    found = sweep(start, aim, curvature.H, pins)
-    size, values = slow_steps(start), start.values.clone()
+    found = coordinate_descent(start, aim, curvature.H, pins)
+    size, values = slow_steps(start), start.integers.clone()
     for j in range(COLS):
         tried, errors = [], []
         for change in range(-3, 4):
@@ -126,8 +135,8 @@ def test_a_sweep_is_coordinate_descent(
         values[:, j] = torch.stack(tried).gather(0, best[None])[0]
         if pins is not None:
             values[pins[:, j], j] = 0.0
-    assert torch.equal(found.values, values)
-    assert not torch.equal(found.values, start.values)
+    assert torch.equal(found.integers, values)
+    assert not torch.equal(found.integers, start.integers)
 
 
 def test_a_row_takes_its_least_squares_gain(weight: Tensor, gradient: Tensor, curvature: Curvature) -> None:
@@ -136,13 +145,13 @@ def test_a_row_takes_its_least_squares_gain(weight: Tensor, gradient: Tensor, cu
     right = feedback(weight, begun(weight, steps, curvature), curvature, None)
     off = torch.arange(-12 * 3, 12 * 3, 3)
     wrong = replace(right, row_exponent=right.row_exponent + off, lowest=int(right.row_exponent.min()) - 70)
-    found = regain(wrong, weight, curvature.H)
-    dense = wrong.values * slow_steps(wrong)
+    found = refit(wrong, weight, curvature.H)
+    dense = wrong.integers * slow_steps(wrong)
     for r in range(ROWS):
         best = float((dense[r] @ curvature.H @ weight[r]) / (dense[r] @ curvature.H @ dense[r]))
         moved = int(found.row_exponent[r] - wrong.row_exponent[r])
         assert moved == round(16 * math.log2(min(max(best, 0.25), 4.0)))
-    assert torch.equal(found.values, wrong.values)
+    assert torch.equal(found.integers, wrong.integers)
     assert {-32, 32} <= set((found.row_exponent - wrong.row_exponent).tolist())
 
 
@@ -150,8 +159,8 @@ def test_a_row_takes_its_least_squares_gain(weight: Tensor, gradient: Tensor, cu
 def test_a_gain_that_is_not_better_when_rounded_is_not_taken(sixteenths: float, moved: int) -> None:
     """The middle of two steps is not that of their logarithms."""
     flat, none = Curvature.flat(3, torch.ones(1, dtype=torch.float64)), torch.zeros(3, dtype=torch.long)
-    start = Integers(torch.full((1, 3), 4.0, dtype=torch.float64), torch.tensor([8]), none, 0)
-    found = regain(start, start.dense() * 2 ** (sixteenths / 16), flat.H)
+    start = RoundedToSteps(torch.full((1, 3), 4.0, dtype=torch.float64), torch.tensor([8]), none, 0)
+    found = refit(start, start.dense() * 2 ** (sixteenths / 16), flat.H)
     assert found.row_exponent.tolist() == [8 + moved]
 
 
@@ -162,9 +171,9 @@ def test_gains_stay_within_the_exponents_that_can_be_stored(
     right = feedback(weight, begun(weight, steps, curvature), curvature, None)
     least, most = int(right.row_exponent.min()), int(right.row_exponent.max())
     fine = replace(right, row_exponent=right.row_exponent - 30, lowest=most - 20 - 255)
-    assert int(regain(fine, weight, curvature.H).row_exponent.max()) == most - 20
+    assert int(refit(fine, weight, curvature.H).row_exponent.max()) == most - 20
     coarse = replace(right, row_exponent=right.row_exponent + 30, lowest=least + 20)
-    assert int(regain(coarse, weight, curvature.H).row_exponent.min()) == least + 20
+    assert int(refit(coarse, weight, curvature.H).row_exponent.min()) == least + 20
 
 
 @with_pinned
@@ -179,13 +188,13 @@ def test_neither_gain_nor_sweep_raises_a_rows_error(
     for off in (0, -7, 11):
         state = replace(right, row_exponent=right.row_exponent + off)
         before = row_error(aim - state.dense(), curvature.H)
-        for step in (regain, lambda s, t, H: sweep(s, t, H, pins)) * 3:
-            state = step(state, aim, curvature.H)
+        for update in (refit, lambda s, t, H: coordinate_descent(s, t, H, pins)) * 3:
+            state = update(state, aim, curvature.H)
             after = row_error(aim - state.dense(), curvature.H)
             assert (after <= before * (1 + 1e-6)).all()
             before = after
         if pins is not None:
-            assert (state.values[pins] == 0).all()
+            assert (state.integers[pins] == 0).all()
 
 
 # -------------------------------------------------------------------------------------------------- the whole of it
@@ -197,14 +206,14 @@ def test_rows_are_independent_of_how_many_are_coded_at_once(
 ) -> None:
     pins = pinned if with_pinned else None
     steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 2.5), gradient)
-    whole = code(weight, steps, curvature, pins, ROWS)
+    whole = round_to_steps(weight, steps, curvature, pins, ROWS)
     for some in (7, 23, 1000):
-        found = code(weight, steps, curvature, pins, some)
-        assert torch.equal(found.values, whole.values)
+        found = round_to_steps(weight, steps, curvature, pins, some)
+        assert torch.equal(found.integers, whole.integers)
         assert torch.equal(found.row_exponent, whole.row_exponent)
         assert torch.equal(found.col_exponent, whole.col_exponent)
     if pins is not None:
-        assert (whole.values[pins] == 0).all()
+        assert (whole.integers[pins] == 0).all()
 
 
 def test_what_is_kept_beside_does_not_matter_to_the_rest(
@@ -212,11 +221,11 @@ def test_what_is_kept_beside_does_not_matter_to_the_rest(
 ) -> None:
     """Only that it is kept: its target is delivered whatever it is."""
     steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 2.5), gradient)
-    plain = code(weight, steps, curvature, pinned, ROWS)
-    other = code(weight.masked_fill(pinned, 7.0), steps, curvature, pinned, ROWS)
-    assert torch.equal(other.values, plain.values)
+    plain = round_to_steps(weight, steps, curvature, pinned, ROWS)
+    other = round_to_steps(weight.masked_fill(pinned, 7.0), steps, curvature, pinned, ROWS)
+    assert torch.equal(other.integers, plain.integers)
     assert torch.equal(other.row_exponent, plain.row_exponent)
-    assert not torch.equal(code(weight, steps, curvature, None, ROWS).values, plain.values)
+    assert not torch.equal(round_to_steps(weight, steps, curvature, None, ROWS).integers, plain.integers)
 
 
 def test_gains_and_sweeps_lower_the_error_of_the_feedback(
@@ -227,7 +236,7 @@ def test_gains_and_sweeps_lower_the_error_of_the_feedback(
         steps = row_steps(weight, multiplier_for(weight, gradient, curvature, bits), gradient)
         plain = feedback(weight, begun(weight, steps, curvature), curvature, None)
         before = row_error(weight - plain.dense(), curvature.H)
-        after = row_error(weight - code(weight, steps, curvature, None, ROWS).dense(), curvature.H)
+        after = row_error(weight - round_to_steps(weight, steps, curvature, None, ROWS).dense(), curvature.H)
         assert (after <= before * (1 + 1e-9)).all()
         assert float((gradient * after).sum()) < 0.999 * float((gradient * before).sum())
 
@@ -237,7 +246,7 @@ def test_steps_are_the_multiplier_times_the_factor_over_the_roots_of_the_gradien
 ) -> None:
     """To within two roundings to sixteenths of an octave, where steps are so fine that no gain moves them."""
     multiplier = multiplier_for(weight, gradient, curvature, 8.0)
-    found = code(weight, row_steps(weight, multiplier, gradient), curvature, None, ROWS)
+    found = round_to_steps(weight, row_steps(weight, multiplier, gradient), curvature, None, ROWS)
     wanted = multiplier * curvature.upper.diagonal() / gradient.sqrt()[:, None]
     off = (slow_steps(found) / wanted).log2()
     assert off.abs().max() <= 1 / 16
@@ -263,7 +272,7 @@ def test_rows_and_columns_of_very_different_steps_are_kept_within_a_byte(generat
     curvature = factorize(moments, damp=1e-14)
     weight = torch.randn(31, 40, generator=generator, dtype=torch.float64)
     steps = 2.0 ** torch.linspace(-6, 10, 31, dtype=torch.float64)
-    found = code(weight, steps, curvature, None, 7)
+    found = round_to_steps(weight, steps, curvature, None, 7)
     wanted = steps[:, None] * curvature.upper.diagonal()
     assert int(found.row_exponent.max() - found.row_exponent.min()) <= 255
     assert int(found.col_exponent.max()) == 255
@@ -279,10 +288,10 @@ def test_the_part_stands_for_what_was_chosen_to_the_last_bit(seed: int) -> None:
     weight[torch.rand(17, 90, generator=generator) < 0.02] *= 300
     curvature = factorize(correlated(90, generator).float())
     gradient = 10 ** (6 * torch.rand(17, generator=generator) - 8)
-    found = code(weight, row_steps(weight, 4.0 ** (seed - 7), gradient), curvature, None, 5)
-    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    found = round_to_steps(weight, row_steps(weight, 4.0 ** (seed - 7), gradient), curvature, None, 5)
+    part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert torch.equal(part.dense(), found.dense())
-    assert torch.equal(part.decoded().values(), found.values)
+    assert torch.equal(part.decoded().values(), found.integers)
 
 
 # ----------------------------------------------------------------------------------------------------- water-filling
@@ -323,13 +332,13 @@ def test_every_weight_costs_a_24th_of_the_squared_multiplier(filled: Filled) -> 
         loss = 0.5 * float(gradient @ row_error(weight - plain.dense(), curvature.H))
         expected = (multiplier / finer) ** 2 / 24 * weight.numel()
         assert loss == pytest.approx(expected, rel=0.02)
-        found = code(weight, steps, curvature, None, 256)
+        found = round_to_steps(weight, steps, curvature, None, 256)
         assert 0.8 < 0.5 * float(gradient @ row_error(weight - found.dense(), curvature.H)) / expected < 1
 
 
-def bits_and_loss(found: Integers, filled: Filled) -> tuple[float, float]:
+def bits_and_loss(found: RoundedToSteps, filled: Filled) -> tuple[float, float]:
     weight, gradient, curvature, _ = filled
-    bits, tables = costs.code_length(found.values, found.row_exponent, found.col_exponent)
+    bits, tables = code_length(found.integers, found.row_exponent, found.col_exponent)
     return bits + 8 * tables, 0.5 * float(gradient @ row_error(weight - found.dense(), curvature.H))
 
 
@@ -417,9 +426,9 @@ MOMENTS = {"plain": plain_moments, "none": no_moments, "dead columns": dead_colu
 GRADIENTS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "plain": lambda g: g,
     "none": lambda _: None,
-    "all zero": lambda g: steadied(g * 0, 100),
-    "one row": lambda g: steadied(g * (torch.arange(len(g)) == 4), 10**6),
-    "vanishing": lambda g: steadied(g * 1e-30, 100),
+    "all zero": lambda g: shrunk_gradient(g * 0, 100),
+    "one row": lambda g: shrunk_gradient(g * (torch.arange(len(g)) == 4), 10**6),
+    "vanishing": lambda g: shrunk_gradient(g * 1e-30, 100),
 }
 
 
@@ -434,12 +443,12 @@ def test_hard_cases_give_finite_weights(of_weight: str, of_moments: str, of_grad
     curvature = factorize(MOMENTS[of_moments](correlated(20, generator).float()))
     gradient = GRADIENTS[of_gradient](torch.rand(9, generator=generator) * 1e-4 + 1e-6)
     mean = 1.0 if gradient is None else float(gradient.mean())
-    found = code(weight, row_steps(weight, multiplier * mean**0.5, gradient), curvature, None, 4)
+    found = round_to_steps(weight, row_steps(weight, multiplier * mean**0.5, gradient), curvature, None, 4)
     dense = found.dense()
     assert bool(dense.isfinite().all())
-    assert torch.equal(found.values, found.values.round())
+    assert torch.equal(found.integers, found.integers.round())
     assert (row_error(weight - dense, curvature.H) <= row_error(weight, curvature.H) * (1 + 1e-4) + 1e-30).all()
-    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert torch.equal(part.dense(), dense)
 
 
@@ -447,8 +456,8 @@ def test_hard_cases_give_finite_weights(of_weight: str, of_moments: str, of_grad
 def test_matrices_of_one_row_or_column(shape: tuple[int, int], generator: torch.Generator) -> None:
     weight = torch.randn(shape, generator=generator)
     curvature = factorize(correlated(shape[1], generator).float())
-    found = code(weight, row_steps(weight, 0.01, torch.ones(shape[0])), curvature, None, 64)
-    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    found = round_to_steps(weight, row_steps(weight, 0.01, torch.ones(shape[0])), curvature, None, 64)
+    part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert torch.equal(part.dense(), found.dense())
     assert float((part.dense() - weight).abs().max()) < 0.05
 
@@ -458,9 +467,9 @@ def test_an_enormous_weight_leaves_the_rest_of_its_row_as_good(generator: torch.
     weight = torch.randn(9, 70, generator=generator) * 0.05
     curvature, gradient = factorize(correlated(70, generator).float()), torch.ones(9)
     steps = row_steps(weight, 0.02, gradient)
-    plain = row_error(weight - code(weight, steps, curvature, None, 9).dense(), curvature.H)
+    plain = row_error(weight - round_to_steps(weight, steps, curvature, None, 9).dense(), curvature.H)
     weight[2, 7] = 1e4
-    hurt = row_error(weight - code(weight, steps, curvature, None, 9).dense(), curvature.H)
+    hurt = row_error(weight - round_to_steps(weight, steps, curvature, None, 9).dense(), curvature.H)
     assert float(hurt[2]) < 1.3 * float(plain[2])
     assert torch.equal(hurt[[0, 1, *range(3, 9)]], plain[[0, 1, *range(3, 9)]])
 
@@ -470,22 +479,22 @@ def test_an_enormous_weight_leaves_the_rest_of_its_row_as_good(generator: torch.
 
 def test_few_tokens_draw_gradients_to_their_mean(gradient: Tensor) -> None:
     mean = gradient.mean()
-    assert torch.allclose(steadied(gradient, 0), mean.expand(ROWS))
-    assert torch.allclose(steadied(gradient, 10**12), gradient, rtol=1e-6)
-    away = [(steadied(gradient, tokens) - mean).abs() for tokens in (0, 1, 16, 64, 256, 4096)]
+    assert torch.allclose(shrunk_gradient(gradient, 0), mean.expand(ROWS))
+    assert torch.allclose(shrunk_gradient(gradient, 10**12), gradient, rtol=1e-6)
+    away = [(shrunk_gradient(gradient, tokens) - mean).abs() for tokens in (0, 1, 16, 64, 256, 4096)]
     assert all(bool((more > less).all()) for less, more in itertools.pairwise(away))
-    assert torch.allclose(steadied(gradient, 64), (gradient + mean) / 2), "64 tokens' worth of the mean"
-    assert torch.allclose(steadied(gradient, 500).mean(), mean)
+    assert torch.allclose(shrunk_gradient(gradient, 64), (gradient + mean) / 2), "64 tokens' worth of the mean"
+    assert torch.allclose(shrunk_gradient(gradient, 500).mean(), mean)
 
 
 def test_rows_without_any_gradient_get_a_share_of_the_mean() -> None:
-    found = steadied(torch.tensor([0.0, 3.0, 0.0]), 128)
+    found = shrunk_gradient(torch.tensor([0.0, 3.0, 0.0]), 128)
     assert found.tolist() == pytest.approx([1 / 3, 2 + 1 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 10**9])
 def test_no_gradient_at_all_counts_every_row_alike(tokens: int) -> None:
-    assert steadied(torch.zeros(5), tokens).tolist() == [1.0] * 5
+    assert shrunk_gradient(torch.zeros(5), tokens).tolist() == [1.0] * 5
 
 
 # ------------------------------------------------------------------------------------------- what coding will take
@@ -534,8 +543,8 @@ def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced
     for octave in (-5.0, -3.0, -1.5, 0.0, 1.0):
         log_multiplier, nbytes, loss = points[:, costs.OCTAVES.index(octave)].tolist()
         steps = row_steps(weight, 2.0**log_multiplier, gradient)
-        found = code(weight, steps, curvature, None, len(weight))
-        part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+        found = round_to_steps(weight, steps, curvature, None, len(weight))
+        part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, torch.bfloat16)
         assert parts.nbytes([part]) == pytest.approx(nbytes, rel=0.01 if exact else 0.03)
         made = 0.5 * float(gradient @ curvature.output_error(weight - found.dense()))
         assert made == pytest.approx(loss, rel=1e-3 if exact else 0.03)
@@ -543,9 +552,9 @@ def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced
 
 def test_the_code_length_is_what_streams_and_tables_take(weight: Tensor, curvature: Curvature) -> None:
     steps = row_steps(weight, 1.0, torch.linspace(1000, 40_000, ROWS, dtype=torch.float64))
-    found = code(weight, steps, curvature, None, ROWS)
-    bits, tables = costs.code_length(found.values, found.row_exponent, found.col_exponent)
-    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    found = round_to_steps(weight, steps, curvature, None, ROWS)
+    bits, tables = code_length(found.integers, found.row_exponent, found.col_exponent)
+    part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert tables == len(part.streams.tables)
     streams, escapes = len(part.streams.lengths), part.escape_index.nbytes + part.escape_value.nbytes
     assert bits > 10_000
@@ -559,9 +568,9 @@ def test_numbers_that_no_32_bits_hold_are_not_chosen(of: str, generator: torch.G
     weight = torch.randn(6, 40, generator=generator)
     curvature = factorize(correlated(40, generator).float() * (1e12 if of == "moments" else 1))
     steps = row_steps(weight, 1e-20 if of == "weight" else 1e-9, torch.ones(6))
-    found = code(weight, steps, curvature, None, 3)
-    assert 2**24 < float(found.values.abs().max()) < 2**31
-    part = Coded.from_integers(found.values, found.row_exponent, found.col_exponent, torch.bfloat16)
+    found = round_to_steps(weight, steps, curvature, None, 3)
+    assert 2**24 < float(found.integers.abs().max()) < 2**31
+    part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, torch.bfloat16)
     assert torch.equal(part.dense(), found.dense())
     assert torch.allclose(part.dense(), weight, atol=1e-4)
 
@@ -573,8 +582,8 @@ def test_every_multiplier_has_all_octaves_that_a_byte_holds(generator: torch.Gen
     curvature = factorize(correlated(60, generator).float())
     at, nbytes, loss = costs.coded_points(weight, gradient, curvature)
     for i in (0, 6, len(at) - 1):
-        alone = code(weight, row_steps(weight, 2.0 ** float(at[i]), gradient), curvature, None, 12)
-        part = Coded.from_integers(alone.values, alone.row_exponent, alone.col_exponent, torch.bfloat16)
+        alone = round_to_steps(weight, row_steps(weight, 2.0 ** float(at[i]), gradient), curvature, None, 12)
+        part = Coded.from_integers(alone.integers, alone.row_exponent, alone.col_exponent, torch.bfloat16)
         assert parts.nbytes([part]) == pytest.approx(float(nbytes[i]), rel=0.01, abs=8)
         made = 0.5 * float(gradient @ curvature.output_error(weight - alone.dense()))
         assert made == pytest.approx(float(loss[i]), rel=1e-4)
@@ -586,7 +595,7 @@ def test_hard_cases_have_finite_prices(of_weight: str, of_moments: str) -> None:
     generator = torch.Generator().manual_seed(5)
     weight = WEIGHTS[of_weight](torch.randn(9, 20, generator=generator) * 0.05)
     curvature = factorize(MOMENTS[of_moments](correlated(20, generator).float()))
-    points = costs.coded_points(weight, steadied(torch.zeros(9), 3), curvature)
+    points = costs.coded_points(weight, shrunk_gradient(torch.zeros(9), 3), curvature)
     assert bool(points.isfinite().all())
     assert (points[1] > 0).all()
     assert (points[2] >= 0).all()

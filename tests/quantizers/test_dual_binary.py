@@ -20,7 +20,7 @@ from llmsqueeze.parts import DualBinary, Grid
 from llmsqueeze.publish.show import contents
 from llmsqueeze.quantizers import dual_binary, rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
-from llmsqueeze.quantizers.descent import least_squares, normal_equations, refit, sweep
+from llmsqueeze.quantizers.descent import coordinate_descent, least_squares, normal_equations, refit
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import fit_group
 from llmsqueeze.quantizers.rtn import rtn
@@ -54,8 +54,8 @@ def test_the_initial_scales_round_to_the_nearest_level_exactly(sign: float, gene
     w = torch.randn(50, 64, generator=generator)
     s = sign * (torch.rand(50, generator=generator) + 0.2)
     alpha1, alpha2 = dual_binary.start(s)
-    code = dual_binary.encode(w, alpha1[:, None], alpha2[:, None])
-    found = dual_binary.decode(code, alpha1[:, None], alpha2[:, None])
+    code = dual_binary.nearest_code(w, alpha1[:, None], alpha2[:, None])
+    found = dual_binary.level_of(code, alpha1[:, None], alpha2[:, None])
     assert torch.equal(found, slow_nearest(w, torch.stack([-s, 0 * s, s, 2 * s])))
 
 
@@ -66,7 +66,7 @@ def test_the_bits_follow_the_papers_thresholds(generator: torch.Generator) -> No
     alpha2 = -alpha1 * (0.05 + 0.9 * torch.rand(200, 1, generator=generator))
     b1 = (w - (alpha1 + alpha2) / 2 >= 0).float()
     b2 = (-(w - alpha1 * b1 - alpha2 / 2) >= 0).float()
-    found = dual_binary.decode(dual_binary.encode(w, alpha1, alpha2), alpha1, alpha2)
+    found = dual_binary.level_of(dual_binary.nearest_code(w, alpha1, alpha2), alpha1, alpha2)
     assert torch.allclose(found, alpha1 * b1 + alpha2 * b2)
     levels = torch.stack([alpha2, 0 * alpha1, alpha1 + alpha2, alpha1])[..., 0]
     assert torch.allclose((found - w).abs(), (slow_nearest(w, levels) - w).abs(), atol=1e-6)
@@ -106,8 +106,8 @@ def test_the_search_is_better_than_the_range_and_chooses_the_sign(generator: tor
     grid, h = Grid(2, 32, True, dual=True), torch.rand(32, generator=generator) + 0.1
 
     def error(pair: tuple[Tensor, Tensor]) -> Tensor:
-        code = dual_binary.encode(skewed, pair[0][:, None], pair[1][:, None])
-        return ((dual_binary.decode(code, pair[0][:, None], pair[1][:, None]) - skewed) ** 2 * h).sum(dim=1)
+        code = dual_binary.nearest_code(skewed, pair[0][:, None], pair[1][:, None])
+        return ((dual_binary.level_of(code, pair[0][:, None], pair[1][:, None]) - skewed) ** 2 * h).sum(dim=1)
 
     searched = fit_group(skewed, h, grid, torch.float32)
     assert (error(searched) <= error(fit_group(skewed, None, grid, torch.float32)) * (1 + 1e-6)).all()
@@ -131,8 +131,9 @@ def test_descent_never_raises_a_rows_error(grid, with_pinned, weight, curvature,
     target = weight if pins is None else weight.masked_fill(pins, 0.0)
     state = gptq(weight, grid, torch.bfloat16, curvature, pins, True)
     before = row_error(target - state.dense(), curvature.H)
-    for step in (lambda s: refit(s, target, curvature.H), lambda s: sweep(s, target, curvature.H, pins)) * 2:
-        state = step(state)
+    H = curvature.H
+    for update in (lambda s: refit(s, target, H), lambda s: coordinate_descent(s, target, H, pins)) * 2:
+        state = update(state)
         after = row_error(target - state.dense(), curvature.H)
         assert (after <= before * (1 + 1e-4)).all()
         assert dual_binary.in_order(*state.scales.float().chunk(2, dim=1)).all()

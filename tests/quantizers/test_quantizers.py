@@ -10,9 +10,16 @@ from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
-from llmsqueeze.quantizers.descent import corrected_target, descent, least_squares, normal_equations, refit, sweep
+from llmsqueeze.quantizers.descent import (
+    coordinate_descent,
+    corrected_target,
+    descent,
+    least_squares,
+    normal_equations,
+    refit,
+)
 from llmsqueeze.quantizers.gptq import gptq, panels
-from llmsqueeze.quantizers.grids import fit_group, round_to, storable
+from llmsqueeze.quantizers.grids import fit_group, nearest_level, storable
 from llmsqueeze.quantizers.rtn import rtn
 
 GRIDS = [Grid(b, g, s) for b in (2, 3, 4, 8) for g, s in ((16, True), (24, False), (-1, True), (200, False))]
@@ -61,7 +68,7 @@ def slow_gptq(weight, grid, dtype, curvature, pinned=None, search=False):
         h = curvature.importance[group] if search else None
         scale, zero = fit_group(w[:, group], h, grid, dtype, mask)
         for j in range(group.start, group.stop):
-            rounded = round_to(w[:, j], scale, zero, grid)
+            rounded = nearest_level(w[:, j], scale, zero, grid)
             if pinned is not None:
                 rounded = torch.where(pinned[:, j], weight[:, j], rounded)
             dense[:, j] = rounded
@@ -147,10 +154,10 @@ def test_scale_search_is_the_best_of_its_ratios(weight: torch.Tensor, moments: t
     grid, h = Grid(2, 16, True), moments.diagonal()[:16]
     w = weight[:, :16]
     scale, zero = fit_group(w, h, grid, torch.float16)
-    found = ((round_to(w, scale[:, None], zero[:, None], grid) - w) ** 2 * h).sum(1)
+    found = ((nearest_level(w, scale[:, None], zero[:, None], grid) - w) ** 2 * h).sum(1)
     base = w.abs().amax(1).clamp(min=0) * 2 / 3
     tried = [storable(base * sign * ratio, torch.float16) for sign in (1, -1) for ratio in RATIOS]
-    errors = torch.stack([((round_to(w, s[:, None], zero[:, None], grid) - w) ** 2 * h).sum(1) for s in tried])
+    errors = torch.stack([((nearest_level(w, s[:, None], zero[:, None], grid) - w) ** 2 * h).sum(1) for s in tried])
     assert torch.allclose(found, errors.min(dim=0).values, rtol=1e-5)
     assert torch.equal(scale, scale.half().float()), "the scale is what float16 can hold"
 
@@ -212,8 +219,8 @@ def test_descent_never_raises_a_rows_error(grid, with_pinned, weight, curvature,
     H = curvature.H
     state = gptq(weight, grid, torch.bfloat16, curvature, pins, True)
     before = row_error(target - state.dense(), H)
-    for step in (lambda s: refit(s, target, H), lambda s: sweep(s, target, H, pins)):
-        state = step(state)
+    for update in (lambda s: refit(s, target, H), lambda s: coordinate_descent(s, target, H, pins)):
+        state = update(state)
         after = row_error(target - state.dense(), H)
         assert (after <= before * (1 + 1e-4)).all()
         before = after
@@ -228,7 +235,7 @@ def test_a_sweep_is_coordinate_descent(generator: torch.Generator) -> None:
     H = (x.T @ x / 60).double().float()
     grid = Grid(2, 8, False)
     start = rtn(weight, grid, torch.float32)
-    fast = sweep(start, weight, H, None).codes.float()
+    fast = coordinate_descent(start, weight, H, None).codes.float()
     slow = start.codes.float()
     scale, zero = grid.expand(start.scale, 20), grid.expand(start.zero.float(), 20)
     for r in range(3):
