@@ -30,8 +30,8 @@ RATIOS = [1.05 - 0.7 * i / 28 for i in range(29)]
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight rounded to a grid: codes uint8 [rows, cols]; scale and zero [rows, groups],
-    scale in its stored dtype and zero float32.
+    """A weight rounded to a grid: codes uint8 [rows, cols]; scale [rows, groups] in its stored dtype; zero float32,
+    of the same shape.
 
     It is a sum of planes, each times one scale per group: one plane of levels, or the two planes of a dual grid.
     """
