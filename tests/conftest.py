@@ -52,7 +52,17 @@ def demo_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 
 @pytest.fixture(scope="session")
-def compressed(demo_of: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def verifications() -> dict[str, tuple[Any, Any]]:
+    """kind -> digests and `Computed` that the verification of `compressed(kind)` was given."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    demo_of: Callable[[int], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    verifications: dict[str, tuple[Any, Any]],
+) -> Callable[[str], Path]:
     """kind (`support.KINDS`) -> folder of the two-block demo compressed so; read it, and copy it to change it."""
     folders: dict[str, Path] = {}
 
@@ -63,7 +73,13 @@ def compressed(demo_of: Callable[[int], Path], tmp_path_factory: pytest.TempPath
             out = tmp_path_factory.mktemp("compressed") / kind
             recipe = out.with_suffix(".yaml")
             recipe.write_text(json.dumps(KINDS[kind]))
-            code, _, err = command("quantize", demo_of(2), "--recipe", recipe, "--out", out, "--quiet")
+            from llmsqueeze.formats import verify
+
+            verify_, given = verify.verify, []
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(verify, "verify", lambda *given_: (given.append(given_), verify_(*given_))[1])
+                code, _, err = command("quantize", demo_of(2), "--recipe", recipe, "--out", out, "--quiet")
+            verifications[kind] = given[0][0].digests, given[0][1]
             assert code == 0, err
             folders[kind] = out
         return folders[kind]

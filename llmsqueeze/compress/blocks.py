@@ -120,9 +120,12 @@ def quantize(
         decided = replace(decided, plan=plan)
         write_rest(output, job, recipe, decided, by_weight)
         trust = job.source.trust_remote_code
-        verified = verification.verify(output, witness.meant, place, trust, progress) if witness else None
-        opens = verification.inspected(output, trust)
-    return summarize(job, recipe, decided, output, place, time.monotonic() - start, verified, opens)
+        if witness is not None:
+            verified = verification.verify(output, witness.computed, place, trust, progress)
+            compared, opens = verified.compared, verified.opens
+        else:
+            compared, opens = None, verification.inspected(output, trust)
+    return summarize(job, recipe, decided, output, place, time.monotonic() - start, compared, opens)
 
 
 def summarize(

@@ -33,7 +33,7 @@ from llmsqueeze.evaluation.evaluate import (
     score_text,
 )
 from llmsqueeze.files import COMPARISON, SIDECAR, write_json
-from llmsqueeze.formats.check import form_of
+from llmsqueeze.formats.entries import format_of
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.linears import find_blocks, find_linears
@@ -167,7 +167,7 @@ def contenders(
                 "was not made of it, so they cannot be compared"
             )
         sizes = checkpoint.nbytes, bits_per_weight(checkpoint, model, linears)
-        kind = "original" if name == original else form_of(checkpoint)
+        kind = "original" if name == original else format_of(checkpoint)
         found.append(Contender(name, kind, partial(open_model, name, device, trust_remote_code), sizes))
     for kind in bnb_types:
         load = partial(bnb.load, kind=kind)

@@ -36,18 +36,24 @@ class Entry:
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
     """Whether the folder is in one of our formats."""
-    return _method(checkpoint) in (native.METHOD, compressed_tensors.METHOD)
+    return format_of(checkpoint) in (native.METHOD, compressed_tensors.METHOD)
+
+
+def format_of(checkpoint: Checkpoint) -> str:
+    """llmsqueeze, compressed-tensors, dense, or another tool's name for its format."""
+    config = checkpoint.config.get("quantization_config")
+    return str(config.get("quant_method")) if isinstance(config, dict) else "dense"
 
 
 def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     """linear -> what the folder holds of it. Raises UnsupportedError for a format that we do not read."""
     config: Any = checkpoint.config.get("quantization_config")
-    method = _method(checkpoint)
+    method = format_of(checkpoint)
     if method == native.METHOD:
         return {name: _native(name, entry) for name, entry in native.weight_entries(config).items()}
     if method == compressed_tensors.METHOD:
         return _compressed_tensors(checkpoint, config)
-    raise UnsupportedError(f"{checkpoint.path} was not compressed by llmsqueeze (its config has {method})")
+    raise UnsupportedError(f"{checkpoint.path} was not compressed by llmsqueeze (its format is {method})")
 
 
 def read_parts(checkpoint: Checkpoint, entry: Entry, device: torch.device | str = "cpu") -> list[Part]:
@@ -77,11 +83,6 @@ def native_config(entries: Mapping[str, Entry]) -> dict[str, Any]:
     """The native format's `quantization_config` for linears that are in whichever of our formats."""
     weights = {name: {"shape": list(entry.shape), "parts": list(entry.specs)} for name, entry in entries.items()}
     return {"quant_method": native.METHOD, "format_version": native.FORMAT_VERSIONS[-1], "weights": weights}
-
-
-def _method(checkpoint: Checkpoint) -> str:
-    config = checkpoint.config.get("quantization_config")
-    return str(config.get("quant_method")) if isinstance(config, dict) else "no quantization"
 
 
 def _native(linear: str, entry: Mapping[str, Any]) -> Entry:

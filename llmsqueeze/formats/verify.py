@@ -1,15 +1,15 @@
-"""What was written is read back from disk and compared with what was meant; what differs does not get its final name.
+"""A folder is read back from disk after it is written; one that differs from what was meant does not get its name.
 
-Bit by bit: every tensor of the file against the one that was handed to the writer, and every compressed linear's
-weight, put together again from the file by what `config.json` says of it, against the weight that was computed with.
-Then a short sample runs through the model that the folder describes, block by block, and every block's output is
-compared with what the same block made of it while it was compressed. Digests stand for the tensors, so that nothing
-but a few activations is kept. Memory: one decoder block.
+One reading (inspection/reading.py) compares every tensor with the tensor that was handed to the writer, and every
+compressed linear's weight, put together from the file as `config.json` says, with the weight that was computed with.
+A short sample runs through the blocks as they are read, and each block's output is compared with its output when it
+was compressed. The same reading serves the checks of `check`. Digests stand for the tensors. Memory: one decoder block
+and a few activations; at the start, the embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,39 +19,57 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationError
-from llmsqueeze.formats.check import check
-from llmsqueeze.formats.entries import Entry, is_compressed, read_entries, read_parts
+from llmsqueeze.formats.check import check, form_errors
 from llmsqueeze.formats.folder import Output, digest, settle
+from llmsqueeze.formats.inspection.reading import (
+    Expected,
+    Findings,
+    Folder,
+    Reading,
+    failed_check,
+    open_folder,
+)
+from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.linears import as_rows
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.linears import as_rows, find_blocks
 from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 
 TOKENS = 32  # of the sample
 TOLERANCE = 1e-4  # of a block's largest output; the same operations on the same device give the same bits
+CPU = torch.device("cpu")
 
 
 @dataclass
-class Meant:
-    """What the folder is meant to hold: linear -> digest of its weight (float32, [rows, cols]); which of them are
-    embeddings or head; blocks' outputs."""
+class Computed:
+    """What the run computed with. weights: linear -> digest of its weight (float32, [rows, cols]), None if not known;
+    sample: tokens [1, length]; outputs: each block's output for the sample."""
 
-    weights: dict[str, bytes] = field(default_factory=dict)
-    ends: tuple[str, ...] = ()
+    weights: dict[str, bytes] | None = field(default_factory=dict)
     sample: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Verified:
+    """compared: how many tensors, weights and blocks were compared, and the largest difference of an output, relative
+    to the largest output of its block. opens: runtime -> why it does not open the folder, "" if it does."""
+
+    compared: dict[str, float]
+    opens: dict[str, str]
+
+
 class Witness:
-    """Sees every block while it is compressed: notes its weights, and what it makes of a short sample."""
+    """Sees every block while it is compressed: notes its weights, and its output for a short sample."""
 
     def __init__(self, walk: Walk, seed: int, progress: Progress) -> None:
-        """`walk`: that of the run; the sample is the beginning of its first, or random tokens where it has none."""
-        self.meant = Meant()
+        """`walk`: that of the run; the sample is the beginning of its first, or random tokens if it has none."""
+        self.computed = Computed()
+        self._weights: dict[str, bytes] = {}
+        self.computed.weights = self._weights
         vocabulary, _ = walk.skeleton.embedding_shape
         row = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
         if walk.samples:
@@ -59,79 +77,77 @@ class Witness:
         self._walk = Walk(walk.skeleton, [row], walk.spill, walk.dtype, walk.device)
         try:
             self._hidden = next(self._walk.embed().each(walk.device))
-            self.meant.sample = row
+            self.computed.sample = row
         except UnsupportedError as error:  # rounding alone needs no walk
             progress.note(f"no forward pass in the verification: {error}")
 
     def see_ends(self, weights: Mapping[str, Tensor]) -> None:
-        """Embeddings and head, by their modules' names, where they are compressed."""
-        self.meant.weights |= {name: digest(weight) for name, weight in weights.items()}
-        self.meant.ends = tuple(weights)
+        """Compressed embeddings and head, by the names of their modules."""
+        self._weights |= {name: digest(weight) for name, weight in weights.items()}
 
     def see(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Block `index` is resident and computes with `weights`, given as the modules store them."""
         for name, weight in weights.items():
-            self.meant.weights[name] = digest(as_rows(self._walk.skeleton.module(name), weight))
-        if self.meant.sample is not None:
+            self._weights[name] = digest(as_rows(self._walk.skeleton.module(name), weight))
+        if self.computed.sample is not None:
             with self._walk.skeleton.using(weights), torch.no_grad():
                 self._hidden = self._walk.run(index, 0, self._hidden)
-            self.meant.outputs.append(self._hidden.cpu())
+            self.computed.outputs.append(self._hidden.cpu())
 
 
 def verify(
-    output: Output, meant: Meant, device: torch.device, trust_remote_code: bool, progress: Progress
-) -> dict[str, float]:
-    """Compares the finished folder with what was meant; returns how much was compared, and the largest difference of an
-    output, relative to the block's largest. Raises VerificationError."""
+    output: Output,
+    computed: Computed,
+    device: torch.device = CPU,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Verified:
+    """Reads the finished folder once, and compares and checks it. Raises VerificationError."""
     with doubts(output.partial):
-        checkpoint = open_checkpoint(output.partial)
-        read_back(checkpoint, output.digests)
-        compare_weights(checkpoint, meant.weights, device)
+        folder = open_folder(open_checkpoint(output.partial), trust_remote_code)
+        findings = Findings(form_errors(folder))
+        expected = Expected(output.digests, computed.weights)
+        reading = Reading(folder, expected, device, sound=not findings.errors)
+        reading.compare_names()
         largest = 0.0
-        if meant.sample is not None:
-            skeleton = compressed_skeleton(checkpoint, trust_remote_code, compressed_ends(checkpoint, meant))
-            largest = compare_outputs(skeleton, meant.sample, meant.outputs, device, output.partial, progress)
-    return {
+        if computed.sample is not None and not findings.errors:
+            with Spill(parent=output.partial) as spill:
+                largest = rerun(folder, reading, computed, device, spill, progress or Progress())
+        reading.rest()
+        findings.errors += reading.errors
+        add_obstacles(folder, findings)
+        if findings.errors:
+            raise VerificationError(failed_check(findings.errors[0]))
+    compared = {
         "tensors": len(output.digests),
-        "weights": len(meant.weights),
-        "blocks": len(meant.outputs),
+        "weights": len(computed.weights or ()),
+        "blocks": len(computed.outputs),
         "largest_difference": largest,
     }
-
-
-def compressed_ends(checkpoint: Checkpoint, meant: Meant) -> dict[str, Callable[[], Tensor]]:
-    """What makes the weights of compressed embeddings and head from the file."""
-    entries = read_entries(checkpoint)
-    return {
-        f"{name}.weight": partial(_dense_weight, checkpoint, entries[name]) for name in meant.ends if name in entries
-    }
-
-
-def _dense_weight(checkpoint: Checkpoint, entry: Entry) -> Tensor:
-    return parts.sum_of_parts(read_parts(checkpoint, entry))
+    return Verified(compared, findings.verdicts())
 
 
 def inspected(output: Output, trust_remote_code: bool = False) -> dict[str, str]:
-    """What `check` says of the finished folder: target -> why it does not open, "" if it does.
+    """The verdicts of `check` on the finished folder: runtime -> why it does not open it, "" if it does.
 
     Raises VerificationError if the folder is not sound.
     """
     with doubts(output.partial):
-        found = check(str(output.partial), trust_remote_code=trust_remote_code)
-        if found["errors"]:
-            raise VerificationError(f"what was written does not pass the check: {found['errors'][0]}")
-    verdicts: dict[str, str] = found["verdicts"]
+        result = check(str(output.partial), trust_remote_code=trust_remote_code)
+        if result["errors"]:
+            raise VerificationError(failed_check(result["errors"][0]))
+    verdicts: dict[str, str] = result["verdicts"]
     return verdicts
 
 
 @contextmanager
 def doubts(folder: Path) -> Iterator[None]:
-    """What cannot even be read back is a failed verification too."""
+    """A folder that cannot be read back has failed the verification too."""
     try:
         yield
     except (CheckpointError, UnsupportedError) as error:
         raise VerificationError(
-            f"what was written cannot be read back: {error}; the result stays in {folder}"
+            f"the folder that was written cannot be read back: {error}; the result stays in {folder}"
         ) from error
     except VerificationError as error:
         raise VerificationError(f"{error}; the result stays in {folder}, and is not to be used") from error
@@ -139,76 +155,86 @@ def doubts(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def named(weight: str) -> Iterator[None]:
-    """A weight that fails while it is made is named."""
+    """The message of a weight's failure gets its name."""
     try:
         yield
     except VerificationError as error:
         raise VerificationError(f"{weight}: {error}") from error
 
 
-def read_back(checkpoint: Checkpoint, written: Mapping[str, bytes]) -> None:
-    """Raises VerificationError unless the folder holds these tensors, bit by bit, and no others."""
-    if different := sorted(set(written) ^ set(checkpoint.tensors)):
-        raise VerificationError(f"{different[0]} was written, or can be read, but not both")
-    for name, expected in written.items():
-        if digest(checkpoint.read_raw(name)) != expected:
-            raise VerificationError(
-                f"{name} in {checkpoint.tensors[name].file.name} is not what was written: disk or memory are faulty"
-            )
-
-
-def same_tensors(file: Path, meant: Mapping[str, Tensor]) -> None:
+def same_tensors(file: Path, expected: Mapping[str, Tensor]) -> None:
     """Raises VerificationError unless the file holds these tensors, bit by bit."""
     settle(file)
-    with safe_open(file, framework="pt") as held:
-        names = set(held.keys())
-        wrong = next((n for n in meant if n not in names or digest(held.get_tensor(n)) != digest(meant[n])), None)
+    with safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
+        different = (n for n, t in expected.items() if n not in names or digest(stored.get_tensor(n)) != digest(t))
+        wrong = next(different, None)
     if wrong is not None:
         raise VerificationError(f"{wrong} in {file} is not what was written: disk or memory are faulty")
 
 
-def compare_weights(checkpoint: Checkpoint, meant: Mapping[str, bytes], device: torch.device | str = "cpu") -> None:
-    """Raises VerificationError unless the config describes these linears, and their parts sum to these weights."""
-    entries = read_entries(checkpoint) if is_compressed(checkpoint) else {}
-    if different := sorted(set(entries) ^ set(meant)):
-        raise VerificationError(f"the config and what was compressed differ over {different[0]}")
-    for name, entry in entries.items():
-        if digest(parts.sum_of_parts(read_parts(checkpoint, entry, device))) != meant[name]:
-            raise VerificationError(f"{name}, put together from the file, is not the weight that was meant")
-
-
-def compare_outputs(
-    skeleton: Skeleton, sample: Tensor, expected: list[Tensor], device: torch.device, work: Path, progress: Progress
+def rerun(
+    folder: Folder, reading: Reading, computed: Computed, device: torch.device, spill: Spill, progress: Progress
 ) -> float:
-    """The largest difference between a block's output and what is expected, relative to the block's largest output.
-
-    Raises VerificationError for more than the tolerance.
-    """
-    entries, largest = read_entries(skeleton.checkpoint), 0.0
-    if len(skeleton.blocks) != len(expected):
-        raise VerificationError(f"the folder describes {len(skeleton.blocks)} blocks, not {len(expected)}")
-    with Spill(parent=work) as spill, torch.no_grad():
-        walk = Walk(skeleton, [sample], spill, torch.float32, device)
+    """Runs the sample through the blocks while they are read; returns the largest difference between a block's output
+    and the computed one, relative to the block's largest output. Raises VerificationError above the tolerance."""
+    resident: dict[str, Tensor] = {}  # what the model may ask for at this moment
+    skeleton = skeleton_on(folder, resident)
+    if len(skeleton.blocks) != len(computed.outputs):
+        raise VerificationError(f"the folder describes {len(skeleton.blocks)} blocks, not {len(computed.outputs)}")
+    assert computed.sample is not None
+    walk, largest = Walk(skeleton, [computed.sample], spill, torch.float32, device), 0.0
+    with torch.no_grad():
+        resident |= outside_blocks(skeleton, folder, reading)
+        first = kept_in(skeleton, 0, reading)  # the walk probes the first block too
+        resident |= first
         hidden = next(walk.embed().each(device))
-        for index in progress.over(range(len(expected)), "verify", len(expected)):
-            with walk.resident_block(index):
-                weights = {
-                    name: as_rows(
-                        skeleton.module(name),
-                        parts.sum_of_parts(read_parts(skeleton.checkpoint, entries[name], device)),
-                    ).contiguous()
-                    for name in skeleton.linears[index]
-                    if name in entries
-                }
-                with skeleton.using(weights):
-                    hidden = walk.run(index, 0, hidden)
-            wanted = expected[index].to(hidden)
-            scale = float(wanted.abs().max().clamp(min=1e-30))
-            difference = float((hidden - wanted).abs().max()) / scale
-            if not difference <= TOLERANCE:
-                raise VerificationError(
-                    f"the output of {skeleton.blocks[index]} differs by {difference:.2g} of its largest value from "
-                    "what it was while it was compressed"
-                )
-            largest = max(largest, difference)
+        for index in progress.over(range(len(computed.outputs)), "verify", len(computed.outputs)):
+            resident.clear()
+            resident |= kept_in(skeleton, index, reading) if index else first
+            weights = {
+                name: as_rows(skeleton.module(name), reading.weight(name)).contiguous()
+                for name in skeleton.linears[index]
+                if name in folder.entries
+            }
+            with walk.resident_block(index), skeleton.using(weights):
+                hidden = walk.run(index, 0, hidden)
+            largest = max(largest, difference(hidden, computed.outputs[index].to(hidden), skeleton.blocks[index]))
     return largest
+
+
+def skeleton_on(folder: Folder, resident: Mapping[str, Tensor]) -> Skeleton:
+    """The folder's model, whose parameters come from `resident` when they are asked for; compressed linears in blocks
+    have none."""
+    inside = tuple(f"{block}." for block in find_blocks(folder.model))
+    ends = [f"{name}.weight" for name in folder.entries if not name.startswith(inside)]
+    sources = {name: partial(resident.__getitem__, name) for name in (*folder.checkpoint.tensors, *ends)}
+    return compressed_skeleton(folder.checkpoint, folder.trust_remote_code, sources)
+
+
+def outside_blocks(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict[str, Tensor]:
+    """The parameters outside the blocks that embedding needs: all but an untied head."""
+    heads = {f"{name}.weight" for name in skeleton.outer[1:]}
+    tensors = {}
+    for name in skeleton.names_outside_blocks():
+        linear = name.removesuffix(".weight")
+        if name not in heads:
+            tensors[name] = reading.weight(linear) if linear in folder.entries else reading.kept(name)
+    return tensors
+
+
+def kept_in(skeleton: Skeleton, index: int, reading: Reading) -> dict[str, Tensor]:
+    """The tensors of a block that are not compressed."""
+    return {name: reading.kept(name) for name in skeleton.names_in(skeleton.blocks[index])}
+
+
+def difference(output: Tensor, computed: Tensor, block: str) -> float:
+    """Relative to the largest computed value. Raises VerificationError above the tolerance."""
+    scale = float(computed.abs().max().clamp(min=1e-30))
+    relative = float((output - computed).abs().max()) / scale
+    if not relative <= TOLERANCE:
+        raise VerificationError(
+            f"the output of {block} differs by {relative:.2g} of its largest value from its output when it was "
+            "compressed"
+        )
+    return relative

@@ -157,14 +157,14 @@ def test_damage_is_found_and_named(damage: str, made: Callable[[str], Path], tmp
 
 
 def test_bits_beyond_the_last_column_are_found() -> None:
-    from llmsqueeze.formats.check import _beyond
+    from llmsqueeze.formats.inspection.integrity import padding_errors
 
     clean = torch.zeros(2, 4, dtype=torch.int32)
     clean[:, -1] = 0b111
-    assert list(_beyond("x", clean, 99)) == []
+    assert list(padding_errors("x", clean, 99)) == []
     clean[1, -1] = 0b1000
-    assert list(_beyond("x", clean, 99)) == ["x has bits set beyond its last column"]
-    assert list(_beyond("x", torch.full((2, 4), -1, dtype=torch.int32), 128)) == []
+    assert list(padding_errors("x", clean, 99)) == ["x has bits set beyond its last column"]
+    assert list(padding_errors("x", torch.full((2, 4), -1, dtype=torch.int32), 128)) == []
 
 
 def test_files_with_more_in_them_than_tensors_are_found(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_files_with_more_in_them_than_tensors_are_found(made: Callable[[str], Pa
     sidecar = tmp_path / "out" / "llmsqueeze.json"
     told = json.loads(sidecar.read_text())
     sidecar.write_text(json.dumps(told | {"nbytes": told["nbytes"] + 1}))
-    assert "speaks of" in check(str(tmp_path / "out"))["errors"][0]
+    assert "bytes of weights; there are" in check(str(tmp_path / "out"))["errors"][0]
     sidecar.write_text(json.dumps(told))
     shard = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])

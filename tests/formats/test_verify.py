@@ -1,54 +1,57 @@
-"""What was written is read back: one wrong byte, between writing and verifying, keeps the result from its name."""
+"""A folder is read back: one wrong byte, between writing and verifying, keeps it from its name."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import KINDS, TEXT, command
 from torch import Tensor
-from typer.testing import CliRunner
 
 from llmsqueeze import parts
-from llmsqueeze.cli.app import app
 from llmsqueeze.compress import blocks, weight
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.formats import export
 from llmsqueeze.formats import verify as verification
+from llmsqueeze.formats.check import check
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.folder import Output, digest
+from llmsqueeze.model import checkpoint as checkpoints
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.recipe.bundled import make_recipe
 
-QUICK = {"method": "rtn", "bits": 3}
-RECIPES: dict[str, dict[str, Any]] = {
-    "portable": {**QUICK, "group_size": 64},
-    "native": {**QUICK, "portable": False},
-    "outliers": {"method": "gwq", "quantizer": "rtn", "bits": 3, "outlier_ranking": "magnitude"},
-    "dual": {"method": "dbllm", "quantizer": "rtn"},
-    "rows": {"method": "mixllm", "quantizer": "rtn", "importance": "random"},
-    "factors": {**QUICK, "lorc_rank": 2, "lorc": "plain"},
-}
-LINEAR = "model.layers.2.mlp.up_proj"
+LINEAR = "model.layers.1.mlp.up_proj"
 
 
-def between(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
-    """`damage` is done to the folder when all is written and nothing is verified."""
-    verify = blocks.verification.verify
+Damage = Callable[[Path], None]
 
-    def damaged(output: Output, *rest: Any) -> Any:
+
+@pytest.fixture
+def verified_copy(
+    compressed: Callable[[str], Path], verifications: dict[str, Any], tmp_path: Path
+) -> Callable[..., verification.Verified]:
+    """(kind, damage) -> the verification of a copy of that folder, damaged between writing and verifying."""
+
+    def verify(kind: str, damage: Damage = lambda _: None) -> verification.Verified:
+        output = Output(tmp_path / "out", 1)
+        shutil.copytree(compressed(kind), output.partial)
+        output.digests, computed = verifications[kind]
         damage(output.partial)
-        return verify(output, *rest)
+        return verification.verify(output, computed)
 
-    monkeypatch.setattr(blocks.verification, "verify", damaged)
+    return verify
 
 
-def place_of(folder: Path, name: str) -> tuple[Path, int, int]:
-    """The file of a tensor, and where in it its bytes begin and end."""
+def position(folder: Path, name: str) -> tuple[Path, int, int]:
+    """The file of a tensor, and the first byte of it there and the one behind its last."""
     file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -62,66 +65,133 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(bytes(raw))
 
 
-def flips(name: str, share: float) -> Callable[[Path], None]:
+def flips(name: str, share: float) -> Damage:
     """One byte of a tensor, at that share of its length, changes."""
 
     def damage(folder: Path) -> None:
-        file, begin, end = place_of(folder, name)
+        file, begin, end = position(folder, name)
         flip(file, begin + int(share * (end - begin - 1)))
 
     return damage
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_all_is_read_back_and_equal(name: str, tmp_path: Path) -> None:
-    made = blocks.quantize("demo", make_recipe(RECIPES[name]), tmp_path / "out")
-    checkpoint = open_checkpoint(tmp_path / "out")
-    assert made.verified == {
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    """How often each tensor was read from disk, by the folder of its file and its name."""
+    count: Counter[tuple[str, str]] = Counter()
+
+    class Counted:
+        def __init__(self, file: Path, **options: Any) -> None:
+            self.folder, self.file = file.parent.name, safe_open(file, **options)
+
+        def __enter__(self) -> Counted:
+            self.opened = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.opened, name)
+
+        def get_tensor(self, name: str) -> Tensor:
+            count[self.folder, name] += 1
+            tensor: Tensor = self.opened.get_tensor(name)
+            return tensor
+
+    monkeypatch.setattr(checkpoints, "safe_open", Counted)
+    return count
+
+
+def once(folder: Path) -> Counter[tuple[str, str]]:
+    return Counter({(folder.name, name): 1 for name in open_checkpoint(folder).tensors})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_reading_compares_everything(
+    kind: str,
+    compressed: Callable[[str], Path],
+    verified_copy: Callable[..., verification.Verified],
+    reads: Counter[tuple[str, str]],
+    tmp_path: Path,
+) -> None:
+    folder = compressed(kind)
+    reads.clear()
+    verified = verified_copy(kind)
+    assert reads == once(tmp_path / "out.partial"), "each tensor is read once"
+    checkpoint = open_checkpoint(folder)
+    assert verified.compared == {
         "tensors": len(checkpoint.tensors),
         "weights": len(read_entries(checkpoint)),
-        "blocks": 4,
+        "blocks": 2,
         "largest_difference": 0.0,
     }
-    assert made.opens["native"] == ""
-    assert (made.opens["transformers"] == "") is (made.format == "compressed-tensors")
+    assert verified.opens == check(str(folder))["verdicts"]
+    assert verified.opens["native"] == ""
+    assert (verified.opens["transformers"] == "") is (kind == "portable")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("kind", ["portable", "coded"])
+def test_check_reads_every_tensor_once(
+    kind: str, compressed: Callable[[str], Path], reads: Counter[tuple[str, str]]
+) -> None:
+    folder = compressed(kind)
+    reads.clear()
+    assert check(str(folder))["sound"]
+    assert reads == once(folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_untied_heads_and_transposed_weights_are_read_once(
+    architecture: str, random_model: Callable[..., Path], reads: Counter[tuple[str, str]], tmp_path: Path
+) -> None:
+    recipe = make_recipe({"method": "rtn", "bits": 4, "group_size": 16})
+    summary = blocks.quantize(str(random_model(architecture)), recipe, tmp_path / "out")
+    assert summary.verified is not None
+    assert summary.verified["blocks"] == 3
+    back = {name: times for (folder, name), times in reads.items() if folder == "out.partial"}
+    assert back == dict.fromkeys(open_checkpoint(tmp_path / "out").tensors, 1)
+
+
 @pytest.mark.parametrize(
-    ("recipe", "tensor"),
+    ("kind", "tensor", "share"),
     [
-        ("portable", f"{LINEAR}.weight_packed"),
-        ("portable", f"{LINEAR}.weight_scale"),
-        ("portable", f"{LINEAR}.weight_shape"),
-        ("portable", "model.layers.3.input_layernorm.weight"),
-        ("portable", "model.embed_tokens.weight"),
-        ("outliers", f"{LINEAR}.parts.1.index"),
-        ("dual", f"{LINEAR}.parts.0.plane2"),
-        ("rows", f"{LINEAR}.parts.0.rows"),
-        ("factors", f"{LINEAR}.parts.1.left"),
+        ("portable", f"{LINEAR}.weight_packed", 0.4),
+        ("portable", f"{LINEAR}.weight_scale", 0.0),
+        ("portable", f"{LINEAR}.weight_shape", 0.0),
+        ("portable", f"{LINEAR}.weight_shape", 1.0),
+        ("portable", "model.layers.1.input_layernorm.weight", 1.0),
+        ("portable", "model.embed_tokens.weight", 0.4),
+        ("outliers", f"{LINEAR}.parts.1.index", 1.0),
+        ("dual", f"{LINEAR}.parts.0.plane2", 0.0),
+        ("rows", ".parts.0.rows", 0.4),
+        ("factors", f"{LINEAR}.parts.1.left", 1.0),
+        ("coded", f"{LINEAR}.parts.0.words", 0.4),
+        ("packed", f"{LINEAR}.parts.0.tables", 0.0),
     ],
 )
 def test_one_wrong_byte_is_found_and_named(
-    recipe: str, tensor: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tensor: str, share: float, verified_copy: Callable[..., Any], verifications: dict[str, Any]
 ) -> None:
-    between(monkeypatch, flips(tensor, share))
-    with pytest.raises(VerificationError, match=tensor.replace(".", r"\.")):
-        blocks.quantize("demo", make_recipe(RECIPES[recipe]), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    assert (tmp_path / "out.partial" / "config.json").exists()
-
-
-def test_a_damaged_header_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def damage(folder: Path) -> None:
-        flip(place_of(folder, f"{LINEAR}.weight_packed")[0], 20)
+        tensors.extend(name for name in verifications[kind][0] if name.endswith(tensor))
+        flips(tensors[-1], share)(folder)
 
-    between(monkeypatch, damage)
+    tensors: list[str] = []
+    with pytest.raises(VerificationError, match=r"(\S+) in .* is not what was written") as failure:
+        verified_copy(kind, damage)
+    assert str(failure.value).startswith(tensors[-1])
+
+
+def test_a_damaged_header_is_found(verified_copy: Callable[..., Any]) -> None:
+    def damage(folder: Path) -> None:
+        flip(position(folder, f"{LINEAR}.weight_packed")[0], 20)
+
     with pytest.raises(VerificationError, match=r"cannot be read back|but not both"):
-        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
-    assert (tmp_path / "out.partial").is_dir()
+        verified_copy("portable", damage)
 
 
-def edits_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+def edits_config(change: Callable[[dict[str, Any]], None]) -> Damage:
     def damage(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         change(config)
@@ -146,20 +216,30 @@ def half(config: dict[str, Any]) -> None:
     config["quantization_config"]["weights"][LINEAR]["parts"][0]["half"] = True
 
 
+def fewer(config: dict[str, Any]) -> None:
+    config["num_hidden_layers"] = 1
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(rope, "output of model.layers.0"), (drop, LINEAR), (half, f"{LINEAR}, put together"), (zeros, r"lacks .*\.zero")],
+    [
+        (rope, r"output of model\.layers\.0"),
+        (drop, LINEAR),
+        (half, f"{LINEAR}, put together"),
+        (zeros, rf"{LINEAR}.*\.zero is missing"),
+        (fewer, r"does not pass the check: .*layers\.1"),
+    ],
 )
 def test_a_config_that_says_something_else_is_found(
-    change: Callable[[dict[str, Any]], None], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[dict[str, Any]], None], words: str, verified_copy: Callable[..., Any]
 ) -> None:
-    between(monkeypatch, edits_config(change))
     with pytest.raises(VerificationError, match=words):
-        blocks.quantize("demo", make_recipe(RECIPES["native"]), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        verified_copy("native", edits_config(change))
 
 
-def test_weights_that_change_places_are_found_by_their_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_weights_are_found_by_their_weight(
+    demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tensors are all there and sound, only under each other's names: as a wrong map of names would write them."""
     stored = blocks.compressed_tensors.stored_tensors
 
@@ -170,72 +250,84 @@ def test_weights_that_change_places_are_found_by_their_weight(tmp_path: Path, mo
 
     monkeypatch.setattr(blocks.compressed_tensors, "stored_tensors", swapped)
     with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.[qo]_proj, put together from the file"):
-        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
+        blocks.quantize(str(demo_of(1)), make_recipe(KINDS["portable"]), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert (tmp_path / "out.partial" / "config.json").exists()
 
 
 def test_codes_that_are_packed_wrongly_are_found_before_they_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = parts.affine.bitpack.pack
     monkeypatch.setattr(parts.affine.bitpack, "pack", lambda codes, bits: pack(codes.clamp(max=5), bits))
-    with pytest.raises(VerificationError, match=r"model\.layers\.0\.\S+: the packed codes on 3 bit"):
-        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out")
+    with pytest.raises(VerificationError, match=r"model\.layers\.0\.\S+: the packed codes on 4 bit"):
+        blocks.quantize(str(demo_of(1)), make_recipe(KINDS["portable"]), tmp_path / "out")
     assert weight.VerificationError is VerificationError
 
 
-def test_without_verification_the_check_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_verification_the_check_is_left(
+    demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale of zero is what was meant, and is wrong all the same: the folder does not get its name."""
+
     def refuse(*_: Any) -> None:
         raise AssertionError("nothing is to be verified")
 
     monkeypatch.setattr(blocks.verification, "verify", refuse)
-    made = blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out", verify=False)
-    assert made.verified is None
-    assert made.opens["transformers"] == ""
-
-
-def test_what_fails_the_check_does_not_get_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scale of zero is what was meant, and is wrong all the same."""
+    recipe = make_recipe(KINDS["portable"])
+    summary = blocks.quantize(str(demo_of(1)), recipe, tmp_path / "sound", verify=False)
+    assert summary.verified is None
+    assert summary.opens["transformers"] == ""
     stored = blocks.compressed_tensors.stored_tensors
 
     def zeroed(linear: str, weight_parts: Any) -> dict[str, Tensor]:
-        made = stored(linear, weight_parts)
-        return made | {name: t * 0 for name, t in made.items() if name.endswith("weight_scale")}
+        tensors = stored(linear, weight_parts)
+        return tensors | {name: t * 0 for name, t in tensors.items() if name.endswith("weight_scale")}
 
     monkeypatch.setattr(blocks.compressed_tensors, "stored_tensors", zeroed)
     with pytest.raises(VerificationError, match=r"does not pass the check: .*weight_scale holds zeros"):
-        blocks.quantize("demo", make_recipe(RECIPES["portable"]), tmp_path / "out", verify=False)
+        blocks.quantize(str(demo_of(1)), recipe, tmp_path / "out", verify=False)
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_ends_with_2_and_the_next_run_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["quantize", "demo", "--method", "rtn", "--bits", "3", "--out", str(tmp_path / "out"), "-q"]
+def test_the_command_ends_with_2_and_the_next_run_begins_anew(
+    demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify, linear = verification.verify, "model.layers.0.mlp.up_proj"
+
+    def damaged(output: Output, *rest: Any) -> Any:
+        flips(f"{linear}.weight_packed", 0.5)(output.partial)
+        return verify(output, *rest)
+
+    run = ["quantize", demo_of(1), "--method", "rtn", "--bits", "3", "--out", tmp_path / "out", "-q"]
     with monkeypatch.context() as patched:
-        between(patched, flips(f"{LINEAR}.weight_packed", 0.5))
-        ended = CliRunner().invoke(app, command)
-    assert ended.exit_code == 2
-    assert f"{LINEAR}.weight_packed" in ended.output
-    assert "out.partial" in ended.output
-    assert "Traceback" not in ended.output
-    assert CliRunner().invoke(app, command).exit_code == 0
+        patched.setattr(blocks.verification, "verify", damaged)
+        code, out, err = command(*run)
+    assert code == 2
+    assert f"{linear}.weight_packed" in err
+    assert "out.partial" in err
+    assert "Traceback" not in out + err
+    assert command(*run)[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_export_is_read_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks.quantize("demo", make_recipe(RECIPES["native"]), tmp_path / "made")
+def test_an_export_is_read_back_too(
+    compressed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = Output.write_shard
 
     def damaged(self: Output, tensors: dict[str, Tensor]) -> None:
         write(self, tensors)
         name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
-        held = load_file(self.partial / name)
-        if f"{LINEAR}.weight_scale" in held:
-            held[f"{LINEAR}.weight_scale"][3, 0] *= 2
-            save_file(held, self.partial / name, {"format": "pt"})
+        stored = load_file(self.partial / name)
+        if f"{LINEAR}.weight_scale" in stored:
+            stored[f"{LINEAR}.weight_scale"][3, 0] *= 2
+            save_file(stored, self.partial / name, {"format": "pt"})
 
     monkeypatch.setattr(Output, "write_shard", damaged)
     with pytest.raises(VerificationError, match=f"{LINEAR}.weight_scale"):
-        export.export(str(tmp_path / "made"), "compressed-tensors", tmp_path / "out")
+        export.export(str(compressed("native")), "compressed-tensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -249,31 +341,24 @@ def test_a_digest_knows_shape_dtype_and_every_bit(generator: torch.Generator) ->
     assert digest(torch.tensor(1.0)) != digest(torch.tensor([1.0]))
 
 
-def test_the_witness_sees_what_transformers_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_witness_sees_what_transformers_computes(
+    compressed: Callable[[str], Path], verifications: dict[str, Any], demo_of: Callable[[int], Path]
+) -> None:
     """The outputs that are compared are those of the model with the compressed weights in it."""
-    kept: list[verification.Meant] = []
-    verify = blocks.verification.verify
-
-    def watched(output: Output, meant: verification.Meant, *rest: Any) -> Any:
-        kept.append(meant)
-        return verify(output, meant, *rest)
-
-    monkeypatch.setattr(blocks.verification, "verify", watched)
-    blocks.quantize("demo", make_recipe(RECIPES["outliers"]), tmp_path / "out")
     from transformers import AutoModelForCausalLM
 
-    from llmsqueeze.demo import MODEL_DIR
-
-    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
-    checkpoint = open_checkpoint(tmp_path / "out")
+    checkpoint = open_checkpoint(compressed("outliers"))
+    model = AutoModelForCausalLM.from_pretrained(demo_of(2), dtype=torch.float32).eval()
     for name, entry in read_entries(checkpoint).items():
         model.get_submodule(name).weight.data = parts.sum_of_parts(read_parts(checkpoint, entry))
     outputs: list[Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _m, _i, out: outputs.append(out[0] if isinstance(out, tuple) else out))
+    _, computed = verifications["outliers"]
+    sample = computed.sample
+    assert sample is not None
+    assert sample.shape == (1, min(32, TEXT["seq_len"]))
     with torch.no_grad():
-        model(kept[0].sample)
-    assert kept[0].sample is not None
-    assert kept[0].sample.shape == (1, 32)
-    for ours, theirs in zip(kept[0].outputs, outputs, strict=True):
+        model(sample)
+    for ours, theirs in zip(computed.outputs, outputs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,90 @@
+"""The programs that open a folder, and the obstacles that bar one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats.entries import Entry
+from llmsqueeze.formats.inspection.reading import Findings, Folder
+from llmsqueeze.model.linears import all_linears
+from llmsqueeze.parts import spec_grid
+
+# the linears that vLLM joins to one, by the last part of their names
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+SPLIT_BY_COLUMNS = ("o_proj", "down_proj")  # tensor parallelism divides their inputs
+VLLM_GROUPS = (-1, 32, 64, 128)
+LEAST_HEAD = 32
+
+
+def add_obstacles(folder: Folder, findings: Findings) -> None:
+    """Adds the obstacles of the folder's format, and the errors in its list of ignored linears."""
+    if folder.format == native.METHOD:
+        reasons = {compressed_tensors.lost(entry.shape, entry.specs) or "" for entry in folder.entries.values()}
+        kinds = sorted(reasons - {""})
+        why = f"it holds {' and '.join(kinds)}" if kinds else "export --to compressed-tensors would"
+        findings.obstacles["transformers"].append("needs `import llmsqueeze.hf`; without it the weights are random")
+        findings.obstacles["vllm"].append(f"does not know the llmsqueeze format ({why})")
+    elif folder.format == compressed_tensors.METHOD:
+        config = folder.checkpoint.config["quantization_config"]
+        findings.errors += _ignore_errors(config, folder.entries, folder.model)
+        if len(config["config_groups"]) > 1:
+            findings.notes.append(
+                "transformers with dequantize=True reads only the first of several widths correctly, and does not say "
+                "so; its default path reads all"
+            )
+        _for_vllm(folder.entries, folder.model, findings)
+
+
+def _ignore_errors(config: Mapping[str, Any], entries: Mapping[str, Entry], model: nn.Module) -> Iterator[str]:
+    """Every linear is either a target or ignored."""
+    ignored, linears = set(config.get("ignore", [])), all_linears(model)
+    for name in sorted(linears - set(entries) - ignored):
+        yield f"{name} is neither a target nor on the ignore list"
+    for name in sorted(ignored - linears):
+        yield f"the ignore list names {name}, which is no linear of the model"
+    for name in sorted(ignored & set(entries)):
+        yield f"{name} is a target and on the ignore list"
+
+
+def _for_vllm(entries: Mapping[str, Entry], model: nn.Module, findings: Findings) -> None:
+    """Fused linears have one grid; the kernels take the groups; the numbers of devices that keep groups whole."""
+    findings.obstacles["vllm"] += _fused_that_differ(entries, all_linears(model))
+    grids = [spec_grid(entry.specs[0]) for entry in entries.values()]
+    other_groups = sorted({grid.group_size for grid in grids} - set(VLLM_GROUPS))
+    if other_groups:
+        findings.obstacles["vllm"].append(
+            f"its kernels take groups of 32, 64 and 128 or whole rows, not {other_groups[0]}"
+        )
+    widths = {grid.bits for grid in grids}
+    if widths - {4}:
+        findings.notes.append(f"vLLM needs a GPU for widths other than 4 (here {', '.join(map(str, sorted(widths)))})")
+    config: Any = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head < LEAST_HEAD:
+        findings.notes.append(f"vLLM's attention on a CPU needs heads of {LEAST_HEAD} or more (here {head})")
+    whole = [n for n in (1, 2, 4, 8) if all(_divides(name, entry, n) for name, entry in entries.items())]
+    findings.notes.append(f"tensor parallelism over {', '.join(map(str, whole))} devices keeps groups whole")
+
+
+def _fused_that_differ(entries: Mapping[str, Entry], linears: set[str]) -> Iterator[str]:
+    for name in sorted(linears):
+        parent, _, leaf = name.rpartition(".")
+        for fused in FUSED:
+            if leaf != fused[0]:
+                continue
+            together = [f"{parent}.{one}" for one in fused if f"{parent}.{one}" in linears]
+            grids = {str(spec_grid(entries[one].specs[0])) if one in entries else "16 bit" for one in together}
+            if len(grids) > 1:
+                yield f"{', '.join(together)} differ ({', '.join(sorted(grids))})"
+
+
+def _divides(linear: str, entry: Entry, devices: int) -> bool:
+    rows, cols = entry.shape
+    if linear.rpartition(".")[2] in SPLIT_BY_COLUMNS:
+        width = spec_grid(entry.specs[0]).width(cols)
+        return cols % devices == 0 and (width == cols or cols // devices % width == 0)
+    return rows % devices == 0
