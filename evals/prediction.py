@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from methods import add_arguments
 
+from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.decide import Decision
 from llmsqueeze.compress.job import prepare
@@ -85,7 +86,7 @@ def overlap(args: argparse.Namespace, folder: Path, bits: float) -> dict[str, An
 
 
 def loss(profile: Profile, decision: Decision) -> float | None:
-    return profile.predicted(decision.plan, decision.chosen)
+    return predicted(profile, decision.plan, decision.chosen)
 
 
 def share(same: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.decide import request_of, salience_grids
 from llmsqueeze.compress.job import prepare
 from llmsqueeze.evaluation.evaluate import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.measure.sweeps import Wanted, measure
+from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
@@ -66,8 +68,9 @@ def profiled(model: str, recipe: Recipe) -> tuple[Profile, dict[str, int]]:
     assert job.calibration is not None
     with Spill() as spill:
         walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, torch.device("cpu"))
-        wanted = Wanted(options, WIDTHS, lim=True, zd=True)
-        profile = measure(walk, walk.embed(), job.plan, recipe, wanted, Progress())
+        salience = salience_grids(recipe, WIDTHS)
+        request = replace(request_of(recipe), options=options, salience=salience, lim=True, zd=True)
+        profile = measure(walk, walk.embed(), job.plan.dtypes, request, Progress())
     return profile, {name: i for i, names in enumerate(job.skeleton.linears) for name in names}
 
 

@@ -1,13 +1,10 @@
-"""Layer-wise importance: "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer
+"""Layer-wise widths: "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer
 Bit-Levels" (arXiv 2406.17415): the important decoder blocks get the high of two widths.
 
-    LIM_i = -mean over tokens of cos(h_i, h_i+1)      h_i [width] the input of block i; more is more important
-    ZD_i  = share of block i's weights with z > 1     z = (w - mean) / std over the block; less is more important
+    width of block i = high for the first blocks by importance (LIM, ZD: measure/importance.py) that fit, else low
 
-What differs from the paper: cosines are taken per token, so that tokens with massive activations do not decide alone,
-and at the block itself, so that the final norm is not in the last one; a ZD is over all weights of a block's linears
-together. Orders without merit are there as controls: random, reverse (of LIM), first, last, both-ends.
-Memory: nothing beyond the walk's.
+What differs from the paper: orders without merit are there as controls: random, reverse (of LIM), first, last,
+both-ends. Memory: two numbers per block.
 """
 
 from __future__ import annotations
@@ -15,24 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, Rows
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Grid
-
-
-def similarity(before: Tensor, after: Tensor) -> float:
-    """Mean over the tokens of the cosine between a block's input and output [1, length, width]."""
-    return float(torch.nn.functional.cosine_similarity(before, after, dim=-1).mean())
-
-
-def zd(weights: Sequence[Tensor]) -> float:
-    """Share of all these weights that lie more than one standard deviation above their common mean."""
-    count = sum(weight.numel() for weight in weights)
-    mean = sum(float(weight.double().sum()) for weight in weights) / count
-    variance = sum(float((weight.double() - mean).square_().sum()) for weight in weights) / count
-    return sum(int((weight > mean + variance**0.5).sum()) for weight in weights) / count
 
 
 def order_blocks(importance: str, count: int, lim: Sequence[float], zd: Sequence[float], seed: int) -> list[int]:

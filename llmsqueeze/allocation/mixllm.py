@@ -1,15 +1,13 @@
 """MixLLM: "MixLLM: LLM Quantization with Global Mixed-precision between Output-features and Highly-efficient System
 Design" (arXiv 2412.14590): the output rows that matter most, ranked over the whole model, get more bits.
 
-    S[r] = mean over samples of |s + s^2 / 2|,   s = G_r . d_r,   d_r = W_r rounded to nearest - W_r
+    width of row r = high if S[r] is among the first k of all rows, else low      S [rows]: measure/salience.py
 
-G [rows, cols] the gradient of a sample's mean next-token loss, d_r at the low width. All rows of all linears are sorted
-together by S; the first get the high width (8 bits, symmetric), the rest the low one (4 bits, asymmetric).
+The high width is 8 bits, symmetric, the low one 4 bits, asymmetric.
 
 What differs from the paper: weights only (activations stay as they are); any quantizer of ours on either set of rows;
 no reordering of groups. The budget may be a share of the rows, as in the paper, or bytes. More than two widths: the
-widest takes its share of the ranking first, as in the authors' code. Memory: one rounding error per linear of the
-resident block in bfloat16 for every low width, and [rows] scores.
+widest takes its share of the ranking first, as in the authors' code. Memory: one score per row.
 """
 
 from __future__ import annotations
@@ -22,12 +20,6 @@ from torch import Tensor
 from llmsqueeze.allocation.plan import Grids, Plan, Rows
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Grid
-
-
-def sample_salience(gradient: Tensor, error: Tensor) -> Tensor:
-    """[rows]: one sample's |s + s^2 / 2| from its gradient and the rounding error, both [rows, cols]."""
-    s = (gradient * error).sum(dim=1)
-    return (s + 0.5 * s.square()).abs_()
 
 
 def allocate(plan: Plan, scores: Mapping[str, Tensor], mix: Sequence[tuple[Grid, float]], rest: Grid) -> Plan:

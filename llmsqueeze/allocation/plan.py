@@ -156,6 +156,11 @@ class Plan:
         return sum(weight.numel for weight in self.weights.values())
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of every linear's scales and outliers."""
+        return {name: weight.dtype for name, weight in self.weights.items()}
+
+    @property
     def bits_per_weight(self) -> float:
         """Everything stored for the quantized linears, in bits, per weight of theirs."""
         return self.nbytes * 8 / self.numel

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, WeightPlan
+from llmsqueeze.measure.profile import Profile
 
 
 def by_score(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,6 +37,23 @@ def by_cost(plan: Plan, costs: Mapping[str, Tensor | None], scores: Mapping[str,
             held[torch.sort(gain, descending=True, stable=True).indices[: rows.count]] = i
         chosen[name] = held
     return chosen
+
+
+def salience_scores(profile: Profile, width: int) -> dict[str, Tensor]:
+    """linear -> [rows]: MixLLM's salience, if the low rows have this width."""
+    i = profile.salience_widths.index(width)
+    return {name: salience[i] for name, salience in profile.salience.items()}
+
+
+def cost_scores(profile: Profile) -> dict[str, Tensor]:
+    """linear -> [rows]: one number for the cost of a row at any width, the geometric mean over the options.
+
+    Of half-integer and integer levels of one width, the first counts.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    kinds = [(o.grid.bits, o.grid.group_size, o.grid.dual, o.outliers) for o in profile.options]
+    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    return {name: cost[first].clamp(min=tiny).log().mean(dim=0) for name, cost in profile.costs.items()}
 
 
 def random_scores(plan: Plan, seed: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmsqueeze import parts
 from llmsqueeze.allocation.multiplier import Pace
 from llmsqueeze.allocation.plan import Plan, unfit, why_native
-from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.decide import Decision, decide, request_of, target_nbytes
 from llmsqueeze.compress.group import NOTHING, Compressed, as_made, compress_group, compressed_nbytes, with_made
 from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.compress.outer import compress_ends, outer_shard, outer_shards
@@ -180,7 +180,7 @@ def measure_and_decide(
     progress: Progress,
 ) -> Decision:
     """What to do with every linear within `target` bytes, from a profile that is there or measured now."""
-    profile = profile or measure(walk, inputs, job.plan, recipe, wanted_by(recipe), progress)
+    profile = profile or measure(walk, inputs, job.plan.dtypes, request_of(recipe), progress)
     return decide(job.plan, profile, recipe, job.skeleton.linears, target)
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from llmsqueeze.allocation import budget, gwq, layerwise, mixllm, multiplier, ranks, rows
-from llmsqueeze.allocation.gwq import Candidates
 from llmsqueeze.allocation.plan import SHAPE_NBYTES, Plan, Rows, dual_grid, recipe_grid
+from llmsqueeze.allocation.prediction import option_of, options_of_rows, predicted, taken_outliers
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.outliers import Candidates, Ranking
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.measure.sweeps import Wanted
+from llmsqueeze.measure.request import Request
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.recipe.recipe import Recipe
@@ -55,19 +56,32 @@ class Decision:
     coding: Coding | None = None
 
 
-def wanted_by(recipe: Recipe) -> Wanted:
+def request_of(recipe: Recipe) -> Request:
     """What the recipe needs to know of the model."""
-    return Wanted(
+    grid = recipe_grid(recipe, recipe.code_bits)
+    ranking = Ranking(recipe.outlier_ranking, recipe.outlier_fraction, recipe.outlier_scope, grid, recipe.seed)
+    assert recipe.quantizer is not None
+    assert recipe.labels is not None
+    return Request(
         options=priced(recipe) if recipe.needs_costs else (),
+        gains=recipe.buys_ranks,
         rates=recipe.packs and recipe.needs_costs,
-        steps=recipe.needs_steps,
-        embeddings=bool(recipe.code_embeddings),
-        salience=(recipe.code_bits,) if recipe.needs_salience else (),
-        outliers=bool(recipe.outlier_fraction),
-        ranks=recipe.buys_ranks,
+        coded=recipe.needs_steps,
+        ends=bool(recipe.code_embeddings),
+        salience=salience_grids(recipe, (recipe.code_bits,)) if recipe.needs_salience else (),
+        outliers=ranking if recipe.outlier_fraction else None,
         lim=recipe.needs_lim,
         zd=recipe.importance == "zd",
+        quantizer=recipe.quantizer,
+        search=bool(recipe.search),
+        labels=recipe.labels,
+        seed=recipe.seed,
     )
+
+
+def salience_grids(recipe: Recipe, widths: Sequence[int]) -> tuple[Grid, ...]:
+    """The low grids of MixLLM at some widths: asymmetric, as in the paper."""
+    return tuple(Grid(width, recipe.group_size, symmetric=False) for width in widths)
 
 
 def options_of(recipe: Recipe) -> tuple[Option, ...]:
@@ -148,15 +162,16 @@ def packed(plan: Plan, profile: Profile) -> Plan:
 def coded(plan: Plan, profile: Profile, target: int | None) -> Decision:
     """The decision to code the planned linears within `target` bytes."""
     assert target is not None, "method coded has a budget"
-    curves = multiplier.curves_of(plan, profile.steps)
+    curves = multiplier.curves_of(plan, profile.curves)
     lacking = next((n for n, w in plan.weights.items() if w.outer and n not in profile.moments), None)
     if lacking is not None:
         raise RecipeError(f"the profile does not know what {lacking} costs: it was measured without --code-embeddings")
     found = multiplier.allocate(plan, curves, target, profile.labels)
     gradient = {name: shrunk_gradient(profile.row_gradient[name], profile.labels) for name in curves}
-    candidates = profile.trimmed(found).candidates
-    predicted = multiplier.predicted(found, curves)
-    return Decision(found, {}, candidates, predicted, coding=Coding(curves, gradient, target, profile.moments))
+    promised = multiplier.predicted(found, curves)
+    return Decision(
+        found, {}, taken_outliers(profile, found), promised, coding=Coding(curves, gradient, target, profile.moments)
+    )
 
 
 def _predicted_portable(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> float | None:
@@ -167,7 +182,7 @@ def _predicted_portable(plan: Plan, profile: Profile, recipe: Recipe, target: in
         return None
     bare = Plan({name: replace(w, outliers=0, rank=0, beside=SHAPE_NBYTES) for name, w in plan.weights.items()})
     try:
-        return profile.predicted(_auto(bare, profile, twin, target), {})
+        return predicted(profile, _auto(bare, profile, twin, target), {})
     except RecipeError:
         return None  # so few bytes hold none
 
@@ -179,19 +194,18 @@ def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:
         chosen = _chosen_rows(plan, profile)
     elif plan.mixed:
         chosen = rows.by_score(plan, row_scores(plan, profile, recipe))
-    candidates = profile.trimmed(plan).candidates
-    predicted = profile.predicted(plan, chosen) if profile.costs else None
-    return Decision(plan, chosen, candidates, predicted)
+    promised = predicted(profile, plan, chosen) if profile.costs else None
+    return Decision(plan, chosen, taken_outliers(profile, plan), promised)
 
 
 def row_scores(plan: Plan, profile: Profile, recipe: Recipe) -> dict[str, Tensor]:
     """linear -> [rows]: how important the recipe takes each row to be, the same over the whole model."""
     if recipe.importance == "cost":
-        return profile.cost_scores()
+        return rows.cost_scores(profile)
     if recipe.importance == "salience":
-        return profile.salience_scores(recipe.code_bits)
+        return rows.salience_scores(profile, recipe.code_bits)
     if recipe.importance == "reverse":
-        return {name: -score for name, score in profile.salience_scores(recipe.code_bits).items()}
+        return {name: -score for name, score in rows.salience_scores(profile, recipe.code_bits).items()}
     return rows.random_scores(plan, recipe.seed)
 
 
@@ -199,7 +213,7 @@ def _costs_on_grids(plan: Plan, profile: Profile) -> dict[str, Tensor | None]:
     """Costs [grids, rows] of every linear on the grids that it has; None where one has no price."""
     found: dict[str, Tensor | None] = {}
     for name, weight in plan.weights.items():
-        at = [profile.option_of(part, weight.shape[1]) for part in weight.grids]
+        at = [option_of(profile, part, weight.shape[1]) for part in weight.grids]
         priced = name in profile.costs and None not in at
         found[name] = profile.costs[name][at] if priced else None
     return found
@@ -297,14 +311,14 @@ def _with_ranks(
 ) -> Plan:
     """Rows and ranks in turn, from rows alone; the plan that promises most on the way."""
     assert recipe.granularity is not None
-    least, current, scaled = profile.predicted(best, _chosen_rows(best, profile)), best, costs
+    least, current, scaled = predicted(profile, best, _chosen_rows(best, profile)), best, costs
     for _ in range(ROUNDS):
         spent = sum(w.rank * ranks.rank_nbytes(w) for w in current.weights.values())
         ladder = budget.ladder(current, scaled, options, recipe.granularity, profile.groups)
         price, chosen = ranks.last_byte(ladder, target - spent), _chosen_rows(current, profile)
         bought, scaled = {}, dict(costs)
         for name, weight in current.weights.items():
-            held = profile.held_options(weight, chosen.get(name)) if name in profile.gains else None
+            held = options_of_rows(profile, weight, chosen.get(name)) if name in profile.gains else None
             if held is not None:
                 gain = ranks.expected_gains(profile.costs[name], profile.gains[name], held)
                 bought[name] = ranks.worthwhile(gain, price * ranks.rank_nbytes(weight))
@@ -315,7 +329,7 @@ def _with_ranks(
             current = budget.allocate(ranked, scaled, options, target, recipe.granularity, profile.groups)
         except RecipeError:
             break  # so many ranks leave too little for the rows
-        promised = profile.predicted(current, _chosen_rows(current, profile))
+        promised = predicted(profile, current, _chosen_rows(current, profile))
         if promised is not None and least is not None and promised < least:
             best, least = current, promised
     return best
@@ -323,4 +337,4 @@ def _with_ranks(
 
 def _chosen_rows(plan: Plan, profile: Profile) -> dict[str, Tensor]:
     """Which grids the rows of mixed linears are on, by what they cost."""
-    return rows.by_cost(plan, _costs_on_grids(plan, profile), profile.cost_scores()) if plan.mixed else {}
+    return rows.by_cost(plan, _costs_on_grids(plan, profile), rows.cost_scores(profile)) if plan.mixed else {}

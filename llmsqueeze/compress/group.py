@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.allocation import gwq
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.compress.decide import Decision
 from llmsqueeze.compress.weight import compress_weight
@@ -49,7 +48,7 @@ def compress_group(
         planned, chosen, mask = decided.plan.weights[name], decided.chosen.get(name), None
         planned = replace(planned, step=planned.step * 2.0**shift)
         if planned.outliers:
-            mask = gwq.outlier_mask(decided.candidates[name], planned.outliers, planned.shape)
+            mask = decided.candidates[name].mask(planned.outliers, planned.shape)
         with named(name):
             gradient = gradients.get(name)
             made = compress_weight(group[name], target, planned, curvature, mask, chosen, recipe, gradient)

@@ -10,6 +10,7 @@ import torch
 
 from llmsqueeze.allocation import budget, multiplier
 from llmsqueeze.allocation.plan import Plan, WeightPlan
+from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.compress.decide import Decision, options_of
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
@@ -60,7 +61,7 @@ def _predicted(part: Plan, decided: Decision, profile: Profile) -> float | None:
     if decided.coding is not None:
         curves = {name: curve for name, curve in decided.coding.curves.items() if name in part.weights}
         return multiplier.predicted(part, curves)
-    return profile.predicted(part, decided.chosen) if profile.costs else None
+    return predicted(profile, part, decided.chosen) if profile.costs else None
 
 
 def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, float]]:
@@ -82,7 +83,7 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
 
 def _coded_curve(plan: Plan, profile: Profile) -> list[tuple[float, float]]:
     """The same of coded weights, from where they take half a bit to where they take ten."""
-    curves = multiplier.curves_of(plan, profile.steps)
+    curves = multiplier.curves_of(plan, profile.curves)
     found = []
     for bits in torch.linspace(0.5, 10.0, POINTS).tolist():
         try:

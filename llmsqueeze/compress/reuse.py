@@ -10,7 +10,16 @@ import torch
 
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan_yaml import PLAN, PlanFile, plan_of, read_plan
-from llmsqueeze.compress.decide import Decision, coded, options_of, priced, target_nbytes, wanted_by, with_rows
+from llmsqueeze.compress.decide import (
+    Decision,
+    coded,
+    options_of,
+    priced,
+    request_of,
+    salience_grids,
+    target_nbytes,
+    with_rows,
+)
 from llmsqueeze.compress.job import Job
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
@@ -54,23 +63,23 @@ def source_of(job: Job, recipe: Recipe, known: Profile | None = None) -> dict[st
 
 def stored_or_measured(job: Job, recipe: Recipe, path: Path, place: torch.device, progress: Progress) -> Profile:
     """The profile at `path` if it serves, else a new one, which is then written there."""
-    wanted = wanted_by(recipe)
-    options = options_of(recipe) if recipe.method == "budget" else wanted.options
+    request = request_of(recipe)
+    if recipe.method == "budget":
+        request = replace(request, options=options_of(recipe))
     if path.exists():
         known = load(path)
-        reason = lacks(
-            known, source_of(job, recipe, known), options, wanted.salience, wanted.ranks, wanted.steps, wanted.rates
-        )
+        reason = lacks(known, source_of(job, recipe, known), request)
         if reason is None:
             return known
-        progress.note(f"{path} does not serve ({reason}); measuring again")
-    widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *wanted.salience)))
-    priced_too = priced(recipe) if recipe.method == "budget" else options
-    everything = replace(wanted, options=priced_too, salience=widths, lim=True, zd=True)
+        progress.note(f"{path} does not match this recipe ({reason}); it is measured again")
+    widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *request.salience_widths)))
+    request = replace(request, salience=salience_grids(recipe, widths), lim=True, zd=True)
+    if recipe.method == "budget":
+        request = replace(request, options=priced(recipe))
     assert job.calibration is not None
     with Spill(parent=path.parent) as spill:
         walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, place)
-        profile = measure(walk, walk.embed(), job.plan, recipe, everything, progress)
+        profile = measure(walk, walk.embed(), job.plan.dtypes, request, progress)
     profile = replace(profile, source=source_of(job, recipe))
     save(profile, path)
     return profile
@@ -79,13 +88,12 @@ def stored_or_measured(job: Job, recipe: Recipe, path: Path, place: torch.device
 def given_profile(job: Job, recipe: Recipe, path: Path) -> Profile:
     """The profile that the user names. Raises RecipeError if it is of something else than the recipe wants."""
     profile = load(path)
-    wanted = wanted_by(recipe)
-    options = options_of(recipe) if recipe.needs_costs else ()
-    reason = lacks(
-        profile, source_of(job, recipe, profile), options, wanted.salience, wanted.ranks, wanted.steps, wanted.rates
-    )
+    request = request_of(recipe)
+    if recipe.needs_costs:
+        request = replace(request, options=options_of(recipe))
+    reason = lacks(profile, source_of(job, recipe, profile), request)
     if reason is not None:
-        raise RecipeError(f"the profile {path} does not serve: {reason}; leave --profile out to measure anew")
+        raise RecipeError(f"the profile {path} does not match this recipe: {reason}; omit --profile to measure again")
     return profile
 
 
@@ -108,7 +116,7 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
         if found.weights[name].outliers > there:
             raise RecipeError(f"{file.path}, {name}: {file.profile} ranks {there} of its weights as outliers, no more")
     if file.recipe.needs_steps:
-        if not profile.steps:
+        if not profile.curves:
             raise RecipeError(f"{file.path} names no profile that knows what coded weights cost")
         target = target_nbytes(file.recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
         return coded(found, profile, target)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llmsqueeze.compress import blocks
-from llmsqueeze.compress.decide import wanted_by
+from llmsqueeze.compress.decide import request_of
 from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.compress.outlook import curve
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
@@ -159,8 +159,7 @@ class _Search:
         place = pick_device(self.device)
         with Spill(parent=self.folder) as spill:
             walk = Walk(self.job.skeleton, self.job.calibration.rows, spill, torch.float32, place)
-            wanted = wanted_by(self.recipe)
-            return measure(walk, walk.embed(), self.job.plan, self.recipe, wanted, self.progress)
+            return measure(walk, walk.embed(), self.job.plan.dtypes, request_of(self.recipe), self.progress)
 
 
 def bisect(attempt: Callable[[float], Round], points: Sequence[tuple[float, float]], bound: float) -> list[Round]:

@@ -27,7 +27,6 @@ from llmsqueeze.quantizers import coded, rounder
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.quantizers.outliers import row_outliers
-from llmsqueeze.quantizers.rtn import rtn
 
 TRIED_ROWS = 48
 RANKS = 16  # components that are priced
@@ -120,11 +119,6 @@ def residuals(
         if pinned is not None:
             residual.masked_fill_(pinned, 0.0)
         yield residual
-
-
-def rounding_error(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """float32 [rows, cols]: rounded - weight, to nearest, scales from the range: the paper's stand-in."""
-    return rtn(weight, grid, dtype).dense() - weight
 
 
 def packed_rates(

@@ -1,139 +1,120 @@
-"""What was measured of a model: small, durable, and good for every budget. measure.py makes it.
+"""The measurements of a model: small, durable, and good for every budget. sweeps.py makes them.
 
-The file is safetensors: `<linear>.costs` [options, rows], `<linear>.row_gradient` [rows], `<linear>.gains` [options,
-ranks], `<linear>.rates` [options], `<linear>.steps` [3, points], `<module>.moments`
-[width, width], `<linear>.salience` [widths,
-rows], `<linear>.outliers` [k] (flat index, best first) with `<linear>.outlier_scores`; its metadata hold the rest as
-JSON, with what the profile is of: the model's files (size, time and SHA-256), the calibration tokens, the settings.
+The file is safetensors. `<name>.<key>` holds the tensors of one linear (or embeddings, or head), with the keys that
+`Profile` declares; its metadata hold the rest as JSON, and with it the origin: the model's files (size, time and
+SHA-256), the calibration tokens, the settings.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from llmsqueeze.allocation.gwq import Candidates, first
-from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
-from llmsqueeze.allocation.ranks import expected_gains
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.outliers import Candidates
+from llmsqueeze.measure.request import Request
 from llmsqueeze.parts import Grid
 
 VERSION = 1
 
 
+def _tensors(key: str, requested: str = "", missing: str = "") -> dict[str, Any]:
+    """Of a field that maps names to tensors, stored under `key`. `requested`: the field of a request that asks for it;
+    `missing`: how a message calls it."""
+    return {"key": key, "requested": requested, "missing": missing}
+
+
+def _json(encode: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+    """Of a field that the file's JSON holds."""
+    return {"encode": encode, "decode": decode or encode}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _options(rows: Any) -> tuple[Option, ...]:
+    return tuple(Option(Grid(*grid), share) for grid, share in rows)
+
+
+def _groups(groups: Any) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(names) for names in groups)
+
+
+def _option_fields(options: Sequence[Option]) -> list[Any]:
+    grids = [(option.grid, option.outliers) for option in options]
+    return [((g.bits, g.group_size, g.symmetric, g.half, g.dual), outliers) for g, outliers in grids]
+
+
 @dataclass(frozen=True)
 class Profile:
-    """Measurements of a model; what was not asked for is empty.
+    """Measurements of a model; those that were not requested are empty. Each field says how it is stored.
 
-    loss: mean next-token loss (nats) on the calibration text. costs: linear -> [options, rows], predicted loss
-    increase in nats per token; gains: linear -> [options, ranks], what the components of a compensation take off
-    them; rates: linear -> [options], bits of an entropy-coded code. steps: linear -> [3, points] of coded weights
-    (price.coded_points); moments: embeddings or head -> [width, width] (ends.py); labels: how many the gradient was
-    measured on. salience: linear -> [widths, rows] (MixLLM's). candidates: outliers by GWQ's ranking. lim, zd: per
-    block. groups: the fusion groups.
+    loss: mean next-token loss (nats) on the calibration text. labels: how many the gradients are of. costs:
+    linear -> [options, rows], predicted loss increase in nats per token; row_gradient: [rows]; gains: [options, ranks],
+    the part of the costs that each component of a compensation removes; rates: [options], bits of an entropy-coded
+    code; curves: [3, points] of coded weights (costs.coded_points); moments: embeddings or head -> [width, width]
+    (ends.py). salience: linear -> [widths, rows]; candidates: outliers by the ranking. lim, zd: per block. groups: the
+    fusion groups.
     """
 
-    loss: float | None = None
-    options: tuple[Option, ...] = ()
-    salience_widths: tuple[int, ...] = ()
-    costs: dict[str, Tensor] = field(default_factory=dict)
-    row_gradient: dict[str, Tensor] = field(default_factory=dict)
-    gains: dict[str, Tensor] = field(default_factory=dict)
-    rates: dict[str, Tensor] = field(default_factory=dict)
-    steps: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    labels: int = 0
-    salience: dict[str, Tensor] = field(default_factory=dict)
+    loss: float | None = field(default=None, metadata=_json(_same))
+    labels: int = field(default=0, metadata=_json(_same))
+    options: tuple[Option, ...] = field(default=(), metadata=_json(_option_fields, _options))
+    salience_widths: tuple[int, ...] = field(default=(), metadata=_json(tuple))
+    lim: tuple[float, ...] = field(default=(), metadata=_json(tuple))
+    zd: tuple[float, ...] = field(default=(), metadata=_json(tuple))
+    groups: tuple[tuple[str, ...], ...] = field(default=(), metadata=_json(_groups))
+    source: Mapping[str, Any] = field(default_factory=dict, metadata=_json(_same))
+    costs: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("costs"))
+    row_gradient: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("row_gradient"))
+    gains: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("gains", "gains", "gains of ranks"))
+    rates: dict[str, Tensor] = field(
+        default_factory=dict, metadata=_tensors("rates", "rates", "rates of entropy-coded codes")
+    )
+    curves: dict[str, Tensor] = field(
+        default_factory=dict, metadata=_tensors("steps", "coded", "costs of coded weights")
+    )
+    moments: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("moments"))
+    salience: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("salience"))
     candidates: dict[str, Candidates] = field(default_factory=dict)
-    lim: tuple[float, ...] = ()
-    zd: tuple[float, ...] = ()
-    groups: tuple[tuple[str, ...], ...] = ()
-    source: Mapping[str, Any] = field(default_factory=dict)
 
-    def trimmed(self, plan: Plan) -> Profile:
-        """Only the outliers that the plan takes, so that little is held while blocks are compressed."""
-        taken = {name: first(found, plan.weights[name].outliers) for name, found in self.candidates.items()}
-        return replace(self, candidates=taken)
 
-    def salience_scores(self, width: int) -> dict[str, Tensor]:
-        """linear -> [rows], MixLLM's salience where the low rows have this width."""
-        at = self.salience_widths.index(width)
-        return {name: salience[at] for name, salience in self.salience.items()}
+STORED = [one for one in fields(Profile) if "key" in one.metadata]
+IN_JSON = [one for one in fields(Profile) if "encode" in one.metadata]
 
-    def cost_scores(self) -> dict[str, Tensor]:
-        """linear -> [rows], one number for what a row costs at any width: the geometric mean over the options.
 
-        Of half-integer and integer levels of one width, the first counts.
-        """
-        tiny = torch.finfo(torch.float32).tiny
-        kinds = [(o.grid.bits, o.grid.group_size, o.grid.dual, o.outliers) for o in self.options]
-        at = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-        return {name: cost[at].clamp(min=tiny).log().mean(dim=0) for name, cost in self.costs.items()}
-
-    def option_of(self, rows: Rows, cols: int) -> int | None:
-        """The number of the option that some rows of `cols` weights have, None if it has no price."""
-        for i, option in enumerate(self.options):
-            if option.grid == rows.grid and option.kept(cols) == rows.outliers:
-                return i
-        return None
-
-    def predicted(self, plan: Plan, chosen: Mapping[str, Tensor]) -> float | None:
-        """Loss increase (nats per token) that the costs promise for `plan`; None where an option has no price.
-
-        `chosen`: linear -> [rows], which of its `grids` a row is on; linears on one grid may be left out.
-        """
-        total = 0.0
-        for name, weight in plan.weights.items():
-            if name not in self.costs:
-                continue
-            held = self.held_options(weight, chosen.get(name))
-            if held is None:
-                return None
-            total += float(self.costs[name].gather(0, held[None]).double().sum())
-            if weight.rank and name in self.gains:
-                total -= float(expected_gains(self.costs[name], self.gains[name], held)[: weight.rank].sum())
-        return total
-
-    def held_options(self, weight: WeightPlan, chosen: Tensor | None) -> Tensor | None:
-        """[rows]: the number of each row's option; None if one of them has no price.
-
-        `chosen` [rows]: which of its grids a row is on, where there are several.
-        """
-        options = [self.option_of(rows, weight.shape[1]) for rows in weight.grids]
-        if None in options:
-            return None
-        held = chosen if chosen is not None and weight.mixed else torch.zeros(weight.shape[0], dtype=torch.int64)
-        return torch.tensor(options)[held]
+def joined(profiles: Sequence[Profile]) -> Profile:
+    """One profile of several: mappings united, sequences in turn; the other fields are those of none."""
+    values: dict[str, Any] = {}
+    for one in fields(Profile):
+        every = [getattr(profile, one.name) for profile in profiles]
+        if every and isinstance(every[0], dict):
+            values[one.name] = {name: value for mapping in every for name, value in mapping.items()}
+        elif every and isinstance(every[0], tuple):
+            values[one.name] = tuple(value for sequence in every for value in sequence)
+    return Profile(**values)
 
 
 def save(profile: Profile, path: Path) -> None:
     """Writes the profile as safetensors."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for kind in ("costs", "row_gradient", "gains", "rates", "steps", "moments", "salience"):
-        tensors |= {f"{name}.{kind}": values.contiguous() for name, values in getattr(profile, kind).items()}
-    for name, found in profile.candidates.items():
-        tensors |= {f"{name}.outliers": found.index, f"{name}.outlier_scores": found.score}
-    about = {
-        "version": VERSION,
-        "loss": profile.loss,
-        "labels": profile.labels,
-        "options": [_option_fields(option) for option in profile.options],
-        "salience_widths": profile.salience_widths,
-        "lim": profile.lim,
-        "zd": profile.zd,
-        "groups": profile.groups,
-        "source": profile.source,
+    tensors = {
+        f"{name}.{one.metadata['key']}": values.contiguous()
+        for one in STORED
+        for name, values in getattr(profile, one.name).items()
     }
-    save_file(tensors, path, metadata={"llmsqueeze_profile": json.dumps(about)})
+    for name, candidates in profile.candidates.items():
+        tensors |= {f"{name}.outliers": candidates.index, f"{name}.outlier_scores": candidates.score}
+    about = {one.name: one.metadata["encode"](getattr(profile, one.name)) for one in IN_JSON}
+    save_file(tensors, path, metadata={"llmsqueeze_profile": json.dumps({"version": VERSION, **about})})
 
 
 def load(path: Path) -> Profile:
@@ -151,71 +132,37 @@ def load(path: Path) -> Profile:
     if not isinstance(about, dict) or "version" not in about:
         raise CheckpointError(f"{path} is no profile; `llmsqueeze plan` writes one")
     if about["version"] != VERSION:
-        raise CheckpointError(f"{path} is a profile of version {about.get('version')}; this version reads {VERSION}")
-
-    def of(kind: str) -> dict[str, Tensor]:
-        return {n.removesuffix(f".{kind}"): t for n, t in tensors.items() if n.endswith(f".{kind}")}
-
-    index, score = of("outliers"), of("outlier_scores")
+        raise CheckpointError(f"{path} is a profile of version {about['version']}; this version reads {VERSION}")
     try:
-        return _restored(about, of, index, score)
+        return _restored({"labels": 0, **about}, tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged or no profile: {error!r}") from error
 
 
-def _restored(
-    about: dict[str, Any], of: Callable[[str], dict[str, Tensor]], index: dict[str, Tensor], score: dict[str, Tensor]
-) -> Profile:
-    return Profile(
-        loss=about["loss"],
-        options=tuple(Option(Grid(*grid), share) for grid, share in about["options"]),
-        salience_widths=tuple(about["salience_widths"]),
-        costs=of("costs"),
-        row_gradient=of("row_gradient"),
-        gains=of("gains"),
-        rates=of("rates"),
-        steps=of("steps"),
-        moments=of("moments"),
-        labels=about.get("labels", 0),
-        salience=of("salience"),
-        candidates={name: Candidates(index[name], score[name]) for name in index},
-        lim=tuple(about["lim"]),
-        zd=tuple(about["zd"]),
-        groups=tuple(tuple(names) for names in about["groups"]),
-        source=about["source"],
-    )
+def _restored(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
+    def under(key: str) -> dict[str, Tensor]:
+        return {n.removesuffix(f".{key}"): tensor for n, tensor in tensors.items() if n.endswith(f".{key}")}
+
+    index, score = under("outliers"), under("outlier_scores")
+    values: dict[str, Any] = {one.name: one.metadata["decode"](about[one.name]) for one in IN_JSON}
+    values |= {one.name: under(one.metadata["key"]) for one in STORED}
+    return Profile(**values, candidates={name: Candidates(index[name], score[name]) for name in index})
 
 
-def lacks(
-    profile: Profile,
-    source: Mapping[str, Any],
-    options: Sequence[Option],
-    salience: Sequence[int] = (),
-    ranks: bool = False,
-    steps: bool = False,
-    rates: bool = False,
-) -> str | None:
-    """What a stored profile has been measured differently, in words; None if it serves."""
-    for key, wanted in source.items():
-        found = profile.source.get(key)
-        if key != "files" and found != wanted:
-            return f"{key.replace('_', ' ')} {_short(found)}, not {_short(wanted)}"
-    missing = [str(option) for option in options if option not in profile.options]
-    if missing:
-        return f"no costs for {missing[0]}"
-    if ranks and not profile.gains:
-        return "no gains of ranks"
-    if rates and not profile.rates:
-        return "no rates of entropy-coded codes"
-    if steps and not profile.steps:
-        return "no costs of coded weights"
-    unmeasured = [width for width in salience if width not in profile.salience_widths]
-    return f"no salience at {unmeasured[0]} bits" if unmeasured else None
-
-
-def _option_fields(option: Option) -> tuple[tuple[int, int, bool, bool, bool], float]:
-    grid = option.grid
-    return (grid.bits, grid.group_size, grid.symmetric, grid.half, grid.dual), option.outliers
+def lacks(profile: Profile, source: Mapping[str, Any], request: Request) -> str | None:
+    """The first thing in which a stored profile is of something else than `source`, or less than `request`, in words;
+    None if it is of no less."""
+    for key, value in source.items():
+        stored = profile.source.get(key)
+        if key != "files" and stored != value:
+            return f"{key.replace('_', ' ')} {_short(stored)}, not {_short(value)}"
+    missing = [f"costs for {option}" for option in request.options if option not in profile.options]
+    for one in STORED:
+        requested = one.metadata["requested"]
+        if requested and getattr(request, requested) and not getattr(profile, one.name):
+            missing.append(one.metadata["missing"])
+    missing += [f"salience at {w} bits" for w in request.salience_widths if w not in profile.salience_widths]
+    return f"no {missing[0]}" if missing else None
 
 
 def _short(value: Any) -> str:

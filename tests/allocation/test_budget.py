@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -15,16 +13,11 @@ from torch import Tensor
 
 from llmsqueeze.allocation import budget, rows
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
-from llmsqueeze.compress.decide import decide, target_nbytes
-from llmsqueeze.compress.job import Job, prepare
+from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Grid
-from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
-from llmsqueeze.recipe.recipe import Recipe
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -233,12 +226,12 @@ def test_rows_that_share_words_of_zeros_are_counted_as_they_are_packed() -> None
         assert target - (128 * 4 // 8 + 16) < made.nbytes <= target
 
 
-def predicted(made: Plan, costs: dict[str, Tensor]) -> float:
+def promised(made: Plan, costs: dict[str, Tensor]) -> float:
     """The cost of a plan whose rows are dealt by what they cost on its grids."""
     profile = Profile(options=tuple(OPTIONS), costs=costs)
     at = [option.grid for option in OPTIONS]
     on_grids = {n: costs[n][[at.index(part.grid) for part in w.grids]] for n, w in made.weights.items() if n in costs}
-    found = profile.predicted(made, rows.by_cost(made, on_grids, profile.cost_scores()))
+    found = predicted(profile, made, rows.by_cost(made, on_grids, rows.cost_scores(profile)))
     assert found is not None
     return found
 
@@ -249,7 +242,7 @@ def test_more_bytes_are_never_predicted_worse(granularity: str) -> None:
     for seed in range(4):
         costs = falling_costs(seed)
         found = [
-            predicted(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
+            promised(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
             for target in targets(plan, costs, 40)
         ]
         assert all(more <= less * (1 + 1e-9) for less, more in itertools.pairwise(found))
@@ -262,7 +255,7 @@ def test_a_finer_granularity_is_never_predicted_worse() -> None:
     costs = falling_costs(5)
     for target in targets(plan, costs, 12)[1:-1]:
         row, linear, group = (
-            predicted(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
+            promised(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
             for granularity in ("row", "linear", "group")
         )
         assert row < linear <= group * 1.3
@@ -293,7 +286,7 @@ def test_rows_are_dealt_as_well_as_any_that_make_the_same_counts(seed: int) -> N
                 for choice in itertools.product(range(3), repeat=weight.shape[0])
                 if [choice.count(i) for i in range(3)] == counts
             )
-        assert predicted(made, costs) == pytest.approx(best, rel=1e-6)
+        assert promised(made, costs) == pytest.approx(best, rel=1e-6)
 
 
 def test_a_target_below_the_smallest_plan_names_it() -> None:
@@ -394,11 +387,10 @@ def test_the_budget_beats_uniform_at_equal_bytes() -> None:
     plan = make_plan()
     costs = falling_costs(3)
     for target in targets(plan, costs, 9)[1:-1]:
-        bought = predicted(budget.allocate(plan, costs, OPTIONS, target, "row", []), costs)
+        bought = promised(budget.allocate(plan, costs, OPTIONS, target, "row", []), costs)
         made = budget.uniform(plan, OPTIONS, target)
-        random = Profile(options=tuple(OPTIONS), costs=costs).predicted(
-            made, rows.by_score(made, rows.random_scores(made, 0))
-        )
+        profile = Profile(options=tuple(OPTIONS), costs=costs)
+        random = predicted(profile, made, rows.by_score(made, rows.random_scores(made, 0)))
         assert random is not None
         assert bought < 0.8 * random
 
@@ -427,16 +419,16 @@ def test_predicted_is_the_sum_over_all_rows_one_by_one(generator: torch.Generato
         expected += float(costs["o"][(2, 0)[int(chosen["o"][r])], r])
     for r in range(14):
         expected += float(costs["down"][2, r])
-    assert Profile(options=options, costs=costs).predicted(plan, chosen) == pytest.approx(expected, rel=1e-6)
+    assert predicted(Profile(options=options, costs=costs), plan, chosen) == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_option_without_a_price_predicts_nothing() -> None:
     costs = falling_costs(0)
     profile = Profile(options=tuple(OPTIONS), costs=costs)
     plan = make_plan().on({name: (Rows(OPTIONS[0].grid, count),) for name, (count, _) in SHAPES.items()})
-    assert profile.predicted(plan, {}) == pytest.approx(sum(float(cost[0].sum()) for cost in costs.values()))
-    assert profile.predicted(plan.on({"q": (Rows(Grid(7), 12),)}), {}) is None
-    assert profile.predicted(plan.on({"q": (Rows(OPTIONS[0].grid, 12, 1),)}), {}) is None, "outliers are priced apart"
+    assert predicted(profile, plan, {}) == pytest.approx(sum(float(cost[0].sum()) for cost in costs.values()))
+    assert predicted(profile, plan.on({"q": (Rows(Grid(7), 12),)}), {}) is None
+    assert predicted(profile, plan.on({"q": (Rows(OPTIONS[0].grid, 12, 1),)}), {}) is None, "outliers are priced apart"
 
 
 def test_the_ladder_leads_from_the_smallest_plan_to_the_cheapest() -> None:
@@ -451,34 +443,3 @@ def test_the_ladder_leads_from_the_smallest_plan_to_the_cheapest() -> None:
         assert ladder[-1][1] == pytest.approx(sum(float(cost[4].sum()) for cost in costs.values()), rel=1e-4)
         slopes = [(c0 - c1) / (b1 - b0) for (b0, c0), (b1, c1) in itertools.pairwise(ladder)]
         assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(slopes))
-
-
-# ---------------------------------------------------------------------------------------------- from a size to a plan
-
-SIZED: dict[str, dict[str, Any]] = {
-    "auto": {"method": "budget", "importance": "uniform"},
-    "auto with 3 bits at least": {"method": "budget", "importance": "uniform", "widths": "3,4"},
-    "layerwise": {"method": "layerwise", "importance": "first"},
-    "mixllm": {"method": "mixllm", "importance": "random"},
-}
-
-
-@pytest.mark.parametrize("name", SIZED)
-def test_a_size_that_is_too_small_names_the_smallest_which_can_be_had(name: str) -> None:
-    """To the byte, embeddings and whatever else stays included."""
-
-    def target(size: int) -> tuple[Job, Recipe, int | None]:
-        recipe = make_recipe(SIZED[name] | {"size": size, "quantizer": "rtn"})
-        job = prepare(Source("demo"), recipe, Progress(), text=False)
-        return job, recipe, target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
-
-    with pytest.raises(RecipeError, match="100000 bytes is too small") as caught:
-        target(100_000)
-    smallest = int(re.findall(r"all weights (\d+) bytes", str(caught.value))[0])
-    job, recipe, found = target(smallest)
-    assert found == smallest - job.kept_nbytes
-    assert decide(job.plan, Profile(), recipe, job.skeleton.linears, found).plan.nbytes == found
-    with pytest.raises(RecipeError, match="is too small"):
-        target(smallest - 1)
-    with pytest.raises(RecipeError, match=rf"original's {job.checkpoint.nbytes}: there is nothing to do"):
-        target(job.checkpoint.nbytes)

@@ -98,7 +98,7 @@ def test_a_profile_that_does_not_serve_is_measured_anew(settings: dict[str, Any]
 
     plan(DEMO, {"bits": 2.5, **FAST} | settings, own, trial=False, progress=Listening())
     assert reason in notes[0]
-    assert "measuring again" in notes[0]
+    assert "measured again" in notes[0]
 
 
 def test_a_plan_followed_gives_what_the_command_gives(planned: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_plan_for_other_weights_is_refused(own: Path, demo_dir: Path, tmp_path
     with pytest.raises(RecipeError, match="is a plan for other weights"):
         quantize(Source(str(other)), {}, tmp_path / "out", plan=own)
     profile, settings = own / "profile.safetensors", {"bits": 2.5, "calibration": "demo", **FAST}
-    with pytest.raises(RecipeError, match="does not serve: weights"):
+    with pytest.raises(RecipeError, match="does not match this recipe: weights"):
         quantize(Source(str(other)), settings, tmp_path / "out", profile=profile)
 
 

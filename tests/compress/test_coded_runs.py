@@ -171,7 +171,7 @@ def test_bad_entries_are_named(entry: object, said: str, planned: Path, tmp_path
 
 def test_a_profile_without_coded_costs_does_not_serve(tmp_path: Path) -> None:
     plan(DEMO, {"bits": 2.5, "widths": [2, 3], "quantizer": "rtn", **TEXT}, tmp_path / "plan", trial=False)
-    with pytest.raises(RecipeError, match="does not serve"):
+    with pytest.raises(RecipeError, match="does not match"):
         quantize(DEMO, {"bits": 2.5, **TEXT}, tmp_path / "out", profile=tmp_path / "plan" / "profile.safetensors")
 
 

@@ -19,7 +19,7 @@ from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, why_native
 from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.compress.decide import Decision, decide, target_nbytes, wanted_by
+from llmsqueeze.compress.decide import Decision, decide, request_of, target_nbytes
 from llmsqueeze.compress.job import Job, prepare
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
@@ -437,7 +437,7 @@ def test_what_a_portable_result_would_cost_is_what_it_costs() -> None:
     assert free.calibration is not None
     with Spill() as spill:
         walk = Walk(free.skeleton, free.calibration.rows, spill, torch.float32, torch.device("cpu"))
-        profile = measure(walk, walk.embed(), free.plan, recipe, wanted_by(recipe), Progress())
+        profile = measure(walk, walk.embed(), free.plan.dtypes, request_of(recipe), Progress())
 
     def decided(settings: dict) -> Decision:
         job, recipe = planned(settings)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure.moments import fusion_groups
+from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -21,7 +22,6 @@ from llmsqueeze.model.linears import find_blocks
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
 
 CPU = torch.device("cpu")
 
@@ -179,7 +179,7 @@ def test_head_sweep_reports_the_models_loss(demo_dir: Path) -> None:
     rows = [torch.randint(5, 300, (1, 30)) for _ in range(2)]
     with walking(demo_dir, rows, torch.float32) as walk:
         outputs = forward_sweep(walk, walk.embed(), Progress())[0][-1]
-        loss, gradients = head_sweep(walk, outputs, make_recipe({"labels": "text"}), Progress())
+        loss, gradients = head_sweep(walk, outputs, Request(labels="text"), Progress())
         assert len(gradients) == 2
     expected, _ = ordinary_gradients(demo_dir, rows, torch.float32)
     assert loss == pytest.approx(sum(expected) / 2, rel=1e-5)

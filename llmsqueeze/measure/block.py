@@ -1,0 +1,181 @@
+"""One resident block in the backward sweep: its gradients are reduced, sample by sample, to what a request needs.
+
+Mean squared output gradients and input second moments price every row at every option (costs.py); weight gradients make
+the salience of rows and the statistic of outliers. No gradient of a whole block ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.measure import importance, outliers
+from llmsqueeze.measure.costs import coded_points, low_rank_gains, packed_rates, price
+from llmsqueeze.measure.moments import FusionGroup, fusion_groups
+from llmsqueeze.measure.profile import Profile, joined
+from llmsqueeze.measure.request import Request
+from llmsqueeze.measure.salience import rounding_error, sample_salience
+from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.linears import as_rows
+from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.walk import Walk
+from llmsqueeze.quantizers.coded import shrunk_gradient
+from llmsqueeze.quantizers.curvature import Curvature, factorize
+
+Linears = Mapping[str, torch.dtype]  # the linears to measure: name -> the dtype of their scales and outliers
+
+
+def reduce_block(
+    walk: Walk, index: int, inputs: Activations, gradients: Activations, linears: Linears, request: Request
+) -> Profile:
+    """A resident block's backward pass over all samples; `gradients` go from its output to its input."""
+    groups = fusion_groups(walk, index, inputs.get(0, walk.device))
+    moments = _InputMoments(groups, linears) if request.prices else None
+    sums = _GradientSums(walk.skeleton, index, linears, request) if request.weight_gradients else None
+    for sample in range(len(walk.samples)):
+        hidden, upstream = inputs.get(sample, walk.device), gradients.get(sample, walk.device)
+        labels = walk.samples[sample].shape[1] - 1
+        on_gradient = sums.add if sums is not None else None
+        on_linear = moments.watching(labels) if moments is not None else None
+        gradients.replace(sample, walk.block_gradient(index, sample, hidden, upstream, on_gradient, on_linear))
+    measured = [Profile(groups=tuple(group.names for group in groups))]
+    if sums is not None:
+        salience = {name: total / len(walk.samples) for name, total in sums.salience.items()}
+        measured.append(Profile(salience=salience))
+        sums.errors.clear()
+    statistics = sums.statistics if sums is not None else {}
+    measured.append(reduce_weights(walk.skeleton, index, statistics, linears, request))
+    if moments is not None:
+        measured.append(moments.priced(walk.skeleton, linears, request))
+    return joined(measured)
+
+
+def reduce_weights(
+    skeleton: Skeleton, index: int, statistics: dict[str, Tensor], linears: Linears, request: Request
+) -> Profile:
+    """The measurements of a resident block's weights alone, or with the statistics of their gradients, which are used
+    up."""
+    names = [name for name in skeleton.linears[index] if name in linears]
+    zd = (importance.zd([skeleton.linear(name).weight.detach() for name in names]),) if request.zd else ()
+    return Profile(zd=zd, candidates=rank_block(skeleton, index, statistics, linears, request.outliers))
+
+
+def rank_block(
+    skeleton: Skeleton,
+    index: int,
+    statistics: dict[str, Tensor],
+    linears: Linears,
+    ranking: outliers.Ranking | None,
+) -> dict[str, outliers.Candidates]:
+    """The outlier candidates of a resident block's linears; none for a linear that no sample reached, if its ranking
+    needs gradients. Uses up the statistics."""
+    candidates: dict[str, outliers.Candidates] = {}
+    if ranking is None:
+        return candidates
+    for position, name in enumerate(skeleton.linears[index]):
+        if name not in linears or (ranking.needs_gradients and name not in statistics):
+            continue
+        module = skeleton.linear(name)
+        statistic = as_rows(module, statistics.pop(name)) if name in statistics else None
+        weight = as_rows(module, module.weight.detach())
+        candidates[name] = ranking.candidates(weight, statistic, linears[name], index, position)
+    return candidates
+
+
+class _GradientSums:
+    """Sums over a block's weight gradients: the statistic of outliers and the salience of rows."""
+
+    def __init__(self, skeleton: Skeleton, index: int, linears: Linears, request: Request) -> None:
+        self.skeleton, self.linears = skeleton, linears
+        ranking = request.outliers
+        self.ranking = ranking if ranking is not None and ranking.needs_gradients else None
+        self.statistics: dict[str, Tensor] = {}
+        self.salience: dict[str, Tensor] = {}
+        self.errors: dict[str, list[Tensor]] = {}
+        for name in skeleton.linears[index]:
+            if name in linears and request.salience:
+                module = skeleton.linear(name)
+                weight = as_rows(module, module.weight.detach())
+                self.errors[name] = [
+                    rounding_error(weight, grid, linears[name]).to(torch.bfloat16) for grid in request.salience
+                ]
+                self.salience[name] = torch.zeros(len(request.salience), weight.shape[0])
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Takes one sample's gradient, as the module stores its weight."""
+        if name not in self.linears:
+            return
+        if self.ranking is not None:
+            self.statistics[name] = outliers.accumulate(self.statistics.get(name), gradient, self.ranking.name)
+        for i, error in enumerate(self.errors.get(name, ())):
+            rows = as_rows(self.skeleton.module(name), gradient)
+            self.salience[name][i] += sample_salience(rows, error).cpu()
+
+
+class _InputMoments:
+    """Input second moments per fusion group and squared output gradients per row, summed over the samples."""
+
+    def __init__(self, groups: list[FusionGroup], linears: Linears) -> None:
+        self.groups, self.linears = groups, linears
+        self.leaders = {group.names[0]: i for i, group in enumerate(groups)}
+        self.xtx: dict[int, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.tokens: dict[int, int] = {}
+        self.labels = 0
+
+    def watching(self, labels: int) -> _InputMoments:
+        """Prepares for a sample whose mean loss is over this many labels."""
+        self.sample_labels = labels
+        self.labels += labels
+        return self
+
+    def __call__(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        group = self.leaders.get(name)
+        if group is not None:
+            x = x.reshape(-1, x.shape[-1])
+            if group not in self.xtx:
+                self.xtx[group] = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+            self.xtx[group].addmm_(x.T, x)
+            self.tokens[group] = self.tokens.get(group, 0) + len(x)
+        if name in self.linears:
+            # of the summed loss, not of the mean one
+            square = (gradient.reshape(-1, gradient.shape[-1]) * self.sample_labels).square_().sum(dim=0)
+            self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
+
+    def priced(self, skeleton: Skeleton, linears: Linears, request: Request) -> Profile:
+        """The prices of the linears, group by group; uses up the moments. A linear that no sample reached has none."""
+        profiles = []
+        for i, group in enumerate(self.groups):
+            if i not in self.xtx:
+                continue
+            curvature = factorize(self.xtx.pop(i).div_(self.tokens[i]))
+            for name in group.names:
+                if name in linears and name in self.squares:
+                    module = skeleton.linear(name)
+                    weight = as_rows(module, module.weight.detach())
+                    gradient = self.squares[name] / self.labels
+                    profiles.append(priced(name, weight, gradient, self.labels, curvature, linears[name], request))
+        return joined(profiles)
+
+
+def priced(
+    name: str,
+    weight: Tensor,
+    gradient: Tensor,
+    labels: int,
+    curvature: Curvature,
+    dtype: torch.dtype,
+    request: Request,
+) -> Profile:
+    """The prices of `weight` [rows, cols] that are requested, from the mean squared `gradient` [rows] of its outputs
+    over so many labels."""
+    about = curvature, request.options, request.quantizer, dtype, request.search
+    return Profile(
+        row_gradient={name: gradient.cpu()},
+        curves={name: coded_points(weight, shrunk_gradient(gradient, labels), curvature)} if request.coded else {},
+        costs={name: price(weight, gradient, *about)} if request.options else {},
+        rates={name: packed_rates(weight, *about)} if request.rates else {},
+        gains={name: low_rank_gains(weight, gradient, *about)} if request.gains else {},
+    )
