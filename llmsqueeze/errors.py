@@ -1,16 +1,16 @@
-"""What can go wrong through no fault of ours.
+"""The errors that the input or the machine causes.
 
-    SqueezeError            shown to the user as one line; the command exits with code 2
+    SqueezeError            the user sees its text; the command exits with code 2
     +-- RecipeError         an option or recipe key is unknown, of the wrong type, or out of range
-    |   +-- BudgetError     the bytes asked for are fewer than the method can do with
-    +-- CheckpointError     the model folder cannot be read as it is
-    +-- UnsupportedError    a model that llmsqueeze cannot compress, or a folder it does not handle
-    +-- CalibrationError    the text cannot serve as calibration or evaluation text
+    |   +-- BudgetError     the method needs more bytes than the budget has
+    +-- CheckpointError     the model folder is incomplete, damaged, or in an unsupported form
+    +-- UnsupportedError    the folder is sound, but this command does not support it
+    +-- CalibrationError    the text is empty, too short, or not text
     +-- OutputError         the result cannot be written
     +-- HubError            the Hub cannot be reached, or refuses
-    +-- VerificationError   what was written is not what was meant
+    +-- VerificationError   the written bytes are not the intended ones
 
-A message says what was wrong, the value, what is allowed, and the nearest valid choice.
+A message gives the fault, the value, the allowed values, and the nearest valid choice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 
 class SqueezeError(Exception):
-    """Base of every error that is the input's or the machine's doing; its text goes to the user as it is."""
+    """Base of every error that the input or the machine causes; the user sees its text unchanged."""
 
 
 class RecipeError(SqueezeError):
@@ -28,15 +28,15 @@ class RecipeError(SqueezeError):
 
 
 class BudgetError(RecipeError):
-    """The bytes asked for are fewer than the method can do with."""
+    """The method needs more bytes than the budget has."""
 
 
 class CheckpointError(SqueezeError):
-    """The model folder is missing something, damaged, or in a form that is not read."""
+    """The model folder is incomplete, damaged, or in an unsupported form."""
 
 
 class UnsupportedError(SqueezeError):
-    """The folder is sound, but not something this command handles."""
+    """The folder is sound, but this command does not support it."""
 
 
 class CalibrationError(SqueezeError):
@@ -44,7 +44,7 @@ class CalibrationError(SqueezeError):
 
 
 class OutputError(SqueezeError):
-    """The result cannot be written where it was asked for."""
+    """The result cannot be written."""
 
 
 class HubError(SqueezeError):
@@ -52,15 +52,15 @@ class HubError(SqueezeError):
 
 
 class VerificationError(SqueezeError):
-    """What was written, read back, is not what was meant."""
+    """The written bytes, read back, are not the intended ones."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, cut to its first line; its type where it says nothing."""
+    """The first line of an exception's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `choices`, or nothing when none is close."""
+    """`; did you mean 'x'?` for the closest of `choices`, or an empty string if none is close."""
     match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""

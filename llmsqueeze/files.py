@@ -1,4 +1,4 @@
-"""The names that files have in a model folder, and how JSON and YAML are read."""
+"""The names of files in a model folder, and reading and writing of JSON and YAML."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llmsqueeze.errors import CheckpointError, OutputError, RecipeError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SIDECAR = "llmsqueeze.json"  # what was done: recipe, calibration, sizes, errors
+SIDECAR = "llmsqueeze.json"  # the record of the compression: recipe, calibration, sizes, errors
 EVALUATION = "evaluation.json"  # the last scores that `llmsqueeze eval` measured
-COMPARISON = "comparison.json"  # the table that `llmsqueeze compare` measured, this folder among the models
-FRONTIER = "frontier.png"  # and its picture
+COMPARISON = "comparison.json"  # the last table of `llmsqueeze compare` with this folder among the models
+FRONTIER = "frontier.png"  # the picture of that table
 TEMPLATES = "additional_chat_templates"
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -25,18 +25,18 @@ OTHER_WEIGHTS = ("*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises CheckpointError when the file cannot be read as one."""
+    """The JSON object in `path`; raises CheckpointError if the file is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' is not readable JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"'{path}' holds a {type(value).__name__}; a JSON object is expected")
+        raise CheckpointError(f"'{path}' contains a {type(value).__name__}; a JSON object is expected")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Raises OutputError."""
+    """Writes the JSON object `value`. Raises OutputError if the file cannot be written."""
     try:
         path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
@@ -45,17 +45,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """The name to write to; the file appears at `path` when the block ends, whole. Raises OutputError."""
-    half = path.with_suffix(".half")
+    """Gives the path to write to. The whole file appears at `path` when the context ends. Raises OutputError."""
+    partial = path.with_suffix(".half")
     try:
-        yield half
-        half.rename(path)
+        yield partial
+        partial.rename(path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path}: {error}") from error
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """What the YAML file `path` holds. Raises RecipeError where there is none, calling it by `what` it should be."""
+    """The value in the YAML file `path`. Raises RecipeError if it cannot be read; `what` names the file's kind."""
     import yaml
 
     try:
@@ -67,5 +67,5 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """As `read_json`, but empty for a file that does not exist."""
+    """As `read_json`, but empty if the file does not exist."""
     return read_json(path) if path.exists() else {}

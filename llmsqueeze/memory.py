@@ -1,4 +1,4 @@
-"""How much memory the process has needed so far, and how it is kept from holding what it has freed."""
+"""The peak memory of the process, and the return of freed memory to the system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def peak_memory_mb() -> float:
-    """The most memory that the process ever held, in MB (10**6 bytes); 0 where the platform does not tell."""
+    """The peak resident memory of the process, in MB (10**6 bytes); 0 if the platform does not tell it."""
     try:
         import resource
     except ImportError:
@@ -20,22 +20,22 @@ def peak_memory_mb() -> float:
 
 
 def keep_little() -> None:
-    """Asks the C library (glibc) to return every freed megabyte at once, where it would keep up to 32 in pieces.
+    """Tells the C library (glibc) to return freed pieces of 1 MB or more at once; it would keep up to 32 MB.
 
-    What outlives a block lies between what does not; without this, a long run holds more and more that nobody uses.
+    Tensors that outlive a block lie between tensors that do not. Without this, the unused memory of a long run grows.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def give_back() -> None:
-    """Returns what is free in the C library's heap to the system (glibc)."""
+    """Returns the free memory of the C library's heap to the system (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_device_memory_mb(device: str = "cuda") -> float:
-    """The most memory that tensors ever held on a CUDA device, in MB; 0 for any other."""
+    """The peak memory of tensors on a CUDA device, in MB; 0 for any other device."""
     import torch
 
     if not device.startswith("cuda") or not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What a long run tells whoever watches it. The base class says nothing; report.py draws it on a terminal."""
+"""Progress of a long run. This base class shows nothing; cli/report.py draws it on a terminal."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Progress:
-    """A listener; every method may be ignored."""
+    """A listener; a subclass overrides the methods that it needs."""
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of `total` steps begins, and the one before it has ended."""
+        """A stage of `total` steps begins, and the stage before it has ended."""
 
     def advance(self) -> None:
         """One step of the stage is done."""
@@ -23,18 +23,18 @@ class Progress:
         """A weight was compressed: its bits per weight and its relative output error."""
 
     def note(self, text: str) -> None:
-        """Something the user should know."""
+        """A message to the user."""
 
     @contextmanager
     def foreign(self, name: str) -> Iterator[None]:
-        """A stage in which another library reports on its own; without a terminal it is kept quiet."""
+        """A stage in which another library reports its own progress; this class keeps it quiet."""
         self.stage(name, 1)
         with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             yield
         self.advance()
 
     def over(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
-        """`items`, announced as a stage of `total` steps, each step done when the next is asked for."""
+        """`items` as a stage of `total` steps; a step is done when the next item is taken."""
         self.stage(name, total)
         for item in items:
             yield item

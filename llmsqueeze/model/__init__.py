@@ -1,1 +1,1 @@
-"""The original model: found, read lazily, laid out without weights, walked block by block; and the text it reads."""
+"""The original model: find it, read it lazily, lay it out without weights, walk it block by block; and its text."""

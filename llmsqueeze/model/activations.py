@@ -1,6 +1,6 @@
-"""Activations that must outlive a block: kept in memory up to a limit, beyond it on disk.
+"""Activations that must outlive a block: in memory up to a limit, on disk beyond it.
 
-What is spilled is written and read with plain file calls, never mapped, so that it does not count as memory.
+Spilled tensors are written and read with plain file calls, not mapped, so that they do not count as memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DEFAULT_LIMIT = 128 << 20  # bytes
 
 
 class Spill:
-    """The memory limit shared by all activation lists of a run, and the folder that takes the rest."""
+    """The memory limit, in bytes, of all activation lists of a run, and the folder for the rest."""
 
     def __init__(self, limit: int = DEFAULT_LIMIT, parent: Path | None = None) -> None:
         self.limit = limit
-        self.held = 0
+        self.nbytes = 0  # in memory
         self._folder = Path(tempfile.mkdtemp(prefix="llmsqueeze-", dir=parent))
         self._count = 0
 
@@ -39,7 +39,7 @@ class Spill:
 
 
 class Activations:
-    """A list of tensors, one per sample, in memory or spilled. Items come back on the device they are asked for."""
+    """A list of tensors, one for each sample, in memory or on disk. `get` and `each` give them on the named device."""
 
     def __init__(self, spill: Spill) -> None:
         self._spill = spill
@@ -69,17 +69,17 @@ class Activations:
 
     def _keep(self, tensor: Tensor) -> Tensor | _OnDisk:
         tensor = tensor.detach().to("cpu")
-        if self._spill.held + tensor.nbytes > self._spill.limit:
+        if self._spill.nbytes + tensor.nbytes > self._spill.limit:
             return _OnDisk(tensor, self._spill.new_file())
-        self._spill.held += tensor.nbytes
-        # a view would keep its whole base alive, uncounted
+        self._spill.nbytes += tensor.nbytes
+        # a view would keep its whole base in memory, uncounted
         return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
     def _release(self, item: Tensor | _OnDisk) -> None:
         if isinstance(item, _OnDisk):
             item.file.unlink(missing_ok=True)
         else:
-            self._spill.held -= item.nbytes
+            self._spill.nbytes -= item.nbytes
 
 
 class _OnDisk:

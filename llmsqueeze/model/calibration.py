@@ -1,4 +1,4 @@
-"""The calibration text of a model, as rows of tokens; if no text can be read, the model generates one."""
+"""The calibration text of a model as rows of tokens. If no text can be read, the model generates it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_calibration(
     held_back: int = 0,
     device: torch.device | None = None,
 ) -> Calibration:
-    """The calibration rows, no longer than the model's context. `held_back`: further samples, to measure on.
+    """The calibration rows, not longer than the model's context. `held_back`: more rows, for measurements.
 
     If the model generates its own text, it does so on `device` (default: the CPU). Raises CalibrationError, HubError or
     UnsupportedError.
@@ -38,14 +38,14 @@ def read_calibration(
     tokenizer, seq_len = load_tokenizer(original.path, trust), min(settings.seq_len, context)
     text = text_or_self(original.source.model, settings.calibration, progress)
     if text is None:
-        wanted, place = settings.samples + held_back, device or torch.device("cpu")
-        rows = sample_rows(original.path, tokenizer, wanted, seq_len, settings.seed, place, trust, progress)
+        count, device = settings.samples + held_back, device or torch.device("cpu")
+        rows = sample_rows(original.path, tokenizer, count, seq_len, settings.seed, device, trust, progress)
         return hashed(SAMPLED, rows[: settings.samples], settings.samples, rows[settings.samples :])
     calibration = calibration_rows(text, tokenizer, settings.samples, seq_len, settings.seed, held_back)
     vocabulary, _ = skeleton.embedding_shape
     if max(int(row.max()) for row in calibration.rows) >= vocabulary:
         raise UnsupportedError(
-            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}: they do not match"
+            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}: model and tokenizer do not match"
         )
     count = len(calibration.rows)
     if count < settings.samples:
@@ -56,8 +56,8 @@ def read_calibration(
 def text_or_self(model: str, calibration: str | None, progress: Progress) -> Text | None:
     """The text that `calibration` names, or the default text of `model`.
 
-    None: the model generates the text, as asked for (`self`) or because no text is named and the default one cannot
-    be read. Raises HubError if a named text cannot be read.
+    None: the model generates the text, because `calibration` is `self`, or because it names no text and the default
+    text cannot be read. Raises HubError if a named text cannot be read.
     """
     if calibration == SELF:
         return None
@@ -67,7 +67,7 @@ def text_or_self(model: str, calibration: str | None, progress: Progress) -> Tex
         if calibration is not None:
             raise
         progress.note(
-            f"{first_line(error).partition(';')[0]}: calibrating on text sampled from the model itself, which costs "
-            "some quality; name a text file with --calibration to do better"
+            f"{first_line(error).partition(';')[0]}: the model generates the calibration text, which costs some "
+            "quality; for better quality name a text file with --calibration"
         )
         return None

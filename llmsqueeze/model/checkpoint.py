@@ -1,7 +1,7 @@
-"""Reading a checkpoint lazily.
+"""Reading a checkpoint lazily, and the digests of its files.
 
-A checkpoint is a folder with `config.json` and safetensors files, in one piece or sharded behind an index. Opening
-it reads headers only and finds what is missing, cut short, or outside the folder; tensors are read one at a time.
+A checkpoint is a folder with `config.json` and safetensors: one file, or shards and an index. `open_checkpoint` reads
+headers only. It finds files that are missing, cut short, or outside the folder. Tensors are read one at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: its file, shape and dtype."""
+    """The file, shape and dtype of one tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened folder: its config and where every tensor lies."""
+    """An opened folder: its config and its tensors by name."""
 
     path: Path
     config: dict[str, Any]
@@ -43,22 +43,22 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, headers aside."""
+        """Bytes of all tensors, without the headers of the files."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, after checking that it holds no NaN or Inf."""
+        """The tensor in its stored shape and dtype. Raises CheckpointError if it contains NaN or Inf."""
         tensor = self.read_raw(name)
         if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
             kind = "NaN" if bool(tensor.isnan().any()) else "Inf"
             raise CheckpointError(
-                f"{name} in {self.tensors[name].file.name} holds {kind}; a damaged weight cannot be compressed: "
+                f"{name} in {self.tensors[name].file.name} contains {kind}; a damaged weight cannot be compressed: "
                 f"download or convert {self.path} again"
             )
         return tensor
 
     def read_raw(self, name: str) -> Tensor:
-        """The tensor as stored, unchecked."""
+        """The tensor in its stored shape and dtype; its values are not checked. Raises CheckpointError."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks {name}, which its config describes")
         file = self.tensors[name].file
@@ -73,10 +73,10 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Opens the folder; reads headers only.
 
-    Raises CheckpointError for a missing, damaged or pickle-only checkpoint and for files outside the folder.
+    Raises CheckpointError if the checkpoint is missing, damaged or only pickled, or names files outside the folder.
     """
     config = read_config(path)
-    if (path / SINGLE).exists():  # as transformers does, before any index
+    if (path / SINGLE).exists():  # transformers also reads it before any index
         tensors = _headers(path / SINGLE)
     elif (path / INDEX).exists():
         tensors = _indexed(path)
@@ -86,7 +86,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The folder's `config.json`. Raises CheckpointError if there is none, or none of a model."""
+    """The folder's `config.json`. Raises CheckpointError if it is missing or is not that of a model."""
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json, so it is not a model folder")
     config = read_json(path / "config.json")
@@ -106,10 +106,10 @@ def _no_weights(path: Path) -> str:
 
 
 def pickled_only(model: str, file: str) -> str:
-    """What to say of a model whose weights are only pickled."""
+    """The error message for a model whose weights are only pickled."""
     return (
-        f"{model} holds its weights only as pickle ({file}), which can run code when opened, so it is not read; "
-        "convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
+        f"{model} has its weights only as pickle ({file}); a pickle can run code when it is opened, so it is not read; "
+        "if you trust it, convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
         "writes safetensors"
     )
 
@@ -122,19 +122,19 @@ def _indexed(path: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
-            raise CheckpointError(f"{path / INDEX} names {file!r}, which lies outside the model folder")
+            raise CheckpointError(f"{path / INDEX} names {file!r}, which is outside the model folder")
         if not (path / file).exists():
             raise CheckpointError(f"{path} lacks the shard {file} that {INDEX} names")
-        held = _headers(path / file)
+        stored = _headers(path / file)
         for name in (n for n, f in weight_map.items() if f == file):
-            if name not in held:
-                raise CheckpointError(f"{path / file} does not hold {name}, which {INDEX} expects there")
-            tensors[name] = held[name]
+            if name not in stored:
+                raise CheckpointError(f"{path / file} does not contain {name}, which {INDEX} expects there")
+            tensors[name] = stored[name]
     return tensors
 
 
 def _headers(file: Path) -> dict[str, StoredTensor]:
-    """Tensor name -> where it lies; opening checks that the file is as long as its header says."""
+    """The tensors of a file by name; safetensors checks that the file has the length that its header says."""
     try:
         with safe_open(file, framework="pt") as handle:
             views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
@@ -143,36 +143,36 @@ def _headers(file: Path) -> dict[str, StoredTensor]:
                 for name, view in views.items()
             }
     except KeyError as error:
-        raise UnsupportedError(f"{file} holds tensors of dtype {error}, which is not read") from error
+        raise UnsupportedError(f"{file} contains tensors of dtype {error}, which is not supported") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged or cut short ({error}); download or copy it again") from error
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite, without the copies that `isfinite` makes."""
+    """Whether no value is NaN or infinite, without the copies that `isfinite` makes."""
     low, high = values.aminmax()
     return bool(low.isfinite()) and bool(high.isfinite())
 
 
-def file_digests(checkpoint: Checkpoint, known: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+def file_digests(checkpoint: Checkpoint, previous: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """File name -> its size, modification time and SHA-256.
 
-    A file whose size and time are those in `known` is taken to be the one that was read then, and not read again.
+    A file with the size and time that it has in `previous` is not read again: it gets the digest from there.
     """
-    found: dict[str, dict[str, Any]] = {}
+    digests: dict[str, dict[str, Any]] = {}
     for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
         stat = file.stat()
-        about = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        before = (known or {}).get(file.name, {})
-        if not about.items() <= before.items():
+        identity = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        before = (previous or {}).get(file.name, {})
+        if not identity.items() <= before.items():
             with file.open("rb") as stream:
                 before = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-        found[file.name] = about | {"sha256": before["sha256"]}
-    return found
+        digests[file.name] = identity | {"sha256": before["sha256"]}
+    return digests
 
 
 def weights_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """One SHA-256 for all files; names count, times do not."""
+    """One SHA-256 for all files: of their names and digests, not of their times."""
     text = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,7 +8,10 @@ from llmsqueeze.errors import UnsupportedError
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """The decoder blocks: the members of the longest module list of one class (of equals, the largest)."""
+    """The decoder blocks: the members of the longest module list of one class; of equally long lists, the largest.
+
+    Raises UnsupportedError if there is no such list.
+    """
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -16,7 +19,7 @@ def find_blocks(model: nn.Module) -> list[str]:
     }
     if not lists:
         raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks of one class")
-    # a list inside a block (experts) may be longer than the list of blocks: only outermost lists count
+    # a list inside a block (experts) can be longer than the list of blocks: only outermost lists count
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     name, members = max(
         outermost.items(), key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters()))

@@ -1,4 +1,4 @@
-"""The model that the user names, opened: where it is, its tensors, its modules without weights."""
+"""The model that the user names: find it (built in, in a folder, on the Hub), then lay it out without its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmsqueeze.model.text import DEMO
 
 @dataclass(frozen=True)
 class Source:
-    """Which model, and how it may be opened: a Hub id, a folder, or 'demo'."""
+    """A model by name (a Hub id, a folder, or 'demo'), and how it may be opened."""
 
     model: str
     revision: str | None = None
@@ -25,7 +25,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Original:
-    """A model laid out without its weights, and the folder that they are read from."""
+    """A model laid out without its weights, and the folder of its weights."""
 
     source: Source
     path: Path
@@ -34,20 +34,23 @@ class Original:
 
 
 def open_original(source: Source, weights: bool = True) -> Original:
-    """Finds the model and lays it out. Without `weights` only its configuration has to be there.
+    """Finds the model and lays it out. Without `weights` only its config is needed.
 
     Raises RecipeError, CheckpointError, UnsupportedError or HubError.
     """
     local = source.model == DEMO or Path(source.model).expanduser().is_dir()
     if source.revision is not None and local:
-        raise RecipeError(f"--revision {source.revision} goes with a Hub id, and {source.model} is a local folder")
+        raise RecipeError(f"--revision {source.revision} applies to a Hub id, and {source.model} is a local folder")
     path = locate(source.model, source.revision, weights)
     checkpoint = open_checkpoint(path) if weights else imagine_checkpoint(path, source.trust_remote_code)
     return Original(source, path, checkpoint, build_skeleton(checkpoint, source.trust_remote_code))
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU. Raises RecipeError for one that is not there."""
+    """The torch device; `auto` is the first CUDA device, or the CPU if there is none.
+
+    Raises RecipeError if the name is unknown or the machine has no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -57,16 +60,17 @@ def pick_device(device: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise RecipeError(f"device {device!r} is not supported; choose auto, cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise RecipeError(
+            f"device {device!r} does not exist: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     return chosen
 
 
 def locate(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """The local folder of `model`: the built-in `demo`, a folder, or a Hub id (downloaded into the Hub's cache).
 
-    Without `weights` the download is everything else.
-
-    Raises CheckpointError if there is no such folder, HubError if the Hub cannot be reached or refuses.
+    Without `weights` everything else is downloaded. Raises CheckpointError if there is no such folder or it has only
+    pickled weights, HubError if the Hub cannot be reached or refuses.
     """
     if model == "demo":
         from llmsqueeze.demo import MODEL_DIR
@@ -116,7 +120,7 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
 
 
 def _check_listing(repo: str, revision: str | None) -> None:
-    """Raises CheckpointError for a repository whose weights are only pickled, before anything large is fetched."""
+    """Raises CheckpointError if a repository has only pickled weights, before a large download."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -124,7 +128,7 @@ def _check_listing(repo: str, revision: str | None) -> None:
         siblings = HfApi().model_info(repo, revision=revision, timeout=10).siblings
     except (HfHubHTTPError, HFValidationError):
         raise
-    except Exception:  # no network, whatever the HTTP library calls that: what is cached may still do
+    except Exception:  # no network, whatever the HTTP library calls it: the cache can still have the model
         return
     listed = [sibling.rfilename for sibling in siblings or []]
     pickled = [name for name in listed if any(Path(name).match(pattern) for pattern in PICKLES)]

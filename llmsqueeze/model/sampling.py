@@ -1,8 +1,8 @@
-"""Text from the model itself, for calibrating without any: first tokens at random, the rest by its own distribution.
+"""Calibration text that the model generates, for calibration without a text.
 
-A sample is the beginning-of-text token where there is one, a token drawn uniformly from the vocabulary, and then what
-the model goes on with at temperature 1; where it ends a text, it begins another. Everything is drawn by one seed.
-Memory: the whole model in the dtype of its file, and one batch's keys and values.
+A sample is the BOS token if the tokenizer has one, a token drawn uniformly from the vocabulary, and then tokens drawn
+from the model's distribution at temperature 1. An end-of-text token does not end the sample. One seed draws everything.
+Memory: the whole model in the dtype of its file, and the keys and values of one batch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def sample_rows(
     trust_remote_code: bool,
     progress: Progress,
 ) -> list[Tensor]:
-    """`count` token rows [1, length] of the model in `path`; of more the first are the same."""
-    model = open_original(path, device, trust_remote_code)
+    """`count` token rows, int64 [1, length], of the model in `path`. A larger `count` has the same first rows."""
+    model = open_model(path, device, trust_remote_code)
     generator = torch.Generator(device).manual_seed(seed)
     rows: list[Tensor] = []
     starts = range(0, count, BATCH)
@@ -44,8 +44,8 @@ def sample_rows(
     return rows[:count]
 
 
-def open_original(path: Path, device: torch.device, trust_remote_code: bool) -> Any:
-    """The model in `path` in the dtype of its file. Raises UnsupportedError."""
+def open_model(path: Path, device: torch.device, trust_remote_code: bool) -> Any:
+    """The model in `path` in the dtype of its file. Raises UnsupportedError if transformers cannot open it."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -58,7 +58,7 @@ def open_original(path: Path, device: torch.device, trust_remote_code: bool) -> 
 
 
 def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:
-    """[count, 1 or 2]: the beginning-of-text token where there is one, and an ordinary one at random."""
+    """[count, 2]: the BOS token and a random token that is not special; [count, 1] if there is no BOS token."""
     rows = model.get_input_embeddings().weight.shape[0]
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([i for i in range(min(rows, len(tokenizer))) if i not in special])
@@ -70,11 +70,11 @@ def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, gen
 
 @torch.no_grad()
 def continued(model: Any, tokens: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """`tokens` [rows, some] with what the model draws after them, [rows, length]."""
-    made, past, last = tokens[:, :length], None, tokens[:, :length]
-    while made.shape[1] < length:
+    """[rows, length]: `tokens` [rows, any length], and after them tokens that the model draws."""
+    rows, past, last = tokens[:, :length], None, tokens[:, :length]
+    while rows.shape[1] < length:
         output = model(input_ids=last, past_key_values=past, use_cache=True)
         past = output.past_key_values
         last = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-        made = torch.cat([made, last], dim=1)
-    return made
+        rows = torch.cat([rows, last], dim=1)
+    return rows

@@ -1,7 +1,7 @@
-"""The model without its weights: transformers' own modules on the meta device, filled a few at a time.
+"""The model without its weights: transformers' own modules on the meta device, with a few real at a time.
 
-Which checkpoint tensor belongs to which parameter is asked of transformers itself (it renames on loading), and
-decoder blocks and linears are found by their types, so no architecture is named anywhere.
+transformers itself tells which checkpoint tensor belongs to which parameter (it renames on loading). Decoder blocks and
+linears are found by type (linears.py), so no architecture is named.
 """
 
 from __future__ import annotations
@@ -75,21 +75,21 @@ class Skeleton:
 
     @property
     def outer(self) -> list[str]:
-        """The modules whose weights are embeddings or the head, tied ones once, by the names that are stored."""
+        """The names of embeddings and head as stored; if they are tied, one name."""
         ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         names = [name for end in ends for name, module in self.model.named_modules() if module is end]
         return [name for name in dict.fromkeys(names) if f"{name}.weight" in self.sources]
 
     @property
     def ties_head(self) -> bool:
-        """Whether embeddings and head are one weight."""
+        """Whether embeddings and head share one weight."""
         return len(self.outer) == 1 and self.model.get_output_embeddings() is not None
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
     def linear(self, name: str) -> nn.Linear:
-        """A linear by name; Conv1D has the same attributes, its weight transposed."""
+        """A linear by name; Conv1D has the same attributes, with its weight transposed."""
         return cast(nn.Linear, self.model.get_submodule(name))
 
     @property
@@ -104,7 +104,7 @@ class Skeleton:
         return (cols, rows) if is_transposed(self.module(linear)) else (rows, cols)
 
     def dtype(self, linear: str) -> torch.dtype:
-        """The dtype that a linear's weight is stored in."""
+        """The stored dtype of a linear's weight."""
         return self.checkpoint.tensors[self.sources[f"{linear}.weight"]].dtype
 
     def names_in(self, module: str) -> list[str]:
@@ -116,8 +116,10 @@ class Skeleton:
 
     @contextmanager
     def resident(self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
-        """Within the context the named parameters and buffers are real, in `dtype` or their own; afterwards they are
-        meta again."""
+        """In the context the named parameters and buffers are real, on `device`; after it they are meta again.
+
+        Floating-point tensors are cast to `dtype`; None keeps the stored dtypes.
+        """
         names = list(names)
         try:
             for name in names:
@@ -132,14 +134,14 @@ class Skeleton:
             give_back()
 
     def _place(self, name: str, tensor: Tensor | None) -> None:
-        targets = [name, *(alias for alias, source in self.tied.items() if source == name)]
+        aliases = [alias for alias, source in self.tied.items() if source == name]
         parent, _, leaf = name.rpartition(".")
         old = getattr(self.model.get_submodule(parent), leaf)
         value = torch.empty_like(old, device=META) if tensor is None else tensor
         if isinstance(old, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
-        for target in targets:
-            parent, _, leaf = target.rpartition(".")
+        for shared in (name, *aliases):
+            parent, _, leaf = shared.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, value)
 
 
@@ -150,7 +152,7 @@ def _reader(tensor: Tensor | Callable[[], Tensor]) -> Callable[[], Tensor]:
 def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Skeleton:
     """The skeleton of the checkpoint's causal language model.
 
-    Raises UnsupportedError for what is no such model, CheckpointError for tensors that are missing or misshapen.
+    Raises UnsupportedError if it is no such model, CheckpointError if a tensor is missing or has the wrong shape.
     """
     config = load_config(checkpoint.path, trust_remote_code)
     check_supported(checkpoint.config, config)
@@ -180,22 +182,22 @@ def compressed_skeleton(
 
 
 def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoint:
-    """The checkpoint that the folder's `config.json` describes, as if its weights were there; none can be read.
+    """The checkpoint that the folder's `config.json` describes; its tensors have shapes, but cannot be read.
 
-    Tensors have the dtype that the config names, bfloat16 without one.
+    Their dtype is that of the config, or bfloat16 if the config has none.
     """
     raw = read_config(path)
     config = load_config(path, trust_remote_code)
     check_supported(raw, config)
     model = empty_model(path, config, trust_remote_code)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    held = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
-    stored = {name: StoredTensor(path, tuple(tensor.shape), dtype) for name, tensor in held.items()}
-    return Checkpoint(path, raw, stored)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: shape for name, shape in shapes.items() if name not in model.all_tied_weights_keys}
+    return Checkpoint(path, raw, {name: StoredTensor(path, shape, dtype) for name, shape in stored.items()})
 
 
 def empty_model(path: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that a folder's config describes, without weights. Raises UnsupportedError."""
+    """The model of a folder's config, without weights. Raises UnsupportedError if transformers cannot build it."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -214,13 +216,13 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        hint = "" if trust_remote_code else "; a model that brings its own code needs --trust-remote-code"
+        hint = "" if trust_remote_code else "; a model with its own code needs --trust-remote-code"
         raise UnsupportedError(f"transformers cannot read {path / 'config.json'}: {first_line(error)}{hint}") from error
     return config
 
 
 def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None:
-    """Raises UnsupportedError for an already quantized model, an encoder, or a model with vision or audio."""
+    """Raises UnsupportedError if the model is quantized already, has an encoder, or reads images or sound."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     quantized = raw.get("quantization_config")
@@ -228,11 +230,11 @@ def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None
         method = quantized.get("quant_method", "an unnamed method")
         raise UnsupportedError(f"this model is already quantized (by {method}); start from the original weights")
     if config.is_encoder_decoder:
-        raise UnsupportedError(f"{config.model_type} is an encoder-decoder model; only decoder-only models are handled")
+        raise UnsupportedError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
     others = [key for key in ("vision_config", "audio_config") if getattr(config, key, None) is not None]
     if others:
         raise UnsupportedError(
-            f"{config.model_type} is not a text-only model (its config has {others[0]}); only text decoders are handled"
+            f"{config.model_type} is not a text-only model (its config has {others[0]}); only these are supported"
         )
     architectures = config.architectures or []
     foreign = [name for name in architectures if not name.endswith(("ForCausalLM", "LMHeadModel"))]
@@ -242,12 +244,12 @@ def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None
     ):
         kind = foreign[0] if foreign else f"model type {config.model_type}"
         raise UnsupportedError(
-            f"{kind} is not a causal language model; encoders, classifiers and vision are not handled"
+            f"{kind} is not a causal language model; encoders, classifiers and vision models are not supported"
         )
 
 
 def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter or buffer -> checkpoint tensor, by the renaming that transformers applies on loading."""
+    """Parameter or buffer -> checkpoint tensor, with the renamings that transformers applies on loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -265,14 +267,14 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
         if merges is not None:
             raise UnsupportedError(
                 f"transformers merges {name} with other tensors into {renamed} on loading (fused experts); "
-                "mixture-of-experts models are not handled yet"
+                "mixture-of-experts models are not supported"
             )
         sources[renamed] = name
     return sources
 
 
 def _tied(model: PreTrainedModel, sources: Mapping[str, str]) -> dict[str, str]:
-    """Parameter that the checkpoint lacks -> the stored one that it shares; a tie may be stored under either name."""
+    """Parameter that is not stored -> the stored one that it shares; either of the two can be the stored one."""
     tied = {}
     for alias, source in model.all_tied_weights_keys.items():
         if alias not in sources and source in sources:
@@ -288,12 +290,12 @@ def _check_complete(
     missing = [name for name in model.state_dict() if name not in sources and name not in tied]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{checkpoint.path} lacks the weight {missing[0]}{more}: is a shard missing or renamed?")
+        raise CheckpointError(f"{checkpoint.path} has no weight {missing[0]}{more}: is a shard missing or renamed?")
     for name, tensor in model.state_dict().items():
         stored = checkpoint.tensors[sources[tied.get(name, name)]]
         if tuple(tensor.shape) != stored.shape:
             raise CheckpointError(
-                f"{name} has shape {list(stored.shape)} in {stored.file.name}, but config.json asks for "
+                f"{name} has shape {list(stored.shape)} in {stored.file.name}, but config.json requires "
                 f"{list(tensor.shape)}"
             )
         if stored.dtype.itemsize < 2 and stored.dtype.is_floating_point:
@@ -307,5 +309,5 @@ def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]
         if inside * 2 < total:
             raise UnsupportedError(
                 f"only {100 * inside / max(total, 1):.0f} % of the weights of {block} are in linear layers: "
-                "mixture-of-experts and state-space blocks are not handled yet"
+                "mixture-of-experts and state-space blocks are not supported"
             )

@@ -1,7 +1,7 @@
 """Text -> rows of tokens, seeded and hashed. Sources: a local file (txt, jsonl), a Hub data set, the demo's generator.
 
-Calibration rows are non-overlapping windows of the text in seeded random order, each beginning with the BOS token
-where the tokenizer has one. Evaluation windows are the same cut, in order, over the whole text.
+Calibration rows are windows of the text that do not overlap, in seeded random order. Each begins with the BOS token if
+the tokenizer has one. Evaluation uses the same windows, in order, over the whole text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the name under which summaries and cards cite it."""
+    """A text, and its name in summaries and cards."""
 
     source: str
     content: str
@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token rows [1, length] and where they come from; `held_back` are others of the same text."""
+    """Token rows, int64 [1, length], and their source; `held_back` are other rows of the same text."""
 
     source: str
     rows: list[Tensor]
@@ -56,11 +56,11 @@ class Calibration:
         }
 
 
-SELF = "self"  # as a calibration source: text sampled from the model (sampling.py)
+SELF = "self"  # the calibration source that means: the model generates the text (sampling.py)
 
 
 def calibration_text(source: str | None, model: str) -> Text:
-    """The text that `--calibration` names; without it the demo's own for the demo, else WikiText-2 train."""
+    """The text that `--calibration` names; if it names none, the demo's own for the demo, else WikiText-2 train."""
     if source == DEMO or (source is None and model == DEMO):
         from llmsqueeze.demo import stories
 
@@ -69,7 +69,7 @@ def calibration_text(source: str | None, model: str) -> Text:
 
 
 def evaluation_text(source: str | None, model: str) -> Text:
-    """The text that `--text` names; without it the demo's own for the demo, else WikiText-2 test."""
+    """The text that `--text` names; if it names none, the demo's own for the demo, else WikiText-2 test."""
     if source == DEMO or (source is None and model == DEMO):
         from llmsqueeze.demo import stories
 
@@ -78,7 +78,10 @@ def evaluation_text(source: str | None, model: str) -> Text:
 
 
 def read_text(source: str, split: str) -> Text:
-    """A local .txt or .jsonl file, or a Hub data set `owner/name[:config[:split]]`; CalibrationError, HubError."""
+    """A local .txt or .jsonl file, or a Hub data set `owner/name[:config[:split]]`.
+
+    Raises CalibrationError if it cannot be used, HubError if the Hub cannot be reached.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         raise CalibrationError(f"{source} is a folder; name a text file (.txt, .jsonl) or a Hub data set")
@@ -87,11 +90,9 @@ def read_text(source: str, split: str) -> Text:
     if path.suffix in (".txt", ".jsonl", ".json", ".raw", ".md") or source.startswith((".", "/", "~")):
         raise CalibrationError(f"there is no text file {source}")
     name, _, rest = source.partition(":")
-    config, _, wanted = rest.partition(":")
-    return Text(
-        f"{name} {config} {wanted or split}".replace("  ", " "),
-        _read_hub(name, config or None, wanted or split),
-    )
+    config, _, named_split = rest.partition(":")
+    split = named_split or split
+    return Text(f"{name} {config} {split}".replace("  ", " "), _read_hub(name, config or None, split))
 
 
 def _read_file(path: Path) -> str:
@@ -102,9 +103,9 @@ def _read_file(path: Path) -> str:
     except OSError as error:
         raise CalibrationError(f"cannot read {path}: {error}") from error
     if "\0" in content[:1_000_000]:
-        raise CalibrationError(f"{path} is not text: it holds NUL bytes")
+        raise CalibrationError(f"{path} is not text: it contains NUL bytes")
     if path.suffix == ".json":
-        raise CalibrationError(f"{path} is JSON; calibration text is plain text or .jsonl, a text field on every line")
+        raise CalibrationError(f"{path} is JSON; name plain text, or .jsonl with a text field on every line")
     if path.suffix == ".jsonl":
         content = "\n\n".join(_jsonl_documents(path, content))
     if not content.strip():
@@ -133,13 +134,13 @@ def _read_hub(name: str, config: str | None, split: str) -> str:
 
     datasets.disable_progress_bars()
     if not _hub_answers(name):
-        # what is cached still loads; anything else fails at once, not after half a minute of retries
+        # a cached data set still loads; any other fails at once, not after half a minute of retries
         datasets.config.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise HubError(
-            f"the data set {name} is no local file and cannot be had from the Hub ({type(error).__name__}); "
+            f"the data set {name} is no local file and cannot be read from the Hub ({type(error).__name__}); "
             "name a local text file with --calibration (for eval: --text)"
         ) from error
     except ValueError as error:
@@ -153,7 +154,7 @@ def _read_hub(name: str, config: str | None, split: str) -> str:
 
 
 def _hub_answers(dataset: str) -> bool:
-    """Whether the Hub can be reached; raises CalibrationError if it does not know the data set, or withholds it."""
+    """Whether the Hub can be reached. Raises CalibrationError if it has no such data set that the user may read."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -166,13 +167,13 @@ def _hub_answers(dataset: str) -> bool:
             f"the Hub has no data set {dataset} that you may read ({type(error).__name__}); is the name right, and "
             "does it need a login (hf auth login)?"
         ) from error
-    except Exception:  # whatever the HTTP library of the day raises for no route, no name, a refusal, a time-out
+    except Exception:  # the HTTP library has its own errors for no route, no name, a refusal, a time-out
         return False
     return True
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises CheckpointError if it has none that transformers can open."""
+    """The model's tokenizer. Raises CheckpointError if transformers can open none."""
     from transformers import AutoTokenizer
 
     try:
@@ -182,24 +183,24 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def hashed(source: str, rows: list[Tensor], wanted: int, apart: list[Tensor]) -> Calibration:
-    """The rows with the hash of their tokens."""
+def hashed(source: str, rows: list[Tensor], requested: int, held_back: list[Tensor]) -> Calibration:
+    """A calibration with the SHA-256 of the tokens in `rows`."""
     digest = hashlib.sha256(b"".join(row.numpy().astype("<i8").tobytes() for row in rows)).hexdigest()
-    return Calibration(source, rows, digest, wanted, apart)
+    return Calibration(source, rows, digest, requested, held_back)
 
 
 def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: bool = False) -> list[Tensor]:
-    """Non-overlapping rows [1, length] over the whole text, BOS first where there is one.
+    """Rows, int64 [1, length], over the whole text that do not overlap; BOS first if the tokenizer has one.
 
     With `tail` the rest makes a shorter last row, else it is dropped. Raises CalibrationError if the text does not
-    fill one row (with `tail`: holds nothing to predict).
+    fill one row (with `tail`: if it has no token to predict).
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
     step = length - len(bos)
     if len(ids) < (2 - len(bos) if tail else step):
         raise CalibrationError(
-            f"{text.source} holds {len(ids)} tokens, too few for one sample of {length}; take a longer text or a "
+            f"{text.source} has {len(ids)} tokens, too few for one sample of {length}; take a longer text or a "
             "smaller --seq-len"
         )
     shortest = 2 - len(bos) if tail else step
@@ -209,11 +210,12 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: b
 def calibration_rows(
     text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, held_back: int = 0
 ) -> Calibration:
-    """`samples` rows drawn by seed (all there are, if fewer), hashed together with nothing but their tokens.
+    """`samples` rows drawn by seed, or all rows if there are fewer, and the hash of their tokens.
 
-    The next `held_back` rows in that order, as far as there are any, are kept apart to measure on.
+    The next `held_back` rows in that order, or those that are left, are kept apart for measurements.
+    Raises CalibrationError if the text does not fill one row.
     """
-    # a text far longer than what is drawn from it would only cost time and memory to tokenize
+    # to tokenize a text far longer than the rows would only cost time and memory
     text = Text(text.source, text.content[: max(1 << 24, 64 * (samples + held_back) * seq_len)])
     rows = windows(text, tokenizer, seq_len)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -101,7 +101,7 @@ def broken_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (cut_short, "one.safetensors is damaged or cut short"),
         (cut_in_header, "two.safetensors is damaged or cut short"),
@@ -109,7 +109,7 @@ def broken_index(folder: Path) -> None:
         (rename_shard, "lacks the shard two.safetensors"),
         (lose_index, "was a file renamed or lost"),
         (point_outside, "outside the model folder"),
-        (wrong_shard, "does not hold c"),
+        (wrong_shard, "does not contain c"),
         (pickle_only, "pickle"),
         (no_weights, "has no weights"),
         (no_config, "no config.json"),
@@ -119,9 +119,9 @@ def broken_index(folder: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_damaged_folder_is_named_at_once(sharded: Path, damage: Callable[[Path], None], said: str) -> None:
+def test_a_damaged_folder_is_named_at_once(sharded: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(sharded)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         open_checkpoint(sharded)
 
 
@@ -131,7 +131,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float, kind
     save_file({"fine": torch.ones(2), "broken.weight": torch.tensor([1.0, value])}, tmp_path / SINGLE)
     checkpoint = open_checkpoint(tmp_path)
     checkpoint.read("fine")
-    with pytest.raises(CheckpointError, match=f"broken.weight in {SINGLE} holds {kind}"):
+    with pytest.raises(CheckpointError, match=f"broken.weight in {SINGLE} contains {kind}"):
         checkpoint.read("broken.weight")
 
 

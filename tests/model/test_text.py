@@ -44,9 +44,9 @@ def test_windows_do_not_overlap_and_begin_with_bos() -> None:
 
 
 def test_a_text_with_nothing_to_predict_is_refused() -> None:
-    with pytest.raises(CalibrationError, match="holds 2 tokens, too few for one sample of 9"):
+    with pytest.raises(CalibrationError, match="has 2 tokens, too few for one sample of 9"):
         cut("ab", 9, 99, tail=False)
-    with pytest.raises(CalibrationError, match="holds 1 tokens"):
+    with pytest.raises(CalibrationError, match="has 1 tokens"):
         cut("a", 9, None, tail=True)
     assert cut("a", 9, 99, tail=True) == [[99, 0]]
 

@@ -69,11 +69,11 @@ def largest_difference(walked: dict[str, Tensor], model: nn.Module) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
-TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float64", "float32"])
-@pytest.mark.parametrize("logits_bytes", [1 << 26, 1 << 12], ids=["whole", "sliced"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "logits_bytes"),
+    [(torch.float64, 1e-9, 1 << 14), (torch.float32, 1e-4, 1 << 26)],
+    ids=["float64-sliced", "float32-whole"],
+)
 def test_gradients_of_the_built_in_model(
     demo_dir: Path, dtype: torch.dtype, tolerance: float, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,16 +87,15 @@ def test_gradients_of_the_built_in_model(
     assert largest_difference(walked, model) < tolerance
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-361", "bookllama-6m"])
-def test_gradients_of_real_models(shared: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_gradients_of_real_models(shared: Path, name: str) -> None:
     folder = shared / "models" / name
-    rows = [torch.randint(5, 360, (1, 100), generator=torch.Generator().manual_seed(s)) for s in range(2)]
-    with walking(folder, rows, dtype, limit=1 << 14) as walk:
+    rows = [torch.randint(5, 360, (1, 40), generator=torch.Generator().manual_seed(s)) for s in range(2)]
+    with walking(folder, rows, torch.float64, limit=1 << 14) as walk:
         losses, walked = walk_gradients(walk)
-    expected, model = ordinary_gradients(folder, rows, dtype)
-    assert losses == pytest.approx(expected, rel=tolerance)
-    assert largest_difference(walked, model) < tolerance
+    expected, model = ordinary_gradients(folder, rows, torch.float64)
+    assert losses == pytest.approx(expected, rel=1e-9)
+    assert largest_difference(walked, model) < 1e-9
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -127,17 +126,17 @@ def test_only_one_block_is_ever_resident(demo_dir: Path, monkeypatch: pytest.Mon
     """Watches every tensor that becomes real, through a whole forward and backward sweep."""
     real: dict[str, int] = {}
     most = 0
-    place = Skeleton._place
+    original = Skeleton._place
 
     def watched(self: Skeleton, name: str, tensor: Tensor | None) -> None:
         nonlocal most
-        place(self, name, tensor)
+        original(self, name, tensor)
         real.pop(name, None)
         if tensor is not None:
             real[name] = tensor.numel()
-            held = {".".join(n.split(".")[:3]) for n in real if ".layers." in n}
+            blocks = {".".join(n.split(".")[:3]) for n in real if ".layers." in n}
             outside = any(".layers." not in n for n in real)
-            assert len(held) + outside <= 1, f"{sorted(real)} are resident together"
+            assert len(blocks) + outside <= 1, f"{sorted(real)} are resident together"
         most = max(most, sum(real.values()))
 
     monkeypatch.setattr(Skeleton, "_place", watched)
@@ -155,13 +154,13 @@ def test_activations_spill_and_come_back(tmp_path: Path) -> None:
         kept = Activations(spill)
         for tensor in tensors:
             kept.append(tensor)
-        assert spill.held <= 100
+        assert spill.nbytes <= 100
         assert len(list(tmp_path.glob("*/*.bin"))) >= 1
         assert all(torch.equal(a, b) for a, b in zip(kept.each(CPU), tensors, strict=True))
         kept.replace(0, torch.ones(2))
         assert torch.equal(kept.get(0, CPU), torch.ones(2))
         kept.clear()
-        assert spill.held == 0
+        assert spill.nbytes == 0
         assert list(tmp_path.glob("*/*.bin")) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -201,8 +200,8 @@ def test_fusion_groups_by_identity_of_the_input(
         inputs = walk.embed()
         with walk.resident_block(1):
             groups = fusion_groups(walk, 1, inputs.get(0, CPU))
-    found = [sorted(name.split(".")[-1] for name in group.names) for group in groups]
-    assert sorted(found) == sorted(sorted(names) for names in EXPECTED_GROUPS[architecture])
+    names = [sorted(name.split(".")[-1] for name in group.names) for group in groups]
+    assert sorted(names) == sorted(sorted(names) for names in EXPECTED_GROUPS[architecture])
     assert all(group.calls == 1 for group in groups)
 
 
@@ -237,7 +236,7 @@ def test_the_longest_list_of_one_class_are_the_blocks() -> None:
 
 
 def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that changes the hidden states between its blocks cannot be walked, and says so."""
+    """A model that changes the hidden states between its blocks cannot be walked."""
     with walking(demo_dir, [torch.randint(5, 300, (1, 8))], torch.float32) as walk:
         layers = walk.skeleton.model.model.layers
         call = type(layers[1]).__call__
@@ -246,5 +245,5 @@ def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.Monk
             return call(self, hidden * 2 if self is layers[1] else hidden, *args, **kwargs)
 
         monkeypatch.setattr(type(layers[1]), "__call__", doubled)
-        with pytest.raises(UnsupportedError, match="between decoder blocks 0 and 1"):
+        with pytest.raises(UnsupportedError, match="changes the hidden states between decoder blocks 0 and 1"):
             walk.embed()
