@@ -49,9 +49,9 @@ from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import SqueezeError
 from llmsqueeze.formats import compressed_tensors
-from llmsqueeze.formats import gguf as gguf_map
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
+from llmsqueeze.formats.exports import gguf as gguf_map
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.recipe.bundled import make_recipe

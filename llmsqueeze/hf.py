@@ -1,7 +1,9 @@
-"""`import llmsqueeze.hf` makes our format known to transformers, for code that calls `from_pretrained` itself."""
+"""`import llmsqueeze.hf` makes the llmsqueeze format known to transformers, for code that calls `from_pretrained`."""
 
 from __future__ import annotations
 
-from llmsqueeze.formats.load import LlmsqueezeConfig, LlmsqueezeQuantizer, SumOfParts, load
+from llmsqueeze.formats.hf.layer import SumOfParts
+from llmsqueeze.formats.hf.quantizer import LlmsqueezeConfig, LlmsqueezeQuantizer
+from llmsqueeze.formats.load import load
 
 __all__ = ["LlmsqueezeConfig", "LlmsqueezeQuantizer", "SumOfParts", "load"]

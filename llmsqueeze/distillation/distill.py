@@ -28,8 +28,7 @@ from llmsqueeze.errors import CalibrationError, OutputError, RecipeError, Unsupp
 from llmsqueeze.files import SIDECAR, read_json, read_json_if_there, whole_file
 from llmsqueeze.formats import native, verify
 from llmsqueeze.formats.entries import is_compressed, own_names, read_entries
-from llmsqueeze.formats.folder import Output, check_writable
-from llmsqueeze.formats.rewrite import rewrite
+from llmsqueeze.formats.folder import Output, check_writable, rewrite
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoint, weights_digest

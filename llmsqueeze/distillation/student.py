@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.formats import load
+from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.linears import find_blocks
 
@@ -40,7 +41,7 @@ class Student:
             parameter.requires_grad_(False)
         weights: dict[str, TrainedWeight] = {}
         for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, load.SumOfParts):
+            if isinstance(layer, SumOfParts):
                 made = TrainedLinear(layer, train)
                 weights[name] = made.weight
                 self.model.set_submodule(name, made)
@@ -67,7 +68,7 @@ class Student:
 class TrainedLinear(nn.Module):
     """A linear layer on a weight that is trained."""
 
-    def __init__(self, layer: load.SumOfParts, train: frozenset[str]) -> None:
+    def __init__(self, layer: SumOfParts, train: frozenset[str]) -> None:
         super().__init__()
         tensors = [dict(holder.named_buffers()) for holder in layer.parts]
         self.weight = TrainedWeight(layer.shape, layer.specs, tensors, train)

@@ -12,8 +12,9 @@ from typing import Any
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
-from llmsqueeze.formats import compressed_tensors, gguf, native, peft
+from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import format_of
+from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Folder, Reading, open_folder
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from llmsqueeze.files import (
     TEMPLATES,
     write_json,
 )
+from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.progress import Progress
 
 OWNER = ".owner"  # in a .partial: the process that writes it
 NOT_COPIED = (
@@ -168,6 +170,35 @@ def partial_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    out: Path,
+    needed: int,
+    overwrite: bool,
+    shard_of: Callable[[list[str]], dict[str, Tensor]],
+    config: Mapping[str, Any],
+    sidecar: Callable[[int], Mapping[str, Any]],
+    inspect: Callable[[Output], None],
+    progress: Progress | None = None,
+) -> int:
+    """Writes the checkpoint's folder again as `out`, file by file with other tensors; returns the bytes of its tensors.
+
+    `shard_of`: names of the tensors in a file -> tensors of the new file. `sidecar`: bytes of all tensors -> the record
+    of the run. `inspect` sees the finished folder before it gets its name. `needed` bytes must be free on the disk.
+    """
+    files = sorted({stored.file for stored in checkpoint.tensors.values()})
+    with output_folder(out, len(files), needed, overwrite) as output:
+        for file in (progress or Progress()).over(files, "rewrite", len(files)):
+            names = sorted(name for name, stored in checkpoint.tensors.items() if stored.file == file)
+            output.write_shard(shard_of(names))
+        output.copy_rest(checkpoint.path)
+        output.write_json("config.json", config)
+        output.write_json(SIDECAR, sidecar(output.nbytes))
+        output.finish()
+        inspect(output)
+    return output.nbytes
 
 
 def publish(folder: Path, path: Path, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ from llmsqueeze.compress.decide import Decision
 from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.folder import Output
-from llmsqueeze.formats.load import SumOfParts
+from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.measure.moments import FusionGroup, Moments, Streams, observe
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint

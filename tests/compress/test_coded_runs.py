@@ -29,7 +29,7 @@ from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import CheckpointError, RecipeError, UnsupportedError
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
-from llmsqueeze.formats.load import SumOfParts
+from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Coded, Integers
@@ -394,7 +394,7 @@ def test_a_row_count_that_differs_is_named(coded: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_rounded_again_takes_no_width(coded: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="bits 4 goes with coded weights for --to compressed-tensors"):
+    with pytest.raises(RecipeError, match="--bits 4 does not apply: only --to compressed-tensors rounds"):
         export(str(coded), "dense", tmp_path / "out", bits=4)
     with pytest.raises(RecipeError, match="bits is 9; it must be a whole number from 2 to 8"):
         export(str(coded), "compressed-tensors", tmp_path / "out", bits=9)

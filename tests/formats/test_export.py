@@ -279,9 +279,9 @@ def test_what_would_be_lost_is_named(settings: dict, what: str, tmp_path: Path) 
 
 
 def test_wrong_wishes_are_refused(native: Path, demo_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="unknown target 'dens'; did you mean 'dense'"):
+    with pytest.raises(RecipeError, match="unknown format 'dens'; did you mean 'dense'"):
         export(str(native), "dens", tmp_path / "out")
-    with pytest.raises(RecipeError, match="dtype bf16 goes with --to dense"):
+    with pytest.raises(RecipeError, match="--dtype bf16 applies to --to dense"):
         export(str(native), "compressed-tensors", tmp_path / "out", dtype="bf16")
     with pytest.raises(UnsupportedError, match="was not compressed by llmsqueeze"):
         export(str(demo_dir), "dense", tmp_path / "out")

@@ -16,7 +16,7 @@ import llmsqueeze
 import llmsqueeze.hf
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.formats.load import SumOfParts
+from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.recipe.bundled import make_recipe
 
 TOKENS = torch.arange(5, 45)[None]

@@ -32,9 +32,9 @@ from llmsqueeze.compress.decide import Decision
 from llmsqueeze.compress.job import prepare
 from llmsqueeze.errors import RecipeError, UnsupportedError, VerificationError
 from llmsqueeze.formats import export as exporting
-from llmsqueeze.formats import gguf, peft
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
+from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.skeleton import build_skeleton
@@ -222,7 +222,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "rtn", "bits": 3}, "holds no low-rank parts, so there is nothing to adapt"),
     (
         {**LORC, "method": "gwq", "quantizer": "rtn", "outlier_ranking": "magnitude"},
-        "holds outliers, which compressed-tensors has no place for",
+        "holds outliers, which compressed-tensors cannot represent",
     ),
     ({**LORC, "symmetric": False}, "holds zeros"),
 ]
@@ -281,7 +281,7 @@ def test_the_command_says_how_to_serve_it(native: Path, tmp_path: Path) -> None:
     assert "exists already" in again.stderr
     assert CliRunner().invoke(app, [*arguments, "--overwrite"]).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["my out"]
-    with pytest.raises(RecipeError, match="dtype bf16 goes with --to dense and --to peft"):
+    with pytest.raises(RecipeError, match="--dtype bf16 applies to --to dense and --to peft"):
         export(str(native), "gguf-map", tmp_path / "map", dtype="bf16")
 
 

@@ -15,7 +15,7 @@ from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.weight import compress_weight
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.formats.load import SumOfParts
+from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Grid, LowRank
 from llmsqueeze.quantizers import lorc

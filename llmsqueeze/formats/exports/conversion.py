@@ -1,0 +1,210 @@
+"""The tensors of a compressed folder in another format, file by file.
+
+compressed-tensors: the same codes and scales under its names; coded weights, which it cannot represent, are rounded
+onto a grid (reround.py). peft: the same without the low-rank parts. dense: the sum of the parts. Memory: the tensors of
+one new file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.errors import RecipeError, UnsupportedError
+from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.formats import compressed_tensors, verify
+from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_parts
+from llmsqueeze.formats.exports import peft
+from llmsqueeze.formats.exports.reround import reround
+from llmsqueeze.formats.folder import Output, digest, rewrite
+from llmsqueeze.formats.inspection.reading import Folder, open_folder
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.linears import all_linears, is_transposed
+from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
+from llmsqueeze.progress import Progress
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A compressed folder and the format to write it in. dtype: of dense weights, None for the model's own; grid: onto
+    which coded weights are rounded, None if they are not; transposed: linears that the model stores so; ends:
+    compressed embeddings and head, which other formats have dense."""
+
+    folder: Folder
+    format: str
+    dtype: torch.dtype | None
+    grid: Grid | None
+    transposed: frozenset[str]
+    ends: frozenset[str]
+
+    @property
+    def path(self) -> Path:
+        return self.folder.checkpoint.path
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        return self.folder.entries
+
+    @property
+    def numel(self) -> int:
+        """How many weights the compressed linears have."""
+        return sum(rows * cols for rows, cols in (entry.shape for entry in self.entries.values()))
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of everything but the compressed linears' weights."""
+        compressed = {name for entry in self.entries.values() for name in entry.tensors}
+        checkpoint = self.folder.checkpoint
+        return checkpoint.nbytes - sum(checkpoint.tensors[name].nbytes for name in compressed)
+
+    def stored_dtype(self, linear: str) -> torch.dtype:
+        """The dtype of a linear's dense weight."""
+        own: torch.dtype = getattr(torch, self.entries[linear].specs[0]["dtype"])
+        return self.dtype or own
+
+
+@dataclass
+class Converted:
+    """What a conversion notes beside the new folder: digests of the weights that its parts sum to, squared errors in
+    steps of weights that were rounded, low-rank parts that it leaves out, and the runtimes' verdicts."""
+
+    digests: dict[str, bytes] = field(default_factory=dict)
+    squares: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, LowRank] = field(default_factory=dict)
+    opens: dict[str, str] = field(default_factory=dict)
+
+
+def open_compressed(folder: str, trust_remote_code: bool) -> Folder:
+    """Raises RecipeError, CheckpointError or UnsupportedError for a folder that llmsqueeze did not compress."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise RecipeError(f"{path} is no folder; export converts one that llmsqueeze wrote")
+    checkpoint = open_checkpoint(path)
+    if not is_compressed(checkpoint):
+        raise UnsupportedError(f"{path} was not compressed by llmsqueeze (its format is {format_of(checkpoint)})")
+    return open_folder(checkpoint, trust_remote_code)
+
+
+def conversion(folder: Folder, to: str, dtype: torch.dtype | None, grid: Grid | None) -> Conversion:
+    model = folder.model
+    transposed = frozenset(name for name in folder.entries if is_transposed(model.get_submodule(name)))
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    compressed_ends = frozenset(name for name in folder.entries if model.get_submodule(name) in ends)
+    return Conversion(folder, to, dtype, grid, transposed, compressed_ends)
+
+
+def write_folder(plan: Conversion, out: Path, overwrite: bool, notes: Converted, progress: Progress) -> int:
+    """Writes a model folder (of peft: the base) and verifies it; returns the bytes of its tensors."""
+    checkpoint = plan.folder.checkpoint
+    config = converted_config(plan)
+    record = read_json_if_there(plan.path / SIDECAR)
+
+    def sidecar(nbytes: int) -> Mapping[str, Any]:
+        bits = round((nbytes - plan.kept_nbytes) * 8 / plan.numel, 6)
+        written_as = DENSE if plan.format == DENSE else compressed_tensors.METHOD
+        return record | {"nbytes": nbytes, "bits_per_weight": bits, "format": written_as}
+
+    def inspect(output: Output) -> None:
+        trust = plan.folder.trust_remote_code
+        notes.opens |= verify.verify(output, verify.Computed(notes.digests), trust_remote_code=trust).opens
+
+    needed = dense_nbytes(plan) + plan.kept_nbytes if plan.format == DENSE else 2 * checkpoint.nbytes
+    return rewrite(checkpoint, out, needed, overwrite, converter(plan, notes), config, sidecar, inspect, progress)
+
+
+def converted_config(plan: Conversion) -> dict[str, Any]:
+    """The new folder's `config.json`. Raises UnsupportedError if compressed-tensors cannot represent a part."""
+    config = {key: value for key, value in plan.folder.checkpoint.config.items() if key != "quantization_config"}
+    if plan.format == DENSE:
+        return config | ({"dtype": parts.dtype_name(plan.dtype)} if plan.dtype else {})
+    entries = dict(plan.entries)
+    if plan.format == peft.FORMAT:
+        entries = {name: without_factors(entry) for name, entry in entries.items()}
+    if plan.grid is not None:
+        entries = {name: on_grid(entry, plan.grid) for name, entry in entries.items() if name not in plan.ends}
+    refuse_loss(plan, entries)
+    grids = {name: (spec_grid(entry.specs[0]), entry.shape[1]) for name, entry in entries.items()}
+    ignored = all_linears(plan.folder.model) - set(entries)
+    return config | {"quantization_config": compressed_tensors.quantization_config(grids, ignored)}
+
+
+def converter(plan: Conversion, notes: Converted) -> Callable[[list[str]], dict[str, Tensor]]:
+    """Names of the tensors in a file -> tensors of the new file; a linear goes where the first of its tensors was."""
+    linear_of = {name: linear for linear, entry in plan.entries.items() for name in entry.tensors}
+    first = {entry.tensors[0] for entry in plan.entries.values()}
+
+    def shard_of(names: list[str]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            if name not in linear_of:
+                tensors[name] = kept(plan, plan.folder.checkpoint.read(name))
+            elif name in first:
+                tensors |= converted(plan, linear_of[name], notes)
+        return tensors
+
+    return shard_of
+
+
+def kept(plan: Conversion, tensor: Tensor) -> Tensor:
+    """A tensor that was not compressed, in the dtype of the new folder."""
+    return tensor.to(plan.dtype) if plan.format == DENSE and plan.dtype and tensor.is_floating_point() else tensor
+
+
+def converted(plan: Conversion, linear: str, notes: Converted) -> dict[str, Tensor]:
+    """A linear's tensors in the new format. Raises UnsupportedError for weights beyond the dtype's range."""
+    weight_parts: list[Part] = read_parts(plan.folder.checkpoint, plan.entries[linear])
+    if plan.format == peft.FORMAT:
+        for part in (part for part in weight_parts if isinstance(part, LowRank)):
+            notes.factors[linear] = part
+        weight_parts = [part for part in weight_parts if not isinstance(part, LowRank)]
+    if plan.grid is not None and linear not in plan.ends:
+        rounded, notes.squares[linear] = reround(weight_parts, plan.grid)
+        weight_parts = [rounded]
+    if plan.format != DENSE and linear not in plan.ends:
+        notes.digests[linear] = digest(parts.sum_of_parts(weight_parts))
+        return compressed_tensors.stored_tensors(linear, weight_parts)
+    dense = parts.sum_of_parts(weight_parts).to(plan.stored_dtype(linear))
+    if not bool(dense.isfinite().all()):
+        dtype = parts.dtype_name(dense.dtype)
+        raise UnsupportedError(f"{linear} has weights beyond the range of {dtype}; use --dtype bf16")
+    return {f"{linear}.weight": dense.T.contiguous() if linear in plan.transposed else dense}
+
+
+def refuse_loss(plan: Conversion, entries: Mapping[str, Entry]) -> None:
+    """Raises UnsupportedError if compressed-tensors cannot represent one of the entries."""
+    for linear, entry in entries.items():
+        what = "a transposed weight (Conv1D)" if linear in plan.transposed else None
+        what = what or compressed_tensors.lost(entry.shape, entry.specs)
+        if what is not None:
+            adapted = " or --to peft" if what == "a low-rank part" else ""
+            raise UnsupportedError(
+                f"{linear} in {plan.path} holds {what}, which compressed-tensors cannot represent; export --to dense"
+                f"{adapted}"
+            )
+
+
+def on_grid(entry: Entry, grid: Grid) -> Entry:
+    """The entry of the weight after it is rounded onto the grid."""
+    spec = parts.grid_spec(grid, getattr(torch, entry.specs[0]["dtype"]))
+    return replace(entry, specs=(spec,), names=entry.names[:1])
+
+
+def without_factors(entry: Entry) -> Entry:
+    """The entry without its low-rank parts."""
+    others = [i for i, spec in enumerate(entry.specs) if spec["part"] != LowRank.kind]
+    return replace(entry, specs=tuple(entry.specs[i] for i in others), names=tuple(entry.names[i] for i in others))
+
+
+def dense_nbytes(plan: Conversion) -> int:
+    """Bytes of the linears' dense weights."""
+    return sum(
+        entry.shape[0] * entry.shape[1] * plan.stored_dtype(name).itemsize for name, entry in plan.entries.items()
+    )

@@ -1,0 +1,77 @@
+"""The layer of a compressed linear: its parts stay as they are in the file.
+
+The layer rebuilds its weight for every call and multiplies with it as nn.Linear does. Memory: the compressed model and
+one dense weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmsqueeze import parts
+from llmsqueeze.parts import Spec
+
+
+class SumOfParts(nn.Module):
+    """A linear layer whose weight [rows, cols] is a sum of parts; their tensors are buffers `parts.<i>.<name>`."""
+
+    def __init__(self, shape: tuple[int, int], specs: Sequence[Spec], bias: bool, transposed: bool) -> None:
+        """Empty tensors on the default device. shape: [rows, cols]; `transposed`: the layer replaces a Conv1D."""
+        super().__init__()
+        self.shape, self.specs, self.transposed = shape, list(specs), transposed
+        self.out_features, self.in_features = shape
+        self.parts = nn.ModuleList()
+        for spec in specs:
+            layout = parts.layout(shape, spec)
+            self.parts.append(buffers({name: torch.empty(size, dtype=dtype) for name, (size, dtype) in layout.items()}))
+        self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, cols]: the sum of the parts, taken in float32."""
+        pairs = zip(self.specs, self.parts, strict=True)
+        return parts.dense_as([parts.restore(self.shape, spec, dict(p.named_buffers())) for spec, p in pairs], dtype)
+
+    def decode(self) -> None:
+        """Entropy-coded parts become plain ones: integers of one byte, or codes of a fixed width."""
+        for i, (spec, stored) in enumerate(zip(self.specs, self.parts, strict=True)):
+            if parts.is_coded(spec):
+                part = parts.decoded(parts.restore(self.shape, spec, dict(stored.named_buffers())))
+                self.specs[i], self.parts[i] = part.spec(), buffers(part.tensors())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the scales' dtype, for code that looks at a linear's weight; computed at every access."""
+        weight = self.dense(getattr(torch, self.specs[0]["dtype"]))
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # GPT-2 would draw it at random on loading
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dense(x.dtype), self.bias)
+
+    def as_linear(self, dtype: torch.dtype) -> nn.Module:
+        """The ordinary layer with the same weight."""
+        weight = nn.Parameter(self.dense(dtype), requires_grad=False)
+        kind: Any = Conv1D if self.transposed else nn.Linear
+        with torch.device("meta"):
+            layer: Any = kind(*self.shape) if self.transposed else kind(*reversed(self.shape))
+        layer.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False) if self.transposed else weight
+        layer.bias = self.bias
+        linear: nn.Module = layer
+        return linear
+
+    def extra_repr(self) -> str:
+        kinds = ", ".join(f"{s['part']}{s.get('bits', '')}" for s in self.specs)
+        return f"in_features={self.in_features}, out_features={self.out_features}, parts=[{kinds}]"
+
+
+def buffers(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module that holds the tensors of one part."""
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor)
+    return module

@@ -1,0 +1,127 @@
+"""The `llmsqueeze` quantization method of transformers: the import of this module registers it.
+
+`AutoModelForCausalLM.from_pretrained(folder)` then puts a `SumOfParts` layer where the file has the parts of a linear.
+`model.dequantize()` turns the layers into ordinary linears, for speed. Without the import, transformers warns of an
+unknown method and fills the weights that it misses with random values.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmsqueeze import parts
+from llmsqueeze.errors import CheckpointError
+from llmsqueeze.formats import native
+from llmsqueeze.formats.hf.layer import SumOfParts
+from llmsqueeze.model.linears import is_transposed
+
+
+def add_parts(model: PreTrainedModel, name: str, module: Any, entry: dict[str, Any]) -> None:
+    """Gives embeddings or head the tensors of their parts beside the weight. Others may share the weight, so the module
+    is not replaced."""
+    with torch.device("meta"):
+        layer = SumOfParts(tuple(entry["shape"]), entry["parts"], bias=False, transposed=False)
+    module.parts, module.parts_of_weight = layer.parts, True
+    ties: Any = model.all_tied_weights_keys
+    sharing = [f"{name}.weight", *(alias for alias, source in ties.items() if source == f"{name}.weight")]
+    ignored: Any = model._keys_to_ignore_on_load_missing or ()
+    model._keys_to_ignore_on_load_missing = {*ignored, *map(re.escape, sharing)}
+
+
+def sum_parts(name: str, module: Any, entry: dict[str, Any]) -> None:
+    """Sets the weight of embeddings or head to the sum of the parts that were loaded beside it, and removes these."""
+    shape = (entry["shape"][0], entry["shape"][1])
+    pairs = zip(entry["parts"], module.parts, strict=True)
+    try:
+        dense = parts.sum_of_parts([parts.restore(shape, spec, dict(part.named_buffers())) for spec, part in pairs])
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    module.weight.data.copy_(dense)
+    del module.parts, module.parts_of_weight
+
+
+@register_quantization_config(native.METHOD)
+class LlmsqueezeConfig(QuantizationConfigMixin):
+    """`quantization_config` of a native folder, as formats/native.py describes it."""
+
+    def __init__(self, format_version: int, weights: dict[str, Any], keep_codes: bool = False, **_: Any) -> None:
+        self.quant_method: Any = native.METHOD  # transformers types it as its own closed enum
+        self.format_version = format_version
+        self.weights = weights
+        self.keep_codes = keep_codes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key != "keep_codes"}
+
+
+@register_quantizer(native.METHOD)
+class LlmsqueezeQuantizer(HfQuantizer):
+    """Places empty layers before transformers loads the tensors, and decodes coded weights after."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, entry in native.weight_entries(self.quantization_config.to_dict()).items():
+            try:
+                old: Any = model.get_submodule(name)
+            except AttributeError as error:
+                raise CheckpointError(f"quantization_config names {name}, which the model does not have") from error
+            if old in (model.get_input_embeddings(), model.get_output_embeddings()):
+                add_parts(model, name, old, entry)
+                continue
+            with torch.device("meta"):
+                rows, cols = entry["shape"]
+                layer = SumOfParts((rows, cols), entry["parts"], old.bias is not None, is_transposed(old))
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias.to(old.bias.dtype), requires_grad=False)
+            model.set_submodule(name, layer)
+        # a linear's shape, which compressed-tensors stores, is in the config too
+        ignored: Any = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.weight_shape$"}
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        """Decodes coded weights, one after the other."""
+        config: Any = self.quantization_config
+        for name in [name for name in config.weights if hasattr(model.get_submodule(name), "parts_of_weight")]:
+            sum_parts(name, model.get_submodule(name), config.weights.pop(name))
+        for name in list(config.weights):  # of names, not of modules: what a list holds would not be freed
+            module: Any = model.get_submodule(name)
+            if any(parts.is_coded(spec) for spec in module.specs):
+                on_grids = all(spec["part"] != parts.Coded.kind for spec in module.specs)
+                try:
+                    if config.keep_codes or on_grids:
+                        module.decode()
+                    else:
+                        model.set_submodule(name, module.as_linear(model.dtype))
+                        del config.weights[name]
+                except CheckpointError as error:
+                    raise CheckpointError(f"{name}: {error}") from error
+        for name, module in model.named_modules():
+            if isinstance(module, SumOfParts):
+                config.weights[name]["parts"] = module.specs
+        if not config.weights:
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+            # an ordinary model now, which is saved without it
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SumOfParts):
+                model.set_submodule(name, module.as_linear(dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
