@@ -34,7 +34,7 @@ from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.quantizers import coded
 from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 ZERO_BITS = 2.05  # binary logarithm of the step, in sizes of the row, at which bits come to none

@@ -54,7 +54,7 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.formats.exports import gguf as gguf_map
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import is_transposed
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 BAR = 1e-4
 VOCABULARY = 96

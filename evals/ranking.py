@@ -35,8 +35,8 @@ from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 WIDTHS = (2, 3)
 

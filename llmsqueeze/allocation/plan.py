@@ -18,8 +18,8 @@ from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import Grid, Spec
+from llmsqueeze.recipe.conflicts import unportable
 from llmsqueeze.recipe.recipe import Recipe
-from llmsqueeze.recipe.resolve import unportable
 
 SHAPE_NBYTES = 16  # compressed-tensors stores the shape of every weight
 UNMEASURED_BITS = 7  # of a weight in a linear to be coded that no sample reaches
@@ -186,40 +186,41 @@ class Plan:
         return Plan({n: w.on(*grids[n]) if n in grids else w for n, w in self.weights.items()})
 
 
-def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
-    """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
+def planned_linears(skeleton: Skeleton, skip: Sequence[str]) -> list[str]:
+    """The linears of the blocks, but those that `skip` names. Raises RecipeError for a pattern that matches none."""
     names = [name for block in skeleton.linears for name in block]
     skipped = set()
-    for pattern in recipe.skip:
+    for pattern in skip:
         matched = {name for name in names if fnmatch.fnmatch(name, pattern) or name.split(".")[-1] == pattern}
         if not matched:
             leaves = sorted({name.split(".")[-1] for name in names})
             hint = nearest(pattern, [*leaves, *names])
-            raise RecipeError(f"skip pattern {pattern!r} matches no linear{hint or ';'} there are {', '.join(leaves)}")
+            raise RecipeError(f"--skip {pattern!r} matches no linear{hint or ';'} there are {', '.join(leaves)}")
         skipped |= matched
+    return [name for name in names if name not in skipped]
+
+
+def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
+    """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
     grid = recipe_grid(recipe, recipe.code_bits)
-    assert recipe.quantizer is not None, "the recipe is filled in"
     coded = recipe.quantizer == "coded"
     weights = {}
-    for name in names:
-        if name not in skipped:
-            shape = skeleton.shape(name)
-            if recipe.rank > min(shape):
-                raise RecipeError(
-                    f"lorc rank {recipe.lorc_rank} is more than {name} has: it is {shape[0]} x {shape[1]}"
-                )
-            grids = () if coded else (Rows(grid, shape[0]),)
-            expected = shape[0] * shape[1] * UNMEASURED_BITS // 8 if coded else 0
-            made = WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, grids, coded_nbytes=expected)
-            weights[name] = replace(made, rank=recipe.rank)
+    for name in planned_linears(skeleton, recipe.skip):
+        shape = skeleton.shape(name)
+        if recipe.rank > min(shape):
+            raise RecipeError(f"--lorc-rank {recipe.rank} is more than {name} has: it is {shape[0]} x {shape[1]}")
+        grids = () if coded else (Rows(grid, shape[0]),)
+        expected = shape[0] * shape[1] * UNMEASURED_BITS // 8 if coded else 0
+        weight = WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, grids, coded_nbytes=expected)
+        weights[name] = replace(weight, rank=recipe.rank)
     if not weights:
-        raise RecipeError("skip leaves no linear to compress")
+        raise RecipeError("--skip leaves no linear to compress")
     if recipe.code_embeddings:
         outer = {name: _outer_plan(skeleton, name) for name in skeleton.outer}
         weights = outer | weights
     why = why_native(recipe, skeleton, weights)
     if why and recipe.portable:
-        raise RecipeError(f"portable contradicts {why}")
+        raise RecipeError(f"--portable contradicts {why}")
     if why or recipe.portable is False:
         return Plan(weights)
     return Plan({name: replace(weight, beside=SHAPE_NBYTES) for name, weight in weights.items()})
@@ -266,7 +267,6 @@ def dual_grid(recipe: Recipe) -> Grid:
 
 def recipe_grid(recipe: Recipe, bits: int) -> Grid:
     """The recipe's grid at another width; one bit has half-integer levels only, and by width so have two."""
-    assert recipe.symmetric is not None, "the recipe is filled in"
     if recipe.levels == "dual":
         return dual_grid(recipe)
     half = bits == 1 or (recipe.symmetric and (recipe.levels == "half" or (recipe.levels == "by-width" and bits == 2)))

@@ -30,8 +30,8 @@ from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.files import read_yaml
 from llmsqueeze.parts import Grid
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 VERSION = 1
 PLAN, PROFILE = "plan.yaml", "profile.safetensors"

@@ -1,4 +1,4 @@
-"""Options of the command line that several verbs have, those of a recipe above all."""
+"""The options of the command line: those of a table (recipe/options.py, distillation/settings.py), and common ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Annotated, Any, get_args
 import typer
 
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.recipe.methods import methods_of
+from llmsqueeze.recipe.options import Asked
+from llmsqueeze.recipe.table import Table
 
 MODEL_HELP = "Hub id, local folder, or 'demo' (the built-in model)"
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
@@ -18,161 +21,126 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 
-# what `eval` and `compare` measure with
+# `eval` and `compare` measure with these
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas; demo_stories is built in.")]
 EvaluationText = Annotated[
     str | None, typer.Option(help="Text file or Hub data set for perplexity. [WikiText-2 test, unless --tasks]")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")]
 Window = Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")]
-IncludePath = Annotated[Path | None, typer.Option(help="Folder with own lm-eval task definitions.")]
+IncludePath = Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task definitions.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Batch size for tasks.")]
 
-Text = str | None
-Whole = int | None
-Real = float | None
-Flag = bool | None
 
-OPTIONS: dict[str, Any] = {
-    "bits": Annotated[
-        Real, typer.Option(help="Width of a code, 2 to 8; for coded, budget and layerwise the average. [3]")
-    ],
-    "size": Annotated[Text, typer.Option(help="Budget for all weights, embeddings included: 4GB, 900MB.")],
-    "method": Annotated[
-        Text,
-        typer.Option(
-            help="descent, coded, budget, auto (coded, or budget where only grids will do), gwq, layerwise, mixllm, "
-            "dbllm, gptq or rtn. [descent; auto with a budget]"
-        ),
-    ],
-    "group_size": Annotated[Whole, typer.Option(help="Columns that share a scale; -1: whole rows. [128; dbllm 64]")],
-    "symmetric": Annotated[Flag, typer.Option("--symmetric/--asymmetric", help="Grid. [symmetric]")],
-    "levels": Annotated[
-        Text,
-        typer.Option(
-            help="integer, half (half-integer, no 0), by-width (half to 2 bits) or dual. [integer; budget by-width]"
-        ),
-    ],
-    "quantizer": Annotated[
-        Text, typer.Option(help="For gwq, layerwise, mixllm, budget: descent, gptq or rtn. [descent]")
-    ],
-    "outliers": Annotated[Real, typer.Option(help="Fraction kept at 16 bits by GWQ's ranking. [gwq 0.01, else 0]")],
-    "outlier_ranking": Annotated[
-        Text, typer.Option(help="gradient, gradient-weight, gradient-error, magnitude or random. [gradient]")
-    ],
-    "outlier_scope": Annotated[Text, typer.Option(help="layer (per matrix) or global. [layer]")],
-    "importance": Annotated[
-        Text,
-        typer.Option(
-            help="layerwise: lim, zd, random, reverse, first, last, both-ends. mixllm: salience, cost, random, "
-            "reverse. budget: cost, uniform. [the first]"
-        ),
-    ],
-    "high_bits": Annotated[Whole, typer.Option(help="Width of important blocks (layerwise) or rows (mixllm). [4; 8]")],
-    "low_bits": Annotated[Whole, typer.Option(help="Width of the others. [2; 4]")],
-    "high_fraction": Annotated[Real, typer.Option(help="For mixllm: share of rows at the high width. [0.10]")],
-    "mix": Annotated[Text, typer.Option(help="For mixllm: shares of rows at several widths, such as 6:0.1,4:0.6.")],
-    "per_row": Annotated[bool, typer.Option("--per-row", help="budget gives every row its own width. [default]")],
-    "per_linear": Annotated[bool, typer.Option("--per-linear", help="budget gives every linear its own width.")],
-    "per_group": Annotated[bool, typer.Option("--per-group", help="budget gives every fusion group its own width.")],
-    "widths": Annotated[Text, typer.Option(help="Widths that budget may give. [1,2,3,4,5,6,8]")],
-    "group_sizes": Annotated[Text, typer.Option(help="Group sizes that budget may give. [--group-size]")],
-    "row_outliers": Annotated[
-        Text, typer.Option(help="Shares of a row that budget may keep at 16 bits, such as 0.01.")
-    ],
-    "dual": Annotated[Flag, typer.Option("--dual", help="budget may also give dual-binary rows (2 bits, two scales).")],
-    "portable": Annotated[
-        Flag,
-        typer.Option(
-            "--portable/--native",
-            help="Only what compressed-tensors holds, a budget per fusion group; or our own format in any case. "
-            "[compressed-tensors where the parts have a place there]",
-        ),
-    ],
-    "pack": Annotated[
-        Text, typer.Option(help="rans: store codes entropy-coded, the same weights in fewer bytes. [none]")
-    ],
-    "code_embeddings": Annotated[
-        Flag,
-        typer.Option("--code-embeddings", help="coded takes embeddings and head too, and counts them. [as they are]"),
-    ],
-    "labels": Annotated[
-        Text,
-        typer.Option(
-            help="Labels of the measured loss: model (drawn from it) or text. [coded, budget model, else text]"
-        ),
-    ],
-    "lorc_rank": Annotated[
-        Text, typer.Option(help="Rank of a low-rank compensation (LoRC), after any method; auto: bought by budget. [0]")
-    ],
-    "lorc": Annotated[Text, typer.Option(help="input-weighted, or plain (the paper's). [input-weighted]")],
-    "distill_steps": Annotated[
-        Whole,
-        typer.Option(help="Steps of distillation from the original afterwards (`llmsqueeze distill`). [0]"),
-    ],
-    "distill_loss": Annotated[Text, typer.Option(help="kd, or dad (the paper's, deviation-aware). [kd]")],
-    "max_ppl_increase": Annotated[
-        Real, typer.Option(help="The smallest result whose perplexity rises by at most this share, such as 0.02.")
-    ],
-    "max_kl": Annotated[Real, typer.Option(help="The smallest result whose mean KL (nats) is at most this.")],
-    "calibration": Annotated[
-        Text,
-        typer.Option(help="Text file (txt, jsonl), Hub data set name[:config[:split]], self. [WikiText-2 train]"),
-    ],
-    "samples": Annotated[Whole, typer.Option(help="Calibration samples. [128]")],
-    "seq_len": Annotated[Whole, typer.Option(help="Tokens per sample, at most the context. [2048]")],
-    "seed": Annotated[Whole, typer.Option(help="Seed of whatever is random. [0]")],
-    "skip": Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave alone; repeatable.")],
-    "recipe": Annotated[Text, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options win.")],
-}
-GRANULARITIES = ("per_row", "per_linear", "per_group")
+def task_names(tasks: str | None) -> list[str]:
+    """The names between the commas. Raises RecipeError for an option without any."""
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise RecipeError("--tasks is empty; name lm-eval tasks separated by commas, such as piqa,arc_easy")
+    return names
 
-DISTILLATION: dict[str, Any] = {
-    "steps": Annotated[Whole, typer.Option(help="Steps; with --blockwise for every block. [100; blockwise 200]")],
-    "loss": Annotated[Text, typer.Option(help="kd, or dad (the paper's: ambiguous tokens count more). [kd]")],
-    "lr": Annotated[Real, typer.Option(help="Learning rate, relative to what is trained. [0.005]")],
-    "weight": Annotated[Real, typer.Option(help="For dad: how much ambiguity counts. [1]")],
-    "gamma": Annotated[Real, typer.Option(help="For dad: power of the ambiguity. [1]")],
-    "train": Annotated[Text, typer.Option(help="Of scales, norms, lowrank, codes. [scales,norms,lowrank]")],
-    "batch_size": Annotated[Whole, typer.Option(help="Samples in a step. [4]")],
-    "moves": Annotated[Real, typer.Option(help="With codes: share of them that a step may move. [0.01]")],
-    "blockwise": Annotated[
-        bool, typer.Option("--blockwise", help="Match every block's output in turn: one block in memory.")
-    ],
-    "targets": Annotated[
-        Text, typer.Option(help="With --blockwise: stream (the original's) or inputs (what it makes of ours). [stream]")
-    ],
-    "top_k": Annotated[Whole, typer.Option(help="How many of the teacher's next tokens are kept. [128]")],
-    "held_back": Annotated[Whole, typer.Option(help="Samples to measure on, not trained on. [32]")],
-    "calibration": OPTIONS["calibration"],
-    "samples": Annotated[Whole, typer.Option(help="Samples to train on. [256]")],
-    "seq_len": OPTIONS["seq_len"],
-    "seed": OPTIONS["seed"],
-}
+
+RECIPE = Annotated[
+    str | None, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options replace its keys.")
+]
+FEW = 4  # methods that the help of an option names; with more, it belongs to most
+
+
+def takes(table: type[Table]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of a table; it gets those that were asked for as the dict `given`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        options = [parameter for name in table.model_fields for parameter in parameters(table, name)]
+        return _with_options(command, options, lambda arguments: asked(table, arguments))
+
+    return decorate
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """`command(model, given, ...)` as a command with a recipe's options, whose values it gets as the dict `given`."""
-    return _with_options(command, OPTIONS)
+    """Gives a command the options of a recipe and `--recipe`, whose keys they replace; it gets them as `given`."""
+    options = [parameter for name in Asked.model_fields for parameter in parameters(Asked, name)]
+    recipe = inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE)
+
+    def collect(arguments: dict[str, Any]) -> dict[str, Any]:
+        return from_file(arguments.pop("recipe")) | asked(Asked, arguments)
+
+    return _with_options(command, [*options, recipe], collect)
 
 
-def takes_distillation(command: Callable[..., None]) -> Callable[..., None]:
-    """The same with the options of a distillation."""
-    return _with_options(command, DISTILLATION)
+def from_file(recipe: str | None) -> dict[str, Any]:
+    """The settings of a recipe file, or of a bundled recipe. Raises RecipeError."""
+    from llmsqueeze.recipe.bundled import find_recipe, read_recipe
+
+    return read_recipe(find_recipe(recipe)) if recipe else {}
 
 
-def _with_options(command: Callable[..., None], taken: dict[str, Any]) -> Callable[..., None]:
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    options = [
-        inspect.Parameter(name, keyword, default=False if get_args(kind)[0] is bool else None, annotation=kind)
-        for name, kind in taken.items()
+def parameters(table: type[Table], name: str) -> list[inspect.Parameter]:
+    """The parameters of one option: one, or a flag for each of its choices."""
+    option = table.option(name)
+    if option.choice_flags:
+        prefix = f"{', '.join(methods_of(name))}: "
+        flags = option.choice_flags.items()
+        return [_parameter(f"{name}_{choice}", bool, False, prefix + text, flag) for choice, (flag, text) in flags]
+    return [_parameter(name, _kind(table, name), None, help_of(table, name), option.flag)]
+
+
+def _parameter(name: str, kind: Any, default: Any, text: str, flag: str) -> inspect.Parameter:
+    annotation = Annotated[kind, typer.Option(*([flag] if flag else []), help=text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _kind(table: type[Table], name: str) -> Any:
+    """The type of an option on the command line; values of other types are read from text."""
+    if table.option(name).repeatable:
+        return list[str] | None
+    if table.option(name).as_text:
+        return str | None
+    (first, *others) = [kind for kind in get_args(table.model_fields[name].annotation) if kind is not type(None)] or [
+        str
     ]
-    first, rest = own[0], [p.replace(kind=keyword) for p in own[1:]]
+    return (first if not others and first in (bool, int, float) else str) | None
+
+
+def help_of(table: type[Table], name: str) -> str:
+    """The help of an option: the methods that it belongs to, its sentence, its choices, its default."""
+    option, owners = table.option(name), methods_of(name) if table is Asked else ()
+    prefix = f"{', '.join(owners)}: " if 0 < len(owners) <= FEW else ""
+    unnamed = [choice for choice in option.allowed if choice not in option.text]
+    choices = f": {', '.join(option.allowed)}" if unnamed else ""
+    return f"{prefix}{option.text}{choices}." + (f" [{option.default}]" if option.default else "")
+
+
+def asked(table: type[Table], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Takes the options of a table out of a command's arguments; those that were asked for, by name."""
+    given: dict[str, Any] = {}
+    for name in table.model_fields:
+        option = table.option(name)
+        if option.choice_flags:
+            chosen = [choice for choice in option.allowed if arguments.pop(f"{name}_{choice}")]
+            if len(chosen) > 1:
+                first, second = (option.choice_flags[choice][0] for choice in chosen[:2])
+                raise RecipeError(f"{first} contradicts {second}: {option.text[0].lower()}{option.text[1:]}")
+            given |= {name: chosen[0]} if chosen else {}
+        elif (value := arguments.pop(name)) not in (None, []):
+            given[name] = value
+    return given
+
+
+def _with_options(
+    command: Callable[..., None], options: list[inspect.Parameter], collect: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Callable[..., None]:
+    """`command(first, given, ...)` with these options, which are collected into `given`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
+    first, rest = own[0], [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]]
 
     def wrapped(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in taken}
+        from llmsqueeze.cli.terminal import friendly
+
+        mine = {p.name: arguments.pop(p.name) for p in options}
+        with friendly(arguments["debug"]):
+            given = collect(mine)
         command(arguments.pop(first.name), given, **arguments)
 
     signature = inspect.Signature([first, *options, *rest])
@@ -180,20 +148,3 @@ def _with_options(command: Callable[..., None], taken: dict[str, Any]) -> Callab
     wrapped.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
     wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
     return wrapped
-
-
-def settings_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Recipe settings from the options as they were given, over those of the recipe that they name."""
-    from llmsqueeze.recipe.bundled import find_recipe, read_recipe
-
-    named = [name for name in GRANULARITIES if given[name]]
-    if len(named) > 1:
-        spoken = " contradicts ".join(f"--{name.replace('_', '-')}" for name in named[:2])
-        raise RecipeError(f"{spoken}: what gets a width of its own?")
-    settings = {
-        key: value for key, value in given.items() if value not in (None, []) and key not in (*GRANULARITIES, "recipe")
-    }
-    if named:
-        settings["granularity"] = named[0].removeprefix("per_")
-    base = read_recipe(find_recipe(given["recipe"])) if given["recipe"] else {}
-    return base | settings

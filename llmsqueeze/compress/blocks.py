@@ -95,6 +95,7 @@ def quantize(
     place = pick_device(device)
     check_writable(out, overwrite)
     job = prepare(Source(source) if isinstance(source, str) else source, recipe, progress, device=place)
+    recipe = job.recipe
     target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     outer = outer_shards(job.skeleton)
     shards = len(outer) + len(job.skeleton.blocks)
@@ -339,13 +340,15 @@ def group_moments(
 def bytes_needed(job: Job, recipe: Recipe, decided: Decision | None) -> int:
     """Disk space for the result and, at the worst, for all activations of the run."""
     plan, linears = job.plan, job.plan.nbytes
-    outliers = round(recipe.outlier_fraction * plan.numel) * 8 + sum(4 * w.shape[0] for w in plan.weights.values())
+    outliers = round(recipe.outliers * plan.numel) * 8 + sum(4 * w.shape[0] for w in plan.weights.values())
     if decided is not None:
         linears, outliers = decided.plan.nbytes, 0
     elif recipe.size is not None:
         linears = recipe.size - job.kept_nbytes
-    elif recipe.method in ("coded", "budget", "layerwise", "mixllm"):
-        linears = int(plan.numel * (recipe.average_bits or recipe.high_bits or 8) / 8)
+    elif recipe.average_bits is not None:
+        linears = int(plan.numel * recipe.average_bits / 8)
+    elif recipe.bounded or recipe.mix:
+        linears = plan.numel
     activations = 0
     if job.calibration is not None:
         _, width = job.skeleton.embedding_shape

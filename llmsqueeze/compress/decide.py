@@ -59,21 +59,19 @@ class Decision:
 def request_of(recipe: Recipe) -> Request:
     """What the recipe needs to know of the model."""
     grid = recipe_grid(recipe, recipe.code_bits)
-    ranking = Ranking(recipe.outlier_ranking, recipe.outlier_fraction, recipe.outlier_scope, grid, recipe.seed)
-    assert recipe.quantizer is not None
-    assert recipe.labels is not None
+    ranking = Ranking(recipe.outlier_ranking, recipe.outliers, recipe.outlier_scope, grid, recipe.seed)
     return Request(
         options=priced(recipe) if recipe.needs_costs else (),
         gains=recipe.buys_ranks,
         rates=recipe.packs and recipe.needs_costs,
         coded=recipe.needs_steps,
-        ends=bool(recipe.code_embeddings),
+        ends=recipe.code_embeddings,
         salience=salience_grids(recipe, (recipe.code_bits,)) if recipe.needs_salience else (),
-        outliers=ranking if recipe.outlier_fraction else None,
+        outliers=ranking if recipe.outliers else None,
         lim=recipe.needs_lim,
-        zd=recipe.importance == "zd",
+        zd=recipe.needs_zd,
         quantizer=recipe.quantizer,
-        search=bool(recipe.search),
+        search=recipe.search,
         labels=recipe.labels,
         seed=recipe.seed,
     )
@@ -91,7 +89,6 @@ def options_of(recipe: Recipe) -> tuple[Option, ...]:
         return tuple(Option(grid) for grid in two_grids(recipe))
     if recipe.method != "budget":
         return (Option(recipe_grid(recipe, recipe.code_bits)),)
-    assert recipe.widths is not None, "the recipe is filled in"
     sizes = recipe.group_sizes or (recipe.group_size,)
     grids = [replace(recipe_grid(recipe, width), group_size=size) for size in sizes for width in recipe.widths]
     if recipe.dual:
@@ -113,7 +110,6 @@ def priced(recipe: Recipe) -> tuple[Option, ...]:
 
 def portable_twin(recipe: Recipe) -> Recipe:
     """The same budget of method budget with nothing in it but what compressed-tensors holds."""
-    assert recipe.widths is not None, "the recipe is filled in"
     return replace(
         recipe,
         portable=True,
@@ -121,9 +117,9 @@ def portable_twin(recipe: Recipe) -> Recipe:
         levels="integer",
         widths=tuple(width for width in recipe.widths if width > 1) or (2,),
         symmetric=True,
-        row_outliers=None,
+        row_outliers=(),
         outliers=0.0,
-        dual=None,
+        dual=False,
         lorc_rank=0,
     )
 
@@ -132,8 +128,8 @@ def decide(
     plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
 ) -> Decision:
     """What to do with every planned linear. `target`: bytes they may take, where the recipe has a budget."""
-    if recipe.outlier_fraction:
-        plan = gwq.allocate(plan, profile.candidates, recipe.outlier_fraction, recipe.outlier_scope)
+    if recipe.outliers:
+        plan = gwq.allocate(plan, profile.candidates, recipe.outliers, recipe.outlier_scope)
     if recipe.packs_to_size or (recipe.packs and recipe.method == "budget"):
         assert target is not None, "there is a budget"
         plan, target = packed(plan, profile), int(target * (1 - PACK_MARGIN))
@@ -226,9 +222,11 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
     before anything is measured.
     """
     if recipe.size is not None:
-        target, asked = recipe.size - kept_nbytes, f"size {recipe.size} bytes"
+        target, asked = recipe.size - kept_nbytes, f"--size {recipe.size} bytes"
     elif recipe.average_bits is not None:
-        target, asked = int(recipe.average_bits * plan.numel / 8), f"bits {recipe.average_bits:g}"
+        target, asked = int(recipe.average_bits * plan.numel / 8), f"--bits {recipe.average_bits}"
+    elif recipe.budget_width is not None:
+        target, asked = uniform_nbytes(plan, recipe, recipe.budget_width), f"--bits {recipe.budget_width}"
     else:
         return None
     if recipe.size is not None and recipe.size >= nbytes_original:
@@ -242,6 +240,13 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
             f"{kept_nbytes + smallest.nbytes} bytes, of which {kept_nbytes} stay as they are"
         )
     return target
+
+
+def uniform_nbytes(plan: Plan, recipe: Recipe, width: int) -> int:
+    """Bytes of the linears of `plan` if all codes had this width, on the recipe's grid."""
+    grid = replace(recipe_grid(recipe, width), half=False, dual=False, symmetric=recipe.symmetric)
+    bare = {name: replace(w, quantizer="rtn", coded_nbytes=0, rank=0) for name, w in plan.weights.items()}
+    return Plan({name: w.on(Rows(grid, w.shape[0])) for name, w in bare.items()}).nbytes
 
 
 def narrowest(plan: Plan, recipe: Recipe) -> Plan:
@@ -259,7 +264,6 @@ def narrowest(plan: Plan, recipe: Recipe) -> Plan:
 def _layerwise(
     plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
 ) -> Plan:
-    assert recipe.importance is not None
     assert target is not None
     order = layerwise.order_blocks(recipe.importance, len(blocks), profile.lim, profile.zd, recipe.seed)
     high, low = two_grids(recipe)
@@ -269,7 +273,7 @@ def _layerwise(
 def _mixllm(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) -> Plan:
     scores = row_scores(plan, profile, recipe)
     high, low = two_grids(recipe)
-    if recipe.mix is not None:
+    if recipe.mix:
         mix = [(_mixllm_grid(recipe, width), share) for width, share in recipe.mix]
         return mixllm.allocate(plan, scores, mix, low)
     assert target is not None
@@ -278,23 +282,20 @@ def _mixllm(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) ->
 
 def two_grids(recipe: Recipe) -> tuple[Grid, Grid]:
     """The wide and the narrow grid of `layerwise` and `mixllm`."""
-    assert recipe.high_bits is not None
     if recipe.method == "mixllm":
         return _mixllm_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.code_bits)
-    assert recipe.low_bits is not None
     return recipe_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.low_bits)
 
 
 def _mixllm_grid(recipe: Recipe, width: int) -> Grid:
     """Rows of 8 bits are symmetric in the paper; narrower ones as the recipe says."""
-    return Grid(width, recipe.group_size, symmetric=width == 8 or bool(recipe.symmetric))
+    return Grid(width, recipe.group_size, symmetric=width == 8 or recipe.symmetric)
 
 
 def _auto(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> Plan:
     options = options_of(recipe)
     if recipe.importance == "uniform":
         return budget.uniform(plan, [option for option in options if not option.outliers], target)
-    assert recipe.granularity is not None
     at = [profile.options.index(option) for option in options]
     costs = {name: cost[at] for name, cost in profile.costs.items()}
     best = budget.allocate(plan, costs, options, target, recipe.granularity, profile.groups)
@@ -310,7 +311,6 @@ def _with_ranks(
     target: int,
 ) -> Plan:
     """Rows and ranks in turn, from rows alone; the plan that promises most on the way."""
-    assert recipe.granularity is not None
     least, current, scaled = predicted(profile, best, _chosen_rows(best, profile)), best, costs
     for _ in range(ROUNDS):
         spent = sum(w.rank * ranks.rank_nbytes(w) for w in current.weights.values())

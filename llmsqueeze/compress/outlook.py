@@ -70,7 +70,6 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
         return _coded_curve(plan, profile)
     if recipe.method != "budget" or recipe.importance != "cost":
         return []
-    assert recipe.granularity is not None
     options = options_of(recipe)
     at = [profile.options.index(option) for option in options]
     costs = {name: cost[at] for name, cost in profile.costs.items()}

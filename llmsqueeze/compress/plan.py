@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 
 def plan(
@@ -46,8 +47,9 @@ def plan(
     folder = make_folder(out or Path(f"{Path(source.model).expanduser().resolve().name}-plan"))
     place = pick_device(device)
     job = prepare(source, recipe, progress, text=weights, weights=weights, device=place)
+    recipe = job.recipe
     if not weights:
-        recipe = make_recipe({**recipe.as_dict(), "importance": "uniform", "portable": None})
+        recipe = replace(recipe, importance="uniform", granularity="", portable=None)
     target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
     profile = stored_or_measured(job, recipe, folder / PROFILE, place, progress) if weights else Profile()
     decided = decide(job.plan, profile, recipe, job.skeleton.linears, target)

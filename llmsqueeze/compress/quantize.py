@@ -16,8 +16,8 @@ from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.formats.folder import check_writable
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 MOST_SAMPLES = 1024  # of text that distillation reads
 
@@ -49,9 +49,8 @@ def quantize(
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
     if profile is not None:
-        measured = given_profile(
-            prepare(source, recipe, progress, text=True, device=pick_device(device)), recipe, profile
-        )
+        job = prepare(source, recipe, progress, text=True, device=pick_device(device))
+        measured = given_profile(job, job.recipe, profile)
     if recipe.bounded:
         return smallest_within(source, recipe, folder, measured, device, overwrite, verify, progress)
     first = folder.with_name(folder.name + ".undistilled") if recipe.distill_steps else folder

@@ -56,7 +56,7 @@ def source_of(job: Job, recipe: Recipe, known: Profile | None = None) -> dict[st
         "quantizer": recipe.quantizer,
         "search": recipe.search,
         "skip": list(recipe.skip),
-        "outliers": [recipe.outlier_fraction, recipe.outlier_ranking, recipe.outlier_scope],
+        "outliers": [recipe.outliers, recipe.outlier_ranking, recipe.outlier_scope],
         "llmsqueeze": __version__,
     }
 

@@ -104,7 +104,7 @@ class _Search:
         profile: Profile | None,
         verify: bool,
     ) -> None:
-        self.source, self.recipe, self.job, self.folder = source, recipe, job, folder
+        self.source, self.recipe, self.job, self.folder = source, job.recipe, job, folder
         self.device, self.progress, self.verify = device, progress, verify
         self.profile = profile or self._measured()
         self.points = curve(job.plan, recipe, self.profile)
@@ -119,7 +119,7 @@ class _Search:
 
     def attempt(self, bits: float) -> Round:
         """Compresses to an average of `bits` and measures."""
-        sized = replace(self.recipe, max_ppl_increase=None, max_kl=None, bits=bits)
+        sized = replace(self.recipe, max_ppl_increase=None, max_kl=None, bits=float(bits))
         made = self.folder / "tried"
         try:
             summary = blocks.quantize(

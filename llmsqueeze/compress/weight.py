@@ -165,7 +165,7 @@ def _round(
             planned.dtype,
             curvature,
             None if mask is None else mask[rows],
-            bool(recipe.search),
+            recipe.search,
         )
         for rows in (slice(start, start + step) for start in range(0, len(target), step))
     ]

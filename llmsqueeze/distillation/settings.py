@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.distillation.options import DistillationOptions
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.recipe import TextSettings
-from llmsqueeze.recipe.values import choice, number, several, spoken, text, whole
 
-LOSSES = ("kd", "dad")
-TRAINABLE = ("scales", "norms", "lowrank", "codes")
-TARGETS = ("stream", "inputs")
 WISH, WISH_STEP = 3.0, 0.03  # levels over a run at the full rate, and the most at a step
 LAST = 0.1  # of the learning rate is left at the end
 
@@ -60,56 +57,24 @@ class Distillation:
         return TextSettings(self.calibration, self.samples, self.seq_len, self.seed)
 
 
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "steps": whole(1),
-    "loss": choice(LOSSES),
-    "lr": number(1e-7, 1.0),
-    "weight": number(0.0, 1e6),
-    "gamma": number(0.0, 100.0),
-    "train": several(TRAINABLE),
-    "batch_size": whole(1),
-    "moves": number(0.0, 0.5),
-    "targets": choice(TARGETS),
-    "top_k": whole(1),
-    "held_back": whole(1),
-    "calibration": text,
-    "samples": whole(1),
-    "seq_len": whole(2),
-    "seed": whole(0, 2**63 - 1),
-}
-
-
 def make_distillation(given: Mapping[str, Any]) -> Distillation:
     """Checked settings from options; None stands for the default. Raises RecipeError with all that is wrong."""
-    values: dict[str, Any] = {"blockwise": bool(given.get("blockwise"))}
-    wrong = []
-    for key, value in given.items():
-        if key != "blockwise" and key not in CHECKS:
-            wrong.append(f"unknown distillation setting {spoken(key)!r}{nearest(key, CHECKS)}")
-        elif key != "blockwise" and value is not None:
-            try:
-                values[key] = CHECKS[key](key, value)
-            except RecipeError as error:
-                wrong.append(str(error))
-    made = Distillation(**({key: value for key, value in values.items() if not wrong}))
-    if not wrong:
-        wrong += _contradictions(made, values)
-    if wrong:
+    values = DistillationOptions.of(given).asked
+    settings = Distillation(**values)
+    if wrong := _contradictions(settings, values):
         raise RecipeError("\n       ".join(wrong))
-    if made.blockwise and "steps" not in values:
-        made = dataclasses.replace(made, steps=200)
-    return made
+    return dataclasses.replace(settings, steps=200) if settings.blockwise and "steps" not in values else settings
 
 
 def _contradictions(made: Distillation, given: Mapping[str, Any]) -> list[str]:
     found = []
     for key in ("weight", "gamma"):
         if key in given and made.loss != "dad":
-            found.append(f"{key} goes with loss dad, not with {made.loss}")
+            found.append(f"--{key} {given[key]:g} does not apply to --loss {made.loss}; it belongs to dad")
     if made.blockwise and "loss" in given:
-        found.append(f"blockwise contradicts loss {made.loss}: it matches the outputs of blocks, not of the model")
+        found.append(f"--blockwise contradicts --loss {made.loss}: it matches the outputs of blocks, not of the model")
     if not made.blockwise and "targets" in given:
-        found.append(f"targets {made.targets} goes with blockwise")
+        found.append(f"--targets {made.targets} needs --blockwise")
     if "moves" in given and "codes" not in made.train:
-        found.append(f"moves {made.moves:g} goes with train codes")
+        found.append(f"--moves {made.moves:g} needs --train codes")
     return found

@@ -27,6 +27,7 @@ from llmsqueeze.quantizers import coded, rounder
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.quantizers.outliers import row_outliers
+from llmsqueeze.recipe.methods import METHODS
 
 TRIED_ROWS = 48
 RANKS = 16  # components that are priced
@@ -61,10 +62,10 @@ def price(
 ) -> Tensor:
     """float32 [options, rows] on the CPU: the cost of each row of `weight` [rows, cols] as each option rounds it."""
     tried = torch.linspace(0, len(weight) - 1, min(TRIED_ROWS, len(weight)), device=weight.device).long()
-    costs = []
+    costs, stand_in = [], METHODS[quantizer].priced_by
     for option in options:
-        error = output_errors(weight, curvature, option, "rtn" if quantizer == "rtn" else "gptq", dtype, search)
-        if quantizer == "descent":
+        error = output_errors(weight, curvature, option, stand_in, dtype, search)
+        if quantizer != stand_in:
             found = output_errors(weight[tried], curvature, option, quantizer, dtype, search)
             error = error * (found.sum() / error[tried].sum().clamp(min=1e-30)).clamp(max=1.0)
         costs.append((0.5 * row_gradient * error).cpu())
@@ -129,10 +130,9 @@ def packed_rates(
     rows, cols = weight.shape
     tried = torch.linspace(0, rows - 1, min(CODED_ROWS, rows), device=weight.device).long()
     shared = STREAM_BYTES * -(-rows // rans.rows_per_stream(rows, cols))
-    found = []
+    found, stand_in = [], METHODS[quantizer].priced_by
     for option in options:
         pinned = row_outliers(weight[tried], curvature, option.kept(cols)) if option.outliers else None
-        stand_in = "rtn" if quantizer == "rtn" else "gptq"
         rounded = rounder(stand_in)(weight[tried], option.grid, dtype, curvature, pinned, search)
         counted = rans.counts(rounded.codes.cpu().numpy(), one_context(len(tried), cols))
         tables = frequencies.choose(counted, symmetric=False)

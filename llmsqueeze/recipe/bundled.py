@@ -1,72 +1,13 @@
-"""Recipes as the user writes them: options and YAML files, and the ones that come along.
-
-Everything is checked here, before any file of the model is read: unknown keys and choices name the nearest valid one,
-contradicting settings name each other, and all that is wrong is said at once. checks.py has the single values' checks.
-"""
+"""Recipe files: YAML with the names of the options, and the bundled ones in `recipes/`."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import RecipeError, nearest
 from llmsqueeze.files import read_yaml
-from llmsqueeze.recipe.recipe import CHOICES, Recipe
-from llmsqueeze.recipe.resolve import fill_in
-from llmsqueeze.recipe.values import (
-    boolean,
-    budget,
-    choice,
-    fraction,
-    group_size,
-    group_sizes,
-    mix,
-    nbytes,
-    number,
-    patterns,
-    rank,
-    shares,
-    text,
-    whole,
-    widths,
-)
-
-KEYS = {field.name: field for field in dataclasses.fields(Recipe)}
-
-
-def make_recipe(settings: Mapping[str, Any]) -> Recipe:
-    """A checked, resolved recipe from YAML keys or options; None stands for the default. Raises RecipeError."""
-    values: dict[str, Any] = {}
-    wrong = []
-    for key, value in settings.items():
-        try:
-            if key not in KEYS:
-                raise RecipeError(f"unknown recipe key {key!r}{nearest(key, KEYS)} Known keys: {', '.join(KEYS)}")
-            if value is not None:
-                values[key] = _checked(key, value)
-        except RecipeError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise RecipeError("\n       ".join(wrong))
-    if "method" not in values:
-        values["method"] = _implied_method(values)
-    if values["method"] == "dbllm":
-        values.setdefault("group_size", 64)
-    return fill_in(Recipe(**values))
-
-
-def _implied_method(values: Mapping[str, Any]) -> str:
-    """The method that goes without saying: a budget wants the allocator."""
-    bits = values.get("bits")
-    budgeted = ("size", "max_ppl_increase", "max_kl", "granularity", "widths")
-    fractional = bits is not None and bits != int(bits)
-    bought = values.get("lorc_rank") == "auto" or values.get("dual")
-    if any(key in values for key in budgeted) or values.get("portable") or fractional or bought:
-        return "auto"
-    return "descent"
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -109,38 +50,3 @@ def describe_recipes() -> list[dict[str, str]]:
         comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
         found.append({"name": recipe_name(path), "purpose": comment.split(". ")[0].rstrip(".")})
     return found
-
-
-def _checked(key: str, value: Any) -> Any:
-    if key in CHOICES:
-        return choice(CHOICES[key])(key, value)
-    return _CHECKS[key](key, value)
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "bits": budget,
-    "size": nbytes,
-    "group_size": group_size,
-    "symmetric": boolean,
-    "outliers": fraction(0.5),
-    "high_bits": whole(2, 8),
-    "low_bits": whole(1, 8),
-    "high_fraction": fraction(1.0),
-    "mix": mix,
-    "widths": widths,
-    "group_sizes": group_sizes,
-    "row_outliers": shares,
-    "dual": boolean,
-    "portable": boolean,
-    "code_embeddings": boolean,
-    "lorc_rank": rank,
-    "distill_steps": whole(0),
-    "max_ppl_increase": number(1e-6, 10.0),
-    "max_kl": number(1e-6, 10.0),
-    "search": boolean,
-    "calibration": text,
-    "samples": whole(1),
-    "seq_len": whole(2),
-    "seed": whole(0, 2**63 - 1),
-    "skip": patterns,
-}

@@ -1,294 +1,132 @@
-"""What a method implies for the settings that the user left open, and which settings contradict each other."""
+"""From the options that were asked for to a recipe, by what the method implies and by the defaults."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.recipe.recipe import IMPORTANCE, QUANTIZERS, Recipe
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.recipe.conflicts import conflicts, unfollowed
+from llmsqueeze.recipe.methods import BUDGETS, DEFAULT, DEFAULTS, METHODS, Method, methods_of
+from llmsqueeze.recipe.options import Asked
+from llmsqueeze.recipe.recipe import Recipe
 
-PLAIN = (*QUANTIZERS, "gwq", "dbllm")
-BUDGETED = ("coded", "budget")  # what `auto` may become
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
-INPUTS = {"rtn": "original", "gptq": "sequential", "descent": "corrected", "coded": "corrected"}
+GROUP_SIZES = (128, 64, 32)  # that a default may take
 
 
-def fill_in(recipe: Recipe) -> Recipe:
-    """`recipe` with every open setting decided by its method. Raises RecipeError for contradictions, all at once."""
-    if recipe.method == "auto":
-        recipe = dataclasses.replace(recipe, method=chosen_by_auto(recipe))
-    refuse(contradictions(recipe))
-    own_name = recipe.method in (*QUANTIZERS, "coded")
-    quantizer = recipe.quantizer or (recipe.method if own_name else "descent")
-    filled: dict[str, Any] = {
-        "quantizer": quantizer,
-        "inputs": recipe.inputs or INPUTS[quantizer],
-        "search": recipe.search if recipe.search is not None or quantizer == "coded" else quantizer == "descent",
-        "outliers": (0.01 if recipe.method == "gwq" else 0.0) if recipe.outliers is None else recipe.outliers,
-        "labels": recipe.labels or ("model" if recipe.method in BUDGETED else "text"),
-        "symmetric": recipe.method != "mixllm" if recipe.symmetric is None else recipe.symmetric,
-    }
-    own = {"coded": _coded, "budget": _budget, "layerwise": _layerwise, "mixllm": _mixllm, "dbllm": _dbllm}.get(
-        recipe.method, _plain
-    )
-    made = dataclasses.replace(recipe, **filled, **own(dataclasses.replace(recipe, **filled)))
-    refuse(impossible(made))
-    return made
+def make_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """A recipe from YAML keys or options; None stands for the default. Raises RecipeError with all that is wrong."""
+    return resolve(Asked.of(settings))
 
 
-def chosen_by_auto(recipe: Recipe) -> str:
-    """Coded weights, unless something is asked for that only weights on grids have."""
-    return "budget" if recipe.portable or next(_only_on_grids(recipe), None) else "coded"
-
-
-def _only_on_grids(recipe: Recipe) -> Iterator[str]:
-    """The settings that say nothing of coded weights."""
-    for key in ("importance", "granularity", "widths", "group_sizes", "row_outliers", "dual", "levels", "search"):
-        if getattr(recipe, key) is not None:
-            yield key.replace("_", " ")
-    if recipe.quantizer not in (None, "coded"):
-        yield f"quantizer {recipe.quantizer}"
-    if recipe.symmetric is False:
-        yield "asymmetric"
-    if recipe.group_size != Recipe.group_size:
-        yield f"group size {recipe.group_size}"
-    if recipe.buys_ranks:
-        yield "lorc rank auto"
-    if recipe.packs:
-        yield "pack rans"
+def resolve(asked: Asked) -> Recipe:
+    """`asked` with every open setting decided. Raises RecipeError for options that cannot be followed together."""
+    given = asked.asked
+    entry = METHODS[method_of(given)]
+    refuse(conflicts(given, entry))
+    recipe = filled(given, entry)
+    refuse(unfollowed(given, recipe))
+    return recipe
 
 
 def refuse(wrong: Iterator[str]) -> None:
     """Raises RecipeError with all sentences, if there are any."""
-    if sentences := list(wrong):
+    if sentences := list(dict.fromkeys(wrong)):
         raise RecipeError("\n       ".join(sentences))
 
 
-def impossible(recipe: Recipe) -> Iterator[str]:
-    """What cannot be, once everything is filled in."""
-    low, high = recipe.low_bits, recipe.high_bits
-    if recipe.method in ("layerwise", "mixllm") and low is not None and high is not None and low >= high:
-        yield f"low bits {low} is not below high bits {high}"
-    elif recipe.mix and low is not None and min(width for width, _ in recipe.mix) <= low:
-        yield f"mix gives rows {min(width for width, _ in recipe.mix)} bits, no more than the {low} of the others"
-    halves = recipe.levels in ("half", "by-width")
-    if recipe.outliers and (halves or low == 1):
-        what = f"levels {recipe.levels}" if halves else "low bits 1"
-        yield f"{what} contradicts outliers {recipe.outliers:g}: they are pinned to level 0, which it lacks"
-    if recipe.method == "budget" and not recipe.widths:
-        yield "no width is left: one bit has half-integer levels only"
+def method_of(given: Mapping[str, Any]) -> str:
+    """The method: the one asked for; else the default, or `auto` if a budget is asked for. `auto` is decided."""
+    method: str = given.get("method") or (DEFAULT if not wants_budget(given) else "auto")
+    if method != "auto":
+        return method
+    on_grids = (name for name in given if name not in ("method", "bits"))
+    needs_grids = any(name in METHODS["budget"].allows and name not in METHODS["coded"].allows for name in on_grids)
+    return "budget" if needs_grids or given.get("portable") or given.get("lorc_rank") == "auto" else "coded"
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return {"bits": recipe.bits or 3, "levels": recipe.levels or "integer"}
+def wants_budget(given: Mapping[str, Any]) -> bool:
+    """Whether an option asks for a budget, or belongs to nothing but the methods that `auto` may become."""
+    if any(name in given for name in BUDGETS[1:]) or isinstance(given.get("bits"), float):
+        return True
+    of_budgets = (name for name in given if methods_of(name) and set(methods_of(name)) <= {"coded", "budget"})
+    return given.get("lorc_rank") == "auto" or next(of_budgets, None) is not None
 
 
-def _dbllm(_recipe: Recipe) -> dict[str, Any]:
-    return {"bits": 2, "levels": "dual"}
+def fitted(recipe: Recipe, columns: Mapping[str, int]) -> tuple[Recipe, str | None]:
+    """The recipe with a default group size that divides the columns of the linears, and a note if it is another one.
+
+    columns: linear -> number of its columns. If no size divides all of them, the default stays.
+    """
+    uneven = next((name for name, cols in columns.items() if cols % min(recipe.group_size, cols)), None)
+    if not recipe.group_size_open or uneven is None:
+        return recipe, None
+    smaller = (size for size in GROUP_SIZES if size < recipe.group_size)
+    size = next((size for size in smaller if not any(cols % min(size, cols) for cols in columns.values())), None)
+    if size is None:
+        return recipe, None
+    note = f"groups of {size} columns: {recipe.group_size} does not divide the {columns[uneven]} columns of {uneven}"
+    return dataclasses.replace(recipe, group_size=size), note
 
 
-def _coded(_recipe: Recipe) -> dict[str, Any]:
-    return {}
+# ------------------------------------------------------------------------------------------------- what is implied
 
 
-def _layerwise(recipe: Recipe) -> dict[str, Any]:
-    bits = None if recipe.size else recipe.bits or 3
+def filled(given: Mapping[str, Any], entry: Method) -> Recipe:
+    """The recipe of the options that were asked for, of those that the method implies, and of the defaults."""
+    quantizer = entry.name if entry.rounds else given.get("quantizer") or entry.implies.get("quantizer", "descent")
+    of_rounding = METHODS[quantizer].implies if METHODS[quantizer].rounds else {}
+    values = {**DEFAULTS, **of_rounding, **entry.implies, **given, "method": entry.name, "quantizer": quantizer}
+    if any(name in given for name in BUDGETS[1:]):
+        values["bits"] = None
+    if not entry.on_grids:
+        values |= {"levels": "", "search": False}
+    values["importance"] = given.get("importance") or next(iter(entry.importance), "")
+    values |= _two_widths(values, given, entry) if "high_bits" in entry.allows else {}
+    values |= _many_widths(values, given) if "widths" in entry.allows else {}
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    neutral: dict[str, Any] = {"high_bits": 0, "low_bits": 0, "mix": (), "granularity": "", "widths": ()}
+    neutral |= {"group_sizes": (), "row_outliers": (), "dual": False, "portable": None, "code_embeddings": False}
+    neutral |= {"calibration": None, "size": None, "max_ppl_increase": None, "max_kl": None}
+    made: dict[str, Any] = {name: values.get(name, neutral.get(name)) for name in names - {"group_size_open"}}
+    return Recipe(**made, group_size_open="group_size" not in given)
+
+
+def _two_widths(values: Mapping[str, Any], given: Mapping[str, Any], entry: Method) -> dict[str, Any]:
+    """High and low width, of blocks or of rows, and the shares of the rows."""
+    bits = values["bits"] if entry.budget or "bits" in given else None
+    if "mix" in entry.allows:
+        return _rows_on_two_widths(bits, given)
     # the paper's two widths, unless more than four bits are wanted
     low, high = (4, 8) if bits is not None and bits > 4.3 else (2, 4)
     return {
-        "bits": bits,
-        "levels": recipe.levels or "integer",
-        "importance": recipe.importance or "lim",
-        "high_bits": recipe.high_bits or max(high, recipe.low_bits or 0),
-        "low_bits": recipe.low_bits or min(low, recipe.high_bits or low),
+        "high_bits": given.get("high_bits") or max(high, given.get("low_bits", 0)),
+        "low_bits": given.get("low_bits") or min(low, given.get("high_bits", low)),
     }
 
 
-def _mixllm(recipe: Recipe) -> dict[str, Any]:
-    by_bytes = recipe.size is not None or (recipe.bits is not None and recipe.bits != int(recipe.bits))
-    rest = min(width for width, _ in recipe.mix) - 1 if recipe.mix else 4
-    low = recipe.low_bits or int(recipe.bits or max(rest, 1))
-    high = recipe.high_bits or 8
-    rows = recipe.mix or ((high, 0.10 if recipe.high_fraction is None else recipe.high_fraction),)
+def _rows_on_two_widths(bits: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    by_bytes = "size" in given or isinstance(bits, float)
+    mix = given.get("mix") or ()
+    low = given.get("low_bits") or int(bits or (max(1, min(width for width, _ in mix) - 1) if mix else 4))
+    high = given.get("high_bits") or 8
+    mix = mix or ((high, given.get("high_fraction", 0.10)),)
     return {
-        "bits": recipe.bits if by_bytes else None,
-        "levels": "integer",
-        "importance": recipe.importance or "salience",
+        "bits": bits if by_bytes else None,
         "low_bits": low,
-        "high_bits": rows[0][0] if recipe.mix else high,
-        "high_fraction": None if by_bytes else rows[0][1],
-        "mix": None if by_bytes else rows,
+        "high_bits": high if by_bytes else mix[0][0],
+        "mix": () if by_bytes else mix,
     }
 
 
-def _budget(recipe: Recipe) -> dict[str, Any]:
-    # a grid that outliers are pinned to needs a level 0, and so does what compressed-tensors stores
-    integer = recipe.portable or bool(recipe.outliers) or not recipe.symmetric
-    levels = recipe.levels or ("integer" if integer else "by-width")
-    granularity = recipe.granularity or ("group" if recipe.portable else "row")
-    widths = recipe.widths or WIDTHS
-    if levels == "integer":
-        widths = tuple(width for width in widths if width > 1)
-    return {
-        "levels": levels,
-        "granularity": granularity,
-        "widths": widths,
-        "importance": recipe.importance or "cost",
-    }
-
-
-def contradictions(recipe: Recipe) -> Iterator[str]:
-    """One sentence for every pair of settings that cannot both hold."""
-    method = recipe.method
-    yield from _about_method(recipe)
-    yield from _about_budget(recipe)
-    if recipe.importance and method in IMPORTANCE and recipe.importance not in IMPORTANCE[method]:
-        hint = nearest(recipe.importance, IMPORTANCE[method])
-        known = ", ".join(IMPORTANCE[method])
-        yield f"importance {recipe.importance!r} does not go with method {method}{hint or ';'} it knows {known}"
-    halves = recipe.levels in ("half", "by-width")
-    if halves and recipe.symmetric is False:
-        yield f"levels {recipe.levels} contradicts asymmetric: half-integer levels are symmetric ones"
-    if halves and method == "mixllm":
-        yield f"levels {recipe.levels} contradicts method mixllm: its grids are those of the paper"
-    if recipe.importance == "uniform" and (recipe.group_sizes or recipe.row_outliers):
-        yield "importance uniform contradicts group sizes and row outliers: it mixes two widths and no more"
-    if recipe.widths == (1,):
-        barred = {
-            "levels integer": recipe.levels == "integer",
-            "asymmetric": recipe.symmetric is False,
-            f"outliers {recipe.outliers or 0:g}": bool(recipe.outliers),
-        }
-        for what in [name for name, there in barred.items() if there]:
-            yield f"{what} contradicts widths 1: one bit has half-integer levels only, without a 0"
-
-
-def _about_method(recipe: Recipe) -> Iterator[str]:
-    method = recipe.method
-    if method in QUANTIZERS and recipe.quantizer not in (None, method):
-        yield f"quantizer {recipe.quantizer!r} contradicts method {method}, which is its own quantizer"
-    if method in QUANTIZERS and recipe.outliers:
-        yield f"outliers {recipe.outliers:g} contradict method {method}; they go with gwq and what has a budget"
-    belongs = {
-        "importance": tuple(IMPORTANCE),
-        "size": ("coded", *IMPORTANCE),
-        "high_bits": ("layerwise", "mixllm"),
-        "low_bits": ("layerwise", "mixllm"),
-        "high_fraction": ("mixllm",),
-        "mix": ("mixllm",),
-        "granularity": ("budget",),
-        "widths": ("budget",),
-        "group_sizes": ("budget",),
-        "row_outliers": ("budget",),
-        "dual": ("budget",),
-        "max_ppl_increase": BUDGETED,
-        "max_kl": BUDGETED,
-        "code_embeddings": ("coded",),
-    }
-    for key, methods in belongs.items():
-        if method == "coded" and methods == ("budget",):
-            continue  # said below
-        if getattr(recipe, key) is not None and method not in methods:
-            yield f"{key.replace('_', ' ')} goes with method {' or '.join(methods)}, not with {method}"
-    if method == "coded":
-        yield from (f"{what} says nothing of method coded: its weights have no grid" for what in _only_on_grids(recipe))
-    elif recipe.quantizer == "coded":
-        yield f"quantizer coded goes with method coded, not with {method}"
-    yield from _about_dual(recipe)
-    if recipe.row_outliers and recipe.outliers:
-        yield f"row outliers contradict outliers {recipe.outliers:g}: the allocator chooses them, or a ranking does"
-    if recipe.portable:
-        yield from (f"portable contradicts {what}: {why}" for what, why in unportable(recipe))
-
-
-def _about_dual(recipe: Recipe) -> Iterator[str]:
-    """Dual binarization is two planes of one bit, and that is all that it is."""
-    dual = recipe.levels == "dual"
-    if recipe.method == "dbllm":
-        if recipe.levels not in (None, "dual"):
-            yield f"levels {recipe.levels} contradicts method dbllm, whose levels are dual"
-        if recipe.bits not in (None, 2):
-            yield f"bits {recipe.bits:g} contradicts method dbllm: two planes of one bit are 2 bits"
-    elif dual and recipe.method not in (*QUANTIZERS, "gwq"):
-        yield f"levels dual do not go with method {recipe.method}; with budget it is --dual"
-    elif dual and recipe.bits != 2:
-        yield f"levels dual want bits 2, not {recipe.bits or 3:g}"
-    if recipe.symmetric is False and (dual or recipe.method == "dbllm"):
-        yield "asymmetric contradicts dual levels: each group has two scales and no zero"
-
-
-def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The settings that compressed-tensors has no place for, and why it has none."""
-    if recipe.method == "coded":
-        yield "method coded", "no other runtime decodes its streams"
-    if recipe.method == "mixllm" or recipe.granularity in ("row", "linear"):
-        what = "method mixllm" if recipe.method == "mixllm" else f"per {recipe.granularity}"
-        yield what, "runtimes want one width per fusion group"
-    if recipe.importance == "uniform":
-        yield "importance uniform", "it puts the rows of a linear on two widths"
-    if recipe.outliers or recipe.row_outliers or recipe.method == "gwq":
-        yield ("method gwq" if recipe.method == "gwq" else "outliers"), "no other runtime opens outliers"
-    if recipe.packs:
-        yield "pack rans", "no other runtime decodes its streams"
-    if recipe.lorc_rank:
-        yield f"lorc rank {recipe.lorc_rank}", "the low-rank factors need an adapter beside the model"
-    if recipe.dual or recipe.method == "dbllm" or recipe.levels == "dual":
-        what = "dual" if recipe.dual else "method dbllm" if recipe.method == "dbllm" else "levels dual"
-        yield what, "no other runtime opens two planes"
-    elif recipe.levels in ("half", "by-width"):
-        yield f"levels {recipe.levels}", "compressed-tensors has integer levels"
-    if recipe.symmetric is False:
-        yield "asymmetric", "transformers does not open zeros"
-    if recipe.low_bits == 1:
-        yield "low bits 1", "compressed-tensors has 2 to 8"
-    if recipe.widths and recipe.widths[0] == 1 and recipe.levels != "integer":
-        yield "width 1", "compressed-tensors has 2 to 8"
-
-
-def _about_budget(recipe: Recipe) -> Iterator[str]:
-    method, bits = recipe.method, recipe.bits
-    named = [
-        f"{key.replace('_', ' ')} {getattr(recipe, key):.10g}"
-        for key in ("bits", "size", "max_ppl_increase", "max_kl")
-        if getattr(recipe, key) is not None
-    ]
-    if method in BUDGETED:
-        if len(named) > 1:
-            yield f"{named[0]} contradicts {named[1]}: name one budget"
-        if not named and not recipe.mix:
-            yield f"method {method} wants a budget: bits 2.7, size 4GB, max ppl increase 0.02 or max kl 0.05"
-    elif bits is not None and recipe.size is not None:
-        yield f"{named[0]} contradicts {named[1]}: name one budget"
-    if recipe.buys_ranks and (method != "budget" or recipe.lorc == "plain" or recipe.importance == "uniform"):
-        what = f"method {method}" if method != "budget" else "importance uniform" if recipe.importance else "lorc plain"
-        yield f"lorc rank auto contradicts {what}: method budget buys input-weighted ranks by their cost"
-    if recipe.distill_steps and recipe.bounded:
-        yield f"distill steps {recipe.distill_steps} contradict a bound on quality, which is measured before them"
-    if method == "mixllm":
-        yield from _about_rows(recipe)
-    if bits is None:
-        return
-    fractional = bits != int(bits)
-    if method in PLAIN and (fractional or bits < 2):
-        yield f"bits {bits:g} is no width that method {method} has (2 to 8); fractional ones go with coded or budget"
-    if method == "mixllm" and not fractional and recipe.low_bits not in (None, bits):
-        yield f"bits {bits:g} contradicts low bits {recipe.low_bits}: both name the width of the low rows"
-
-
-def _about_rows(recipe: Recipe) -> Iterator[str]:
-    """MixLLM's budget is one of: a share of the rows, a mix of widths, bits with a fraction, a size."""
-    budget = f"size {recipe.size}" if recipe.size is not None else None
-    if recipe.bits is not None and recipe.bits != int(recipe.bits):
-        budget = f"bits {recipe.bits:g}"
-    if budget and recipe.mix:
-        yield f"mix contradicts {budget}: the fractions of rows are the budget, or the bytes are"
-    elif budget and recipe.high_fraction is not None:
-        yield f"high fraction {recipe.high_fraction:g} contradicts {budget}: one of them is the budget"
-    if recipe.mix:
-        width, share = recipe.mix[0]
-        if recipe.high_bits not in (None, width):
-            yield f"high bits {recipe.high_bits} contradicts mix, whose widest is {width}"
-        if recipe.high_fraction not in (None, share):
-            yield f"high fraction {recipe.high_fraction:g} contradicts mix, whose widest takes {share:g}"
+def _many_widths(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    # a grid that outliers are pinned to needs a level 0, and so does what compressed-tensors represents
+    integer = given.get("portable") or given.get("outliers") or not values["symmetric"]
+    levels = given.get("levels") or ("integer" if integer else "by-width")
+    widths = tuple(width for width in given.get("widths", WIDTHS) if width > 1 or levels != "integer")
+    granularity = given.get("granularity") or ("group" if given.get("portable") else "row")
+    if given.get("importance") == "uniform":
+        granularity = ""  # every linear has the same two widths
+    return {"levels": levels, "widths": widths, "granularity": granularity}

@@ -1,4 +1,4 @@
-"""Checks of single settings: (key, value as YAML or the command line gives it) -> the value to keep, or RecipeError."""
+"""Checks of single values: (option, value from YAML or the command line) -> the value to keep, or RecipeError."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 
 def spoken(key: str) -> str:
-    return key.replace("_", " ")
+    """An option as the command line names it: '--group-size'."""
+    return "--" + key.replace("_", "-")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str, Any], int]:
@@ -75,12 +76,26 @@ def several(allowed: Sequence[str]) -> Callable[[str, Any], tuple[str, ...]]:
     return check
 
 
-def budget(key: str, value: Any) -> float:
-    """Bits: whole ones stay whole numbers, for a width is one."""
-    if not _is_number(value) or not 1 <= value <= 8:
-        shown = f"{value:g}" if _is_number(value) else repr(value)
-        raise RecipeError(f"{spoken(key)} is {shown}; it must be a number from 1 to 8 (a width is whole, from 2)")
-    return int(value) if value == int(value) else float(value)
+def bits(key: str, value: Any) -> int | float:
+    """A width, if it is a whole number; an average, if it is written with a decimal point."""
+    number = _number(value)
+    if number is None or not 1 <= number <= 8:
+        raise RecipeError(
+            f"{spoken(key)} is {value!r}; it must be a number from 1 to 8: a whole number is the width of the codes, "
+            "one with a decimal point the average bits per weight"
+        )
+    return number
+
+
+def _number(value: Any) -> int | float | None:
+    """A number, given as one or as text; None if it is neither."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            return int(text) if re.fullmatch(r"[+-]?\d{1,9}", text) else float(text)
+        except ValueError:
+            return None
+    return value if _is_number(value) else None
 
 
 def nbytes(key: str, value: Any) -> int:

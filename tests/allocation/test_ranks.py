@@ -20,7 +20,7 @@ from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.quantizers.lorc import truncated_svd
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 OPTIONS = (Option(Grid(2, 16, True)), Option(Grid(3, 16, True)))
 TEXT = {"samples": 6, "seq_len": 64}

@@ -36,8 +36,8 @@ from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import factorize
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 CPU = torch.device("cpu")
 QUICK = {"samples": 6, "seq_len": 64}

@@ -21,8 +21,8 @@ from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import BLOCK_ORDERS
+from llmsqueeze.recipe.resolve import make_recipe
 
 HIGH, LOW = Grid(8, 128, True), Grid(4, 128, False)
 MIXLLM: dict[str, Any] = {"method": "mixllm", "quantizer": "rtn"}

@@ -31,7 +31,7 @@ from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 VOCABULARY = 626  # of the demo
 SHORT = {"samples": 6, "held_back": 3, "batch_size": 2, "seq_len": 32}

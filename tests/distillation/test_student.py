@@ -18,7 +18,7 @@ from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 CPU = torch.device("cpu")
 EVERYTHING = frozenset(("scales", "norms", "lowrank", "codes"))

@@ -38,7 +38,7 @@ from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
 from llmsqueeze.publish import plots
 from llmsqueeze.publish.plots import draw_frontier
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 CPU = torch.device("cpu")
 WINDOW = 48

@@ -14,7 +14,7 @@ from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.evaluation.evaluate import _metrics, divergence, evaluate, find_tasks, remember
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 
 def test_perplexity_is_that_of_the_protocol(demo_dir: Path) -> None:

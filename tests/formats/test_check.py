@@ -19,7 +19,7 @@ from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.export import export
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 TEXT = {"samples": 2, "seq_len": 48}
 LINEAR = "model.layers.0.self_attn.q_proj"

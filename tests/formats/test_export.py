@@ -36,8 +36,8 @@ from llmsqueeze.parts import Affine, Grid, bitpack
 from llmsqueeze.progress import Progress
 from llmsqueeze.publish.card import model_card
 from llmsqueeze.publish.show import contents
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 pytest.importorskip("compressed_tensors")
 

@@ -17,7 +17,7 @@ import llmsqueeze.hf
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.formats.hf.layer import SumOfParts
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 TOKENS = torch.arange(5, 45)[None]
 

@@ -40,7 +40,7 @@ from llmsqueeze.model.original import Source
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 LORC = {"method": "rtn", "bits": 3, "group_size": 64, "lorc_rank": 2, "lorc": "plain"}
 # stands where llmsqueeze would be found, so that importing it fails; then base alone, and with each adapter

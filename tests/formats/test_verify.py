@@ -26,7 +26,7 @@ from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.folder import Output, digest
 from llmsqueeze.model import checkpoint as checkpoints
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 LINEAR = "model.layers.1.mlp.up_proj"
 

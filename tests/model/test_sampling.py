@@ -23,7 +23,7 @@ from llmsqueeze.model.original import Source
 from llmsqueeze.model.sampling import continued, first_tokens, sample_rows
 from llmsqueeze.model.text import Calibration, Text, evaluation_text, hashed, load_tokenizer
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 CPU = torch.device("cpu")
 VOCABULARY = 626

@@ -19,8 +19,8 @@ from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.grids import fit_group, nearest_level
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 ROWS, COLS = 37, 200
 

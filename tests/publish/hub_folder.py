@@ -113,7 +113,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def compressed() -> tuple[tempfile.TemporaryDirectory[str], Path]:
     """The built-in model in three bits, made once; the first holds the second."""
     from llmsqueeze.compress.blocks import quantize
-    from llmsqueeze.recipe.bundled import make_recipe
+    from llmsqueeze.recipe.resolve import make_recipe
 
     held = tempfile.TemporaryDirectory()
     quantize("demo", make_recipe({"method": "rtn", "bits": 3, "portable": False}), Path(held.name) / "demo-3bit")

@@ -19,7 +19,7 @@ from llmsqueeze.formats.check import check
 from llmsqueeze.formats.export import export
 from llmsqueeze.formats.public import human_bytes, shown
 from llmsqueeze.publish.card import model_card
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 
 def code_blocks(card: str, language: str) -> list[str]:

@@ -35,8 +35,8 @@ from llmsqueeze.publish.page.heat import heat_map
 from llmsqueeze.publish.page.labels import meet, place_labels
 from llmsqueeze.publish.page.report import SHOWN, write_report
 from llmsqueeze.publish.page.story import METHODS, distill_command, recipe_yaml
-from llmsqueeze.recipe.bundled import make_recipe
 from llmsqueeze.recipe.recipe import METHODS as ALL_METHODS
+from llmsqueeze.recipe.resolve import make_recipe
 
 KINDS = [f"self_attn.{k}_proj" for k in "qkvo"] + [f"mlp.{k}_proj" for k in ("gate", "up", "down")]
 ROWS, COLS = 16, 64

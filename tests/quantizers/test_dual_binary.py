@@ -24,7 +24,7 @@ from llmsqueeze.quantizers.descent import coordinate_descent, least_squares, nor
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import fit_group
 from llmsqueeze.quantizers.rtn import rtn
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 TEXT = {"samples": 6, "seq_len": 64}
 

@@ -20,7 +20,7 @@ from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import Grid, LowRank
 from llmsqueeze.quantizers import lorc
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
-from llmsqueeze.recipe.bundled import make_recipe
+from llmsqueeze.recipe.resolve import make_recipe
 
 FAST = {"samples": 4, "seq_len": 48}
 

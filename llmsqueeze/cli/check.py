@@ -1,0 +1,29 @@
+"""`llmsqueeze check`: check that a folder is whole, and what opens it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmsqueeze.cli.options import Debug, Json, TrustCode
+from llmsqueeze.cli.terminal import friendly, hush, print_result
+
+
+def check(
+    folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
+    target: Annotated[str | None, typer.Option(help="native, transformers or vllm. [all]")] = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check that FOLDER is whole and sound, and what opens it; no model is run."""
+    with friendly(debug):
+        from llmsqueeze.cli import scoreboard
+        from llmsqueeze.formats.check import check as check_folder
+
+        hush()
+        result = check_folder(folder, target, trust_remote_code)
+        print_result(result, as_json, scoreboard.print_check)
+        if not result["sound"] or (target and result["verdicts"][target]):
+            raise typer.Exit(2)

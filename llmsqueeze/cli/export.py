@@ -1,0 +1,51 @@
+"""`llmsqueeze export`: write a compressed folder in another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmsqueeze.cli.options import Debug, Json, Overwrite, Quiet, TrustCode
+from llmsqueeze.cli.terminal import friendly, hush, print_result
+
+
+def export(
+    folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
+    to: Annotated[
+        str, typer.Option(help="compressed-tensors (stock transformers, vLLM), dense (anything), peft or gguf-map.")
+    ],
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [dense: the model's own; peft: fp32]")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Width that coded weights are rounded to for compressed-tensors. [4]")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale then; -1: whole rows. [128, or what fits]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-<to>]")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a compressed FOLDER in another format; only coded weights are rounded again, for compressed-tensors."""
+    with friendly(debug):
+        from llmsqueeze.cli import report
+        from llmsqueeze.formats.export import export as export_folder
+
+        hush()
+        with report.TerminalProgress(quiet) as progress:
+            summary = export_folder(
+                folder,
+                to,
+                out,
+                dtype=dtype,
+                bits=bits,
+                group_size=group_size,
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        print_result(summary, as_json, report.print_export)

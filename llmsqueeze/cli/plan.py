@@ -1,0 +1,56 @@
+"""`llmsqueeze plan`: measure and decide; compress nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmsqueeze.cli.options import MODEL_HELP, Debug, Device, Json, Quiet, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.terminal import friendly, hush, print_result
+from llmsqueeze.errors import RecipeError
+
+
+@takes_recipe
+def plan(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    given: dict[str, Any],
+    weights: Annotated[
+        str, typer.Option(help="all, or none: sizes alone, from config.json, with the same widths everywhere.")
+    ] = "all",
+    trial: Annotated[bool, typer.Option(help="Compress two blocks to predict time and memory.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for plan and profile. [./<model>-plan]")] = None,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Decide what MODEL's weights become within a budget; measure, print, write plan.yaml; compress nothing."""
+    with friendly(debug):
+        if weights not in ("all", "none"):
+            raise RecipeError(f"unknown weights {weights!r}; choose all or none")
+
+        from llmsqueeze.cli import report
+        from llmsqueeze.compress.plan import plan as plan_model
+        from llmsqueeze.model.original import Source
+        from llmsqueeze.publish import plots
+
+        hush()
+        with report.TerminalProgress(quiet) as progress:
+            result = plan_model(
+                Source(model, revision, trust_remote_code),
+                given,
+                out,
+                device=device,
+                weights=weights == "all",
+                trial=trial,
+                progress=progress,
+            )
+            if plots.available():
+                plots.draw_plan(result, Path(result["out"]))
+            else:
+                progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
+        print_result(result, as_json, report.print_plan)

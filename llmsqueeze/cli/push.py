@@ -1,0 +1,35 @@
+"""`llmsqueeze push`: upload a folder to the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmsqueeze.cli.options import Debug, Json, Quiet, TrustCode
+from llmsqueeze.cli.terminal import friendly, hush, print_result
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder that llmsqueeze wrote")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, owner/name")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Who sees a new repository. [private; one that exists stays as it is]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; send and write nothing.")] = False,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a compressed folder to the Hub, with a model card; a push that broke off goes on when it is repeated."""
+    with friendly(debug):
+        from llmsqueeze.cli import report
+        from llmsqueeze.publish import push as hub
+
+        hush()
+        with report.TerminalProgress(quiet) as progress:
+            result = hub.push(folder, repo, private, dry_run, trust_remote_code, progress)
+        print_result(result, as_json, lambda pushed: typer.echo(hub.describe(pushed, folder)))

@@ -1,0 +1,51 @@
+"""`llmsqueeze quantize`: compress a model into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmsqueeze.cli.options import MODEL_HELP, Debug, Device, Json, Overwrite, Quiet, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.terminal import friendly, hush, print_result
+
+
+@takes_recipe
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    given: dict[str, Any],
+    plan: Annotated[Path | None, typer.Option(help="A plan.yaml that `llmsqueeze plan` wrote, edited or not.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measurements that `llmsqueeze plan` wrote.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write. [./<model>-<bits>bit]")] = None,
+    overwrite: Overwrite = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it with what was meant.")
+    ] = True,
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL into a folder that transformers opens."""
+    with friendly(debug):
+        from llmsqueeze.cli import report
+        from llmsqueeze.compress.quantize import quantize as quantize_model
+        from llmsqueeze.model.original import Source
+
+        hush()
+        with report.TerminalProgress(quiet) as progress:
+            summary = quantize_model(
+                Source(model, revision, trust_remote_code),
+                given,
+                out,
+                plan=plan,
+                profile=profile,
+                device=device,
+                overwrite=overwrite,
+                verify=verify,
+                progress=progress,
+            )
+        print_result(summary, as_json, report.print_summary)

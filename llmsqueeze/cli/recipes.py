@@ -1,0 +1,15 @@
+"""`llmsqueeze recipes`: list the bundled recipes."""
+
+from __future__ import annotations
+
+from llmsqueeze.cli.options import Debug, Json
+from llmsqueeze.cli.terminal import friendly, print_result
+
+
+def recipes(as_json: Json = False, debug: Debug = False) -> None:
+    """List the recipes that come along; `--recipe NAME` uses one."""
+    with friendly(debug):
+        from llmsqueeze.cli import report
+        from llmsqueeze.recipe.bundled import describe_recipes
+
+        print_result({"recipes": describe_recipes()}, as_json, report.print_recipes)

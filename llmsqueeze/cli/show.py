@@ -1,0 +1,23 @@
+"""`llmsqueeze show`: print what each weight holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmsqueeze.cli.options import Debug, Json
+from llmsqueeze.cli.terminal import friendly, print_result
+
+
+def show(
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id that llmsqueeze wrote")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print what each weight of a compressed folder holds, and its size."""
+    with friendly(debug):
+        from llmsqueeze.cli import scoreboard
+        from llmsqueeze.publish.show import contents
+
+        print_result(contents(folder).as_dict(), as_json, scoreboard.print_contents)
