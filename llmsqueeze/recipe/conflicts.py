@@ -94,7 +94,7 @@ def _about_grids(given: Mapping[str, Any], entry: Method) -> Iterator[str]:
         barred = {"levels": levels == "integer", "symmetric": asymmetric, "outliers": bool(given.get("outliers"))}
         barred |= {"portable": given.get("portable") is True}
         for name in (name for name, there in barred.items() if there):
-            yield f"{phrase(given, name)} contradicts width 1 of --widths: one bit has half-integer levels only, without a 0"
+            yield f"{phrase(given, name)} contradicts width 1 of --widths: one bit has half-integer levels only"
     if entry.implies.get("levels") == "dual":
         if levels not in (None, "dual"):
             yield f"--levels {levels} does not apply to --method {entry.name}, whose levels are dual"
