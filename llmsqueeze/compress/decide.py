@@ -94,7 +94,7 @@ def options_of(recipe: Recipe) -> tuple[Option, ...]:
     if recipe.dual:
         grids += [replace(dual_grid(recipe), group_size=size) for size in sizes]
     found = [Option(grid) for grid in grids]
-    for share in recipe.row_outliers or ():
+    for share in recipe.row_outliers:
         # a weight that stays needs a level 0 under it
         found += [Option(replace(grid, half=False), share) for grid in grids if grid.bits > 1]
     return tuple(found)
