@@ -282,7 +282,7 @@ def test_a_vision_model_is_refused(model: Path, tmp_path: Path) -> None:
     from transformers import LlavaConfig
 
     LlavaConfig().save_pretrained(model)
-    assert "only text decoders" in refused("quantize", model, "--out", tmp_path / "out")
+    assert "is not a text-only model" in refused("quantize", model, "--out", tmp_path / "out")
 
 
 def test_a_compressed_model_is_refused(compressed: Path, tmp_path: Path) -> None:
