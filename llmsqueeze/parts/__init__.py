@@ -1,9 +1,10 @@
-"""A compressed weight is a sum of parts: W ~= sum(part.dense() for part in parts), and where a `Sparse` part has an
-entry it is that entry.
+"""A compressed weight is a sum of parts: W ~= sum(part.dense() for part in parts). An entry of a `Sparse` part replaces
+the sum of the other parts.
 
-Every part knows its tensors as they lie in the file (`tensors`), what is needed beside them to read it back
-(`spec`), and the shapes and dtypes of its tensors before any exists (`layout`), so that bytes are counted, never
-estimated, and a model can be laid out before its file is read. Weights are [rows, cols] = [out_features, in_features].
+Every part gives its tensors as the file stores them (`tensors`) and the settings that are needed to read them back
+(`spec`). From a spec follow the shapes and dtypes of the tensors (`layout`) before any tensor exists. Thus bytes are
+counted and not estimated, and a model is laid out before its file is read. Weights are [rows, cols] = [out_features,
+in_features].
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ __all__ = [
 
 
 class Part(Protocol):
-    """What every summand of a weight offers."""
+    """One summand of a weight."""
 
     kind: ClassVar[str]
 
@@ -63,9 +64,13 @@ class Part(Protocol):
         """float32 [rows, cols]."""
         ...
 
-    def tensors(self) -> dict[str, Tensor]: ...
+    def tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, as the file stores them."""
+        ...
 
-    def spec(self) -> Spec: ...
+    def spec(self) -> Spec:
+        """The settings that `restore` needs beside the tensors; they are written as JSON."""
+        ...
 
 
 PARTS: dict[str, type[Affine] | type[DualBinary] | type[Coded] | type[Integers] | type[Sparse] | type[LowRank]] = {
@@ -74,24 +79,27 @@ PARTS: dict[str, type[Affine] | type[DualBinary] | type[Coded] | type[Integers] 
 
 
 def grid_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec:
-    """The spec of the part that holds codes on `grid`; `rows`: how many of the weight's, None for all."""
+    """The spec of a part with codes on `grid`; `rows`: its number of rows, None for all rows of the weight."""
     return (dual_spec if grid.dual else affine_spec)(grid, dtype, rows)
 
 
 def spec_grid(spec: Spec) -> Grid:
-    """The grid of a part that has one."""
+    """The grid of the part that `spec` describes, an `Affine` or `DualBinary` one."""
     return (dual_grid if spec["part"] == DualBinary.kind else affine_grid)(spec)
 
 
 def with_grid(specs: Sequence[Spec]) -> list[Spec]:
-    """Those of the specs whose parts hold codes on a grid."""
+    """The specs of `Affine` and `DualBinary` parts, which have codes on a grid."""
     return [spec for spec in specs if spec["part"] in (Affine.kind, DualBinary.kind)]
 
 
 def of_codes(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, rows: Tensor | None = None) -> Affine | DualBinary:
-    """The part that holds `codes` [held, cols]; scale and zero [held, groups], of a dual grid alpha1 and alpha2."""
-    made: Affine | DualBinary = (DualBinary if grid.dual else Affine).from_codes(codes, scale, zero, grid, rows)
-    return made
+    """The part with `codes` [n, cols]; scale and zero [n, groups], for a dual grid alpha1 and alpha2.
+
+    `rows` bool [rows]: the n rows of the weight that these are; None for all.
+    """
+    kind: type[Affine] | type[DualBinary] = DualBinary if grid.dual else Affine
+    return kind.from_codes(codes, scale, zero, grid, rows)
 
 
 def layout(shape: tuple[int, int], spec: Spec) -> Layout:
@@ -100,40 +108,40 @@ def layout(shape: tuple[int, int], spec: Spec) -> Layout:
 
 
 def restore(shape: tuple[int, int], spec: Spec, tensors: Mapping[str, Tensor]) -> Part:
-    """The part that `spec` describes, from its stored tensors."""
+    """The part that `spec` describes, from its stored tensors. Raises CheckpointError for damaged streams."""
     return PARTS[spec["part"]].restore(shape, spec, tensors)
 
 
 def layout_nbytes(shape: tuple[int, int], specs: Sequence[Spec]) -> int:
-    """Bytes that parts of these specs take in the file, for a weight of `shape`."""
-    stored = (entry for spec in specs for entry in layout(shape, spec).values())
-    return sum(math.prod(size) * dtype.itemsize for size, dtype in stored)
+    """Bytes in the file of parts with these specs, for a weight of `shape`."""
+    entries = (entry for spec in specs for entry in layout(shape, spec).values())
+    return sum(math.prod(size) * dtype.itemsize for size, dtype in entries)
 
 
 def nbytes(parts: Sequence[Part]) -> int:
-    """Bytes that these parts take in the file."""
+    """Bytes of these parts in the file."""
     return sum(tensor.nbytes for part in parts for tensor in part.tensors().values())
 
 
 def is_coded(spec: Spec) -> bool:
-    """Whether the part's codes are entropy-coded."""
+    """Whether the codes or integers of the part are entropy-coded."""
     return spec["part"] == Coded.kind or "streams" in spec
 
 
 def decoded(part: Part) -> Part:
-    """The part as it is used: with integers or codes that are not entropy-coded."""
+    """The part without entropy coding. Raises CheckpointError for damaged streams."""
     if isinstance(part, Coded):
         return part.decoded()
     return part.plain() if isinstance(part, (Affine, DualBinary)) else part
 
 
 def packed(part: Part) -> Part:
-    """The part with entropy-coded codes, if it has codes and that takes fewer bytes."""
+    """The part with entropy-coded codes, if it has codes on a grid and takes fewer bytes with them."""
     return part.packed() if isinstance(part, (Affine, DualBinary)) else part
 
 
 def sum_of_parts(parts: Sequence[Part]) -> Tensor:
-    """float32 [rows, cols]: the weight that the parts stand for; single weights kept exactly stand as they are."""
+    """float32 [rows, cols]: the weight that the parts represent. Entries of `Sparse` parts replace the sum."""
     total = parts[0].dense()
     for part in parts[1:]:
         if isinstance(part, Sparse):
@@ -144,7 +152,7 @@ def sum_of_parts(parts: Sequence[Part]) -> Tensor:
 
 
 def dense_as(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
-    """[rows, cols]: `sum_of_parts` in another dtype, without its float32 form where one part can do that."""
+    """[rows, cols]: `sum_of_parts` in `dtype`. A single integer part needs no float32 copy of the weight."""
     if len(parts) == 1 and isinstance(parts[0], (Coded, Integers)):
         return parts[0].dense(dtype)
     return sum_of_parts(parts).to(dtype)

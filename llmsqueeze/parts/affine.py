@@ -1,4 +1,4 @@
-"""Integer codes on an even grid, with a scale (and a zero) per group."""
+"""Integer codes on a uniform grid, with a scale (and a zero) per group."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name, mark_rows, ont
 
 @dataclass(frozen=True)
 class Affine:
-    """Integer codes on a grid, of all rows of the weight or of some; the other rows are zeros.
+    """Integer codes on a grid, for n rows of the weight; its other rows are zeros.
 
-    codes int32 [held, words]; scale [held, groups]; zero int32 [groups, words of held]; rows int32 [words of rows], one
-    bit a row, set for the `held` rows that are here, or None for all of them. With `streams` the codes are stored
-    entropy-coded.
+    codes int32 [n, words]; scale [n, groups]; zero int32 [groups, words of n codes]; rows int32 [words], one bit per
+    row of the weight, set for the n rows, or None for all rows. If there are `streams`, the file has them for the
+    codes.
     """
 
     kind: ClassVar[str] = "affine"
@@ -34,34 +34,33 @@ class Affine:
 
     @classmethod
     def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, rows: Tensor | None = None) -> Affine:
-        """codes [held, cols] and zero [held, groups] as plain integers; scale [held, groups] in its stored dtype.
+        """codes [n, cols] and zero [n, groups] as integers, not packed; scale [n, groups] in its stored dtype.
 
-        `rows` bool [rows] marks the rows that these are, in their order.
+        `rows` bool [rows]: the n rows of the weight that these are, in their order; None for all.
         """
         packed_zero = None if grid.symmetric else bitpack.pack(zero.T.to(torch.uint8), grid.bits)
         shape = (len(codes) if rows is None else len(rows), codes.shape[1])
         return cls(bitpack.pack(codes, grid.bits), scale, packed_zero, mark_rows(rows), shape, grid)
 
     def dense(self) -> Tensor:
-        held, cols = len(self.codes), self.shape[1]
+        n, cols = len(self.codes), self.shape[1]
         levels = self.symbols().float()
         if self.zero is None:
             levels -= self.grid.fixed_zero
         else:
-            levels -= self.grid.expand(bitpack.unpack(self.zero, self.grid.bits, held).T.float(), cols)
+            levels -= self.grid.expand(bitpack.unpack(self.zero, self.grid.bits, n).T.float(), cols)
         return onto_rows(levels.mul_(self.grid.expand(self.scale.float(), cols)), self.rows, self.shape)
 
     def symbols(self) -> Tensor:
-        """uint8 [held, cols]: the codes, one by one."""
+        """uint8 [n, cols]: the codes, not packed."""
         return bitpack.unpack(self.codes, self.grid.bits, self.shape[1])
 
     def packed(self) -> Affine:
-        """The same with entropy-coded codes, where they take fewer bytes so."""
-        streams = Streams.smaller(self.symbols(), self.codes.nbytes)
-        return replace(self, streams=streams)
+        """The same part with entropy-coded codes, if they take fewer bytes."""
+        return replace(self, streams=Streams.smaller(self.symbols(), self.codes.nbytes))
 
     def plain(self) -> Affine:
-        """The same with codes of a fixed width."""
+        """The same part with codes of a fixed width."""
         return replace(self, streams=None)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -76,13 +75,13 @@ class Affine:
     @staticmethod
     def layout(shape: tuple[int, int], spec: Spec) -> Layout:
         (rows, cols), grid = shape, affine_grid(spec)
-        held = spec.get("rows", rows)
-        layout: Layout = {"codes": ((held, bitpack.words(cols, grid.bits)), torch.int32)}
+        n = spec.get("rows", rows)
+        layout: Layout = {"codes": ((n, bitpack.words(cols, grid.bits)), torch.int32)}
         if "streams" in spec:
-            layout = Streams.layout(held, cols, spec["streams"])
-        layout["scale"] = ((held, grid.groups(cols)), getattr(torch, spec["dtype"]))
+            layout = Streams.layout(n, cols, spec["streams"])
+        layout["scale"] = ((n, grid.groups(cols)), getattr(torch, spec["dtype"]))
         if not grid.symmetric:
-            layout["zero"] = ((grid.groups(cols), bitpack.words(held, grid.bits)), torch.int32)
+            layout["zero"] = ((grid.groups(cols), bitpack.words(n, grid.bits)), torch.int32)
         if "rows" in spec:
             layout["rows"] = ((bitpack.words(rows, 1),), torch.int32)
         return layout
@@ -100,7 +99,7 @@ class Affine:
 
 
 def affine_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec:
-    """`rows`: how many of the weight's rows the part holds, None for all."""
+    """The spec of an `Affine` part; `rows`: its number of rows, None for all rows of the weight."""
     spec: Spec = {
         "part": Affine.kind,
         "bits": grid.bits,
@@ -114,4 +113,5 @@ def affine_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec
 
 
 def affine_grid(spec: Spec) -> Grid:
+    """The grid of the `Affine` part that `spec` describes."""
     return Grid(spec["bits"], spec["group_size"], spec["symmetric"], spec.get("half", False))

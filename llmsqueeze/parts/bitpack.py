@@ -1,8 +1,8 @@
 """Dense packing of small integer codes into 32-bit words.
 
-Element i of a row lies at bit `i * bits` of the row, least significant bit first, and may straddle two words;
-32 codes take exactly `bits` words. It is the layout of compressed-tensors from version 0.18 on, so that a
-portable export renames tensors and repacks nothing.
+Element i of a row starts at bit `i * bits` of the row, least significant bit first, and can cross from one word to the
+next. 32 codes take exactly `bits` words. compressed-tensors has this layout from version 0.18 on, so a portable export
+renames tensors and does not pack them again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def words(count: int, bits: int) -> int:
-    """How many 32-bit words hold `count` codes of `bits` bits."""
+    """The number of 32-bit words for `count` codes of `bits` bits."""
     return -(-count * bits // 32)
 
 
@@ -40,7 +40,7 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
         word, offset = divmod(i * bits, 32)
         value = packed[..., word] >> offset
         if offset + bits > 32:
-            # the shift above drags the sign along: keep only the bits that belong to this code
+            # the shift above repeats the sign bit: keep only the bits of this code
             value = (value & ((1 << (32 - offset)) - 1)) | (packed[..., word + 1] << (32 - offset))
         codes[..., i] = (value & ((1 << bits) - 1)).to(torch.uint8)
     return codes.reshape(rows, -1)[:, :cols]

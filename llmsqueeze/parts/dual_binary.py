@@ -1,4 +1,4 @@
-"""Flexible dual binarization: two planes of bits and two scales per group (quantize/dual_binary.py has the method)."""
+"""Flexible dual binarization (quantizers/dual_binary.py has the method): two planes of bits, two scales per group."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name, mark_rows, ont
 
 @dataclass(frozen=True)
 class DualBinary:
-    """`alpha1 * plane1 + alpha2 * plane2`, of all rows of the weight or of some; the other rows are zeros.
+    """`alpha1 * plane1 + alpha2 * plane2`, for n rows of the weight; its other rows are zeros.
 
-    plane1, plane2 int32 [held, words], one bit a weight; alpha1, alpha2 [held, groups]; rows and streams as `Affine`
-    has them.
+    plane1, plane2 int32 [n, words], one bit per weight; alpha1, alpha2 [n, groups]; rows and streams as in `Affine`.
     """
 
     kind: ClassVar[str] = "dual_binary"
@@ -36,15 +35,15 @@ class DualBinary:
     def from_codes(
         cls, codes: Tensor, alpha1: Tensor, alpha2: Tensor, grid: Grid, rows: Tensor | None = None
     ) -> DualBinary:
-        """codes [held, cols] in 0 .. 3, counted along the levels (grid.py); alphas [held, groups] of one dtype.
+        """codes [n, cols] in 0 .. 3, in the order of the levels (grid.py); alphas [n, groups] of one dtype.
 
-        `rows` bool [rows] marks the rows that these are, in their order.
+        `rows` bool [rows]: the n rows of the weight that these are, in their order; None for all.
         """
         shape = (len(codes) if rows is None else len(rows), codes.shape[1])
         return cls(*packed_planes(codes), alpha1, alpha2.to(alpha1.dtype), mark_rows(rows), shape, grid)
 
     def planes(self) -> tuple[Tensor, Tensor]:
-        """float32 [held, cols] of zeros and ones, both."""
+        """float32 [n, cols] each, of zeros and ones."""
         cols = self.shape[1]
         return bitpack.unpack(self.plane1, 1, cols).float(), bitpack.unpack(self.plane2, 1, cols).float()
 
@@ -54,21 +53,21 @@ class DualBinary:
         return onto_rows(first.add_(second.mul_(self.grid.expand(self.alpha2.float(), cols))), self.rows, self.shape)
 
     def zero_shares(self) -> tuple[float, float]:
-        """Share of zeros in each plane: what a kernel could skip."""
+        """The share of zeros in each plane, which a kernel can skip."""
         first, second = self.planes()
         return 1 - float(first.mean()), 1 - float(second.mean())
 
     def symbols(self) -> Tensor:
-        """uint8 [held, cols]: the codes 0 .. 3."""
+        """uint8 [n, cols]: the codes 0 .. 3."""
         first, second = self.planes()
         return torch.where(first.bool(), 3, 1).to(torch.uint8) - second.to(torch.uint8)
 
     def packed(self) -> DualBinary:
-        """The same with entropy-coded codes, where they take fewer bytes so."""
+        """The same part with entropy-coded codes, if they take fewer bytes."""
         return replace(self, streams=Streams.smaller(self.symbols(), self.plane1.nbytes + self.plane2.nbytes))
 
     def plain(self) -> DualBinary:
-        """The same with codes of a fixed width."""
+        """The same part with codes of a fixed width."""
         return replace(self, streams=None)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,11 +82,11 @@ class DualBinary:
     @staticmethod
     def layout(shape: tuple[int, int], spec: Spec) -> Layout:
         (rows, cols), grid = shape, dual_grid(spec)
-        held, dtype = spec.get("rows", rows), getattr(torch, spec["dtype"])
-        planes, alphas = (held, bitpack.words(cols, 1)), (held, grid.groups(cols))
+        n, dtype = spec.get("rows", rows), getattr(torch, spec["dtype"])
+        planes, alphas = (n, bitpack.words(cols, 1)), (n, grid.groups(cols))
         layout: Layout = {"plane1": (planes, torch.int32), "plane2": (planes, torch.int32)}
         if "streams" in spec:
-            layout = Streams.layout(held, cols, spec["streams"])
+            layout = Streams.layout(n, cols, spec["streams"])
         layout |= {"alpha1": (alphas, dtype), "alpha2": (alphas, dtype)}
         return layout | {"rows": ((bitpack.words(rows, 1),), torch.int32)} if "rows" in spec else layout
 
@@ -103,21 +102,22 @@ class DualBinary:
 
 
 def packed_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The two planes of codes 0 .. 3 as they are stored."""
+    """The two planes of codes 0 .. 3, packed as the file stores them."""
     first, second = planes_of(codes)
     return bitpack.pack(first.to(torch.uint8), 1), bitpack.pack(second.to(torch.uint8), 1)
 
 
 def planes_of(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The two bool planes of codes 0 .. 3: levels alpha2, 0, alpha1 + alpha2, alpha1."""
+    """The two bool planes of codes 0 .. 3, whose levels are alpha2, 0, alpha1 + alpha2 and alpha1."""
     return codes >= 2, codes % 2 == 0
 
 
 def dual_spec(grid: Grid, dtype: torch.dtype, rows: int | None = None) -> Spec:
-    """`rows`: how many of the weight's rows the part holds, None for all."""
+    """The spec of a `DualBinary` part; `rows`: its number of rows, None for all rows of the weight."""
     spec: Spec = {"part": DualBinary.kind, "group_size": grid.group_size, "dtype": dtype_name(dtype)}
     return spec if rows is None else spec | {"rows": rows}
 
 
 def dual_grid(spec: Spec) -> Grid:
+    """The grid of the `DualBinary` part that `spec` describes."""
     return Grid(2, spec["group_size"], symmetric=True, dual=True)

@@ -14,7 +14,7 @@ from llmsqueeze.parts.grid import Layout, Spec, dtype_name
 
 @dataclass(frozen=True)
 class LowRank:
-    """A product of two thin 8-bit factors: left int8 [rows, rank], right int8 [rank, cols], scale [rank] for both."""
+    """A product of two 8-bit factors: left int8 [rows, rank], right int8 [rank, cols]; scale [rank] of both."""
 
     kind: ClassVar[str] = "lowrank"
     left: Tensor
@@ -23,16 +23,16 @@ class LowRank:
 
     @classmethod
     def from_factors(cls, left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
-        """Rounds float factors [rows, rank] and [rank, cols]; `dtype` is the scale's in the file."""
+        """Rounds float factors [rows, rank] and [rank, cols]; `dtype`: of the scale in the file."""
         tiny = torch.finfo(torch.float32).tiny
-        most_left, most_right = left.abs().amax(dim=0).clamp(min=tiny), right.abs().amax(dim=1).clamp(min=tiny)
-        # of the products' size, not of a step's: float16 has no room for that
-        scale = (most_left * most_right).clamp(max=torch.finfo(dtype).max).to(dtype)
-        codes = left / most_left * 127, right / most_right[:, None] * 127
+        max_left, max_right = left.abs().amax(dim=0).clamp(min=tiny), right.abs().amax(dim=1).clamp(min=tiny)
+        # the scale of codes up to 1: the scale of codes up to 127 would be too small for float16
+        scale = (max_left * max_right).clamp(max=torch.finfo(dtype).max).to(dtype)
+        codes = left / max_left * 127, right / max_right[:, None] * 127
         return cls(codes[0].round().to(torch.int8), codes[1].round().to(torch.int8), scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """float32 [rows, rank] and [rank, cols], the scale in the latter."""
+        """float32 [rows, rank] and [rank, cols]; the second includes the scale."""
         return self.left.float(), self.right.float() * (self.scale.float() / 127**2)[:, None]
 
     def dense(self) -> Tensor:
@@ -61,4 +61,5 @@ class LowRank:
 
 
 def lowrank_spec(rank: int, dtype: torch.dtype) -> Spec:
+    """The spec of a `LowRank` part; `dtype`: of its scale."""
     return {"part": LowRank.kind, "rank": rank, "dtype": dtype_name(dtype)}

@@ -1,4 +1,4 @@
-"""Single weights kept at full precision: outliers."""
+"""Outliers: single weights at full precision."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from llmsqueeze.parts.grid import Layout, Spec, dtype_name
 
 @dataclass(frozen=True)
 class Sparse:
-    """Single weights at full precision, row by row: column index [count], how many in each row [rows], value [count].
+    """Single weights at full precision, row after row: index [count], the column of each; row_count [rows], how many
+    each row has; value [count].
 
-    Index and row counts are unsigned 16-bit numbers kept in int16 tensors (int32 for rows of 65 536 or more
-    columns): 32 bits an outlier with its 16-bit value.
+    `index` and `row_count` are unsigned 16-bit numbers in int16 tensors (int32 for 65 536 or more columns): an outlier
+    with a 16-bit value takes 32 bits.
     """
 
     kind: ClassVar[str] = "sparse"
@@ -28,7 +29,7 @@ class Sparse:
 
     @classmethod
     def from_mask(cls, mask: Tensor, weight: Tensor) -> Sparse:
-        """The entries of `weight` [rows, cols] where the bool `mask` is set, in the weight's own dtype."""
+        """The entries of `weight` [rows, cols] that the bool `mask` [rows, cols] selects, in the weight's dtype."""
         rows, cols = weight.shape
         dtype = _index_dtype(cols)
         index, row_count = mask.nonzero()[:, 1], mask.sum(dim=1)
@@ -41,12 +42,12 @@ class Sparse:
 
     @property
     def columns(self) -> Tensor:
-        """int64 [count]: the column of each entry, row by row."""
+        """int64 [count]: the column of each entry, row after row."""
         return _unwrap(self.index)
 
     @property
     def counts(self) -> Tensor:
-        """int64 [rows]: how many entries each row has."""
+        """int64 [rows]: the number of entries in each row."""
         return _unwrap(self.row_count)
 
     def put(self, dense: Tensor) -> None:
@@ -73,6 +74,7 @@ class Sparse:
 
 
 def sparse_spec(count: int, dtype: torch.dtype) -> Spec:
+    """The spec of a `Sparse` part; `dtype`: of its values."""
     return {"part": Sparse.kind, "count": count, "dtype": dtype_name(dtype)}
 
 

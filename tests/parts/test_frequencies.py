@@ -135,15 +135,15 @@ def test_a_lone_zero_repeats_the_table_before_it(symmetric: bool) -> None:
 @pytest.mark.parametrize(
     ("stored", "count", "told"),
     [
-        ((), 1, "there are 0 frequency tables where 1 are needed"),
-        ((9, 9, 0), 2, "there are 1 frequency tables where 2 are needed"),
-        ((9, 9, 0, 0, 0), 2, "there are 3 frequency tables where 2 are needed"),
-        ((9, 9, 0, 5), 1, "there are 1 frequency tables where 1 are needed"),
-        ((9, 9), 0, "there are 0 frequency tables where 0 are needed"),
+        ((), 1, "there are 0 frequency tables; 1 are needed"),
+        ((9, 9, 0), 2, "there are 1 frequency tables; 2 are needed"),
+        ((9, 9, 0, 0, 0), 2, "there are 3 frequency tables; 2 are needed"),
+        ((9, 9, 0, 5), 1, "there are 1 frequency tables; 1 are needed"),
+        ((9, 9), 0, "there are 0 frequency tables; 0 are needed"),
         ((0,), 1, "the first frequency table is empty"),
         ((0, 5, 0), 2, "the first frequency table is empty"),
-        ((*[9] * 257, 0), 1, "a frequency table has 257 entries, more than there are symbols"),
-        ((5, 0, *[9] * 300, 0), 2, "a frequency table has 300 entries, more than there are symbols"),
+        ((*[9] * 257, 0), 1, "a frequency table has 257 entries; at most 256 are allowed"),
+        ((5, 0, *[9] * 300, 0), 2, "a frequency table has 300 entries; at most 256 are allowed"),
     ],
 )
 def test_bytes_that_are_not_so_many_tables_are_refused(stored: tuple[int, ...], count: int, told: str) -> None:
@@ -154,7 +154,7 @@ def test_bytes_that_are_not_so_many_tables_are_refused(stored: tuple[int, ...], 
 def test_the_longest_tables_there_can_be() -> None:
     assert len(frequencies.parse(as_bytes(*[9] * 256, 0), 1, False)[0]) == 256
     assert len(frequencies.parse(as_bytes(*[9] * 128, 0), 1, True)[0]) == 255
-    with pytest.raises(CheckpointError, match="a frequency table has 129 entries"):
+    with pytest.raises(CheckpointError, match="a frequency table has 129 entries; at most 128 are allowed"):
         frequencies.parse(as_bytes(*[9] * 129, 0), 1, True)
 
 

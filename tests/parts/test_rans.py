@@ -555,15 +555,15 @@ def test_lengths_that_end_streams_elsewhere_are_noticed(name: str) -> None:
 
 
 LENGTHS: dict[str, tuple[Callable[[Ints], Ints], str]] = {
-    "too few": (lambda n: n[:-1], "there are 3 coded streams where the rows make 4"),
-    "too many": (lambda n: np.append(n, 2), "there are 5 coded streams where the rows make 4"),
-    "none": (lambda n: n[:0], "there are 0 coded streams where the rows make 4"),
+    "too few": (lambda n: n[:-1], "there are 3 coded streams; the rows need 4"),
+    "too many": (lambda n: np.append(n, 2), "there are 5 coded streams; the rows need 4"),
+    "none": (lambda n: n[:0], "there are 0 coded streams; the rows need 4"),
     "a short one": (lambda n: np.array([n[0], 1, n[2], n[1] - 1 + n[3]]), "coded stream 1 has 1 words; the least is 2"),
     "an empty one": (lambda n: np.array([n[0], n[1], 0, n[2] + n[3]]), "coded stream 2 has 0 words"),
     "a negative one": (lambda n: np.array([-5, n[1] + n[0] + 5, n[2], n[3]]), "coded stream 0 has -5 words"),
-    "too large a sum": (lambda n: n + 1, "words by their lengths"),
-    "too small a sum": (lambda n: n - 1, "words by their lengths"),
-    "far too large a sum": (lambda n: n + 2**40, "words by their lengths"),
+    "too large a sum": (lambda n: n + 1, "the lengths of the coded streams sum to"),
+    "too small a sum": (lambda n: n - 1, "the lengths of the coded streams sum to"),
+    "far too large a sum": (lambda n: n + 2**40, "the lengths of the coded streams sum to"),
 }
 
 
@@ -580,7 +580,7 @@ def test_lengths_that_cannot_be_are_refused(kind: str) -> None:
 def test_lost_words_are_noticed(lost: int) -> None:
     case = CASES["several tables"]
     words, lengths = case.encode()
-    with pytest.raises(CheckpointError, match=rf"{len(words)} words by their lengths, and {len(words) - lost} are"):
+    with pytest.raises(CheckpointError, match=rf"sum to {len(words)} words, but there are {len(words) - lost} words"):
         case.decode(words[:-lost], lengths)
     assert outcome(case, words[:0], lengths) is None
 

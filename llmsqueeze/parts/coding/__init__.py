@@ -1,1 +1,1 @@
-"""The entropy coder: rANS streams, frequency tables, steps on a logarithmic grid."""
+"""The entropy coder: rANS streams, frequency tables, logarithmic steps."""

@@ -1,14 +1,14 @@
-"""Frequency tables of the entropy coder (rans.py), as they are counted, chosen, and stored in a byte per symbol.
+"""Frequency tables of the entropy coder (rans.py): how they are counted, chosen, and stored in a byte per symbol.
 
     stored:   for each table one byte k > 0 per symbol, then a 0; a lone 0 repeats the table before it
     weight:   w = M[(k - 1) % 16] << (k - 1) // 16,   M[i] = 2^(15 + i / 16), rounded
-    frequency f = 1 + w * (4096 - n) // sum of w,     n symbols; what is left of 4096 goes to the first of the largest
+    frequency f = 1 + w * (4096 - n) // sum of w,     n symbols; the rest of 4096 goes to the first of the largest
 
-so any bytes make a table that sums to 4096, to within about two percent of the counts, which costs a ten-thousandth of
-a bit a symbol. A symmetric table stores the symbols from the middle one on: symbol m + i and m - i share a byte.
+Thus any bytes make a table that sums to 4096. Frequencies differ from the counts by about two percent, which costs a
+ten-thousandth of a bit per symbol. A symmetric table stores the symbols from the middle one on: the symbols m + i and
+m - i share a byte.
 
-Tables stand in an order in which neighbours are alike. Which of them share one is chosen so that table and symbols
-together take the fewest bits.
+Consecutive tables are similar. They share one table if tables and symbols then take fewer bits.
 """
 
 from __future__ import annotations
@@ -26,49 +26,50 @@ Bytes = NDArray[np.uint8]
 
 
 def frequencies(stored: Bytes, symmetric: bool) -> Ints:
-    """Frequencies of the symbols, which sum to 4096, from a table's bytes without the last 0."""
+    """The frequencies of the symbols, which sum to 4096, from the bytes of a table without its last 0."""
     k = stored.astype(np.int64) - 1
     weight = MANTISSAS[k % 16] << (k // 16)
     if symmetric:
         weight = np.concatenate([weight[:0:-1], weight])
-    found: Ints = 1 + weight * (SCALE - len(weight)) // weight.sum()
-    found[found.argmax()] += SCALE - found.sum()
-    return found
+    table: Ints = 1 + weight * (SCALE - len(weight)) // weight.sum()
+    table[table.argmax()] += SCALE - table.sum()
+    return table
 
 
 def stored_table(counts: Ints, symmetric: bool) -> Bytes:
-    """The bytes for symbols that occur so often; of a symmetric table, for distances from the middle."""
+    """The bytes of the table for symbols with these counts; of a symmetric table, for distances from the middle."""
     used = max(len(np.trim_zeros(counts, "b")), 1)
     share = counts[:used] / max(int(counts.sum()), 1)
     if symmetric:
-        share[1:] /= 2  # of either sign
-    wished = np.maximum(share * SCALE - 1, 1e-9)
-    steps = np.round(16 * np.log2(wished / wished.max()))
-    stored: Bytes = np.clip(TOP + steps, 1, TOP).astype(np.uint8)
+        share[1:] /= 2  # for each sign
+    weight = np.maximum(share * SCALE - 1, 1e-9)
+    sixteenths = np.round(16 * np.log2(weight / weight.max()))
+    stored: Bytes = np.clip(TOP + sixteenths, 1, TOP).astype(np.uint8)
     return stored
 
 
 def parse(stored: Bytes, count: int, symmetric: bool) -> list[Ints]:
-    """The frequencies of `count` tables. Raises CheckpointError for bytes that are not so many tables."""
+    """The frequencies of `count` tables. Raises CheckpointError if the bytes are not `count` tables."""
     ends = np.flatnonzero(stored == 0)
     if len(ends) != count or (len(stored) and stored[-1] != 0):
-        raise CheckpointError(f"there are {len(ends)} frequency tables where {count} are needed")
-    found: list[Ints] = []
-    begin = 0
+        raise CheckpointError(f"there are {len(ends)} frequency tables; {count} are needed")
+    tables: list[Ints] = []
+    begin, most = 0, (TOP + 2) // 2 if symmetric else TOP + 1
     for end in ends.tolist():
         size = end - begin
-        if not size and not found:
+        if not size and not tables:
             raise CheckpointError("the first frequency table is empty")
-        if (2 * size - 1 if symmetric else size) > TOP + 1:
-            raise CheckpointError(f"a frequency table has {size} entries, more than there are symbols")
-        found.append(frequencies(stored[begin:end], symmetric) if size else found[-1])
+        if size > most:
+            raise CheckpointError(f"a frequency table has {size} entries; at most {most} are allowed")
+        tables.append(frequencies(stored[begin:end], symmetric) if size else tables[-1])
         begin = end + 1
-    return found
+    return tables
 
 
 def choose(counts: Ints, symmetric: bool) -> Bytes:
-    """Bytes of the tables for symbols counted per table [tables, 256], neighbours sharing one where table and symbols
-    then take fewer bits; of symmetric tables, for distances from the middle. Dynamic programming over the last cut.
+    """The bytes of the tables for counts [tables, 256] of symbols; of symmetric tables, of distances from the middle.
+
+    Consecutive tables share one if that takes fewer bits: dynamic programming over the last cut.
     """
     best: list[tuple[float, int]] = [(0.0, 0)]
     for stop in range(1, len(counts) + 1):
@@ -85,16 +86,16 @@ def choose(counts: Ints, symmetric: bool) -> Bytes:
 
 
 def _bits(counts: Ints, symmetric: bool) -> float:
-    """What a table and the symbols under it take."""
+    """Bits of a table and of the symbols under it."""
     stored = stored_table(counts, symmetric)
-    found = frequencies(stored, symmetric)[len(stored) - 1 if symmetric else 0 :]
-    return float((counts[: len(stored)] * (PROBABILITY_BITS - np.log2(found))).sum()) + 8.0 * len(stored)
+    table = frequencies(stored, symmetric)[len(stored) - 1 if symmetric else 0 :]
+    return float((counts[: len(stored)] * (PROBABILITY_BITS - np.log2(table))).sum()) + 8.0 * len(stored)
 
 
 def coded_bits(counts: Ints, stored: Bytes, symmetric: bool) -> float:
-    """Bits of symbols counted as for `choose` under the tables that it chose, without what streams cost."""
+    """Bits of symbols with these counts [tables, 256] under the tables of `choose`, without the cost of streams."""
     total = 0.0
     for count, table in zip(counts, parse(stored, len(counts), symmetric), strict=True):
-        found = table[len(table) // 2 if symmetric else 0 :]
-        total += float((count[: len(found)] * (PROBABILITY_BITS - np.log2(found))).sum())
+        used = table[len(table) // 2 if symmetric else 0 :]
+        total += float((count[: len(used)] * (PROBABILITY_BITS - np.log2(used))).sum())
     return total

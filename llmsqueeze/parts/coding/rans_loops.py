@@ -1,9 +1,9 @@
-"""The loops of the entropy coder (rans.py), symbol by symbol, compiled by numba; they hold no lock of Python's.
+"""The loops of the entropy coder (rans.py), symbol by symbol, compiled by numba; they release Python's global lock.
 
-A stream's symbols depend on one another, so a processor would mostly wait: four streams are coded side by side. All
-numbers are int64, for numba makes floats of signed and unsigned ones together; a quotient taken in float64 is exact,
-for 32 bits are divided by 12. Nothing is checked against bounds by numba: what comes from a file can lead a loop
-nowhere but to the words (`_refill`) and the slots, which hold all values that twelve bits have.
+Each symbol of a stream depends on the one before it, so a processor would mostly wait: four streams are coded side by
+side. All numbers are int64, because numba converts signed and unsigned numbers together to floats. The float64 quotient
+of 32 bits by 12 is exact. numba does not check bounds. Damaged files cannot read outside the arrays: a loop indexes
+only the words, up to the last (`_refill`), and the slots, which have all values of twelve bits.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ Whole = Any  # an int64
 
 
 def compiled(function: F) -> F:
-    """The function in machine code, which is kept beside this file or where the user's caches are."""
-    made: Any
+    """The function in machine code, cached beside this file or in the cache folder of the user."""
+    machine_code: Any
     try:
-        made = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither place can be written to
-        made = numba.njit(nogil=True, error_model="numpy")(function)
-    kept: F = made
-    return kept
+        machine_code = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither folder is writable
+        machine_code = numba.njit(nogil=True, error_model="numpy")(function)
+    typed: F = machine_code
+    return typed
 
 
 @compiled
 def _next(x: Whole, entry: Whole) -> Whole:
-    """The state behind a symbol, not yet refilled; `entry`: symbol, frequency - 1 and rest, as `rans` packs them."""
+    """The state after a symbol, before the refill; `entry`: as `rans._slots` packs it."""
     return ((entry >> 12 & 4095) + 1) * (x >> 12) + (entry & 4095)
 
 
 @compiled
 def _refill(x: Whole, at: Whole, words: Numbers, last: Whole) -> tuple[Whole, Whole]:
-    """State and place of the next word, which is never beyond `last`; without a branch, as none can be foretold."""
+    """The state and the index of the next word, at most `last`; without a branch, which could not be predicted."""
     low = x < 65536
     word: Whole = np.int64(words[at])
     return x << 16 | word if low else x, min(at + low, last)
@@ -55,17 +55,20 @@ def decode(
     cols: Numbers,
     shift: int,
     per: int,
-    some: tuple[int, int],
+    span: tuple[int, int],
     out: Numbers,
     ends: Numbers,
 ) -> None:
-    """Streams `some` into out int8 [rows, cols]; ends [streams, 2] become their last states and the places behind their
-    last words. `words`: two more than belong to streams; `begin`: where each begins; `slots` [tables * 4096]."""
-    last, stop = len(words) - 1, some[1]
-    full = min(stop, len(rows) // per)  # streams that have all their rows
-    s0 = some[0]
+    """Decodes the streams `span` (start, stop) into out int8 [rows, cols].
+
+    ends [streams, 2] becomes their last states and the indices after their last words. `words`: those of the streams
+    and two more; begin [streams]: the index of their first words; slots [tables * 4096].
+    """
+    last, stop = len(words) - 1, span[1]
+    full = min(stop, len(rows) // per)  # streams with `per` rows
+    s0 = span[0]
     while s0 < stop:
-        # lanes without a stream of their own do what another one does
+        # a lane without a stream of its own repeats another lane
         top = max(full - 1, s0)
         s1, s2, s3 = min(s0 + 1, top), min(s0 + 2, top), min(s0 + 3, top)
         a0, a1, a2, a3 = begin[s0], begin[s1], begin[s2], begin[s3]
@@ -94,7 +97,7 @@ def decode(
 
 @compiled
 def _emit(x: Whole, at: Whole, f: Whole, out: Numbers) -> tuple[Whole, Whole]:
-    """State and place of the word written last, made ready for a symbol of frequency f."""
+    """The state and the index of the last word, ready for a symbol of frequency f."""
     full = x >= f << 20
     out[at - 1] = x & 65535
     return x >> 16 if full else x, at - full
@@ -102,7 +105,7 @@ def _emit(x: Whole, at: Whole, f: Whole, out: Numbers) -> tuple[Whole, Whole]:
 
 @compiled
 def _before(x: Whole, f: Whole, c: Whole) -> Whole:
-    """The state from which decoding a symbol of frequency f, those before it c, leads to x."""
+    """The state from which the decoder reaches x with a symbol of frequency f, c the sum before it."""
     quotient: Whole = np.int64(np.float64(x) / np.float64(f))
     return (quotient << 12) + x - quotient * f + c
 
@@ -115,19 +118,22 @@ def encode(
     cols: Numbers,
     shift: int,
     per: int,
-    some: tuple[int, int],
+    span: tuple[int, int],
     room: int,
     out: Numbers,
     lengths: Numbers,
 ) -> bool:
-    """Streams `some` of symbols uint8 [rows, cols] (the bytes of int8 ones), each into the last words of its `room` of
-    `out`; lengths [streams]: how many. `entries` [tables * 256]: by the symbol's byte, the sum of the frequencies
-    before it << 16 and its own. Whether every symbol has one."""
-    stop = some[1]
+    """Encodes the streams `span` (start, stop) of symbols uint8 [rows, cols] (also the bytes of int8 symbols).
+
+    Each stream is written to the end of its `room` words in `out`; lengths [streams] becomes the number of words.
+    entries [tables * 256], by the byte of the symbol: the sum of the frequencies before it << 16 | its frequency.
+    Returns whether every symbol has a frequency.
+    """
+    stop = span[1]
     full = min(stop, len(rows) // per)
-    known = True
+    all_coded = True
     lowest: Whole = np.int64(65536)
-    s0 = some[0]
+    s0 = span[0]
     while s0 < stop:
         top = max(full - 1, s0)
         s1, s2, s3 = min(s0 + 1, top), min(s0 + 2, top), min(s0 + 3, top)
@@ -144,7 +150,7 @@ def encode(
                 e3 = entries[((b3 + kind >> shift) << 8) + symbols[r3, col]]
                 f0, f1, f2, f3 = e0 & 65535, e1 & 65535, e2 & 65535, e3 & 65535
                 if min(min(f0, f1), min(f2, f3)) == 0:
-                    known = False  # and it is taken for one of the rarest, which stays within the room
+                    all_coded = False  # frequency 1 stands in, so that the stream stays within its room
                     f0, f1, f2, f3 = max(f0, 1), max(f1, 1), max(f2, 1), max(f3, 1)
                 x0, a0 = _emit(x0, a0, f0, out)
                 x1, a1 = _emit(x1, a1, f1, out)
@@ -156,12 +162,12 @@ def encode(
             out[at - 1], out[at - 2] = x & 65535, x >> 16
             lengths[stream] = (stream + 1) * room - at + 2
         s0 = s3 + 1
-    return known
+    return all_coded
 
 
 @compiled
 def gather(out: Numbers, room: int, lengths: Numbers) -> int:
-    """Moves what `encode` wrote to the front of `out`, stream after stream; how many words that is."""
+    """Moves the words of `encode` to the front of `out`, stream after stream; returns their number."""
     at = 0
     for stream in range(len(lengths)):
         first = (stream + 1) * room - lengths[stream]
@@ -172,9 +178,9 @@ def gather(out: Numbers, room: int, lengths: Numbers) -> int:
 
 
 @compiled
-def count(symbols: Numbers, rows: Numbers, cols: Numbers, shift: int, found: Numbers) -> None:
-    """Adds to found [tables, 256] how often each of symbols uint8 [rows, cols] occurs under each table."""
+def count(symbols: Numbers, rows: Numbers, cols: Numbers, shift: int, counts: Numbers) -> None:
+    """Adds to counts [tables, 256] how often each symbol of symbols uint8 [rows, cols] occurs under each table."""
     for row in range(len(rows)):
         base = rows[row]
         for col in range(len(cols)):
-            found[base + cols[col] >> shift, symbols[row, col]] += 1
+            counts[base + cols[col] >> shift, symbols[row, col]] += 1

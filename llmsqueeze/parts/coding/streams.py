@@ -1,10 +1,10 @@
-"""The streams of a part whose codes are entropy-coded: its words, the lengths of its streams, its tables.
+"""The streams of a part with entropy-coded codes: their words, lengths and tables.
 
-    checksum = CRC-32 (as zip and PNG have it) of the bytes, least significant first, of words, lengths and tables, then
-               of what else the part says belongs to its codes (`beside`), tensor by tensor
+    checksum = CRC-32 (as in zip and PNG) of the little-endian bytes of words, lengths and tables, then of the other
+               tensors of the part that belong to its codes (`side`), tensor after tensor
 
-A stream knows by its last state when it is damaged, but a flipped bit may leave that as it was, and steps are numbers
-whatever they are.
+The last state of a stream shows most damage. It does not show every flipped bit, and no damage to steps: therefore the
+checksum.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from llmsqueeze.parts.grid import Layout, Spec
 
 @dataclass(frozen=True)
 class Streams:
-    """words int16 [words] and lengths [streams] (int16, both unsigned; int32 where a stream may be longer than that);
-    tables uint8 [bytes] as frequencies.py stores them; checksum int32 [1] (unsigned); `per`: rows in a stream."""
+    """words int16 [words], unsigned; lengths [streams], unsigned int16, or int32 if a stream can be longer than that;
+    tables uint8 [bytes] as in frequencies.py; checksum int32 [1], unsigned; `per`: rows in a stream."""
 
     words: Tensor
     lengths: Tensor
@@ -35,9 +35,9 @@ class Streams:
 
     @classmethod
     def encode(
-        cls, symbols: rans.Symbols, tables: frequencies.Bytes, contexts: rans.Contexts, beside: Sequence[Tensor] = ()
+        cls, symbols: rans.Symbols, tables: frequencies.Bytes, contexts: rans.Contexts, side: Sequence[Tensor] = ()
     ) -> Streams:
-        """symbols [rows, cols], int8 under symmetric tables, else uint8."""
+        """symbols [rows, cols]: int8 under symmetric tables, else uint8. `side`: the other tensors in the checksum."""
         rows, cols = symbols.shape
         per = rans.rows_per_stream(rows, cols)
         parsed = frequencies.parse(tables, contexts.count, symbols.dtype == np.int8)
@@ -48,10 +48,10 @@ class Streams:
             torch.from_numpy(lengths.astype(np.uint16 if kind == np.int16 else np.int32).view(kind)),
             torch.from_numpy(tables),
         )
-        return cls(*stored, checksum_of((*stored, *beside)), per)
+        return cls(*stored, checksum_of((*stored, *side)), per)
 
-    def decode(self, contexts: rans.Contexts, signed: bool, beside: Sequence[Tensor] = ()) -> rans.Symbols:
-        """The symbols [rows, cols]. Raises CheckpointError for what is damaged."""
+    def decode(self, contexts: rans.Contexts, signed: bool, side: Sequence[Tensor] = ()) -> rans.Symbols:
+        """The symbols [rows, cols]. Raises CheckpointError for damaged streams."""
         if self.per < 1:
             raise CheckpointError(f"a coded stream cannot hold {self.per} rows")
         tables = frequencies.parse(self.tables.cpu().numpy(), contexts.count, signed)
@@ -59,28 +59,29 @@ class Streams:
         unsigned = lengths.view(np.uint16) if lengths.dtype == np.int16 else lengths
         words = self.words.cpu().numpy().view(np.uint16)
         symbols = rans.decode(words, unsigned.astype(np.int64), tables, contexts, self.per, signed)
-        found, stored = checksum_of((self.words, self.lengths, self.tables, *beside)), self.checksum.cpu()
-        if not torch.equal(found, stored):
+        actual, stored = checksum_of((self.words, self.lengths, self.tables, *side)), self.checksum.cpu()
+        if not torch.equal(actual, stored):
             raise CheckpointError(
-                f"its bytes are damaged: their checksum is {int(found) % 2**32:08x}, and {int(stored) % 2**32:08x} is "
+                f"its bytes are damaged: their checksum is {int(actual) % 2**32:08x}, but {int(stored) % 2**32:08x} is "
                 "stored"
             )
         return symbols
 
     @classmethod
     def smaller(cls, symbols: Tensor, nbytes: int) -> Streams | None:
-        """uint8 symbols [rows, cols] under one table for all; None unless that takes less than `nbytes`."""
-        held = symbols.cpu().numpy()
-        contexts = one_context(*symbols.shape)
-        made = cls.encode(held, frequencies.choose(rans.counts(held, contexts), symmetric=False), contexts)
-        return made if sum(tensor.nbytes for tensor in made.tensors().values()) < nbytes else None
+        """The streams of uint8 symbols [rows, cols] under one table; None if they do not take less than `nbytes`."""
+        array, contexts = symbols.cpu().numpy(), one_context(*symbols.shape)
+        tables = frequencies.choose(rans.counts(array, contexts), symmetric=False)
+        streams = cls.encode(array, tables, contexts)
+        return streams if sum(tensor.nbytes for tensor in streams.tensors().values()) < nbytes else None
 
     def symbols(self, rows: int, cols: int, most: int) -> Tensor:
-        """uint8 [rows, cols]: what `smaller` coded. Raises CheckpointError for what is damaged, or beyond `most`."""
-        found = self.decode(one_context(rows, cols), signed=False)
-        if int(found.max()) > most:
-            raise CheckpointError(f"a coded stream holds the code {int(found.max())}, and {most} is the last")
-        return torch.from_numpy(found)
+        """uint8 [rows, cols]: the symbols of `smaller`. Raises CheckpointError for damaged streams, or a symbol beyond
+        `most`."""
+        symbols = self.decode(one_context(rows, cols), signed=False)
+        if int(symbols.max()) > most:
+            raise CheckpointError(f"a coded stream has the code {int(symbols.max())}; the largest allowed is {most}")
+        return torch.from_numpy(symbols)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"words": self.words, "lengths": self.lengths, "tables": self.tables, "checksum": self.checksum}
@@ -107,19 +108,19 @@ STORED = ("words", "lengths", "tables", "checksum")
 
 
 def checksum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """int32 [1]: the CRC-32 of their bytes."""
-    found = 0
+    """int32 [1]: the CRC-32 of the bytes of all tensors."""
+    checksum = 0
     for tensor in tensors:
         array = np.ascontiguousarray(tensor.cpu().numpy())
-        found = zlib.crc32(array.astype(array.dtype.newbyteorder("<"), copy=False).data, found)
-    return torch.from_numpy(np.array([found], np.uint32).view(np.int32))
+        checksum = zlib.crc32(array.astype(array.dtype.newbyteorder("<"), copy=False).data, checksum)
+    return torch.from_numpy(np.array([checksum], np.uint32).view(np.int32))
 
 
 def lengths_dtype(per: int, cols: int) -> torch.dtype:
-    """No symbol takes more than 12 bits."""
+    """The dtype of stream lengths: a symbol takes at most 12 bits."""
     return torch.int16 if per * cols * rans.PROBABILITY_BITS // 16 + 2 < 1 << 16 else torch.int32
 
 
 def one_context(rows: int, cols: int) -> rans.Contexts:
-    """The same table everywhere."""
+    """One table for every place."""
     return rans.Contexts(np.zeros(rows, np.int64), np.zeros(cols, np.int64))
