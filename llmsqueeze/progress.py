@@ -1,4 +1,4 @@
-"""Progress of a long run. This base class shows nothing; cli/report.py draws it on a terminal."""
+"""Progress of a long run. This base class shows nothing; cli/console.py draws it on a terminal."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from llmsqueeze.cli.plan import plan
 from llmsqueeze.cli.push import push
 from llmsqueeze.cli.quantize import quantize
 from llmsqueeze.cli.recipes import recipes
-from llmsqueeze.cli.results import report
+from llmsqueeze.cli.report import report
 from llmsqueeze.cli.show import show
 
 app = typer.Typer(

@@ -19,11 +19,11 @@ def check(
 ) -> None:
     """Check that FOLDER is whole and sound, and what opens it; no model is run."""
     with friendly(debug):
-        from llmsqueeze.cli import scoreboard
+        from llmsqueeze.cli.tables.results import print_check
         from llmsqueeze.formats.check import check as check_folder
 
         hush()
         result = check_folder(folder, target, trust_remote_code)
-        print_result(result, as_json, scoreboard.print_check)
+        print_result(result, as_json, print_check)
         if not result["sound"] or (target and result["verdicts"][target]):
             raise typer.Exit(2)

@@ -51,7 +51,8 @@ def compare(
     with friendly(debug):
         names = task_names(tasks)
 
-        from llmsqueeze.cli import report, scoreboard
+        from llmsqueeze.cli.console import TerminalProgress
+        from llmsqueeze.cli.tables.results import print_comparison
         from llmsqueeze.evaluation import compare as comparing
         from llmsqueeze.evaluation.evaluate import choose_text
         from llmsqueeze.files import FRONTIER
@@ -65,7 +66,7 @@ def compare(
         if html is not None and (html.is_dir() or not html.parent.is_dir()):
             raise RecipeError(f"--html {html} cannot be written: name a file in a folder that exists")
         types = [choice(("nf4", "int8"))("bnb", one) for one in bnb or []]
-        with report.TerminalProgress(quiet) as progress:
+        with TerminalProgress(quiet) as progress:
             result = comparing.compare(
                 model,
                 folders or [],
@@ -83,7 +84,7 @@ def compare(
         kept = comparing.remember(result) if limit is None else []
         for folder in kept:
             draw_frontier(shown(result), Path(folder) / FRONTIER)
-        print_result(result | {"kept_in": kept}, as_json, scoreboard.print_comparison)
+        print_result(result | {"kept_in": kept}, as_json, print_comparison)
         if html is not None:
             write_page(result, html)
         if result["left_out"]:

@@ -35,11 +35,12 @@ def distill(
     with friendly(debug):
         settings = make_distillation(given)
 
-        from llmsqueeze.cli import report
+        from llmsqueeze.cli.console import TerminalProgress
+        from llmsqueeze.cli.tables.runs import print_distillation
         from llmsqueeze.distillation.distill import distill as distill_folder
 
         hush()
-        with report.TerminalProgress(quiet) as progress:
+        with TerminalProgress(quiet) as progress:
             summary = distill_folder(
                 folder,
                 teacher,
@@ -52,4 +53,4 @@ def distill(
                 overwrite=overwrite,
                 progress=progress,
             )
-        print_result(summary, as_json, report.print_distillation)
+        print_result(summary, as_json, print_distillation)

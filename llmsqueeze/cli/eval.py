@@ -43,12 +43,13 @@ def evaluate(
     with friendly(debug):
         names = task_names(tasks)
 
-        from llmsqueeze.cli import report, scoreboard
+        from llmsqueeze.cli.console import TerminalProgress
+        from llmsqueeze.cli.tables.results import print_evaluation
         from llmsqueeze.evaluation import evaluate as evaluation
         from llmsqueeze.model.original import pick_device
 
         hush()
-        with report.TerminalProgress(quiet) as progress:
+        with TerminalProgress(quiet) as progress:
             result = evaluation.evaluate(
                 model,
                 baseline=baseline,
@@ -64,4 +65,4 @@ def evaluate(
             ).as_dict()
         if limit is None:
             evaluation.remember(model, result)
-        print_result(result, as_json, scoreboard.print_evaluation)
+        print_result(result, as_json, print_evaluation)

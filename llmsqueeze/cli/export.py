@@ -32,11 +32,12 @@ def export(
 ) -> None:
     """Write a compressed FOLDER in another format; only coded weights are rounded again, for compressed-tensors."""
     with friendly(debug):
-        from llmsqueeze.cli import report
+        from llmsqueeze.cli.console import TerminalProgress
+        from llmsqueeze.cli.tables.runs import print_export
         from llmsqueeze.formats.export import export as export_folder
 
         hush()
-        with report.TerminalProgress(quiet) as progress:
+        with TerminalProgress(quiet) as progress:
             summary = export_folder(
                 folder,
                 to,
@@ -48,4 +49,4 @@ def export(
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
-        print_result(summary, as_json, report.print_export)
+        print_result(summary, as_json, print_export)

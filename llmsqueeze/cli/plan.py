@@ -33,13 +33,14 @@ def plan(
         if weights not in ("all", "none"):
             raise RecipeError(f"unknown weights {weights!r}; choose all or none")
 
-        from llmsqueeze.cli import report
+        from llmsqueeze.cli.console import TerminalProgress
+        from llmsqueeze.cli.tables.runs import print_plan
         from llmsqueeze.compress.plan import plan as plan_model
         from llmsqueeze.model.original import Source
         from llmsqueeze.publish import plots
 
         hush()
-        with report.TerminalProgress(quiet) as progress:
+        with TerminalProgress(quiet) as progress:
             result = plan_model(
                 Source(model, revision, trust_remote_code),
                 given,
@@ -53,4 +54,4 @@ def plan(
                 plots.draw_plan(result, Path(result["out"]))
             else:
                 progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
-        print_result(result, as_json, report.print_plan)
+        print_result(result, as_json, print_plan)

@@ -26,10 +26,10 @@ def push(
 ) -> None:
     """Upload a compressed folder to the Hub, with a model card; a push that broke off goes on when it is repeated."""
     with friendly(debug):
-        from llmsqueeze.cli import report
+        from llmsqueeze.cli.console import TerminalProgress
         from llmsqueeze.publish import push as hub
 
         hush()
-        with report.TerminalProgress(quiet) as progress:
+        with TerminalProgress(quiet) as progress:
             result = hub.push(folder, repo, private, dry_run, trust_remote_code, progress)
         print_result(result, as_json, lambda pushed: typer.echo(hub.describe(pushed, folder)))

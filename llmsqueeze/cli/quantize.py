@@ -31,12 +31,13 @@ def quantize(
 ) -> None:
     """Compress MODEL into a folder that transformers opens."""
     with friendly(debug):
-        from llmsqueeze.cli import report
+        from llmsqueeze.cli.console import TerminalProgress
+        from llmsqueeze.cli.tables.runs import print_summary
         from llmsqueeze.compress.quantize import quantize as quantize_model
         from llmsqueeze.model.original import Source
 
         hush()
-        with report.TerminalProgress(quiet) as progress:
+        with TerminalProgress(quiet) as progress:
             summary = quantize_model(
                 Source(model, revision, trust_remote_code),
                 given,
@@ -48,4 +49,4 @@ def quantize(
                 verify=verify,
                 progress=progress,
             )
-        print_result(summary, as_json, report.print_summary)
+        print_result(summary, as_json, print_summary)

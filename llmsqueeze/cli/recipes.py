@@ -9,7 +9,7 @@ from llmsqueeze.cli.terminal import friendly, print_result
 def recipes(as_json: Json = False, debug: Debug = False) -> None:
     """List the recipes that come along; `--recipe NAME` uses one."""
     with friendly(debug):
-        from llmsqueeze.cli import report
+        from llmsqueeze.cli.tables.runs import print_recipes
         from llmsqueeze.recipe.bundled import describe_recipes
 
-        print_result({"recipes": describe_recipes()}, as_json, report.print_recipes)
+        print_result({"recipes": describe_recipes()}, as_json, print_recipes)

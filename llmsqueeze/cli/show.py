@@ -17,7 +17,7 @@ def show(
 ) -> None:
     """Print what each weight of a compressed folder holds, and its size."""
     with friendly(debug):
-        from llmsqueeze.cli import scoreboard
+        from llmsqueeze.cli.tables.results import print_contents
         from llmsqueeze.publish.show import contents
 
-        print_result(contents(folder).as_dict(), as_json, scoreboard.print_contents)
+        print_result(contents(folder).as_dict(), as_json, print_contents)

@@ -73,7 +73,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def fail(message: str, code: int) -> None:
-    from llmsqueeze.cli.report import print_error
+    from llmsqueeze.cli.console import print_error
 
     print_error(message)
     raise typer.Exit(code)

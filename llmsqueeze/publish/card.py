@@ -1,206 +1,159 @@
-"""The model card: what a compressed folder is, what it costs, how to load it, how to make it again, where it ends.
+"""The model card: what the folder is, its size and scores, how to load it, how to make it again, its limits.
 
-Everything in it is read from the folder (`llmsqueeze.json`, `config.json`, the scores, and the licence lines of a
-README.md that is already there). A card is public, so whatever could name the maker's disk is cut to its last
-component: `shown`.
+All facts come from the folder. A card is public, so it has no local paths and no tokens.
 """
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmsqueeze.errors import CheckpointError, UnsupportedError
-from llmsqueeze.files import SIDECAR, read_json
-from llmsqueeze.formats.public import TEXT_SUFFIXES, human_bytes, is_hub_id, shown, table, yaml_text
+from llmsqueeze.formats.public import is_hub_id, shown
 from llmsqueeze.formats.record import LICENSE_KEYS, license_of
 from llmsqueeze.publish import card_scores
-from llmsqueeze.publish.snippets import how_to_load, what_opens_it
+from llmsqueeze.publish.card_scores import table
+from llmsqueeze.publish.folder import Folder, mapping, read_public
+from llmsqueeze.publish.numbers import exact_size, finite, fixed, integer, significant
+from llmsqueeze.publish.provenance import (
+    calibration,
+    distill_command,
+    later_distillations,
+    own_text,
+    quantize_command,
+    recipe_yaml,
+    versions,
+)
+from llmsqueeze.publish.snippets import how_to_load, programs
 
-MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file anew. -->"
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
-# the keys of the sidecar that a card cannot do without
-NEEDED: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "recipe": dict,
-    "bits_per_weight": (int, float),
-    "quantized_weights": int,
-    "nbytes": int,
-    "nbytes_original": int,
-}
+MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file again. -->"
 
 
-def model_card(directory: Path, repo: str | None = None, checked: Mapping[str, Any] | None = None) -> str:
-    """The README.md text for a compressed folder.
+def model_card(path: Path, repo: str | None = None, check: Mapping[str, Any] | None = None) -> str:
+    """The README.md text for the folder at `path`.
 
-    repo: the Hub id to load it from, when it has one. checked: what `checking.check` found; without it the card does
-    not say what opens the folder.
+    `repo`: its id on the Hub, if it has one. `check`: the result of `llmsqueeze check`; without it the card does not
+    say which programs open the folder.
 
     Raises UnsupportedError for a folder without `llmsqueeze.json`, CheckpointError for a damaged one.
     """
-    sidecar = read_sidecar(directory)
-    name = repo or directory.resolve().name
+    folder = read_public(path)
+    name = repo or folder.name
+    short = name.rpartition("/")[2]
     sections = [
-        f"---\n{yaml_text(_front_matter(directory, sidecar, name.rpartition('/')[2]))}---",
+        f"---\n{metadata(folder, short).to_yaml()}\n---",
         MARK,
-        f"# {name.rpartition('/')[2]}",
-        _what(sidecar),
-        *how_to_load(name, sidecar.get("format", "llmsqueeze")),
+        f"# {short}",
+        _introduction(folder),
+        *how_to_load(name, folder.format),
         "## Size",
-        _sizes(directory, sidecar),
+        _sizes(folder),
         "## Scores",
-        card_scores.scores(directory, str(sidecar["model"]), name),
-        *card_scores.comparison(directory),
+        card_scores.scores(folder, name),
+        *card_scores.comparison(folder),
         "## Limits",
-        _limits(directory, sidecar, checked or {}),
+        _limits(folder, shown(dict(check or {}))),
         "## Recipe",
-        _recipe(sidecar),
+        _recipe(folder),
         "## Calibration",
-        _calibration(sidecar.get("calibration")),
+        _calibration(folder),
         "## Versions",
-        _versions(sidecar),
+        versions(folder),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def read_sidecar(directory: Path) -> dict[str, Any]:
-    """The folder's `llmsqueeze.json`.
+def metadata(folder: Folder, name: str) -> ModelCardData:
+    """The card's metadata. The licence is that of the record or of the README.md in the folder, never a guess."""
+    from huggingface_hub import ModelCardData
 
-    Raises UnsupportedError when there is none, CheckpointError when a key is missing or of the wrong type.
-    """
-    path = directory / SIDECAR
-    if not path.is_file():
-        raise UnsupportedError(
-            f"'{directory}' has no {SIDECAR}: it was not written by `llmsqueeze quantize`; "
-            "name the folder that command wrote"
-        )
-    sidecar = read_json(path)
-    if wrong := [key for key, kind in NEEDED.items() if not isinstance(sidecar.get(key), kind)]:
-        raise CheckpointError(f"'{path}' has no usable {', '.join(wrong)}; run `llmsqueeze quantize` again to write it")
-    return sidecar
-
-
-def _front_matter(directory: Path, sidecar: dict[str, Any], name: str) -> dict[str, Any]:
-    """The card's metadata; the licence is copied from the sidecar or the README.md there, never made up."""
-    model = str(sidecar["model"])
-    front: dict[str, Any] = {}
+    record, model = folder.record, str(folder.record["model"])
+    recorded = {key: record[key] for key in LICENSE_KEYS if record.get("license") and record.get(key)}
+    values: dict[str, Any] = dict(recorded or shown(license_of(folder.checkpoint.path)))
     if is_hub_id(model):
-        front |= {"base_model": model, "base_model_relation": "quantized"}
-    known = {key: sidecar[key] for key in LICENSE_KEYS if sidecar.get("license") and sidecar.get(key)}
-    front |= shown(known or license_of(directory))
-    form = sidecar.get("format", "llmsqueeze")
-    # the Hub's page offers the code of the library named here; plain transformers would fill our format with noise
-    front["library_name"] = "llmsqueeze" if form == "llmsqueeze" else "transformers"
-    front |= {"pipeline_tag": "text-generation", "tags": ["llmsqueeze", "quantized", *_tags(sidecar, form)]}
-    measured = card_scores.model_index(directory, name)
-    return front | ({"model-index": measured} if measured else {})
-
-
-def _tags(sidecar: dict[str, Any], form: str) -> list[str]:
-    """The format and the width of the codes, where there is something to name."""
-    bits = sidecar.get("code_bits") or sidecar["recipe"].get("bits")
-    if form == "dense" or not isinstance(bits, int | float):
-        return []
-    return [*([form] if form != "llmsqueeze" else []), f"{round(bits, 2):g}-bit"]
-
-
-def _what(sidecar: dict[str, Any]) -> str:
-    model = str(sidecar["model"])
-    link = f"[{model}](https://huggingface.co/{model})" if is_hub_id(model) else f"`{shown(model)}`"
-    revision = f" (revision `{shown(sidecar['revision'])}`)" if sidecar.get("revision") else ""
-    return (
-        f"This is {link}{revision} with the weights of its linear layers compressed by llmsqueeze "
-        f"to {sidecar['bits_per_weight']:.2f} bits per weight."
+        values |= {"base_model": model, "base_model_relation": "quantized"}
+    if results := card_scores.eval_results(folder):
+        values |= {"model_name": name, "eval_results": results}
+    return ModelCardData(
+        # the Hub's page shows the code of this library; transformers alone would fill our format with random values
+        library_name="llmsqueeze" if folder.format == "llmsqueeze" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["llmsqueeze", "quantized", *_tags(folder)],
+        **values,
     )
 
 
-def _sizes(directory: Path, sidecar: dict[str, Any]) -> str:
-    before, after = int(sidecar["nbytes_original"]), int(sidecar["nbytes"])
+def _tags(folder: Folder) -> list[str]:
+    """The format and the width of the codes, if there are codes."""
+    bits = finite(folder.record.get("code_bits")) or finite(folder.recipe.get("bits"))
+    if folder.format == "dense" or bits is None:
+        return []
+    return [*([folder.format] if folder.format != "llmsqueeze" else []), f"{round(bits, 2):g}-bit"]
+
+
+def _introduction(folder: Folder) -> str:
+    model, revision = str(folder.record["model"]), folder.record.get("revision")
+    link = f"[{model}](https://huggingface.co/{model})" if is_hub_id(model) else f"`{model}`"
+    at = f" (revision `{revision}`)" if revision else ""
+    return (
+        f"This is {link}{at}. llmsqueeze compressed the weights of its linear layers "
+        f"to {fixed(folder.bits_per_weight, 2)} bits per weight."
+    )
+
+
+def _sizes(folder: Folder) -> str:
+    before, after = int(folder.nbytes_original or 0), folder.nbytes
     share = f" ({100 * after / before:.1f} % of the original)" if before else ""
-    quantization = read_json(directory / "config.json").get("quantization_config") or {}
-    linears = len(quantization.get("weights") or sidecar.get("errors") or {})
+    codes = finite(folder.record.get("code_bits"))
     rows = [
-        ("All weights", human_bytes(before), human_bytes(after) + share),
-        ("Bits per weight, everything counted", "", f"{sidecar['bits_per_weight']:.2f}"),
-        *([("Bits per code, on average", "", f"{sidecar['code_bits']:.2f}")] if "code_bits" in sidecar else []),
-        *([("Quantized linear layers", "", f"{linears:,}")] if linears else []),
+        ("All weights", exact_size(before), exact_size(after) + share),
+        ("Bits per weight, everything counted", "", fixed(folder.bits_per_weight, 2)),
+        *([("Bits per code, on average", "", significant(codes))] if codes else []),
+        *([("Quantized linear layers", "", f"{len(folder.linears):,}")] if folder.linears else []),
     ]
     return (
         f"{table(('', 'Original', 'This model'), rows)}\n\n"
-        f"Bits per weight counts everything stored for the {sidecar['quantized_weights']:,} weights of the "
-        "quantized linear layers: codes, scales, zero points, outliers and their positions. The layers that "
-        "stay as they were (embeddings, norms and the like) count in the bytes, not in the bits per weight."
+        f"The bits per weight count all data of the {folder.weights:,} weights in the quantized linear layers: codes, "
+        "scales, zero points, outliers and their positions. The other layers (embeddings, norms) are unchanged. They "
+        "count in the bytes, but not in the bits per weight."
     )
 
 
-def _limits(directory: Path, sidecar: dict[str, Any], checked: Mapping[str, Any]) -> str:
-    """What opens the folder and what does not, and what nobody has looked at."""
-    form = sidecar.get("format", "llmsqueeze")
-    lines = what_opens_it(form, shown(dict(checked.get("verdicts") or {})))
-    lines += [f"{note[:1].upper()}{note[1:]}." for note in shown(list(checked.get("notes") or []))]
-    text = (sidecar.get("calibration") or {}).get("source")
-    if text:
-        lines.append(
-            f"Calibrated on {shown(str(text))}: what it keeps of other languages and domains was not looked at, and "
-            "may be less."
-        )
-    measured = card_scores.measured_on(directory)
-    lines.append(
-        f"Measured on {'; '.join(measured)}, and on nothing else." if measured else "Its quality was not measured."
-    )
-    lines.append("The original's own limits and biases remain.")
+def _limits(folder: Folder, check: Mapping[str, Any]) -> str:
+    """The programs that open the folder, and what was not measured."""
+    lines = programs(folder.format, mapping(check.get("verdicts")))
+    lines += [f"{note[:1].upper()}{note[1:]}." for note in check.get("notes") or []]
+    if text := mapping(folder.record.get("calibration")).get("source"):
+        lines.append(f"Calibrated on {text}. The quality in other languages and domains was not measured.")
+    measured = card_scores.measured_on(folder)
+    lines.append(f"Measured only on {'; '.join(measured)}." if measured else "Its quality was not measured.")
+    lines.append("The limits and the biases of the original remain.")
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _recipe(sidecar: dict[str, Any]) -> str:
-    recipe = sidecar["recipe"]
-    command = ["llmsqueeze", "quantize", str(shown(sidecar["model"])), "--recipe", "recipe.yaml"]
-    if sidecar.get("revision"):
-        command += ["--revision", str(sidecar["revision"])]
-    local, text = "", str(shown(recipe.get("calibration")))
-    if text.lower().endswith(TEXT_SUFFIXES):
-        local = f"\n\nIt needs the calibration text `{text}`, a file of the maker's that is not part of this repo."
-    return (
-        f"`recipe.yaml`:\n\n```yaml\n{yaml_text(shown(recipe))}```\n\n"
-        f"With that file, this command makes the model again:\n\n```\n{shlex.join(command)}\n```{local}"
-        f"{_distillation(sidecar)}"
+def _recipe(folder: Folder) -> str:
+    text = (
+        f"`recipe.yaml`:\n\n```yaml\n{recipe_yaml(folder.recipe)}```\n\n"
+        f"With that file, this command makes the model again:\n\n```\n{quantize_command(folder)}\n```"
     )
-
-
-def _distillation(sidecar: dict[str, Any]) -> str:
-    """What was distilled after `quantize`, as commands; what its recipe asked for is in the recipe."""
-    entries = sidecar.get("distillation") or []
-    text = ""
-    for taught in entries[1 if sidecar["recipe"].get("distill_steps") else 0 :]:
-        settings = taught["settings"]
-        options = ["steps", "lr", "train", "batch_size", "top_k", "held_back", "samples", "seq_len", "seed"]
-        options += ["targets"] if settings["blockwise"] else ["loss"]
-        options += ["weight", "gamma"] if settings["loss"] == "dad" else []
-        options += ["moves"] if "codes" in settings["train"] else []
-        command = ["llmsqueeze", "distill", "FOLDER", "--teacher", str(shown(taught["teacher"]))]
-        for key in options:
-            value = settings[key]
-            command += [f"--{key.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
-        command += ["--blockwise"] if settings["blockwise"] else []
+    if calibration_text := own_text(folder):
+        text += f"\n\nIt needs the calibration text `{calibration_text}`, which is not part of this repository."
+    for one in later_distillations(folder):
+        source = mapping(one.get("settings")).get("calibration")
+        before, after = (significant(finite(one.get(key))) for key in ("kl_before", "kl_after"))
         text += (
-            f"\n\nThe result (FOLDER) was then distilled on {shown(str(settings['calibration']))}, which brought the "
-            f"divergence from the original on held-back text from {taught['kl_before']:.4f} to "
-            f"{taught['kl_after']:.4f} nats per token:\n\n```\n{shlex.join(command)}\n```"
+            f"\n\nThe result (FOLDER) was then distilled on {source}. On held-back text, the divergence from the "
+            f"original went from {before} to {after} nats per token:\n\n```\n{distill_command(one)}\n```"
         )
     return text
 
 
-def _calibration(calibration: dict[str, Any] | None) -> str:
-    if not calibration:
+def _calibration(folder: Folder) -> str:
+    values = folder.record.get("calibration")
+    if not isinstance(values, Mapping):
         return "None: this recipe reads no text."
-    text = f"{shown(str(calibration.get('source')))}: {calibration.get('samples')} samples"
-    text += f" of {calibration.get('seq_len')} tokens, {calibration.get('tokens') or 0:,} tokens in all."
-    return f"{text} SHA-256 of the tokens: `{calibration['sha256']}`" if calibration.get("sha256") else text
-
-
-def _versions(sidecar: dict[str, Any]) -> str:
-    versions = {"llmsqueeze": sidecar.get("llmsqueeze_version"), "format": sidecar.get("format_version")}
-    versions |= sidecar.get("versions") or {}
-    return ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
+    text = f"{calibration(folder)}, {integer(values.get('tokens'))} tokens in all."
+    return f"{text} SHA-256 of the tokens: `{values['sha256']}`" if values.get("sha256") else text

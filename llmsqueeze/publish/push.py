@@ -1,10 +1,9 @@
-"""Push a compressed folder to the Hugging Face Hub: the only file that uploads.
+"""`llmsqueeze push`: upload a compressed folder to the Hugging Face Hub. No other file uploads.
 
-Order: everything that can be refused without the network, then the repo and the card's metadata, then each file of
-weights into the Hub's storage, then one commit with all files. The repo goes from what it was to the whole new model
-in one step: a push that breaks off changes nothing in it, and what has reached the storage is not sent again. The first
-request carries no retries, so a Hub that cannot be reached is reported at once; only the upload itself is retried, by
-huggingface_hub.
+Order: first all checks without the network, then the repository and the card's metadata, then each file of weights
+into the Hub's storage, then one commit with all files. The repository changes in one step: an interrupted push changes
+nothing in it, and a file that is in the storage is not sent again. The first request has no retries, so an error
+message comes at once if the Hub cannot be reached. huggingface_hub retries only the upload.
 """
 
 from __future__ import annotations
@@ -14,22 +13,24 @@ import re
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError, nearest
+from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError
 from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json
-from llmsqueeze.formats.public import human_bytes, shown
+from llmsqueeze.formats.public import shown
 from llmsqueeze.progress import Progress
-from llmsqueeze.publish.card import MARK, model_card, read_sidecar
+from llmsqueeze.publish.card import MARK, model_card
+from llmsqueeze.publish.folder import read_record
 from llmsqueeze.publish.hub_errors import hub_errors
+from llmsqueeze.publish.numbers import exact_size
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 README = "README.md"
 KEPT_README = "README.before-push.md"
-OURS = (SIDECAR, EVALUATION, COMPARISON)  # made by us, and sent without what `shown` cuts
-# What may leave the disk beside the shards. A list of the allowed, because the folder may also hold logs,
-# notes, or the shards of an earlier run.
-BELONGS = (
+OURS = (SIDECAR, EVALUATION, COMPARISON)  # our JSON files, which are sent without local paths and tokens
+# The files that may leave the disk beside the shards. It is a list of allowed names, because a folder may also have
+# logs, notes, or the shards of an earlier run.
+UPLOADED = (
     *("config.json", "generation_config.json", README, INDEX, FRONTIER, *OURS),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken"),
@@ -37,7 +38,7 @@ BELONGS = (
     *("processor_config.json", "preprocessor_config.json"),
     *("*LICENSE*", "*LICENCE*", "*NOTICE*", "USE_POLICY*"),
 )
-RESUME = "the same command goes on from there: what has arrived is not sent again"
+RESUME = "the same command continues from there: a file that has arrived is not sent again"
 
 
 def push(
@@ -48,28 +49,29 @@ def push(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Upload a compressed folder and its model card to `repo` on the Hub; says what went where.
+    """Uploads a compressed folder and its model card to `repo` on the Hub; returns a summary.
 
-    private: None makes a new repo private and leaves one that exists as it is. dry_run: no request, no change.
-    Writes README.md into the folder; one that is not ours is kept beside it as README.before-push.md.
-    Raises UnsupportedError or CheckpointError for a folder that is not a whole and sound one of ours, OutputError when
-    the card cannot be written, and HubError when the Hub cannot be reached or refuses.
+    `private`: None makes a new repository private and does not change one that exists. `dry_run`: no request, no
+    change. Writes README.md into the folder; a README.md that is not ours is renamed README.before-push.md.
+
+    Raises UnsupportedError for a folder that is not ours, CheckpointError for a damaged one, OutputError if the card
+    cannot be written, HubError if the Hub cannot be reached or refuses.
     """
     shards = check_folder(directory)
     check_repo_id(repo)
-    model_card(directory, repo)  # a folder that cannot be described is refused before the long look at its weights
+    model_card(directory, repo)  # its errors come before the long check of the weights
     token = None if dry_run else _token()
-    checked = _sound(directory, trust_remote_code)
+    check = _check(directory, trust_remote_code)
 
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     if dry_run:
-        return _foreseen(directory, repo, private, shards, model_card(directory, repo, checked), api.endpoint)
+        return _preview(directory, repo, private, shards, model_card(directory, repo, check), api.endpoint)
     with hub_errors(api, repo):
         url = api.create_repo(repo, private=private is not False, exist_ok=True)
-        is_private = _fits(api, url.repo_id, private)
-    card = model_card(directory, url.repo_id, checked)
+        is_private = _check_repo(api, url.repo_id, private)
+    card = model_card(directory, url.repo_id, check)
     with hub_errors(api, url.repo_id):
         _check_metadata(card)
     write_card(directory, card)
@@ -79,40 +81,40 @@ def push(
     return _summary(url.repo_id, str(url), is_private, sizes, dry_run=False)
 
 
-def _sound(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """What `llmsqueeze check` finds; raises CheckpointError for a folder that does not pass."""
+def _check(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """The result of `llmsqueeze check`. Raises CheckpointError for a folder that is not sound."""
     from llmsqueeze.formats.check import check
 
-    checked = check(str(directory), trust_remote_code=trust_remote_code)
-    if not checked["sound"]:
-        more = len(checked["errors"]) - 1
+    result = check(str(directory), trust_remote_code=trust_remote_code)
+    if not result["sound"]:
+        more = len(result["errors"]) - 1
         raise CheckpointError(
-            f"'{directory}' is not sound, nothing was sent: {checked['errors'][0]}"
+            f"'{directory}' is not sound, nothing was sent: {result['errors'][0]}"
             + (f" (and {more} more)" if more else "")
-            + f"; `llmsqueeze check {directory}` tells all"
+            + f"; `llmsqueeze check {directory}` lists all errors"
         )
-    return checked
+    return result
 
 
-def _fits(api: HfApi, repo: str, private: bool | None) -> bool:
-    """Whether the repo is private; raises HubError where that is not what was asked for, or a file is in the way."""
+def _check_repo(api: HfApi, repo: str, private: bool | None) -> bool:
+    """Whether the repository is private. Raises HubError if it cannot take this push."""
     info = api.model_info(repo)
     if private is not None and private != info.private:
-        is_, flag, wanted = ("private", "--public", "public") if info.private else ("public", "--private", "private")
+        old, flag, new = ("private", "--public", "public") if info.private else ("public", "--private", "private")
         raise HubError(
-            f"'{repo}' exists and is {is_}, and {flag} does not change a repo that exists; "
-            f"make it {wanted} in its settings on the Hub, push to a new name, or leave {flag} out"
+            f"'{repo}' exists and is {old}, and {flag} does not change a repository that exists; "
+            f"make it {new} in its settings on the Hub, push to a new name, or omit {flag}"
         )
     if SINGLE in (file.rfilename for file in info.siblings or []):
         raise HubError(
-            f"'{repo}' holds {SINGLE}, which programs would open instead of the weights that a push brings; "
+            f"'{repo}' contains {SINGLE}, which programs would open instead of the pushed weights; "
             "delete it there, or push to a new name"
         )
     return bool(info.private)
 
 
 def _check_metadata(card: str) -> None:
-    """Raises ValueError for a card that the Hub would refuse: before the weights are sent, not after."""
+    """Raises ValueError for a card that the Hub would refuse, before the weights are sent."""
     from huggingface_hub import ModelCard
 
     try:
@@ -124,9 +126,9 @@ def _check_metadata(card: str) -> None:
 def _upload(api: HfApi, repo: str, directory: Path, names: list[str], shards: list[str], progress: Progress) -> None:
     from huggingface_hub import CommitOperationAdd
 
-    with hub_errors(api, repo, f"the repo is as it was, and {RESUME}"):
+    with hub_errors(api, repo, f"the repository did not change, and {RESUME}"):
         files = {name: CommitOperationAdd(name, _content(directory / name)) for name in names}
-        # one after the other: together, all would be half there when the connection breaks
+        # one after the other: if the connection breaks, the files before are complete
         for shard in progress.over(shards, "sending weights, by file", len(shards)):
             api.preupload_lfs_files(repo, [files[shard]], free_memory=False)
     with hub_errors(api, repo, RESUME):
@@ -134,7 +136,7 @@ def _upload(api: HfApi, repo: str, directory: Path, names: list[str], shards: li
 
 
 def _content(path: Path) -> Path | bytes:
-    """What is sent of a file: the file, or the text of a JSON of ours that names something of the maker's disk."""
+    """The content to send: the file, or for a JSON of ours the text without local paths and tokens."""
     if path.name in OURS:
         value = read_json(path)
         if shown(value) != value:
@@ -147,10 +149,10 @@ def _nbytes(path: Path) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _foreseen(
+def _preview(
     directory: Path, repo: str, private: bool | None, shards: list[str], card: str, endpoint: str
 ) -> dict[str, Any]:
-    """What a push would do; the card is added, because it is not written."""
+    """The summary of a push that is not done, and its card."""
     sizes = {name: _nbytes(directory / name) for name in files_to_upload(directory, shards) if name != README}
     sizes = dict(sorted((sizes | {README: len(card.encode())}).items()))
     return _summary(repo, f"{endpoint}/{repo}", private, sizes, dry_run=True) | {"card": card}
@@ -162,51 +164,50 @@ def _summary(repo: str, url: str, private: bool | None, files: dict[str, int], d
 
 
 def describe(pushed: dict[str, Any], directory: Path) -> str:
-    """What `push` returned, for people."""
-    total = f"{len(pushed['files'])} files, {human_bytes(pushed['nbytes'])}"
+    """The text for the terminal of a summary from `push`."""
+    total = f"{len(pushed['files'])} files, {exact_size(pushed['nbytes'])}"
     if not pushed["dry_run"]:
         return f"{pushed['url']} ({'private' if pushed['private'] else 'public'}): {total}"
-    seen = {True: "private", False: "public", None: "private; one that exists stays as it is"}[pushed["private"]]
+    access = {True: "private", False: "public", None: "private if it is new"}[pushed["private"]]
     width = max(len(name) for name in pushed["files"])
     _, front, _ = pushed["card"].split("---\n", 2)
     return "\n".join(
         [
             *(f"  {name:{width}}  {nbytes:>15,}" for name, nbytes in pushed["files"].items()),
-            f"\nThe card's metadata ({directory / README} would hold the card, {pushed['files'][README]:,} bytes):\n",
+            f"\nA push writes the card to {directory / README} ({pushed['files'][README]:,} bytes). Its metadata:\n",
             front,
-            f"dry run, nothing was sent or written: {pushed['url']} ({seen}) would get {total}",
+            f"dry run, nothing was sent or written: {pushed['url']} ({access}) would get {total}",
         ]
     )
 
 
 def check_folder(directory: Path) -> list[str]:
-    """The shard names of a whole folder of ours; raises UnsupportedError or CheckpointError for any other."""
-    if not directory.is_dir():
-        siblings = [path.name for path in directory.parent.glob("*/")] if directory.parent.is_dir() else []
-        hint = nearest(directory.name, siblings)
-        raise UnsupportedError(f"'{directory}' is not a folder; name one that `llmsqueeze quantize` wrote{hint}")
+    """The names of the shards. Raises UnsupportedError for a folder that is not ours, CheckpointError for a damaged
+    one.
+    """
+    record = read_record(directory)
     name = directory.resolve().name
     if name.endswith(".partial"):
         raise UnsupportedError(
             f"'{directory}' is the unfinished output of `llmsqueeze quantize`; run that command again to "
-            f"make it whole, then push '{name.removesuffix('.partial')}'"
+            f"complete it, then push '{name.removesuffix('.partial')}'"
         )
-    told = read_sidecar(directory).get("format", "llmsqueeze")
+    form = record.get("format", "llmsqueeze")
     config = directory / "config.json"
     if not config.is_file():
         raise CheckpointError(f"'{directory}' has no config.json; run `llmsqueeze quantize` again to write it")
     quantization = read_json(config).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in ("llmsqueeze", "compressed-tensors", None) or (method or "dense") != told:
+    if method not in ("llmsqueeze", "compressed-tensors", None) or (method or "dense") != form:
         raise UnsupportedError(
-            f"'{config}' has quant_method {method!r} where {SIDECAR} says {told!r}; push handles only what llmsqueeze "
-            "writes (`hf upload` uploads any other folder)"
+            f"'{config}' has quant_method {method!r}, but {SIDECAR} has {form!r}; push uploads only folders that "
+            "llmsqueeze wrote (`hf upload` uploads other folders)"
         )
     return _shards(directory)
 
 
 def _shards(directory: Path) -> list[str]:
-    """The names of the weight files, all of them there; raises CheckpointError when one is not."""
+    """The names of the weight files. Raises CheckpointError if one is missing."""
     index = directory / INDEX
     if not index.is_file():
         raise CheckpointError(f"'{directory}' has no {INDEX}; run `llmsqueeze quantize` again to write it")
@@ -214,19 +215,19 @@ def _shards(directory: Path) -> list[str]:
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"'{index}' has no weight_map; run `llmsqueeze quantize` again to write it")
     shards = sorted({str(name) for name in weights.values()})
-    # an index is only text: it must not make us upload a file from elsewhere on the disk
+    # an index is only text: it must not make us upload a file outside the folder
     if outside := [name for name in shards if PurePath(name).name != name or not name.endswith(".safetensors")]:
         raise CheckpointError(f"'{index}' names '{outside[0]}'; only .safetensors files in the folder are allowed")
     if missing := [name for name in shards if not (directory / name).is_file()]:
         raise CheckpointError(
-            f"'{directory}' lacks {', '.join(missing)}: {len(missing)} of the {len(shards)} files that "
-            f"{INDEX} names; run `llmsqueeze quantize` again, or copy the whole folder"
+            f"'{directory}' lacks {', '.join(missing)}: {len(missing)} of the {len(shards)} files in "
+            f"{INDEX}; run `llmsqueeze quantize` again, or copy the whole folder"
         )
     return shards
 
 
 def check_repo_id(repo: str) -> None:
-    """Raises HubError unless `repo` is a name that the Hub allows."""
+    """Raises HubError if the Hub does not allow the name `repo`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -237,14 +238,14 @@ def check_repo_id(repo: str) -> None:
         clean = [re.sub(r"[^\w.]+|\.\.+", "-", word, flags=re.ASCII).strip("-.") for word in words]
         guess = "/".join([word for word in clean if word][-2:]).removesuffix(".git")[:96]
         raise HubError(
-            f"'{repo}' is not a name for a repo on the Hub; allowed is 'owner/name' of at most 96 letters, "
+            f"'{repo}' is not a name for a repository on the Hub; allowed is 'owner/name' of at most 96 letters, "
             "digits, '-', '_' and '.', without '--' or '..', and no '-' or '.' at either end"
             + (f"; did you mean '{guess}'?" if guess else "")
         ) from error
 
 
 def write_card(directory: Path, card: str) -> None:
-    """Write README.md; one that llmsqueeze did not write is first renamed README.before-push.md. Raises OutputError."""
+    """Writes README.md. One that is not ours is first renamed README.before-push.md. Raises OutputError."""
     readme = directory / README
     try:
         if readme.is_file() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
@@ -255,11 +256,11 @@ def write_card(directory: Path, card: str) -> None:
 
 
 def files_to_upload(directory: Path, shards: list[str]) -> list[str]:
-    """The names, relative to the folder, of its shards and of the other files that belong to a model."""
-    # a model with code of its own (trust_remote_code) does not open without it
+    """The names, relative to the folder, of its shards and of the other files of a model."""
+    # a model with its own code (trust_remote_code) does not open without it
     code = ("*.py",) if "auto_map" in read_json(directory / "config.json") else ()
-    found = {path for pattern in BELONGS + code for path in directory.glob(pattern) if path.is_file()}
-    return sorted({path.relative_to(directory).as_posix() for path in found} | set(shards))
+    paths = {path for pattern in UPLOADED + code for path in directory.glob(pattern) if path.is_file()}
+    return sorted({path.relative_to(directory).as_posix() for path in paths} | set(shards))
 
 
 def _token() -> str:

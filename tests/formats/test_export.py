@@ -226,7 +226,7 @@ def test_transposed_weights_are_refused_before_anything_is_read(random_model, tm
 def test_show_counts_the_same_and_the_shapes(native: Path, portable: Path) -> None:
     before, after = contents(str(native)), contents(str(portable))
     assert after.nbytes == before.nbytes + 16 * 28
-    assert sorted(row.holds for row in after.rows) == sorted(row.holds for row in before.rows)
+    assert sorted(row.parts for row in after.rows) == sorted(row.parts for row in before.rows)
     assert json.loads((portable / "llmsqueeze.json").read_text())["bits_per_weight"] == round(after.bits_per_weight, 6)
 
 

@@ -1,32 +1,20 @@
-"""Compressed folders for the tests of card and push, and the push itself in a process of its own.
-
-A push runs in a process of its own because huggingface_hub reads HF_ENDPOINT when it is imported.
-"""
+"""The record and the scores of a large model, and `llmsqueeze push` against the Hub on this machine."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
-import multiprocessing
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from support import command
 
-ROOT = Path(__file__).parents[2]
 TOKEN = "dummy-token-4711"
-SHARDS = tuple(f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6))
-
-SERVER = multiprocessing.get_context("forkserver")
-MODULES = ["llmsqueeze.cli.app", "llmsqueeze.formats.check", "transformers.models.llama.modeling_llama"]
-SERVER.set_forkserver_preload(MODULES)
+SHARDS = tuple(f"model-{number:05d}-of-00003.safetensors" for number in range(1, 4))
 
 SIDECAR: dict[str, Any] = {
     "llmsqueeze_version": "0.1.0",
@@ -109,26 +97,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-@functools.cache
-def compressed() -> tuple[tempfile.TemporaryDirectory[str], Path]:
-    """The built-in model in three bits, made once; the first holds the second."""
-    from llmsqueeze.compress.blocks import quantize
-    from llmsqueeze.recipe.resolve import make_recipe
-
-    held = tempfile.TemporaryDirectory()
-    quantize("demo", make_recipe({"method": "rtn", "bits": 3, "portable": False}), Path(held.name) / "demo-3bit")
-    return held, Path(held.name) / "demo-3bit"
-
-
-def make_folder(folder: Path, **changes: Any) -> Path:
-    """A folder as `llmsqueeze quantize` leaves it, sound; its sidecar tells of another model, with `changes`."""
-    shutil.copytree(compressed()[1], folder)
-    true = json.loads((folder / "llmsqueeze.json").read_text(encoding="utf-8"))
-    kept = {key: true[key] for key in ("format", "nbytes", "errors")}
-    write_json(folder / "llmsqueeze.json", SIDECAR | kept | changes)
-    return folder
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file in the folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -141,30 +109,26 @@ def front_matter(card: str) -> dict[str, Any]:
     return value
 
 
-def run_push(folder: Path, repo: str, *flags: str, endpoint: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """`llmsqueeze push` against the Hub at `endpoint`, with nothing of whoever runs the tests.
+def run_push(folder: Path, repo: str, *flags: str, endpoint: str, **env: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of `llmsqueeze push` against the Hub at `endpoint`, without the user's own settings."""
+    from huggingface_hub import constants
 
-    In a child of a process that has imported the heavy modules: they take seconds.
-    """
-    arguments, log = ["push", str(folder), repo, *flags], folder.parent / "log"
-    child = SERVER.Process(target=_push, args=(arguments, _environment(folder, endpoint) | env, log))
-    child.start()
-    child.join(120)
-    assert child.exitcode is not None, f"{arguments} hangs"
-    out, err = (log.with_suffix(kind).read_text(encoding="utf-8") for kind in (".out", ".err"))
-    return subprocess.CompletedProcess(arguments, child.exitcode, out, err)
-
-
-def run_push_alone(folder: Path, repo: str, *flags: str, endpoint: str) -> subprocess.CompletedProcess[str]:
-    """As `run_push`, from nothing, as a user would start it."""
-    command = [sys.executable, "-m", "llmsqueeze.cli", "push", str(folder), repo, *flags]
-    env = _environment(folder, endpoint)
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith("HF_")]:
+            patch.delenv(key)
+        for key, value in (_environment(folder, endpoint) | env).items():
+            patch.setenv(key, value)
+        patch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits between retries
+        importlib.reload(constants)  # it reads the environment
+        try:
+            return command("push", folder, repo, *flags)
+        finally:
+            patch.undo()
+            importlib.reload(constants)
 
 
 def _environment(folder: Path, endpoint: str) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    return clean | {
+    return {
         "HF_ENDPOINT": endpoint,
         "HF_TOKEN": TOKEN,
         "HF_HOME": str(folder.parent / "hf_home"),
@@ -173,29 +137,12 @@ def _environment(folder: Path, endpoint: str) -> dict[str, str]:
     }
 
 
-def _push(arguments: list[str], env: dict[str, str], log: Path) -> None:
-    """In the child: the command line with these arguments, its output in files."""
-    for number, kind in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(log.with_suffix(kind), os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-    os.environ.clear()
-    os.environ.update(env)
-    from huggingface_hub import constants
-
-    importlib.reload(constants)  # it reads the environment
-    time.sleep = lambda seconds: None  # huggingface_hub waits between retries
-    sys.argv = ["llmsqueeze", *arguments]
-
-    from llmsqueeze.cli.app import main
-
-    main()
-
-
-def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2, one line that holds the words, no traceback, no token."""
-    assert result.returncode == 2, result.stderr
-    assert result.stdout == ""
-    message = result.stderr.strip().splitlines()[-1]
+def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, one line that has the words, no traceback, no token."""
+    code, out, err = result
+    assert (code, out) == (2, ""), err
+    message = err.strip().splitlines()[-1]
     for word in words:
         assert word in message
-    assert "Traceback" not in result.stderr
-    assert TOKEN not in result.stderr
+    assert "Traceback" not in err
+    assert TOKEN not in err

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hub_folder import COMPARISON, EVALUATION, SIDECAR, front_matter, make_folder, write_json
+from hub_folder import COMPARISON, EVALUATION, SIDECAR, front_matter, write_json
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.export import export
-from llmsqueeze.formats.public import human_bytes, shown
+from llmsqueeze.formats.public import shown
 from llmsqueeze.publish.card import model_card
+from llmsqueeze.publish.folder import read_folder
+from llmsqueeze.publish.numbers import exact_size
+from llmsqueeze.publish.provenance import chosen
 from llmsqueeze.recipe.resolve import make_recipe
 
 
@@ -26,16 +29,9 @@ def code_blocks(card: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return make_folder(tmp_path / "Llama-3.1-8B-3bit")
-
-
 @pytest.fixture(scope="module")
-def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("portable") / "demo-4bit"
-    quantize("demo", make_recipe({"method": "rtn", "bits": 4, "group_size": 64, "portable": True}), out)
-    return out
+def portable(compressed: Callable[[str], Path]) -> Path:
+    return compressed("portable")
 
 
 def test_card_front_matter_names_the_original_and_invents_no_license(folder: Path) -> None:
@@ -49,13 +45,13 @@ def test_card_front_matter_names_the_original_and_invents_no_license(folder: Pat
 
 
 @pytest.mark.parametrize("model", ["demo", "Llama-3.1-8B"])
-def test_card_of_a_local_model_has_no_base_model(tmp_path: Path, model: str) -> None:
+def test_card_of_a_local_model_has_no_base_model(tmp_path: Path, model: str, make_folder: Callable[..., Path]) -> None:
     front = front_matter(model_card(make_folder(tmp_path / "out", model=model)))
     assert "base_model" not in front
     assert "base_model_relation" not in front
 
 
-def test_card_takes_the_license_from_the_sidecar(tmp_path: Path) -> None:
+def test_card_takes_the_license_from_the_sidecar(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
     folder = make_folder(tmp_path / "out", license="llama3.1")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     assert front_matter(model_card(folder))["license"] == "llama3.1"
@@ -75,16 +71,14 @@ def test_card_survives_a_readme_without_usable_metadata(folder: Path, readme: st
     assert "license" not in front_matter(model_card(folder))
 
 
-def test_card_states_the_sizes(tmp_path: Path) -> None:
-    card = model_card(make_folder(tmp_path / "out", nbytes=4100000000))
-    original, ours = (
-        "16.06 GB (16,060,522,496 bytes)",
-        "4.10 GB (4,100,000,000 bytes) (25.5 % of the original)",
-    )
-    assert f"| All weights | {original} | {ours} |" in card
-    assert "| Bits per weight, everything counted |  | 3.41 |" in card
-    assert "| Quantized linear layers |  | 28 |" in card
-    assert "everything stored for the 6,979,321,856 weights" in card
+def test_card_states_the_sizes_of_the_files(folder: Path) -> None:
+    card, read = model_card(folder), read_folder(folder)
+    original, share = "16.1 GB (16,060,522,496 bytes)", 100 * read.nbytes / 16060522496
+    assert f"| All weights | {original} | {exact_size(read.nbytes)} ({share:.1f} % of the original) |" in card
+    assert f"| Bits per weight, everything counted |  | {read.bits_per_weight:.2f} |" in card
+    assert "| Quantized linear layers |  | 14 |" in card
+    assert f"all data of the {read.weights:,} weights" in card
+    assert f"to {read.bits_per_weight:.2f} bits per weight." in card
 
 
 @pytest.mark.parametrize(
@@ -96,17 +90,17 @@ def test_card_states_the_sizes(tmp_path: Path) -> None:
         (2**30, "1.07 GB (1,073,741,824 bytes)"),
     ],
 )
-def test_human_bytes(count: int, text: str) -> None:
-    assert human_bytes(count) == text
+def test_exact_size(count: int, text: str) -> None:
+    assert exact_size(count) == text
 
 
 def test_card_states_the_scores_before_and_after(folder: Path) -> None:
     write_json(folder / "evaluation.json", EVALUATION)
     card = model_card(folder)
-    assert "| Perplexity | 6.244 | 7.126 |" in card
-    assert "| KL divergence, mean | – | 0.0312 |" in card
-    assert "| KL, 99th percentile | – | 0.2 |" in card
-    assert "| piqa acc | 0.8003 ± 0.01 | 0.7812 ± 0.0101 |" in card
+    assert "| Perplexity | 6.244 | 7.126 | +14.13 % |" in card
+    assert "| KL divergence, mean | 0 | 0.0312 |  |" in card
+    assert "| KL divergence, 99th percentile | 0 | 0.200 |  |" in card
+    assert "| piqa acc | 0.8003 ± 0.0100 | 0.7812 ± 0.0101 | −0.0191 ± 0.0142 |" in card
     assert "Text: Salesforce/wikitext wikitext-2-raw-v1 test, 12,345 tokens." in card
     assert "llmsqueeze eval" not in card
     assert "alias" not in card
@@ -115,7 +109,7 @@ def test_card_states_the_scores_before_and_after(folder: Path) -> None:
 def test_card_without_a_baseline_gives_the_command_that_measures_it(folder: Path) -> None:
     write_json(folder / "evaluation.json", EVALUATION | {"baseline": None, "kl_mean": None, "tasks": {}})
     card = model_card(folder)
-    assert "| Perplexity | – | 7.126 |" in card
+    assert "| Perplexity | – | 7.126 | – |" in card
     assert "KL divergence, mean" not in card
     assert "llmsqueeze eval Llama-3.1-8B-3bit --baseline meta-llama/Llama-3.1-8B" in card
 
@@ -148,7 +142,7 @@ def test_card_warns_loudly_and_its_snippets_are_python(folder: Path) -> None:
 def test_card_recipe_is_the_whole_recipe_and_its_command_names_model_and_revision(folder: Path) -> None:
     card = model_card(folder)
     (recipe,) = code_blocks(card, "yaml")
-    assert yaml.safe_load(recipe) == SIDECAR["recipe"]
+    assert yaml.safe_load(recipe) == chosen(SIDECAR["recipe"])
     assert make_recipe(yaml.safe_load(recipe)).bits == 3
     assert "It needs the calibration text" not in card
     (command,) = [line for line in card.splitlines() if line.startswith("llmsqueeze quantize")]
@@ -160,16 +154,16 @@ def test_card_recipe_is_the_whole_recipe_and_its_command_names_model_and_revisio
 
 def test_card_states_calibration_and_versions(folder: Path) -> None:
     card = model_card(folder)
-    assert "Salesforce/wikitext wikitext-2-raw-v1 train: 128 samples of 2048 tokens, 262,144 tokens in all." in card
+    assert "Salesforce/wikitext wikitext-2-raw-v1 train, 128 samples of 2,048 tokens, 262,144 tokens in all." in card
     assert "5e" * 32 in card
     assert "llmsqueeze 0.1.0, format 1, torch 2.13.0, transformers 5.23.0" in card
 
 
-def test_card_of_a_method_without_calibration_says_so(tmp_path: Path) -> None:
+def test_card_of_a_method_without_calibration_says_so(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
     assert "None: this recipe reads no text." in model_card(make_folder(tmp_path / "out", calibration=None))
 
 
-def test_card_has_no_absolute_path_user_name_or_token(tmp_path: Path) -> None:
+def test_card_has_no_absolute_path_user_name_or_token(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
     token = "hf_" + "aB3" * 12
     home = "/home/carol/private"
     recipe = SIDECAR["recipe"] | {
@@ -225,19 +219,19 @@ def test_card_shows_the_comparison_with_this_model_in_bold(folder: Path) -> None
     card = model_card(folder)
     header = "|  | Bytes | Bits per weight | Perplexity | KL divergence, mean | KL, 99th percentile | Changed top-1 |"
     assert f"{header} arc_easy acc |" in card
-    assert "| meta-llama/Llama-3.1-8B (original) | 16,060,522,496 | 16 | 6.25 ± 0.05 | – | – | – | – |" in card
+    assert "| meta-llama/Llama-3.1-8B (original) | 16,060,522,496 | 16.00 | 6.250 ± 0.050 | – | – | – | – |" in card
     ours = (
         "Llama-3bit (llmsqueeze) *",
         "4,100,000,000",
-        "3.413",
-        "7.13 ± 0.06",
-        "0.03",
-        "0.21",
+        "3.41",
+        "7.130 ± 0.060",
+        "0.0300",
+        "0.210",
         "8.5 %",
-        "0.61 ± 0.02",
+        "0.6100 ± 0.0200",
     )
     assert "| " + " | ".join(f"**{cell}**" for cell in ours) + " |" in card
-    assert "| other (bitsandbytes nf4) | 5,000,000,000 | 4.5 | 7.5 | – | – | – | – |" in card
+    assert "| other (bitsandbytes nf4) | 5,000,000,000 | 4.50 | 7.500 | – | – | – | – |" in card
     assert "Text: Salesforce/wikitext wikitext-2-raw-v1 test, 67,890 tokens." in card
     assert "* marks the frontier" in card
     assert "carol" not in card
@@ -321,7 +315,7 @@ def test_model_index_leaves_out_what_is_no_number(folder: Path) -> None:
     assert "model-index" not in model_card(folder)
 
 
-def test_tags_name_format_and_width(tmp_path: Path, portable: Path) -> None:
+def test_tags_name_format_and_width(tmp_path: Path, portable: Path, make_folder: Callable[..., Path]) -> None:
     assert front_matter(model_card(portable))["tags"] == ["llmsqueeze", "quantized", "compressed-tensors", "4-bit"]
     assert "2.71-bit" in front_matter(model_card(make_folder(tmp_path / "out", code_bits=2.7123)))["tags"]
 
@@ -355,7 +349,7 @@ def test_card_of_our_own_format_sends_vllm_through_export(folder: Path) -> None:
 
 
 def test_limits_say_what_check_found(folder: Path, portable: Path) -> None:
-    ours, stock = model_card(folder, checked=check(str(folder))), model_card(portable, checked=check(str(portable)))
+    ours, stock = model_card(folder, check=check(str(folder))), model_card(portable, check=check(str(portable)))
     assert "- transformers: needs `import llmsqueeze.hf`; without it the weights are random." in ours
     assert "- vLLM: does not know the llmsqueeze format" in ours
     assert "- transformers: yes, with the package compressed-tensors." in stock
@@ -366,8 +360,8 @@ def test_limits_say_what_it_was_calibrated_and_measured_on(folder: Path) -> None
     write_json(folder / "evaluation.json", EVALUATION)
     write_json(folder / "comparison.json", COMPARISON)
     card = model_card(folder)
-    assert "- Calibrated on Salesforce/wikitext wikitext-2-raw-v1 train: what it keeps of other languages" in card
-    assert "- Measured on Salesforce/wikitext wikitext-2-raw-v1 test; piqa; arc_easy, and on nothing else." in card
+    assert "- Calibrated on Salesforce/wikitext wikitext-2-raw-v1 train. The quality in other languages" in card
+    assert "- Measured only on Salesforce/wikitext wikitext-2-raw-v1 test; piqa; arc_easy." in card
 
 
 def test_linears_of_other_formats_are_counted_too(portable: Path) -> None:

@@ -28,13 +28,14 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR
 from llmsqueeze.formats.export import export
 from llmsqueeze.parts import Grid
-from llmsqueeze.publish.page import words
+from llmsqueeze.publish import numbers
+from llmsqueeze.publish.folder import read_folder
 from llmsqueeze.publish.page.comparison import comparison_page
-from llmsqueeze.publish.page.folder import read_folder
 from llmsqueeze.publish.page.heat import heat_map
 from llmsqueeze.publish.page.labels import meet, place_labels
-from llmsqueeze.publish.page.report import SHOWN, write_report
-from llmsqueeze.publish.page.story import METHODS, distill_command, recipe_yaml
+from llmsqueeze.publish.page.story import METHODS
+from llmsqueeze.publish.provenance import distill_command, recipe_yaml
+from llmsqueeze.publish.report import SHOWN, write_report
 from llmsqueeze.recipe.recipe import METHODS as ALL_METHODS
 from llmsqueeze.recipe.resolve import make_recipe
 
@@ -220,8 +221,8 @@ def test_what_was_not_measured_is_named_with_its_command(folder: Path) -> None:
 
 def test_the_recipe_makes_the_same_again(demo_folder: Path, folder: Path) -> None:
     record = json.loads((demo_folder / SIDECAR).read_text())
-    assert make_recipe(yaml.safe_load(recipe_yaml(record))).as_dict() == record["recipe"]
-    assert yaml.safe_load(recipe_yaml(json.loads((folder / SIDECAR).read_text())))["symmetric"] is False
+    assert make_recipe(yaml.safe_load(recipe_yaml(record["recipe"]))).as_dict() == record["recipe"]
+    assert yaml.safe_load(recipe_yaml(json.loads((folder / SIDECAR).read_text())["recipe"]))["symmetric"] is False
     assert "widths: [2, 4]" in page_of(folder)
 
 
@@ -266,7 +267,7 @@ def test_the_three_formats(demo_folder: Path, tmp_path: Path) -> None:
     assert "Format</dt><dd>compressed-tensors" in html
     assert "Bits per weight by decoder block" in html
     html = page_of(tmp_path / "dense")
-    assert "written out again as ordinary weights: as large as before" in html
+    assert "exported as ordinary weights: as large as before" in html
     assert "Bits per weight by decoder block" not in html
     assert "Output error in percent by decoder block" in html
 
@@ -318,7 +319,7 @@ def test_a_comparison_without_text_has_no_plot() -> None:
 
 @pytest.mark.parametrize("models", [None, [], "x", [1]])
 def test_a_comparison_of_nothing_is_refused(models: Any) -> None:
-    with pytest.raises(CheckpointError, match="names no models"):
+    with pytest.raises(CheckpointError, match="has no models"):
         comparison_page({"models": models})
 
 
@@ -465,7 +466,7 @@ def test_the_page_goes_where_it_is_told(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_significant_digits(value: float | None, text: str) -> None:
-    assert words.significant(value) == text
+    assert numbers.significant(value) == text
 
 
 @pytest.mark.parametrize(
@@ -473,20 +474,20 @@ def test_significant_digits(value: float | None, text: str) -> None:
     [(0, "0 B"), (999, "999 B"), (999.9, "1.00 kB"), (427_968, "428 kB"), (1.4e11, "140 GB"), (2e12, "2.00 TB")],
 )
 def test_sizes(nbytes: float, text: str) -> None:
-    assert words.size(nbytes) == text
+    assert numbers.size(nbytes) == text
 
 
 def test_changes_of_the_perplexity() -> None:
-    assert words.change(3.0, 2.9999999) == "0.00 %"
-    assert words.change(3.0, 3.03) == "+1.00 %"
-    assert words.change(3.0, 2.97) == "−1.00 %"
-    assert words.change(3.0, 600.0) == "200× as high"
+    assert numbers.change(3.0, 2.9999999) == "0.00 %"
+    assert numbers.change(3.0, 3.03) == "+1.00 %"
+    assert numbers.change(3.0, 2.97) == "−1.00 %"
+    assert numbers.change(3.0, 600.0) == "200× as high"
 
 
 def test_heat_maps_scale() -> None:
     def steps(values: list[float], **options: Any) -> list[int]:
         names = {f"h.{i}.up": value for i, value in enumerate(values)}
-        made = heat_map(names, 0, words.fixed, "bits", **options)
+        made = heat_map(names, 0, numbers.fixed, "bits", **options)
         assert made
         return [cell.step for cell in made.cells]
 
@@ -494,8 +495,8 @@ def test_heat_maps_scale() -> None:
     assert steps([3.0, 3.0, 3.0], least_span=1.0) == [5, 5, 5]
     assert steps([1e-4, 1e-2, 1.0], log=True) == [0, 5, 9]
     assert steps([0.0, 0.0], log=True) == [0, 0]
-    assert heat_map({"lm_head": 4.0}, 3, words.fixed, "bits") is None
-    made = heat_map({"model.layers.7.mlp.up": 2.0, "model.layers.0.attn.up": 2.0}, 32, words.fixed, "bits")
+    assert heat_map({"lm_head": 4.0}, 3, numbers.fixed, "bits") is None
+    made = heat_map({"model.layers.7.mlp.up": 2.0, "model.layers.0.attn.up": 2.0}, 32, numbers.fixed, "bits")
     assert made
     assert [name for name, _ in made.kinds] == ["mlp.up", "attn.up"], "the same last component tells nothing"
     assert len(made.blocks) == 32

@@ -243,7 +243,7 @@ def test_the_budget_may_give_dual_rows(tmp_path: Path) -> None:
     kinds = {spec["part"] for entry in entries for spec in entry["parts"]}
     assert kinds == {"affine", "dual_binary"}, "between 1 and 4 bits some rows are worth two"
     assert summary.bits_per_weight <= 2.4
-    assert "dual" in " ".join(row.holds for row in contents(str(tmp_path / "out")).rows)
+    assert "dual" in " ".join(row.parts for row in contents(str(tmp_path / "out")).rows)
 
 
 @pytest.mark.parametrize(

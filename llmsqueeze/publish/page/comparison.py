@@ -1,6 +1,6 @@
-"""The page of `llmsqueeze compare`: several models measured on the same text, and which of them are worth their bytes.
+"""The page of `llmsqueeze compare`: models that were measured on the same text, and the best of them for their size.
 
-`report` shows the same tables where its folder has been compared.
+`llmsqueeze report` shows the same tables if its folder was compared.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ from typing import Any
 
 from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.formats.public import shown
-from llmsqueeze.publish.page import words
+from llmsqueeze.publish import numbers
+from llmsqueeze.publish.folder import mapping, task_scores
+from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, percent, significant, with_error
 from llmsqueeze.publish.page.frontier import Point, plot
 from llmsqueeze.publish.page.render import render
-from llmsqueeze.publish.page.words import fixed, number, plus_minus, significant
 
 NUMBERS = (
     *("nbytes", "bits_per_weight", "perplexity", "perplexity_stderr", "nll_difference", "nll_difference_stderr"),
     *("kl_mean", "kl_p99", "top1_changed"),
 )
-BEYOND = 2.0  # standard errors, after which a difference is printed bold
+BEYOND = 2.0  # standard errors; a larger difference is bold
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
-    """The HTML of what `comparison.json` holds. Raises CheckpointError if it holds no models."""
+    """The HTML for the contents of `comparison.json`. Raises CheckpointError if there are no models in it."""
     view = view_of(comparison)
     return render("comparison.html", title=f"{view['original']} compared", **view)
 
 
 def view_of(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """What the templates say of a comparison."""
+    """The values for the templates."""
     public = shown(dict(comparison))
     models = public.get("models")
     if not isinstance(models, list) or not models or not all(isinstance(model, dict) for model in models):
-        raise CheckpointError("the comparison names no models; run `llmsqueeze compare` again to write it")
+        raise CheckpointError("the comparison has no models; run `llmsqueeze compare` again to write it")
     rows = [model_row(i, model) for i, model in enumerate(models, 1)]
     points = [point for row in rows if (point := point_of(row))]
     return {
@@ -54,29 +55,26 @@ def view_of(comparison: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_row(place: int, model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's numbers as they are, for sorting, and as they are read."""
-    row: dict[str, Any] = {key: number(model.get(key)) for key in NUMBERS}
-    original = model.get("kind") == "original"
-    loss, spread = row["nll_difference"], row["nll_difference_stderr"]
-    said = {
-        "perplexity": plus_minus(words.perplexity(row["perplexity"]), row["perplexity_stderr"], 3),
-        "loss": words.UNKNOWN if original else plus_minus(fixed(loss, 4, sign=True), spread, 4),
-        "kl_mean": words.UNKNOWN if original else significant(row["kl_mean"]),
-        "kl_p99": words.UNKNOWN if original else significant(row["kl_p99"]),
-        "top1_changed": words.UNKNOWN if original else words.percent(row["top1_changed"]),
+    """A row of the table: the numbers to sort by, and their `texts`."""
+    row: dict[str, Any] = {key: finite(model.get(key)) for key in NUMBERS}
+    texts = {
+        "loss": with_error(fixed(row["nll_difference"], 4, sign=True), row["nll_difference_stderr"]),
+        "kl_mean": significant(row["kl_mean"]),
+        "kl_p99": significant(row["kl_p99"]),
+        "top1_changed": percent(row["top1_changed"]),
     }
+    original = model.get("kind") == "original"
+    if original:  # no difference from itself
+        texts = dict.fromkeys(texts, UNKNOWN)
+    texts["perplexity"] = with_error(numbers.perplexity(row["perplexity"]), row["perplexity_stderr"])
     return row | {
         "place": place,
-        "name": model_name(model),
+        "name": str(model.get("model")),
         "kind": str(model.get("kind")),
         "role": "original" if original else "this" if model.get("this") is True else "other",
         "on_frontier": model.get("on_frontier") is True,
-        "said": said,
+        "texts": texts,
     }
-
-
-def model_name(model: Mapping[str, Any]) -> str:
-    return str(model.get("model"))
 
 
 def point_of(row: Mapping[str, Any]) -> Point | None:
@@ -89,28 +87,26 @@ def point_of(row: Mapping[str, Any]) -> Point | None:
 
 
 def task_table(models: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """A column for every task and metric, a row for every model; None where no task was run."""
-    tasks = [words.mapping(model.get("tasks")) for model in models]
-    columns = list(dict.fromkeys((task, key) for held in tasks for task in held for key in words.metrics(held[task])))
+    """A column for each metric of each task, a row for each model; None without tasks."""
+    tasks = [mapping(model.get("tasks")) for model in models]
+    columns = list(dict.fromkeys((task, key) for one in tasks for task in one for key in task_scores(one[task])))
     rows = [
-        (model_name(model), place, [task_cell(words.mapping(held.get(task)), key, place) for task, key in columns])
-        for place, (model, held) in enumerate(zip(models, tasks, strict=True), 1)
+        (str(model.get("model")), place, [task_cell(mapping(one.get(task)), key, place) for task, key in columns])
+        for place, (model, one) in enumerate(zip(models, tasks, strict=True), 1)
     ]
-    heads = [(words.public(task), words.public(key)) for task, key in columns]
-    return {"heads": heads, "rows": rows} if columns else None
+    return {"heads": columns, "rows": rows} if columns else None
 
 
 def task_cell(values: Mapping[str, Any], metric: str, place: int) -> dict[str, Any]:
-    """A score, and how far it is from the first model's."""
-    score, stderr, difference, spread = (
-        number(values.get(metric + suffix)) for suffix in ("", "_stderr", "_difference", "_difference_stderr")
+    """A score, and its difference from the first model's."""
+    score, error, difference, error_of_difference = (
+        finite(values.get(metric + suffix)) for suffix in ("", "_stderr", "_difference", "_difference_stderr")
     )
-    return {
-        "score": score,
-        "said": plus_minus(fixed(score, 4), stderr, 4),
-        "difference": "" if place == 1 or difference is None else plus_minus(fixed(difference, 4, True), spread, 4),
-        "beyond": bool(place > 1 and difference and spread and abs(difference) > BEYOND * spread),
-    }
+    if place == 1:
+        difference = None
+    text = "" if difference is None else with_error(fixed(difference, 4, sign=True), error_of_difference)
+    beyond = bool(difference and error_of_difference and abs(difference) > BEYOND * error_of_difference)
+    return {"score": score, "text": with_error(fixed(score, 4), error), "difference": text, "beyond": beyond}
 
 
 def write_page(comparison: Mapping[str, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmsqueeze.publish.page import words
+from llmsqueeze.publish import numbers
 from llmsqueeze.publish.page.labels import Label, place_labels, shortened
 
 LOG_SIZES, LOG_LOSSES = 4.0, 10.0  # axes whose numbers span less are linear
@@ -99,7 +99,7 @@ def plot(points: Sequence[Point], width: float, height: float, named: bool) -> P
             high=None if point.stderr is None or point.role == "original" else height_of(point.loss + point.stderr),
             role=point.role,
             on_frontier=point.on_frontier,
-            title=f"{point.number}. {point.name}: {words.size(point.nbytes)}, {told(point)}",
+            title=f"{point.number}. {point.name}: {numbers.size(point.nbytes)}, {told(point)}",
             label=label,
         )
         for point, centre, label in zip(points, centres, labels, strict=True)
@@ -116,17 +116,17 @@ def plot(points: Sequence[Point], width: float, height: float, named: bool) -> P
 
 
 def told(point: Point) -> str:
-    """A point's loss in words."""
+    """A point's loss in numbers."""
     if point.role == "original":
         return "the original"
-    spread = "" if point.stderr is None else f" ± {words.significant(point.stderr, 2)}"
+    spread = "" if point.stderr is None else f" ± {numbers.significant(point.stderr, 2)}"
     sign = "+" if point.loss > 0 else ""
-    return f"loss {sign}{words.significant(point.loss)}{spread} nats per token"
+    return f"loss {sign}{numbers.significant(point.loss)}{spread} nats per token"
 
 
 def round_size(nbytes: float) -> str:
     """'500 kB', '1 MB': ticks are round numbers."""
-    digits, _, unit = words.size(nbytes).partition(" ")
+    digits, _, unit = numbers.size(nbytes).partition(" ")
     return f"{float(digits.replace(',', '')):g} {unit}"
 
 

@@ -1,4 +1,4 @@
-"""From a template to one HTML file: styles and script go into it, and it is forbidden to load anything else."""
+"""From a template to one HTML file with its styles and its script. A policy forbids it to load anything else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from llmsqueeze import __version__
-from llmsqueeze.publish.page import words
+from llmsqueeze.publish import numbers
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -18,8 +18,9 @@ FOLDER = "templates"
 
 
 def render(template: str, **context: Any) -> str:
-    """The page. Whatever is in the context is text: it is escaped, and a script that got in would not be run, for the
-    policy names ours by its hash."""
+    """The page. The values in the context are text and are escaped. A script in them would not run, because the policy
+    names ours by its hash.
+    """
     from markupsafe import Markup
 
     style, script = asset("page.css"), asset("page.js")
@@ -35,21 +36,21 @@ def render(template: str, **context: Any) -> str:
 def environment() -> Environment:
     import jinja2
 
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FunctionLoader(asset),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {
-        "size": words.size,
-        "integer": words.integer,
-        "fixed": words.fixed,
-        "percent": words.percent,
+    templates.filters |= {
+        "size": numbers.size,
+        "integer": numbers.integer,
+        "fixed": numbers.fixed,
+        "percent": numbers.percent,
         "px": lambda value: f"{value:.1f}".removesuffix(".0"),
     }
-    return made
+    return templates
 
 
 def asset(name: str) -> str:
@@ -57,5 +58,5 @@ def asset(name: str) -> str:
 
 
 def digest(text: str) -> str:
-    """As a content security policy names an inline style or script."""
+    """The name of an inline style or script in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,16 +1,15 @@
-"""The words of a report: what a folder is in one sentence, how it was made, and the commands that make it again."""
+"""The words of a report: the folder in one sentence, and how it was compressed."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmsqueeze.formats.public import TEXT_SUFFIXES
-from llmsqueeze.publish.page import words
-from llmsqueeze.publish.page.folder import Folder
-from llmsqueeze.publish.page.scores import perplexities
-from llmsqueeze.publish.page.words import fixed, number, percent, significant
+from llmsqueeze.publish import numbers
+from llmsqueeze.publish.folder import Folder
+from llmsqueeze.publish.numbers import finite, fixed, percent, significant
+from llmsqueeze.publish.provenance import calibration, versions
+from llmsqueeze.publish.scores import perplexities
 
 METHODS = {
     "auto": "what suits what was asked for: coded weights, or a budget on grids",
@@ -28,138 +27,79 @@ METHODS = {
 
 def sentence(folder: Folder) -> str:
     """'demo at 2.70 bits per weight: 4.1× smaller, perplexity +0.47 %'."""
-    record, before = folder.record, number(folder.record["nbytes_original"])
-    what = f"{record['model']} at {fixed(folder.bits_per_weight, 2)} bits per weight"
+    model, before = folder.record["model"], folder.nbytes_original
+    subject = f"{model} at {fixed(folder.bits_per_weight, 2)} bits per weight"
     if folder.dense:
-        what = f"{record['model']}, compressed and written out again as ordinary weights"
+        subject = f"{model}, compressed and then exported as ordinary weights"
     ratio = before / folder.nbytes if before and folder.nbytes else 1.0
     smaller = "as large as before" if 0.99 < ratio < 1.01 else f"{significant(ratio, 2)}× smaller"
     if ratio <= 0.99:
         smaller = f"{significant(1 / ratio, 2)}× as large as before"
-    pair = perplexities(folder)
-    return f"{what}: {smaller}, " + (f"perplexity {words.change(*pair)}" if pair else "perplexity not measured yet")
+    both = perplexities(folder.evaluation)
+    perplexity = f"perplexity {numbers.change(*both)}" if both else "perplexity not measured yet"
+    return f"{subject}: {smaller}, {perplexity}"
 
 
 def figures(folder: Folder) -> list[tuple[str, str, str]]:
-    """The numbers at the top: what, the number, what it was or means."""
-    record, pair = folder.record, perplexities(folder)
-    codes, kl = number(record.get("code_bits")), number(folder.evaluation.get("kl_mean"))
-    made = [
-        ("Size of all weights", words.size(folder.nbytes), f"was {words.size(number(record['nbytes_original']))}"),
-        (
-            "Bits per weight",
-            fixed(folder.bits_per_weight, 2),
-            f"codes of {significant(codes)} bits on average" if codes else "",
-        ),
+    """The numbers at the top: label, number, and its earlier value or its unit."""
+    both = perplexities(folder.evaluation)
+    codes, divergence = finite(folder.record.get("code_bits")), finite(folder.evaluation.get("kl_mean"))
+    width = f"codes of {significant(codes)} bits on average" if codes else ""
+    rows = [
+        ("Size of all weights", numbers.size(folder.nbytes), f"was {numbers.size(folder.nbytes_original)}"),
+        ("Bits per weight", fixed(folder.bits_per_weight, 2), width),
     ]
-    if pair:
-        made.append(("Perplexity", words.perplexity(pair[1]), f"was {words.perplexity(pair[0])}"))
-    if kl is not None:
-        made.append(("KL divergence", significant(kl), "nats per token, from the original"))
-    return made
+    if both:
+        rows.append(("Perplexity", numbers.perplexity(both[1]), f"was {numbers.perplexity(both[0])}"))
+    if divergence is not None:
+        rows.append(("KL divergence", significant(divergence), "nats per token, from the original"))
+    return rows
 
 
-def how(folder: Folder) -> list[tuple[str, str]]:
-    """What was compressed and how, line by line."""
-    record, recipe = folder.record, folder.record["recipe"]
-    method = str(recipe.get("method"))
-    over = f" (rounding: {recipe['quantizer']})" if recipe.get("quantizer") not in (None, method) else ""
-    model = str(record["model"]) + (f", revision {record['revision']}" if record.get("revision") else "")
-    predicted = number(record.get("predicted_loss_increase"))
+def history(folder: Folder) -> list[tuple[str, str]]:
+    """How the folder was compressed: label and text of each line."""
+    record, recipe = folder.record, folder.recipe
+    predicted = finite(record.get("predicted_loss_increase"))
     lines = [
-        ("Model", model),
+        ("Model", str(record["model"]) + (f", revision {record['revision']}" if record.get("revision") else "")),
         ("Licence", str(record.get("license") or "")),
-        ("Method", f"{method}: {METHODS[method]}{over}" if method in METHODS else method),
-        ("Asked for", asked_for(recipe)),
-        (
-            "Compressed",
-            f"{words.integer(record['quantized_weights'])} weights in {len(folder.linears):,} linear layers",
-        ),
-        ("Calibration", calibration(record.get("calibration"))),
+        ("Method", method(recipe)),
+        ("Budget", budget(recipe)),
+        ("Compressed", f"{numbers.integer(folder.weights)} weights in {len(folder.linears):,} linear layers"),
+        ("Calibration", calibration(folder)),
         ("Predicted loss", f"{fixed(predicted, 4, sign=True)} nats per token" if predicted is not None else ""),
-        *(("Distilled", distilled(about)) for about in distillations(record)),
-        ("Format", str(record.get("format", "llmsqueeze"))),
-        ("Versions", versions(record)),
+        *(("Distilled", distilled(one)) for one in folder.distillations),
+        ("Format", folder.format),
+        ("Versions", versions(folder)),
     ]
-    return [(what, text) for what, text in lines if text]
+    return [(label, text) for label, text in lines if text]
 
 
-def asked_for(recipe: Mapping[str, Any]) -> str:
-    """The budget, in the words of the recipe."""
-    said = [
-        f"{recipe['bits']:g} bits" if number(recipe.get("bits")) else "",
-        f"{words.size(number(recipe['size']))} for the whole folder" if number(recipe.get("size")) else "",
-        f"perplexity at most {percent(recipe['max_ppl_increase'])} up"
-        if number(recipe.get("max_ppl_increase"))
-        else "",
-        f"KL divergence at most {recipe['max_kl']:g}" if number(recipe.get("max_kl")) else "",
-        f"groups of {recipe['group_size']} columns" if (number(recipe.get("group_size")) or 0) > 0 else "",
-        f"{percent(recipe['outliers'])} outliers" if number(recipe.get("outliers")) else "",
-    ]
-    return ", ".join(one for one in said if one)
+def method(recipe: Mapping[str, Any]) -> str:
+    """The method, its sentence, and the rounding if it has another name."""
+    name, rounding = str(recipe.get("method")), recipe.get("quantizer")
+    over = f" (rounding: {rounding})" if rounding not in (None, name) else ""
+    return f"{name}: {METHODS[name]}{over}" if name in METHODS else name
 
 
-def calibration(about: Any) -> str:
-    if not isinstance(about, Mapping):
-        return "none: the method reads no text"
-    rows = f"{words.integer(about.get('samples'))} samples of {words.integer(about.get('seq_len'))} tokens"
-    return f"{about.get('source')}, {rows}"
+def budget(recipe: Mapping[str, Any]) -> str:
+    """The limits in the recipe, in words."""
+    limits = {key: finite(recipe.get(key)) or 0.0 for key in BUDGET}
+    return ", ".join(BUDGET[key](limit) for key, limit in limits.items() if limit > 0)
 
 
-def distillations(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every one that the folder has been through."""
-    found = record.get("distillation")
-    return [about for about in found if isinstance(about, dict)] if isinstance(found, list) else []
+BUDGET: dict[str, Callable[[float], str]] = {
+    "bits": lambda bits: f"{bits:g} bits",
+    "size": lambda nbytes: f"{numbers.size(nbytes)} for the whole folder",
+    "max_ppl_increase": lambda share: f"perplexity at most {percent(share)} up",
+    "max_kl": lambda limit: f"KL divergence at most {limit:g}",
+    "group_size": lambda columns: f"groups of {columns:g} columns",
+    "outliers": lambda share: f"{percent(share)} outliers",
+}
 
 
-def later_distillations(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Those that its recipe did not ask for."""
-    return distillations(record)[1 if record["recipe"].get("distill_steps") else 0 :]
-
-
-def distilled(about: Mapping[str, Any]) -> str:
-    before, after = number(about.get("kl_before")), number(about.get("kl_after"))
+def distilled(distillation: Mapping[str, Any]) -> str:
+    """The teacher of a distillation and its effect."""
+    before, after = finite(distillation.get("kl_before")), finite(distillation.get("kl_after"))
     effect = f"KL on held-back text {significant(before)} → {significant(after)} nats per token"
-    return f"from {about.get('teacher')}, {effect}"
-
-
-def distill_command(about: Mapping[str, Any]) -> str:
-    """The command that distilled, with every setting that counts for what it did."""
-    settings = words.mapping(about.get("settings"))
-    loss, blockwise, train = settings.get("loss"), bool(settings.get("blockwise")), str(settings.get("train"))
-    left_out = {"blockwise", "calibration", "loss" if blockwise else "targets"}
-    left_out |= set() if loss == "dad" else {"weight", "gamma"}
-    left_out |= set() if "codes" in train else {"moves"}
-    command = ["llmsqueeze", "distill", "FOLDER", "--teacher", str(about.get("teacher"))]
-    for key, value in settings.items():
-        if key not in left_out and value is not None:
-            command += [f"--{key.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
-    return shlex.join([*command, *(["--blockwise"] if blockwise else [])])
-
-
-def versions(record: Mapping[str, Any]) -> str:
-    known = {"llmsqueeze": record.get("llmsqueeze_version")} | dict(words.mapping(record.get("versions")))
-    return ", ".join(f"{name} {version}" for name, version in known.items() if version)
-
-
-def recipe_yaml(record: Mapping[str, Any]) -> str:
-    """The recipe without what it leaves open."""
-    import yaml
-
-    said = {key: value for key, value in record["recipe"].items() if value is not None and value != []}
-    lines = [  # a list on the line of its key
-        yaml.safe_dump({key: value}, default_flow_style=None if isinstance(value, list | dict) else False, width=1000)
-        for key, value in said.items()
-    ]
-    return "".join(lines)
-
-
-def quantize_command(record: Mapping[str, Any]) -> str:
-    command = ["llmsqueeze", "quantize", str(record["model"]), "--recipe", "recipe.yaml"]
-    return shlex.join([*command, *(["--revision", str(record["revision"])] if record.get("revision") else [])])
-
-
-def own_text(record: Mapping[str, Any]) -> str | None:
-    """The name of a calibration text that only the maker has."""
-    text = str(record["recipe"].get("calibration"))
-    return text if text.lower().endswith(TEXT_SUFFIXES) else None
+    return f"from {distillation.get('teacher')}, {effect}"

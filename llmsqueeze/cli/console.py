@@ -1,0 +1,121 @@
+"""The terminal: progress and errors on stderr, results on stdout, at most 100 columns wide, colour only on a terminal.
+
+If stderr is not a terminal, progress is a line per compressed weight and per stage.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+from llmsqueeze.progress import Progress
+
+WIDTH = 100
+STAGES = {
+    "forward": "forward, block by block",
+    "loss": "loss gradient, by sample",
+    "weights": "weights, block by block",
+    "trial": "trial of one block",
+    "gradients": "weight gradients, block by block",
+    "compress": "compress, block by block",
+    "teacher": "teacher, block by block",
+    "answers": "teacher's answers, by sample",
+    "distill": "distillation, by step",
+    "blockwise": "distillation, block by block",
+    "sample": "sampling text, by batch",
+    "rewrite": "writing, by file",
+    "verify": "verification, block by block",
+    "text": "perplexity, by batch",
+    "tasks": "tasks, by lm-eval",
+}
+
+
+def console(stderr: bool = False) -> Console:
+    """A console at most 100 columns wide, without colour if it is not a terminal."""
+    terminal = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    terminal.width = min(terminal.width, WIDTH) if terminal.is_terminal else WIDTH
+    return terminal
+
+
+class TerminalProgress(Progress):
+    """Bars with the remaining time on a terminal, lines elsewhere. Weights with a large error are marked."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = console(stderr=True)
+        self._quiet = quiet
+        self._bars: RichProgress | None = None
+        self._task: TaskID | None = None
+        self._stage, self._total, self._done, self._start = "", 0, 0, time.monotonic()
+        if self._console.is_terminal and not quiet:
+            columns = (
+                TextColumn("{task.description:32}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bars = RichProgress(*columns, console=self._console)
+
+    def __enter__(self) -> TerminalProgress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    @contextmanager
+    def foreign(self, name: str) -> Iterator[None]:
+        if not self._bars:
+            with super().foreign(name):
+                yield
+            return
+        self._bars.stop()
+        self._console.print(STAGES.get(name, name))
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            yield
+        self._bars.start()
+
+    def stage(self, name: str, total: int) -> None:
+        self._stage, self._total, self._done, self._start = STAGES.get(name, name), total, 0, time.monotonic()
+        if self._bars:
+            self._task = self._bars.add_task(self._stage, total=total)
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._bars and self._task is not None:
+            self._bars.advance(self._task)
+        elif not self._quiet and self._done in (1, self._total) and self._total:
+            seconds = time.monotonic() - self._start
+            left = seconds / self._done * (self._total - self._done)
+            self._print(f"{self._stage}: {self._done}/{self._total}, {seconds:.0f} s, about {left:.0f} s left")
+
+    def weight(self, name: str, bits_per_weight: float, error: float) -> None:
+        mark = "  <-- large" if error > 0.5 else ""
+        self._print(f"  {name:<58} {bits_per_weight:5.2f} bit   error {error:9.2e}{mark}", "red" if mark else None)
+
+    def note(self, text: str) -> None:
+        self._print(f"note: {text}", "yellow")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        if not self._quiet:
+            self._console.print(text, style=style, markup=False)
+
+
+def print_error(message: str) -> None:
+    console(stderr=True).print(f"error: {message}", style="red", markup=False, soft_wrap=not sys.stderr.isatty())

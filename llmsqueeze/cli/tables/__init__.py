@@ -1,0 +1,1 @@
+"""The results of the verbs as tables on the terminal."""

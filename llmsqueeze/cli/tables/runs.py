@@ -1,0 +1,205 @@
+"""The tables at the end of a run: quantize, distill, export, plan; and the list of recipes."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from llmsqueeze.cli.console import console
+from llmsqueeze.publish.numbers import code_width, fixed, perplexity, significant, size
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The summary of `quantize`."""
+    calibration = summary["calibration"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("written to", summary["out"])
+    outliers = f", {summary['outliers']} outliers kept exactly" if summary["outliers"] else ""
+    table.add_row("method", f"{summary['method']}, codes of {code_width(summary['bits'])} bits on average{outliers}")
+    table.add_row("bits per weight", f"{fixed(summary['bits_per_weight'], 3)} (all data of the quantized linears)")
+    ratio = summary["nbytes_original"] / summary["nbytes"]
+    table.add_row(
+        "size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({significant(ratio)}x smaller)"
+    )
+    if summary["predicted_loss_increase"] is not None:
+        table.add_row("predicted", predicted_increase(summary["predicted_loss_increase"]))
+    if "kl_before" in summary:
+        table.add_row("distilled", divergence(summary))
+    elif summary["method"] == "dbllm":
+        command = shlex.join(["llmsqueeze", "distill", summary["out"]])
+        table.add_row("next", f"{command} trains the scales, as the paper does")
+    if "rounds" in summary:
+        increase = f"perplexity {fixed(100 * summary['perplexity_increase'], 2, sign=True)} %"
+        measured = f"{increase}, KL {significant(summary['kl_mean'])}"
+        table.add_row("on held-back text", f"{measured} (measured, {len(summary['rounds'])} sizes tried)")
+    if calibration is None:
+        table.add_row("calibration", "none needed")
+    else:
+        rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
+        table.add_row("calibration", f"{calibration['source']}, {rows}")
+    table.add_row("format", format_and_why(summary))
+    table.add_row("verified", verification(summary["verified"]))
+    table.add_row("opens in", opening(summary["opens"]))
+    table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
+    if summary["peak_device_memory_mb"]:
+        table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
+    console().print(table)
+
+
+def print_distillation(summary: dict[str, Any]) -> None:
+    """The summary of `distill`."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("written to", summary["out"])
+    table.add_row("model", f"{summary['model']}, teacher {summary['teacher']}")
+    table.add_row("loss", f"{summary['loss']}, best of {summary['steps']} steps: {summary['best_step']}")
+    table.add_row("held-back text", divergence(summary))
+    if summary["codes_moved"]:
+        table.add_row("codes", f"moved {summary['codes_moved']} times by one level")
+    if summary["guarded"]:
+        table.add_row("alphas", f"kept in order {summary['guarded']} times before they crossed")
+    if summary["stopped"]:
+        table.add_row("stopped", summary["stopped"])
+    calibration = summary["calibration"]
+    rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
+    table.add_row("text", f"{calibration['source']}, {rows}")
+    same = summary["nbytes"] == summary["nbytes_before"]
+    before = "as before" if same else f"was {size(summary['nbytes_before'])}: the streams are coded again"
+    table.add_row("size", f"{size(summary['nbytes'])}, {before}")
+    table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
+    console().print(table)
+
+
+def print_export(summary: dict[str, Any]) -> None:
+    """The summary of `export`."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("written to", summary["out"])
+    table.add_row("format", f"{summary['target']}, {summary['linears']} compressed linears of {summary['model']}")
+    if summary["target"] == "gguf-map":
+        types = ", ".join(f"{count} x {kind}" for kind, count in summary["types"].items())
+        table.add_row("types", types)
+        bits = f"{fixed(summary['bits_per_weight'], 3)} bits per weight in llama.cpp's types"
+        table.add_row("size", f"{bits}, {fixed(summary['bits_per_weight_before'], 3)} here")
+    else:
+        table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
+        table.add_row("verified", "all read back from disk, equal bit by bit")
+    if "rerounded" in summary:
+        table.add_row("rounded again", f"coded weights to {summary['rerounded']}; {reround_cost(summary)}")
+    if summary["opens"]:
+        table.add_row("opens in" if summary["target"] != "peft" else "base opens in", opening(summary["opens"]))
+    out = console()
+    out.print(table)
+    if summary["target"] == "peft":
+        rank = f"rank {summary['rank']}, for {summary['adapted']} linears, {size(summary['adapter_nbytes'])}"
+        out.print(f"adapter: {rank}; to serve both:\n{summary['command']}", soft_wrap=True)
+        out.print(f"in Python:\n{summary['code']}", soft_wrap=True, markup=False)
+    if summary["target"] == "gguf-map":
+        out.print("llama.cpp rounds the original again with this map. The commands, which are also in quantize.sh:")
+        out.print("\n".join(summary["commands"]), soft_wrap=True)
+
+
+def reround_cost(summary: dict[str, Any]) -> str:
+    """The predicted cost of a second rounding of coded weights, if it is known."""
+    cost = summary["predicted_loss_increase"]
+    return "the folder does not tell the cost" if cost is None else f"predicted {predicted_increase(cost)} more"
+
+
+def format_and_why(summary: dict[str, Any]) -> str:
+    """The format, the reason why it is not portable, and the cost of a portable one."""
+    if summary["why_native"] is None:
+        return f"{summary['format']}, which other programs open"
+    if summary["why_native"] == "--native":
+        return f"{summary['format']}, because of --native"
+    text = f"{summary['format']}, not portable ({summary['why_native']})"
+    if summary["predicted_portable"] is not None:
+        return f"{text}\n--portable at this size: predicted loss {fixed(summary['predicted_portable'], 4, sign=True)}"
+    return f"{text}\nthe cost of --portable was not measured; `llmsqueeze plan --portable` measures it"
+
+
+def verification(verified: dict[str, float] | None) -> str:
+    """The share of a result that was read back and compared."""
+    if verified is None:
+        return "no (--no-verify); only the form was checked"
+    blocks = f", and the outputs of {verified['blocks']} blocks" if verified["blocks"] else ""
+    return f"{verified['weights']} weights read back from disk, equal bit by bit{blocks}"
+
+
+def opening(verdicts: dict[str, str]) -> str:
+    """The programs that open a folder, and the reasons why the others do not."""
+    names = {"native": "llmsqueeze", "transformers": "transformers", "vllm": "vLLM"}
+    yes = ", ".join(names[one] for one, reason in verdicts.items() if not reason)
+    no = "".join(f"\nnot in {names[one]}: {reason}" for one, reason in verdicts.items() if reason)
+    return yes + no
+
+
+def divergence(summary: dict[str, Any]) -> str:
+    """The divergence from the teacher before and after a distillation."""
+    before, after = summary["kl_before"], summary["kl_after"]
+    change = fixed(100 * (after / before - 1), 1, sign=True)
+    return f"KL from the teacher {significant(before)} -> {significant(after)} nats per token ({change} %)"
+
+
+def predicted_increase(loss: float) -> str:
+    """A predicted increase of the loss, and of the perplexity."""
+    increase = fixed(100 * math.expm1(loss), 2, sign=True)
+    return f"loss {fixed(loss, 4, sign=True)} nats per token, perplexity {increase} %"
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """The summary of `plan`: kinds of linear, widths as shares of their rows, bytes, predicted loss."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("linear", overflow="fold")
+    table.add_column("% of rows on 1 2 ... 8 bits", no_wrap=True)
+    for head in ("bits/weight", "bytes", "loss"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in plan["rows"]:
+        shares = (
+            "coded"
+            if not row["rows"]
+            else " ".join(
+                f"{100 * row['rows'][str(bits)]:3.0f}" if str(bits) in row["rows"] else "  ." for bits in range(1, 9)
+            )
+        )
+        kept = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
+        loss = row["predicted_loss_increase"]
+        table.add_row(
+            f"{row['pattern']} x{row['count']}",
+            shares + kept,
+            fixed(row["bits_per_weight"], 3),
+            size(row["nbytes"]),
+            "" if loss is None else f"{loss:.2e}",
+        )
+    out, rows = console(), plan["rows"]
+    out.print(table)
+    out.print(
+        f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted, "
+        f"for codes of {code_width(plan['bits'])} bits on average; "
+        f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
+    )
+    for key, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):
+        if any(row[key] for row in rows):
+            factor = 100 if key == "dual" else 1
+            values = [f"{row['pattern'].split('.')[-1]} {row[key] * factor:.2g}" for row in rows]
+            out.print(f"{unit}: {', '.join(values)}")
+    if plan["predicted_loss_increase"] is not None:
+        before = math.exp(min(plan["loss"], 700.0))
+        after = math.exp(min(plan["loss"] + plan["predicted_loss_increase"], 700.0))
+        on_text = f"on the calibration text {perplexity(before)} -> {perplexity(after)}"
+        out.print(f"predicted: {predicted_increase(plan['predicted_loss_increase'])} ({on_text})")
+    out.print(f"format: {format_and_why(plan)}")
+    if plan["predicted_seconds"] is not None:
+        memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
+        out.print(f"predicted for quantize --plan: {plan['predicted_seconds']:.0f} s, peak memory {memory}")
+    next_command = shlex.join(["llmsqueeze", "quantize", plan["given"], "--plan", f"{plan['out']}/plan.yaml"])
+    out.print(f"written to {plan['out']}; next: {next_command}", soft_wrap=True)
+
+
+def print_recipes(result: dict[str, Any]) -> None:
+    """The bundled recipes, a line each."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for recipe in result["recipes"]:
+        table.add_row(recipe["name"], recipe["purpose"])
+    console().print(table)

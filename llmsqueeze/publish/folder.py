@@ -1,0 +1,284 @@
+"""The one reader of a compressed folder: its record, its linears with their sizes, and its scores.
+
+It reads the JSON files and the headers of the weights. So it is fast for a model of any size. A JSON file can hold any
+value: a value of the wrong type counts as unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmsqueeze import parts
+from llmsqueeze.errors import CheckpointError, UnsupportedError, nearest
+from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR, read_json, read_json_if_there
+from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
+from llmsqueeze.formats.public import shown
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.publish.numbers import finite
+
+BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # the names of this number in configs
+DERIVED = ("_stderr", "_difference")  # the ends of the keys that stand beside a task's scores
+
+# the keys of the record that card and report need
+NEEDED: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "recipe": dict,
+    "bits_per_weight": (int, float),
+    "quantized_weights": int,
+    "nbytes": int,
+    "nbytes_original": int,
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A compressed linear: its name, its parts in words, its number of weights, its bytes in the file, its relative
+    output error. None: unknown.
+    """
+
+    name: str
+    parts: str
+    weights: int | None
+    nbytes: int | None
+    error: float | None
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per weight of all its tensors."""
+        return self.nbytes * 8 / self.weights if self.nbytes is not None and self.weights else None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A compressed folder.
+
+    `record`: `llmsqueeze.json`. `evaluation`, `comparison`: the scores, empty if not measured. `entries`: the linears
+    in the config, empty if the folder holds ordinary weights. `linears`: in the order of their compression.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    record: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    comparison: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    linears: Sequence[Linear]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        return mapping(self.record.get("recipe"))
+
+    @property
+    def format(self) -> str:
+        """llmsqueeze, compressed-tensors or dense."""
+        return str(self.record.get("format", "llmsqueeze"))
+
+    @property
+    def dense(self) -> bool:
+        """Whether the folder was exported as ordinary weights."""
+        return not self.entries
+
+    @property
+    def blocks(self) -> int:
+        """The number of decoder blocks, 0 if unknown."""
+        counts = (finite(self.checkpoint.config.get(key)) for key in BLOCK_COUNTS)
+        return int(next((count for count in counts if count), 0))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.checkpoint.nbytes
+
+    @property
+    def nbytes_original(self) -> float | None:
+        return finite(self.record.get("nbytes_original"))
+
+    @property
+    def linear_nbytes(self) -> int:
+        return sum(linear.nbytes or 0 for linear in self.linears)
+
+    @property
+    def weights(self) -> int:
+        """The number of weights in the compressed linears."""
+        return sum(linear.weights or 0 for linear in self.linears) or int(self.record["quantized_weights"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of all tensors of the linears."""
+        return self.linear_nbytes * 8 / self.weights if self.linear_nbytes else float(self.record["bits_per_weight"])
+
+    @property
+    def compared(self) -> list[Mapping[str, Any]]:
+        """The models in the comparison, the original first."""
+        models = self.comparison.get("models")
+        return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+
+    @property
+    def distillations(self) -> list[Mapping[str, Any]]:
+        """All distillations of the folder, the first one first."""
+        entries = self.record.get("distillation")
+        return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+
+
+def read_folder(path: Path) -> Folder:
+    """The folder at `path`.
+
+    Raises UnsupportedError if llmsqueeze did not write it, CheckpointError if a file is missing or damaged.
+    """
+    checkpoint = open_checkpoint(path)
+    record = read_json_if_there(path / SIDECAR)
+    entries = read_entries(checkpoint) if is_compressed(checkpoint) or not record else {}
+    errors = output_errors(record)
+    return Folder(
+        name=path.resolve().name,
+        checkpoint=checkpoint,
+        record=record,
+        evaluation=read_json_if_there(path / EVALUATION),
+        comparison=read_json_if_there(path / COMPARISON),
+        entries=entries,
+        linears=compressed_linears(checkpoint, entries, errors) if entries else dense_linears(checkpoint, errors),
+    )
+
+
+def read_public(path: Path) -> Folder:
+    """The folder without local paths and tokens, for a card or a page.
+
+    Raises as `read_folder` and `read_record`.
+    """
+    read_record(path)
+    folder = read_folder(path)
+    return replace(
+        folder,
+        record=shown(folder.record),
+        evaluation=shown(folder.evaluation),
+        comparison=shown(folder.comparison),
+    )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The folder's `llmsqueeze.json`.
+
+    Raises UnsupportedError if there is none, CheckpointError if a key is missing or has the wrong type.
+    """
+    if not (path / SIDECAR).is_file():
+        raise UnsupportedError(_not_ours(path))
+    record = read_json(path / SIDECAR)
+    if wrong := [key for key, kind in NEEDED.items() if not isinstance(record.get(key), kind)]:
+        raise CheckpointError(
+            f"'{path / SIDECAR}' has no usable {', '.join(wrong)}; run `llmsqueeze quantize` again to write it"
+        )
+    return record
+
+
+def _not_ours(path: Path) -> str:
+    """The error message for a path that is not a folder of ours, with the nearest one that is."""
+    ours = [file.parent for base in (path, path.parent) if base.is_dir() for file in base.glob(f"*/{SIDECAR}")]
+    hint = nearest(path.name, [folder.name for folder in ours])
+    if not path.is_dir():
+        return f"there is no folder {path}; name a folder that llmsqueeze wrote{hint}"
+    inside = next((folder for folder in ours if folder.parent == path), None)
+    hint = f"; did you mean '{inside}'?" if inside else hint
+    return f"{path} has no {SIDECAR}; name a folder that llmsqueeze wrote{hint}"
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def task_scores(values: Any) -> dict[str, float]:
+    """metric -> score of a task, without standard errors and differences."""
+    scores = {key: finite(value) for key, value in mapping(values).items() if not key.endswith(DERIVED)}
+    return {key: score for key, score in scores.items() if score is not None}
+
+
+def output_errors(record: Mapping[str, Any]) -> dict[str, float | None]:
+    return {str(name): finite(value) for name, value in mapping(record.get("errors")).items()}
+
+
+def compressed_linears(
+    checkpoint: Checkpoint, entries: Mapping[str, Entry], errors: Mapping[str, float | None]
+) -> list[Linear]:
+    """In the order of their compression if the record has it."""
+    order = {name: i for i, name in enumerate(errors)}
+    return [
+        Linear(name, describe([entry]), numel(entry), stored_nbytes(checkpoint, entry), errors.get(name))
+        for name, entry in sorted(entries.items(), key=lambda item: order.get(item[0], len(order)))
+    ]
+
+
+def dense_linears(checkpoint: Checkpoint, errors: Mapping[str, float | None]) -> list[Linear]:
+    """The linears that were compressed before the export, by their errors in the record."""
+    linears = []
+    for name, error in errors.items():
+        stored = checkpoint.tensors.get(f"{name}.weight")
+        if stored is None:
+            linears.append(Linear(name, "", None, None, error))
+        else:
+            weights = stored.nbytes // stored.dtype.itemsize
+            linears.append(Linear(name, parts.dtype_name(stored.dtype), weights, stored.nbytes, error))
+    return linears
+
+
+def numel(entry: Entry) -> int:
+    rows, cols = entry.shape
+    return rows * cols
+
+
+def stored_nbytes(checkpoint: Checkpoint, entry: Entry) -> int:
+    """Bytes of all tensors of a linear. Raises CheckpointError if a tensor does not match the config."""
+    for spec, names in zip(entry.specs, entry.names, strict=True):
+        for kind, (shape, dtype) in parts.layout(entry.shape, spec).items():
+            stored = checkpoint.tensors.get(names[kind])
+            if stored is None:
+                raise CheckpointError(f"{checkpoint.path} lacks {names[kind]}, which its config describes")
+            if stored.shape != shape or (stored.dtype != dtype and not dtype.is_floating_point):
+                raise CheckpointError(
+                    f"{names[kind]} is {list(stored.shape)} {parts.dtype_name(stored.dtype)}, but its config says "
+                    f"{list(shape)} {parts.dtype_name(dtype)}"
+                )
+    return sum(checkpoint.tensors[name].nbytes for name in entry.tensors)
+
+
+def describe(entries: Sequence[Entry]) -> str:
+    """The parts of similar linears in words: '12 % 4 bit, 88 % 3 bit, g128 + rank 4 to 8 + 0.5 % outliers'."""
+    ranks = [sum(s["rank"] for s in entry.specs if s["part"] == parts.LowRank.kind) for entry in entries]
+    shares = [
+        100 * sum(s["count"] for s in entry.specs if s["part"] == parts.Sparse.kind) / numel(entry) for entry in entries
+    ]
+    texts = [
+        "coded" if any(spec["part"] == parts.Coded.kind for entry in entries for spec in entry.specs) else "",
+        describe_grids(entries),
+        f"rank {span(ranks, 'd')}" if any(ranks) else "",
+        f"{span(shares, '.2g')} % outliers" if any(shares) else "",
+    ]
+    return " + ".join(text for text in texts if text)
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """'4', or '4 to 8'."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def describe_grids(entries: Sequence[Entry]) -> str:
+    """'4 bit g128', or the share of the rows on each grid. A group size of all grids is written once, at the end."""
+    specs = [(spec, entry.shape[0]) for entry in entries for spec in parts.with_grid(entry.specs)]
+    if not any("rows" in spec for spec, _ in specs):
+        return " + ".join(dict.fromkeys(str(parts.spec_grid(spec)) for spec, _ in specs))
+    counts: dict[parts.Grid, int] = {}
+    for spec, rows in specs:
+        grid = parts.spec_grid(spec)
+        counts[grid] = counts.get(grid, 0) + spec.get("rows", rows)
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    groups = {str(grid).split()[2] for grid in counts}
+    common = groups.pop() if len(groups) == 1 else ""
+    texts = [
+        f"{100 * count / sum(counts.values()):.2g} % {str(grid).replace(f' {common}', '', 1) if common else grid}"
+        for grid, count in sorted(counts.items(), key=lambda item: -item[0].bits)
+    ]
+    return ", ".join([*texts, common] if common else texts)

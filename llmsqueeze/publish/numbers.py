@@ -1,0 +1,86 @@
+"""Numbers as text, for the terminal, the pages and the model card.
+
+Sizes are in powers of 1000. A negative number has a real minus sign. An unknown number is a dash.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+UNKNOWN = "–"
+FACTOR = 3.0  # a perplexity that is this many times the original's is written as a factor, not as a percentage
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float if it is a finite number, else None. JSON from Python may hold NaN and infinities."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if number else None
+
+
+def integer(value: Any) -> str:
+    """1234567 -> '1,234,567'."""
+    number = finite(value)
+    return UNKNOWN if number is None else f"{number:,.0f}"
+
+
+def size(nbytes: float | None) -> str:
+    """Bytes with three digits: '428 kB', '1.74 MB'."""
+    if nbytes is None:
+        return UNKNOWN
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{significant(nbytes)} {unit}"
+        nbytes /= 1000
+    return f"{significant(nbytes)} TB"
+
+
+def exact_size(nbytes: int) -> str:
+    """'1.07 GB (1,073,741,824 bytes)'."""
+    return f"{size(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1000 else f"{nbytes} bytes"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """The number with this many significant digits, never with an exponent."""
+    if not value:
+        return UNKNOWN if value is None else "0"
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 0.0999 may become 0.10
+    return f"{value:,.{min(max(digits - 1 - exponent, 0), 9)}f}".replace("-", "−")
+
+
+def fixed(value: float | None, decimals: int, sign: bool = False) -> str:
+    """The number with this many decimals. `sign`: write the plus sign too."""
+    if value is None:
+        return UNKNOWN
+    text = f"{value:{'+' if sign else ''},.{decimals}f}"
+    return (text.replace("-", "") if float(text.replace(",", "")) == 0 else text).replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """0.0132 -> '1.3 %'."""
+    return UNKNOWN if share is None else f"{significant(100 * share, 2)} %"
+
+
+def perplexity(value: float | None) -> str:
+    """The perplexity with three decimals; with one from 100 on."""
+    return UNKNOWN if value is None else fixed(value, 3 if value < 100 else 1)
+
+
+def change(before: float, after: float) -> str:
+    """The change of a perplexity: '+0.47 %', or '12× as high'."""
+    if after / before >= FACTOR:
+        return f"{significant(after / before, 2)}× as high"
+    return f"{fixed(100 * (after / before - 1), 2, sign=True)} %"
+
+
+def with_error(text: str, error: float | None) -> str:
+    """A number and its standard error with as many decimals: '3.200 ± 0.050'. Without an error, the number only."""
+    if error is None or text == UNKNOWN:
+        return text
+    decimals = text.partition(".")[2].partition(" ")[0]
+    return f"{text} ± {fixed(error, len(decimals))}"
+
+
+def code_width(bits: float) -> str:
+    """The mean width of the codes: '3', '2.21'."""
+    return f"{round(bits, 2):g}"
