@@ -26,7 +26,7 @@ class DistillationOptions(Table):
 
     steps: int | None = option(whole(1), "Optimizer steps; with --blockwise for every block", "100; --blockwise 200")
     loss: str | None = option(
-        choice(LOSSES), "kd, or dad (the paper's: ambiguous tokens count more)", "kd", allowed=LOSSES
+        choice(LOSSES), "kd, or dad (the paper's: ambiguous tokens count more)", "kd", choices=LOSSES
     )
     lr: float | None = option(number(1e-7, 1.0), "Learning rate, relative to the trained values", "0.005")
     weight: float | None = option(number(0.0, 1e6), "With --loss dad: how much ambiguity counts", "1")
@@ -41,7 +41,7 @@ class DistillationOptions(Table):
         choice(TARGETS),
         "With --blockwise: stream (of the original) or inputs (the original block on our inputs)",
         "stream",
-        allowed=TARGETS,
+        choices=TARGETS,
     )
     top_k: int | None = option(whole(1), "How many of the teacher's next tokens are kept", "128")
     held_back: int | None = option(whole(1), "Samples to measure on, not trained on", "32")

@@ -193,6 +193,11 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
+def method_names() -> tuple[str, ...]:
+    """The names that `--method` takes."""
+    return tuple(METHODS)
+
+
 def rounding_methods() -> tuple[str, ...]:
     """The names that `--quantizer` takes."""
     return tuple(name for name, entry in METHODS.items() if entry.rounds)

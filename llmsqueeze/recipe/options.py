@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmsqueeze.recipe.methods import METHODS, importances, rounding_methods
-from llmsqueeze.recipe.table import Table, option
+from llmsqueeze.recipe.methods import importances, method_names, rounding_methods
+from llmsqueeze.recipe.table import Choices, Table, option
 from llmsqueeze.recipe.values import (
     bits,
     boolean,
@@ -25,15 +25,19 @@ from llmsqueeze.recipe.values import (
 )
 
 
-def one_of(names: tuple[str, ...], text: str, default: str = "", **more: Any) -> Any:
+def one_of(names: Choices, text: str, default: str = "", **more: Any) -> Any:
     """An option that takes one of some names."""
-    return option(choice(names), text, default, allowed=names, **more)
+
+    def check(key: str, value: Any) -> str:
+        return choice(names() if callable(names) else names)(key, value)
+
+    return option(check, text, default, choices=names, **more)
 
 
 class Asked(Table):
     """What the user asked for: one field per option; None is not asked for. `resolve.py` makes a `Recipe` of it."""
 
-    method: str | None = one_of(tuple(METHODS), "How to compress", "descent; auto if a budget is asked for")
+    method: str | None = one_of(method_names, "How to compress", "descent; auto if a budget is asked for")
     bits: int | float | None = option(
         bits,
         "A whole number: the width of the codes; a method that mixes widths gets the bytes of codes of that width. "
@@ -59,7 +63,7 @@ class Asked(Table):
         "integer; budget by-width",
     )
     search: bool | None = option(boolean, "Search the scales", "only descent", flag="--search/--no-search")
-    quantizer: str | None = one_of(rounding_methods(), "How the weights are rounded", "descent")
+    quantizer: str | None = one_of(rounding_methods, "How the weights are rounded", "descent")
     inputs: str | None = one_of(
         ("original", "sequential", "corrected"),
         "Inputs that a linear is fitted to: of the original model; of the compressed blocks before it; the same with a "
@@ -73,7 +77,7 @@ class Asked(Table):
         ("gradient", "gradient-weight", "gradient-error", "magnitude", "random"), "Ranking of the outliers", "gradient"
     )
     outlier_scope: str | None = one_of(("layer", "global"), "Rank per matrix, or over the model", "layer")
-    importance: str | None = one_of(importances(), "Ranking of blocks or rows", "the first of the method")
+    importance: str | None = one_of(importances, "Ranking of blocks or rows", "the first of the method")
     high_bits: int | None = option(whole(2, 8), "Width of the important blocks or rows", "layerwise 4, else 8")
     low_bits: int | None = option(whole(1, 8), "Width of the others", "layerwise 2, else 4")
     high_fraction: float | None = option(fraction(1.0), "Share of the rows at the high width", "0.10")

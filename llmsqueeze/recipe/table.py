@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llmsqueeze.errors import RecipeError, nearest
 
 Check = Callable[[str, Any], Any]
+Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,25 @@ class Option:
     """What is known of an option beside its name and type.
 
     check: (name, value) -> the value to keep, or RecipeError. text: its sentence. default: as the help shows it.
-    allowed: its choices, if it has some. flag: its name on the command line, if that is not made from the field's.
-    choice_flags: choice -> flag and sentence, if every choice has a flag of its own. as_text: whether the command line
-    takes any text, whatever its type is. repeatable: whether it may be given several times.
+    choices: the names that it takes, if it takes names; or a function that lists them, if entries may be added.
+    flag: its name on the command line, if that is not made from the field's. choice_flags: choice -> flag and sentence,
+    if every choice has a flag of its own. as_text: whether the command line takes any text, whatever the type is.
+    repeatable: whether it may be given several times.
     """
 
     check: Check
     text: str
     default: str = ""
-    allowed: tuple[str, ...] = ()
+    choices: Choices = ()
     flag: str = ""
     choice_flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     as_text: bool = False
     repeatable: bool = False
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The names that it takes; () if it takes other values."""
+        return self.choices() if callable(self.choices) else self.choices
 
 
 def option(check: Check, text: str, default: str = "", **more: Any) -> Any:

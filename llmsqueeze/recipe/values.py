@@ -80,8 +80,9 @@ def bits(key: str, value: Any) -> int | float:
     """A width, if it is a whole number; an average, if it is written with a decimal point."""
     number = _number(value)
     if number is None or not 1 <= number <= 8:
+        shown = f"{number}" if number is not None else repr(value)
         raise RecipeError(
-            f"{spoken(key)} is {value!r}; it must be a number from 1 to 8: a whole number is the width of the codes, "
+            f"{spoken(key)} is {shown}; it must be a number from 1 to 8: a whole number is the width of the codes, "
             "one with a decimal point the average bits per weight"
         )
     return number

@@ -1,0 +1,65 @@
+"""Facts that need a process of their own: imports at the start, an interruption, a Hub that cannot be reached."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    watch = (
+        "import sys; sys.argv = ['llmsqueeze', '--help']\n"
+        "from llmsqueeze.cli.app import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'accelerate', 'lm_eval'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    for verb in ("quantize", "plan", "eval", "show", "push", "recipes"):
+        assert verb in done.stdout
+
+
+def test_no_network_for_a_hub_id(tmp_path: Path) -> None:
+    """In a process of its own, whose Hub refuses connections."""
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "llmsqueeze.cli"]
+    calls = [["quantize", "owner/model"], ["eval", "demo", "--text", "owner/dataset"]]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, *call], env=env, cwd=tmp_path, **pipes) for call in calls]
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 2, err
+        assert out == ""
+        assert "Hub" in err
+        assert "Traceback" not in err
+
+
+def test_ctrl_c_leaves_no_result(tmp_path: Path) -> None:
+    """A real process, really interrupted while it compresses."""
+    command = [sys.executable, "-u", "-m", "llmsqueeze.cli", "quantize", "demo", "--out", str(tmp_path / "out")]
+
+    def listen() -> None:
+        """What a shell starts in the background ignores Ctrl-C, and so would its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=listen) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        for line in process.stderr:
+            if "mlp.down_proj" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        out = process.stdout.read()
+    assert process.returncode == 130, rest
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
