@@ -34,6 +34,16 @@ ROUNDERS = [
 KINDS: dict[str, dict[str, Any]] = {
     "portable": {"method": "rtn", "bits": 4, "group_size": 64, "portable": True},
     "native": {"method": "rtn", "bits": 3, "portable": False},
+    "widths": {  # three or more, one per fusion group
+        "method": "budget",
+        "quantizer": "rtn",
+        "bits": 3.2,
+        "granularity": "group",
+        "levels": "integer",
+        "group_size": 64,
+        "portable": False,
+        **TEXT,
+    },
     "outliers": {"method": "gwq", "bits": 3, **TEXT},
     "rows": {"method": "mixllm", "bits": 3, **TEXT},
     "dual": {"method": "dbllm", **TEXT},

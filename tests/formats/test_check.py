@@ -11,40 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import KINDS, command
 from torch import Tensor
-from typer.testing import CliRunner
 
-from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.check import check
-from llmsqueeze.formats.export import export
+from llmsqueeze.formats.inspection.integrity import padding_errors
 from llmsqueeze.recipe.resolve import make_recipe
 
-TEXT = {"samples": 2, "seq_len": 48}
 LINEAR = "model.layers.0.self_attn.q_proj"
-RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {"method": "rtn", "bits": 3, "group_size": 64, "portable": False},
-    "uneven": {"method": "rtn", "bits": 3, "group_size": 48, "symmetric": False},
-    "gwq": {"method": "gwq", "quantizer": "rtn", "bits": 3, "outlier_ranking": "magnitude"},
-    "dual": {"method": "dbllm", "quantizer": "rtn"},
-    "rows": {"method": "mixllm", "quantizer": "rtn", "importance": "random"},
-    "lorc": {"method": "rtn", "bits": 3, "lorc_rank": 2, "lorc": "plain"},
-    "portable": {"method": "rtn", "bits": 4, "group_size": 64, "portable": True},
-}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder by the name of its recipe; not to be changed."""
-    root = tmp_path_factory.mktemp("made")
-
-    def make(name: str) -> Path:
-        if not (root / name).exists():
-            quantize("demo", make_recipe({**RECIPES[name], **TEXT}), root / name)
-        return root / name
-
-    return make
+Compressed = Callable[[str], Path]
 
 
 def damaged(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -70,23 +47,32 @@ def configured(folder: Path, out: Path, change: Callable[[dict[str, Any]], None]
     return out
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_what_we_write_is_sound(name: str, made: Callable[[str], Path]) -> None:
-    result = check(str(made(name)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_we_write_is_sound(kind: str, compressed: Compressed) -> None:
+    result = check(str(compressed(kind)))
     assert result["sound"], result["errors"]
     assert result["errors"] == []
     assert result["verdicts"]["native"] == ""
-    portable = name == "portable"
+    portable = kind == "portable"
     assert (result["verdicts"]["transformers"] == "") is portable
     assert (result["verdicts"]["vllm"] == "") is portable
     assert result["format"] == ("compressed-tensors" if portable else "llmsqueeze")
 
 
-def test_a_dense_export_opens_everywhere(made: Callable[[str], Path], tmp_path: Path) -> None:
-    export(str(made("dual")), "dense", tmp_path / "out")
+def test_zeros_and_short_groups_are_sound(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
+    recipe = {"method": "rtn", "bits": 3, "group_size": 48, "symmetric": False}
+    quantize(str(demo_of(1)), make_recipe(recipe), tmp_path / "out")
     result = check(str(tmp_path / "out"))
     assert result["sound"], result["errors"]
+    assert "zeros" in result["verdicts"]["vllm"]
+
+
+def test_a_dense_export_opens_everywhere(exported: Callable[..., tuple[Path, Any]]) -> None:
+    folder, summary = exported("dual", "dense", dtype="fp32")
+    result = check(str(folder))
+    assert result["sound"], result["errors"]
     assert set(result["verdicts"].values()) == {""}
+    assert summary["opens"] == result["verdicts"]
 
 
 def put(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
@@ -108,34 +94,48 @@ def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
     return lambda tensors: tensors.__delitem__(name)
 
 
+def mark_all(tensors: dict[str, Tensor]) -> None:
+    name = next(name for name in tensors if name.endswith(".parts.0.rows"))
+    tensors[name] = torch.full_like(tensors[name], -1)
+
+
 PART = f"{LINEAR}.parts.0"
 DAMAGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
-    "a part lost": ("plain", drop(f"{PART}.scale"), f"{PART}.scale is missing"),
+    "a part lost": ("native", drop(f"{PART}.scale"), f"{PART}.scale is missing"),
     "a norm lost": (
-        "plain",
+        "native",
         drop("model.layers.0.input_layernorm.weight"),
         "model.layers.0.input_layernorm.weight is missing",
     ),
-    "something extra": ("plain", lambda t: t.update(extra=torch.zeros(3)), "extra is explained by nothing"),
-    "another shape": ("plain", put(f"{PART}.codes", lambda t: t[:, :-1]), f"{PART}.codes is "),
-    "another dtype": ("plain", put(f"{PART}.scale", lambda t: t.double()), f"{PART}.scale is "),
+    "something extra": ("native", lambda t: t.update(extra=torch.zeros(3)), "extra is explained by nothing"),
+    "another shape": ("native", put(f"{PART}.codes", lambda t: t[:, :-1]), f"{PART}.codes is "),
+    "another dtype": ("native", put(f"{PART}.scale", lambda t: t.double()), f"{PART}.scale is "),
     "another norm": (
-        "plain",
+        "native",
         put("model.layers.0.input_layernorm.weight", lambda t: t[:-1]),
         "model.layers.0.input_layernorm.weight is [",
     ),
-    "NaN": ("plain", put(f"{PART}.scale", first(float("nan"))), f"{PART}.scale holds numbers that are not finite"),
-    "a scale of zero": ("plain", put(f"{PART}.scale", first(0.0)), f"{PART}.scale holds zeros"),
-    "too many marks": ("rows", put(f"{PART}.rows", lambda t: torch.full_like(t, -1)), f"{PART}.rows marks "),
+    "a norm of NaN": (
+        "native",
+        put("model.layers.0.input_layernorm.weight", first(float("nan"))),
+        "model.layers.0.input_layernorm.weight holds numbers that are not finite",
+    ),
+    "NaN": ("native", put(f"{PART}.scale", first(float("nan"))), f"{PART}.scale holds numbers that are not finite"),
+    "a scale of zero": ("native", put(f"{PART}.scale", first(0.0)), f"{PART}.scale holds zeros"),
+    "too many marks": ("rows", mark_all, ".parts.0.rows marks "),
     "crossed alphas": ("dual", put(f"{PART}.alpha2", lambda t: -t), "cross: their levels are not in order"),
     "outliers miscounted": (
-        "gwq",
+        "outliers",
         put(f"{LINEAR}.parts.1.row_count", first(999)),
         f"{LINEAR}.parts.1.row_count counts ",
     ),
-    "outliers outside": ("gwq", put(f"{LINEAR}.parts.1.index", first(5000)), f"{LINEAR}.parts.1.index points beyond"),
+    "outliers outside": (
+        "outliers",
+        put(f"{LINEAR}.parts.1.index", first(5000)),
+        f"{LINEAR}.parts.1.index points beyond",
+    ),
     "an infinite factor": (
-        "lorc",
+        "factors",
         put(f"{LINEAR}.parts.1.scale", first(float("inf"))),
         f"{LINEAR}.parts.1.scale holds numbers that are not finite",
     ),
@@ -144,21 +144,24 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
         put(f"{LINEAR}.weight_shape", lambda t: t.flip(0) + 1),
         f"{LINEAR}.weight_packed is [128, 16] int32; the config says",
     ),
+    "a shape of as many words": (
+        "portable",
+        put(f"{LINEAR}.weight_shape", lambda t: t - torch.tensor([0, 1])),
+        f"{LINEAR} is [128, 127]; the model needs [128, 128]",
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_named(damage: str, made: Callable[[str], Path], tmp_path: Path) -> None:
-    name, change, said = DAMAGES[damage]
-    result = check(str(damaged(made(name), tmp_path / "out", change)))
+def test_damage_is_found_and_named(damage: str, compressed: Compressed, tmp_path: Path) -> None:
+    kind, change, message = DAMAGES[damage]
+    result = check(str(damaged(compressed(kind), tmp_path / "out", change)))
     assert not result["sound"]
-    assert any(said in error for error in result["errors"]), result["errors"]
+    assert any(message in error for error in result["errors"]), result["errors"]
     assert all(result["verdicts"].values()), "nothing opens it"
 
 
 def test_bits_beyond_the_last_column_are_found() -> None:
-    from llmsqueeze.formats.inspection.integrity import padding_errors
-
     clean = torch.zeros(2, 4, dtype=torch.int32)
     clean[:, -1] = 0b111
     assert list(padding_errors("x", clean, 99)) == []
@@ -167,13 +170,13 @@ def test_bits_beyond_the_last_column_are_found() -> None:
     assert list(padding_errors("x", torch.full((2, 4), -1, dtype=torch.int32), 128)) == []
 
 
-def test_files_with_more_in_them_than_tensors_are_found(made: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copytree(made("plain"), tmp_path / "out")
+def test_files_with_more_in_them_than_tensors_are_found(compressed: Compressed, tmp_path: Path) -> None:
+    shutil.copytree(compressed("native"), tmp_path / "out")
     sidecar = tmp_path / "out" / "llmsqueeze.json"
-    told = json.loads(sidecar.read_text())
-    sidecar.write_text(json.dumps(told | {"nbytes": told["nbytes"] + 1}))
+    record = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(record | {"nbytes": record["nbytes"] + 1}))
     assert "bytes of weights; there are" in check(str(tmp_path / "out"))["errors"][0]
-    sidecar.write_text(json.dumps(told))
+    sidecar.write_text(json.dumps(record))
     shard = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])
     result = check(str(tmp_path / "out"))
@@ -181,8 +184,8 @@ def test_files_with_more_in_them_than_tensors_are_found(made: Callable[[str], Pa
     assert shard.name in result["errors"][0]
 
 
-def test_the_index_may_not_leave_the_folder(made: Callable[[str], Path], tmp_path: Path) -> None:
-    shutil.copytree(made("plain"), tmp_path / "out")
+def test_the_index_may_not_leave_the_folder(compressed: Compressed, tmp_path: Path) -> None:
+    shutil.copytree(compressed("native"), tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"][f"{PART}.codes"] = "../elsewhere.safetensors"
@@ -190,7 +193,7 @@ def test_the_index_may_not_leave_the_folder(made: Callable[[str], Path], tmp_pat
     assert "outside the model folder" in check(str(tmp_path / "out"))["errors"][0]
 
 
-def test_vllm_wants_fused_linears_to_agree(made: Callable[[str], Path], tmp_path: Path) -> None:
+def test_vllm_wants_fused_linears_to_agree(compressed: Compressed, tmp_path: Path) -> None:
     def change(config: dict[str, Any]) -> None:
         group = config["config_groups"]["group_0"]
         group["targets"].remove(LINEAR)
@@ -198,7 +201,9 @@ def test_vllm_wants_fused_linears_to_agree(made: Callable[[str], Path], tmp_path
         config["config_groups"]["group_1"] = other
 
     tensors = {f"{LINEAR}.weight_scale": lambda t: t.repeat(1, 2)}
-    folder = damaged(made("portable"), tmp_path / "a", put(f"{LINEAR}.weight_scale", tensors[f"{LINEAR}.weight_scale"]))
+    folder = damaged(
+        compressed("portable"), tmp_path / "a", put(f"{LINEAR}.weight_scale", tensors[f"{LINEAR}.weight_scale"])
+    )
     folder = configured(folder, tmp_path / "b", change)
     (folder / "llmsqueeze.json").unlink()  # its bytes are others now
     result = check(str(folder))
@@ -206,30 +211,28 @@ def test_vllm_wants_fused_linears_to_agree(made: Callable[[str], Path], tmp_path
     assert result["verdicts"]["transformers"] == ""
     assert "q_proj" in result["verdicts"]["vllm"]
     assert "differ" in result["verdicts"]["vllm"]
-    told = [
-        any("dequantize=True" in note for note in found["notes"]) for found in (result, check(str(made("portable"))))
-    ]
-    assert told == [True, False], "of several groups"
+    notes = result["notes"], check(str(compressed("portable")))["notes"]
+    warned = [any("dequantize=True" in note for note in one) for one in notes]
+    assert warned == [True, False], "of several groups"
 
 
-def test_the_ignore_list_has_to_fit(made: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = configured(made("portable"), tmp_path / "a", lambda config: config.update(ignore=[]))
+def test_the_ignore_list_has_to_fit(compressed: Compressed, tmp_path: Path) -> None:
+    folder = configured(compressed("portable"), tmp_path / "a", lambda config: config.update(ignore=[]))
     assert any("lm_head is neither a target nor" in error for error in check(str(folder))["errors"])
-    folder = configured(made("portable"), tmp_path / "b", lambda config: config["ignore"].append("mlp.gate"))
+    folder = configured(compressed("portable"), tmp_path / "b", lambda config: config["ignore"].append("mlp.gate"))
     assert any("the ignore list names mlp.gate" in error for error in check(str(folder))["errors"])
 
 
-def test_the_command_ends_with_2_where_something_is_wrong(made: Callable[[str], Path], tmp_path: Path) -> None:
-    run = CliRunner().invoke
-    assert run(app, ["check", str(made("portable"))]).exit_code == 0
-    assert run(app, ["check", str(made("plain"))]).exit_code == 0, "sound, whoever opens it"
-    barred = run(app, ["check", str(made("plain")), "--target", "transformers"])
-    assert barred.exit_code == 2
-    assert "import llmsqueeze.hf" in barred.stdout
-    broken = damaged(made("plain"), tmp_path / "out", put(f"{PART}.scale", first(0.0)))
-    result = run(app, ["check", str(broken), "--json"])
-    assert result.exit_code == 2
-    assert json.loads(result.stdout)["sound"] is False
-    assert run(app, ["check", str(tmp_path / "nowhere")]).exit_code == 2
+def test_the_command_ends_with_2_if_something_is_wrong(compressed: Compressed, tmp_path: Path) -> None:
+    assert command("check", compressed("portable"))[0] == 0
+    assert command("check", compressed("native"))[0] == 0, "sound, even if not everything opens it"
+    code, stdout, _ = command("check", compressed("native"), "--target", "transformers")
+    assert code == 2
+    assert "import llmsqueeze.hf" in stdout
+    broken = damaged(compressed("native"), tmp_path / "out", put(f"{PART}.scale", first(0.0)))
+    code, stdout, _ = command("check", broken, "--json")
+    assert code == 2
+    assert json.loads(stdout)["sound"] is False
+    assert command("check", tmp_path / "nowhere")[0] == 2
     with pytest.raises(RecipeError, match="unknown target 'vlm'; did you mean 'vllm'"):
-        check(str(made("plain")), "vlm")
+        check(str(compressed("native")), "vlm")
