@@ -78,7 +78,7 @@ def export(
 
 def check_request(to: str, dtype: str | None) -> None:
     """Raises RecipeError for an unknown format or dtype, and for a dtype that does not apply."""
-    choice(EXPORTS)("format", to)
+    choice(EXPORTS)("to", to)
     if dtype is not None:
         choice(tuple(DTYPES))("dtype", dtype)
         if to not in (DENSE, peft.FORMAT):

@@ -234,5 +234,5 @@ def test_the_command_ends_with_2_if_something_is_wrong(compressed: Compressed, t
     assert code == 2
     assert json.loads(stdout)["sound"] is False
     assert command("check", tmp_path / "nowhere")[0] == 2
-    with pytest.raises(RecipeError, match="unknown target 'vlm'; did you mean 'vllm'"):
+    with pytest.raises(RecipeError, match="unknown --target 'vlm'; did you mean 'vllm'"):
         check(str(compressed("native")), "vlm")

@@ -215,7 +215,7 @@ def test_grids_that_compressed_tensors_cannot_represent(grid: Grid, cols: int, w
 
 def test_wrong_requests_are_refused(compressed: Compressed, demo_dir: Path, tmp_path: Path) -> None:
     native = str(compressed("native"))
-    with pytest.raises(RecipeError, match="unknown format 'dens'; did you mean 'dense'"):
+    with pytest.raises(RecipeError, match="unknown --to 'dens'; did you mean 'dense'"):
         export(native, "dens", tmp_path / "out")
     with pytest.raises(RecipeError, match="--dtype bf16 applies to --to dense and --to peft"):
         export(native, "compressed-tensors", tmp_path / "out", dtype="bf16")
