@@ -25,7 +25,7 @@ from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import request_of, salience_grids
 from llmsqueeze.compress.job import prepare
-from llmsqueeze.evaluation.evaluate import token_losses
+from llmsqueeze.evaluation.perplexity import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure

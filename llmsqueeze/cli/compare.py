@@ -54,10 +54,8 @@ def compare(
         from llmsqueeze.cli.console import TerminalProgress
         from llmsqueeze.cli.tables.results import print_comparison
         from llmsqueeze.evaluation import compare as comparing
-        from llmsqueeze.evaluation.evaluate import choose_text
         from llmsqueeze.files import FRONTIER
         from llmsqueeze.formats.public import shown
-        from llmsqueeze.model.original import pick_device
         from llmsqueeze.publish.page.comparison import write_page
         from llmsqueeze.publish.plots import draw_frontier
         from llmsqueeze.recipe.values import choice
@@ -71,17 +69,17 @@ def compare(
                 model,
                 folders or [],
                 bnb_types=types,
-                text=choose_text(model, text, wanted=text is not None or not names),
+                text=text,
                 tasks=names,
                 include_path=include_path,
                 limit=limit,
                 window=seq_len,
                 batch_size=batch_size,
-                device=pick_device(device),
+                device=device,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
-        kept = comparing.remember(result) if limit is None else []
+        kept = comparing.save_comparison(result) if limit is None else []
         for folder in kept:
             draw_frontier(shown(result), Path(folder) / FRONTIER)
         print_result(result | {"kept_in": kept}, as_json, print_comparison)

@@ -46,23 +46,23 @@ def evaluate(
         from llmsqueeze.cli.console import TerminalProgress
         from llmsqueeze.cli.tables.results import print_evaluation
         from llmsqueeze.evaluation import evaluate as evaluation
-        from llmsqueeze.model.original import pick_device
+        from llmsqueeze.evaluation.scores import save_scores
 
         hush()
         with TerminalProgress(quiet) as progress:
             result = evaluation.evaluate(
                 model,
                 baseline=baseline,
-                text=evaluation.choose_text(model, text, wanted=text is not None or not names),
+                text=text,
                 tasks=names,
                 include_path=include_path,
                 limit=limit,
                 window=seq_len,
                 batch_size=batch_size,
-                device=pick_device(device),
+                device=device,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             ).as_dict()
         if limit is None:
-            evaluation.remember(model, result)
+            save_scores(model, result)
         print_result(result, as_json, print_evaluation)

@@ -141,9 +141,7 @@ class _Search:
         trust = self.source.trust_remote_code
         place = pick_device(self.device)
         found = evaluate_rows(str(made), str(self.job.path), rows, place, trust, self.progress)
-        assert found.nll_difference is not None
-        assert found.scores.kl_mean is not None
-        increase, kl = math.expm1(found.nll_difference), found.scores.kl_mean
+        increase, kl = math.expm1(found.nll_difference), found.kl_mean
         measured = increase if self.recipe.max_kl is None else kl
         kept, spent = measured <= self.bound, summary.bits_per_weight
         said = f"{'within' if kept else 'beyond'} {self.bound:g}"

@@ -1,5 +1,8 @@
-"""bitsandbytes: an original rounded while it is opened, to compare with. No text, no file; NF4 with double quantization
-of its scales (QLoRA, arXiv 2305.14314), or int8 with rows of their own scale (LLM.int8(), arXiv 2208.07339)."""
+"""bitsandbytes, to compare with: an original that is rounded while it is opened. It needs no text and writes no file.
+
+NF4 with double quantization of its scales (QLoRA, arXiv 2305.14314), or int8 with one scale per row (LLM.int8(), arXiv
+2208.07339).
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ def load(model: str, kind: str, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def named(model: str) -> Iterator[None]:
-    """What bitsandbytes cannot do, on opening or in its kernels (on a CPU NF4 wants rows of whole blocks of 64).
+def translated_errors(model: str) -> Iterator[None]:
+    """Raises UnsupportedError for errors of bitsandbytes, on opening or in its kernels.
 
-    Raises UnsupportedError.
+    For example, on a CPU its NF4 kernel needs rows of whole blocks of 64.
     """
     try:
         yield
@@ -37,21 +40,21 @@ def named(model: str) -> Iterator[None]:
         raise UnsupportedError(f"bitsandbytes cannot run {model} here: {first_line(error)}") from error
 
 
-def sizes(model: Any) -> tuple[int, float]:
-    """Bytes of all that would be stored of the opened model, and bits per weight of the rounded linears."""
+def stored_sizes(model: Any) -> tuple[int, float]:
+    """Bytes of the opened model if it were stored, and bits per weight of the rounded linears."""
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     kinds = (Linear4bit, Linear8bitLt)
     rounded = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     prefixes = tuple(f"{name}." for name in rounded)
-    seen: set[int] = set()
-    nbytes = within = 0
+    counted: set[int] = set()
+    nbytes = in_rounded = 0
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() in seen:
+        if not isinstance(tensor, torch.Tensor) or tensor.data_ptr() in counted:
             continue  # tied weights are stored once
-        seen.add(tensor.data_ptr())
+        counted.add(tensor.data_ptr())
         nbytes += tensor.nbytes
         if name.startswith(prefixes) and not name.endswith(".bias"):
-            within += tensor.nbytes
+            in_rounded += tensor.nbytes
     numel = sum(module.in_features * module.out_features for module in rounded.values())
-    return nbytes, round(8 * within / numel, 6)
+    return nbytes, round(8 * in_rounded / numel, 6)

@@ -1,0 +1,156 @@
+"""Perplexity of a model on text, and its KL divergence from a baseline.
+
+    perplexity = exp(mean_t nll_t)                       nll_t = -log q_t[token t], q_t the model's distribution
+    KL_t = sum_v p_t[v] (log p_t[v] - log q_t[v])        p_t the baseline's distribution; all in nats
+
+The windows cover the whole text and do not overlap. Each begins with BOS if the tokenizer has one, and t runs over all
+tokens after the first of each window. Losses are float32. A standard error treats the windows as the independent
+units, and the mean as a ratio of sums, because the last window may be shorter. Memory: the logits of one batch for
+both models, [4096 tokens, vocabulary], and float32 copies of 512 tokens at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.evaluation.models import OpenModel
+from llmsqueeze.evaluation.scores import Evaluation, Scores
+from llmsqueeze.progress import Progress
+
+BATCH_TOKENS = 4096
+DEFAULT_WINDOW = 2048
+CHUNK = 512  # tokens whose distributions exist in float32 at a time
+
+
+@dataclass(frozen=True)
+class PairedLosses:
+    """A model beside a baseline: losses per window [predicted tokens] float64, KL [tokens] float64, changed tokens."""
+
+    model: list[Tensor]
+    baseline: list[Tensor]
+    kl: Tensor
+    changed: int
+
+    @property
+    def differences(self) -> list[Tensor]:
+        """Per window [predicted tokens]: the model's loss minus the baseline's."""
+        return [a - b for a, b in zip(self.model, self.baseline, strict=True)]
+
+    @property
+    def nll_difference(self) -> float:
+        """Mean over all tokens, nats."""
+        return float(torch.cat(self.differences).mean())
+
+    @property
+    def kl_mean(self) -> float:
+        """Mean over all tokens, nats."""
+        return float(self.kl.mean())
+
+
+def choose_window(opened: OpenModel, length: int | None) -> int:
+    """Tokens in a window of text: `length`, but no more than the context; by default the context, at most 2048."""
+    context = getattr(opened.model.config, "max_position_embeddings", None) or DEFAULT_WINDOW
+    return min(length or min(context, DEFAULT_WINDOW), context)
+
+
+def score_text(opened: OpenModel, baseline: OpenModel | None, rows: Sequence[Tensor], progress: Progress) -> Evaluation:
+    """Scores on token rows [1, length]. Raises UnsupportedError if the two vocabularies differ in size."""
+    window = rows[0].shape[1]
+    if baseline is None:
+        return Evaluation(text_scores(opened.name, losses(opened, rows, progress)), window=window)
+    pair = paired_losses(opened, baseline, rows, progress)
+    scores = replace(
+        text_scores(opened.name, pair.model),
+        kl_mean=pair.kl_mean,
+        kl_p99=float(pair.kl.kthvalue(max(1, math.ceil(0.99 * len(pair.kl)))).values),
+        top1_changed=pair.changed / len(pair.kl),
+    )
+    same = replace(text_scores(baseline.name, pair.baseline), kl_mean=0.0, kl_p99=0.0, top1_changed=0.0)
+    return Evaluation(scores, same, None, window, pair.nll_difference, standard_error(pair.differences))
+
+
+def text_scores(name: str, per_window: list[Tensor]) -> Scores:
+    """Perplexity, its standard error and the count of tokens, from the losses in each window."""
+    every = torch.cat(per_window)
+    perplexity = math.exp(min(float(every.mean()), 700.0))
+    return Scores(name, perplexity, perplexity * standard_error(per_window), len(every))
+
+
+def losses(opened: OpenModel, rows: Sequence[Tensor], progress: Progress) -> list[Tensor]:
+    """The losses of each row [1, length], in nats: float64 [length - 1]."""
+    per_window: list[Tensor] = []
+    batches = list(_batches(rows))
+    for batch in progress.over(batches, "text", len(batches)):
+        per_window += _window_losses(_logits(opened, batch), batch)
+    return per_window
+
+
+def paired_losses(opened: OpenModel, baseline: OpenModel, rows: Sequence[Tensor], progress: Progress) -> PairedLosses:
+    """The losses of both models on each row, and the divergences. Raises UnsupportedError for other vocabularies."""
+    if opened.model.config.vocab_size != baseline.model.config.vocab_size:
+        raise UnsupportedError("model and baseline have vocabularies of different size, so they cannot be compared")
+    own: list[Tensor] = []
+    others: list[Tensor] = []
+    kl: list[Tensor] = []
+    changed = 0
+    batches = list(_batches(rows))
+    for batch in progress.over(batches, "text", len(batches)):
+        q, p = _logits(opened, batch), _logits(baseline, batch)
+        own += _window_losses(q, batch)
+        others += _window_losses(p, batch)
+        kl.append(kl_divergence(p.flatten(0, 1), q.flatten(0, 1)).cpu())
+        changed += int((q.argmax(-1) != p.argmax(-1)).sum())
+    return PairedLosses(own, others, torch.cat(kl).double(), changed)
+
+
+def _batches(rows: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Rows of equal length, several at a time."""
+    size = max(1, BATCH_TOKENS // rows[0].shape[1])
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        for length in dict.fromkeys(row.shape[1] for row in chunk):
+            yield torch.cat([row for row in chunk if row.shape[1] == length])
+
+
+@torch.no_grad()
+def _logits(opened: OpenModel, tokens: Tensor) -> Tensor:
+    """Next-token logits [rows, length - 1, vocabulary] for `tokens` [rows, length]."""
+    logits: Tensor = opened.model(input_ids=tokens.to(opened.model.device), use_cache=False).logits
+    return logits[:, :-1]
+
+
+def _window_losses(logits: Tensor, batch: Tensor) -> list[Tensor]:
+    """Per row of `batch` [rows, length]: float64 [length - 1]."""
+    labels = batch[:, 1:].to(logits.device)
+    return list(token_losses(logits.flatten(0, 1), labels.flatten()).view(labels.shape).cpu().double().unbind())
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(label) in nats per row of logits [tokens, vocabulary] -> float32 [tokens]."""
+    chunks = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
+    return torch.cat([torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in chunks])
+
+
+def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """KL(reference || other) in nats per row of logits [tokens, vocabulary] -> float32 [tokens]."""
+    values = []
+    for p_logits, q_logits in zip(reference.split(CHUNK), other.split(CHUNK), strict=True):
+        p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
+        values.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
+    return torch.cat(values)
+
+
+def standard_error(per_window: list[Tensor]) -> float:
+    """Standard error of the mean over all tokens, with the windows as the independent units; 0 for one window."""
+    if len(per_window) < 2:
+        return 0.0
+    tokens = sum(len(values) for values in per_window)
+    mean = float(torch.cat(per_window).mean())
+    spread = sum((float(values.sum()) - mean * len(values)) ** 2 for values in per_window)
+    return math.sqrt(spread * len(per_window) / (len(per_window) - 1)) / tokens
