@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm_eval.models.huggingface import HFLM
-from safetensors import safe_open
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
+from support import command, tensors_of
+from support import refused as refused_command
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from typer.testing import CliRunner
 
 from llmsqueeze import parts
-from llmsqueeze.cli.app import app
 from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.demo.task import TASK_NAME, task_config
-from llmsqueeze.evaluation import bnb
+from llmsqueeze.demo.task import TASK_NAME
+from llmsqueeze.evaluation import bnb, tasks
 from llmsqueeze.evaluation import compare as comparing
-from llmsqueeze.evaluation import evaluate as evaluation
-from llmsqueeze.evaluation.compare import compare, contenders, mark_frontier, paired
-from llmsqueeze.evaluation.evaluate import TaskScores
+from llmsqueeze.evaluation.compare import compare, mark_frontier
+from llmsqueeze.evaluation.contenders import StoredModel, find_contenders
+from llmsqueeze.evaluation.models import OpenModel
+from llmsqueeze.evaluation.tasks import TaskScores, paired_differences
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
+from llmsqueeze.progress import Progress
 from llmsqueeze.publish import plots
 from llmsqueeze.publish.plots import draw_frontier
 from llmsqueeze.recipe.resolve import make_recipe
@@ -52,34 +51,39 @@ def words() -> str:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def original_dir(demo_of: Callable[[int], Path]) -> Path:
+    return demo_of(2)
+
+
+@pytest.fixture(scope="module")
+def folders(
+    original_dir: Path, compressed: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Not to be changed: both formats, a dense one, one with a linear left alone."""
-    root = tmp_path_factory.mktemp("made")
-    made: dict[str, dict[str, Any]] = {
-        "portable": {"bits": 2},
-        "native": {"bits": 3, "portable": False},
-        "skipping": {"bits": 4, "group_size": 64, "skip": ["down_proj"]},
+    root = tmp_path_factory.mktemp("folders")
+    recipe = make_recipe({"method": "rtn", "bits": 4, "group_size": 64, "skip": ["down_proj"]})
+    quantize(str(original_dir), recipe, root / "skipping", verify=False)
+    export(str(compressed("native")), "dense", root / "dense")
+    return {kind: compressed(kind) for kind in ("portable", "native")} | {
+        name: root / name for name in ("skipping", "dense")
     }
-    for name, recipe in made.items():
-        quantize("demo", make_recipe({"method": "rtn", **recipe}), root / name, verify=False)
-    export(str(root / "native"), "dense", root / "dense")
-    return {name: root / name for name in (*made, "dense")}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_list_of_tasks() -> Iterator[None]:
-    """lm-eval reads its thousands of definitions anew for every list; one serves all tests."""
+def short_index() -> Iterator[None]:
+    """Without the thousands of task definitions that lm-eval reads for seconds."""
+    index = TaskManager(include_defaults=False)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(evaluation, "_task_manager", functools.cache(evaluation._task_manager))
+        patched.setattr(tasks, "_index", lambda *_: index)
         yield
 
 
 @pytest.fixture(scope="module")
-def compared(folders: dict[str, Path], words: str) -> dict[str, Any]:
+def compared(original_dir: Path, folders: dict[str, Path], words: str) -> dict[str, Any]:
     """Two folders and both of bitsandbytes beside the original, on some windows and some documents."""
     names = [str(folders["portable"]), str(folders["native"])]
     return compare(
-        "demo",
+        str(original_dir),
         names,
         bnb_types=["nf4", "int8"],
         text=Text("words", words),
@@ -90,27 +94,24 @@ def compared(folders: dict[str, Path], words: str) -> dict[str, Any]:
 
 
 def row(compared: dict[str, Any], kind: str) -> dict[str, Any]:
-    (found,) = [model for model in compared["models"] if model["kind"] == kind]
-    return found
+    (model,) = [model for model in compared["models"] if model["kind"] == kind]
+    assert isinstance(model, dict)
+    return model
 
 
 def tensor_bytes(folder: Path) -> dict[str, int]:
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as held:
-            found |= {name: held.get_tensor(name).nbytes for name in held.keys()}  # noqa: SIM118
-    return found
+    return {name: tensor.nbytes for name, tensor in tensors_of(folder).items()}
 
 
 # ----------------------------------------------------------------------------------------------------- the numbers
 
 
 @pytest.fixture(scope="module")
-def models(folders: dict[str, Path], demo_dir: Path) -> dict[str, Any]:
+def models(folders: dict[str, Path], original_dir: Path) -> dict[str, Any]:
     """By transformers and by hand: the original, and the original with the sums of parts for its weights."""
-    opened: dict[str, Any] = {"original": AutoModelForCausalLM.from_pretrained(demo_dir).eval()}
+    opened: dict[str, Any] = {"original": AutoModelForCausalLM.from_pretrained(original_dir).eval()}
     for name, kind in (("portable", "compressed-tensors"), ("native", "llmsqueeze")):
-        model = AutoModelForCausalLM.from_pretrained(demo_dir).eval()
+        model = AutoModelForCausalLM.from_pretrained(original_dir).eval()
         checkpoint = open_checkpoint(folders[name])
         for linear, entry in read_entries(checkpoint).items():
             dense = parts.sum_of_parts(read_parts(checkpoint, entry))
@@ -136,75 +137,79 @@ def log_probabilities(model: Any, windows: list[list[int]]) -> list[Tensor]:
 
 
 def test_scores_are_those_computed_by_hand(
-    compared: dict[str, Any], models: dict[str, Any], words: str, demo_dir: Path
+    compared: dict[str, Any], models: dict[str, Any], words: str, original_dir: Path
 ) -> None:
-    windows = windows_of(words, demo_dir)
+    windows = windows_of(words, original_dir)
     assert 4 < len(windows) < DOCUMENTS
     assert len(windows[-1]) < WINDOW, "the tail is measured as well"
-    found = {kind: log_probabilities(model, windows) for kind, model in models.items()}
+    log_p = {kind: log_probabilities(model, windows) for kind, model in models.items()}
     nll = {
         kind: [
             [-float(p[i, window[i + 1]]) for i in range(len(window) - 1)]
-            for p, window in zip(held, windows, strict=False)
+            for p, window in zip(values, windows, strict=False)
         ]
-        for kind, held in found.items()
+        for kind, values in log_p.items()
     }
     count = sum(len(window) - 1 for window in windows)
     assert compared["tokens"] == count
     assert compared["window"] == WINDOW
     for kind in models:
-        told = row(compared, kind)
+        measured = row(compared, kind)
         mean = sum(map(sum, nll[kind])) / count
-        assert told["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+        assert measured["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
         differences = [
             [a - b for a, b in zip(*pair, strict=False)] for pair in zip(nll[kind], nll["original"], strict=False)
         ]
         difference = sum(map(sum, differences)) / count
-        assert told["nll_difference"] == pytest.approx(difference, abs=1e-4)
+        assert measured["nll_difference"] == pytest.approx(difference, abs=1e-4)
         # a ratio of sums over windows of several lengths
         spread = sum((sum(one) - difference * len(one)) ** 2 for one in differences)
         stderr = math.sqrt(spread * len(windows) / (len(windows) - 1)) / count
-        assert told["nll_difference_stderr"] == pytest.approx(stderr, rel=1e-3, abs=1e-9)
+        assert measured["nll_difference_stderr"] == pytest.approx(stderr, rel=1e-3, abs=1e-9)
         kl, changed = [], 0
-        for p, q in zip(found["original"], found[kind], strict=False):
+        for p, q in zip(log_p["original"], log_p[kind], strict=False):
             for i in range(len(p)):
                 kl.append(float((p[i].exp() * (p[i] - q[i])).sum()))
                 changed += int(p[i].argmax() != q[i].argmax())
-        assert told["kl_mean"] == pytest.approx(sum(kl) / count, rel=1e-3, abs=1e-9)
-        assert told["kl_p99"] == pytest.approx(sorted(kl)[math.ceil(0.99 * count) - 1], rel=1e-3, abs=1e-9)
-        assert told["top1_changed"] == pytest.approx(changed / count, abs=1.01 / count)  # a tie may fall either way
-    assert row(compared, "compressed-tensors")["kl_mean"] > 0.02, "there is something to measure"
-    assert 0.02 < row(compared, "compressed-tensors")["top1_changed"] < 0.98
+        assert measured["kl_mean"] == pytest.approx(sum(kl) / count, rel=1e-3, abs=1e-9)
+        assert measured["kl_p99"] == pytest.approx(sorted(kl)[math.ceil(0.99 * count) - 1], rel=1e-3, abs=1e-9)
+        assert measured["top1_changed"] == pytest.approx(changed / count, abs=1.01 / count)  # a tie may fall either way
+    assert row(compared, "llmsqueeze")["kl_mean"] > 0.02, "there is something to measure"
+    assert 0.02 < row(compared, "llmsqueeze")["top1_changed"] < 0.98
     before = row(compared, "original")
     assert [before[key] for key in ("nll_difference", "kl_mean", "kl_p99", "top1_changed")] == [0.0] * 4
 
 
-def test_bytes_and_bits_are_those_stored(folders: dict[str, Path], demo_dir: Path) -> None:
-    found = contenders("demo", [str(folder) for folder in folders.values()], [], CPU, False)
-    assert [one.name for one in found] == ["demo", *map(str, folders.values())]
-    assert [one.kind for one in found] == [
+def stored(original: Path, folders: Iterable[Path]) -> list[StoredModel]:
+    """The original and the folders, as `compare` finds them."""
+    first, others = find_contenders(str(original), [str(folder) for folder in folders], [], CPU, False)
+    return [first, *(one for one in others if isinstance(one, StoredModel))]
+
+
+def recorded_bits(folder: Path) -> float:
+    record: dict[str, float] = json.loads((folder / "llmsqueeze.json").read_text())
+    return record["bits_per_weight"]
+
+
+def test_bytes_and_bits_are_those_stored(folders: dict[str, Path], original_dir: Path) -> None:
+    models = stored(original_dir, folders.values())
+    assert [one.name for one in models] == [str(original_dir), *map(str, folders.values())]
+    assert [one.kind for one in models] == [
         *("original", "compressed-tensors", "llmsqueeze"),
         *("compressed-tensors", "dense"),
     ]
-    for one, folder in zip(found, [demo_dir, *folders.values()], strict=True):
-        held = tensor_bytes(folder)
-        assert one.sizes is not None
-        assert one.sizes[0] == sum(held.values())
-        if one.kind in ("original", "dense"):
-            assert one.sizes[1] == 16
-        else:
-            assert one.sizes[1] == json.loads((folder / "llmsqueeze.json").read_text())["bits_per_weight"]
+    for one, folder in zip(models, [original_dir, *folders.values()], strict=True):
+        assert one.nbytes == sum(tensor_bytes(folder).values())
+        assert one.bits_per_weight == (16 if one.kind in ("original", "dense") else recorded_bits(folder))
 
 
 def test_biases_are_bytes_but_no_bits_of_weights(random_model: Callable[..., Path], tmp_path: Path) -> None:
     original = random_model("llama-bias")
     quantize(str(original), make_recipe({"method": "rtn", "bits": 4, "group_size": 16}), tmp_path / "out")
-    dense, compressed = contenders(str(original), [str(tmp_path / "out")], [], CPU, False)
-    assert dense.sizes is not None
-    assert compressed.sizes is not None
-    assert dense.sizes[1] == 32
-    assert compressed.sizes[0] == sum(tensor_bytes(tmp_path / "out").values())
-    assert compressed.sizes[1] == json.loads((tmp_path / "out" / "llmsqueeze.json").read_text())["bits_per_weight"]
+    dense, compressed = stored(original, [tmp_path / "out"])
+    assert dense.bits_per_weight == 32
+    assert compressed.nbytes == sum(tensor_bytes(tmp_path / "out").values())
+    assert compressed.bits_per_weight == recorded_bits(tmp_path / "out")
 
 
 def test_bits_are_counted_whatever_the_original_calls_its_weights(
@@ -212,49 +217,44 @@ def test_bits_are_counted_whatever_the_original_calls_its_weights(
 ) -> None:
     """GPT-2 on the Hub names them without the model's prefix."""
     original = Path(shutil.copytree(random_model("gpt2"), tmp_path / "in"))
-    held = load_file(original / "model.safetensors")
-    renamed = {name.removeprefix("transformer."): tensor for name, tensor in held.items()}
-    assert renamed.keys() != held.keys()
+    tensors = load_file(original / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
     save_file(renamed, original / "model.safetensors", {"format": "pt"})
     quantize(str(original), make_recipe({"method": "rtn", "bits": 4, "group_size": 16}), tmp_path / "out")
-    before, after = contenders(str(original), [str(tmp_path / "out")], [], CPU, False)
-    assert before.sizes is not None
-    assert before.sizes[1] == 32
-    assert after.sizes is not None
-    assert after.sizes[1] == json.loads((tmp_path / "out" / "llmsqueeze.json").read_text())["bits_per_weight"]
+    before, after = stored(original, [tmp_path / "out"])
+    assert before.bits_per_weight == 32
+    assert after.bits_per_weight == recorded_bits(tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_bitsandbytes_is_counted_as_it_would_be_stored(
-    kind: str, compared: dict[str, Any], demo_dir: Path, tmp_path: Path
+    kind: str, compared: dict[str, Any], original_dir: Path, tmp_path: Path
 ) -> None:
-    """Against every tensor of the state dict, the tied head left out, and against what transformers saves."""
+    """Against every tensor of the state dict, the tied head left out, and against the file of transformers.
+
+    Before it computes: on a CPU the first forward pass rewrites the tensors beside the codes.
+    """
     config = BitsAndBytesConfig(load_in_8bit=True)
     if kind == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(demo_dir, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(original_dir, quantization_config=config)
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     assert "lm_head.weight" in state, "tied: once more in the state dict than in a file"
     nbytes = sum(tensor.nbytes for name, tensor in state.items() if name != "lm_head.weight")
     linears = sum(tensor.nbytes for name, tensor in state.items() if "_proj." in name)
     model.save_pretrained(tmp_path / "out")
     assert sum(tensor_bytes(tmp_path / "out").values()) == nbytes
-    assert bnb.sizes(model) == (nbytes, pytest.approx(8 * linears / 786_432, abs=1e-6))
-    told = row(compared, f"bitsandbytes {kind}")
-    assert told["model"] == f"demo ({kind})"
-    assert (told["nbytes"], told["bits_per_weight"]) == pytest.approx(bnb.sizes(model), rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_bitsandbytes_is_counted_before_it_computes(kind: str, compared: dict[str, Any]) -> None:
-    """On a CPU its first forward pass rewrites what it keeps beside the codes."""
-    told = row(compared, f"bitsandbytes {kind}")
-    assert (told["nbytes"], told["bits_per_weight"]) == bnb.sizes(bnb.load("demo", kind))
+    sizes = bnb.stored_sizes(model)
+    assert sizes == (nbytes, pytest.approx(8 * linears / 393_216, abs=1e-6))
+    measured = row(compared, f"bitsandbytes {kind}")
+    assert measured["model"] == f"{original_dir.name} ({kind})"
+    assert (measured["nbytes"], measured["bits_per_weight"]) == sizes
 
 
 def test_bitsandbytes_rows_are_measured_too(compared: dict[str, Any]) -> None:
     nf4, int8 = row(compared, "bitsandbytes nf4"), row(compared, "bitsandbytes int8")
-    assert 0 < int8["kl_mean"] < nf4["kl_mean"] < row(compared, "compressed-tensors")["kl_mean"]
+    assert 0 < int8["kl_mean"] < nf4["kl_mean"] < row(compared, "llmsqueeze")["kl_mean"]
     assert nf4["nbytes"] < int8["nbytes"] < row(compared, "original")["nbytes"]
     assert 0 <= nf4["top1_changed"] < 0.5
     assert all(set(model) == set(compared["models"][0]) for model in compared["models"])
@@ -265,9 +265,9 @@ def test_what_bitsandbytes_cannot_open_is_one_error(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no kernel\nfor this")
 
     monkeypatch.setattr(bnb.hf, "load", fails)
-    said = refused("compare", "demo", "--bnb", "nf4", "--limit", 1)
-    assert "bitsandbytes cannot run demo (nf4) here: no kernel" in said
-    assert "for this" not in said
+    message = refused("compare", "demo", "--bnb", "nf4", "--limit", 1)
+    assert "bitsandbytes cannot run demo (nf4) here: no kernel" in message
+    assert "for this" not in message
 
 
 # ---------------------------------------------------------------------------------------------------- the frontier
@@ -275,7 +275,7 @@ def test_what_bitsandbytes_cannot_open_is_one_error(monkeypatch: pytest.MonkeyPa
 
 def swept(points: list[tuple[int, float] | None]) -> list[bool]:
     """Every point against every other, by what being beaten means."""
-    found = []
+    unbeaten = []
     for mine in points:
         beaten = mine is None
         for other in points:
@@ -284,8 +284,8 @@ def swept(points: list[tuple[int, float] | None]) -> list[bool]:
             smaller_or_equal, better_or_equal = other[0] <= mine[0], other[1] <= mine[1]
             if smaller_or_equal and better_or_equal and other != mine:
                 beaten = True
-        found.append(not beaten)
-    return found
+        unbeaten.append(not beaten)
+    return unbeaten
 
 
 @settings(max_examples=200, deadline=None)
@@ -302,7 +302,7 @@ def test_the_frontier_is_what_nothing_beats(points: list[tuple[int, float] | Non
 def test_the_frontier_of_a_comparison(compared: dict[str, Any]) -> None:
     points = [(model["nbytes"], model["nll_difference"]) for model in compared["models"]]
     assert [model["on_frontier"] for model in compared["models"]] == swept(points)
-    assert row(compared, "compressed-tensors")["on_frontier"], "nothing is smaller"
+    assert row(compared, "llmsqueeze")["on_frontier"], "nothing is smaller"
 
 
 # ------------------------------------------------------------------------------------------------------- the tasks
@@ -318,62 +318,41 @@ def test_paired_differences_by_hand() -> None:
         {"acc": 0.4, "acc_stderr": 0.2, "f1": 0.25, "only_after": 1.0},
         {"acc": {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0, 9: 1.0}, "f1": {0: 0.25}},
     )
-    found = paired(after, before)
+    paired = paired_differences(after, before)
     differences = [0.0, 0.0, -1.0, 0.0]  # of documents 0 to 3
-    assert found.keys() == {"acc_difference", "acc_difference_stderr", "f1_difference"}, "one document has no spread"
-    assert found["acc_difference"] == pytest.approx(-0.2)
-    assert found["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(4))
-    assert found["f1_difference"] == -0.25
-    assert paired(before, before)["acc_difference_stderr"] == 0
+    assert paired.keys() == {"acc_difference", "acc_difference_stderr", "f1_difference"}, "one document has no spread"
+    assert paired["acc_difference"] == pytest.approx(-0.2)
+    assert paired["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(4))
+    assert paired["f1_difference"] == -0.25
+    assert paired_differences(before, before)["acc_difference_stderr"] == 0
 
 
 def answers(model: Any, folder: Path) -> list[float]:
-    """Right (1) or wrong (0) by document, from lm-eval itself."""
-    outcome = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=load_tokenizer(folder), batch_size=8),
-        tasks=[task_config()],
-        limit=DOCUMENTS,
-        task_manager=evaluation._task_manager(None),
-        bootstrap_iters=0,
-        log_samples=True,
-        verbosity="ERROR",
-    )
-    held = {int(one["doc_id"]): float(one["acc"]) for one in outcome["samples"][TASK_NAME]}
-    assert len(held) == DOCUMENTS
-    return [held[i] for i in range(DOCUMENTS)]
+    """Right (1) or wrong (0) by document."""
+    opened = OpenModel("", model, load_tokenizer(folder))
+    right = tasks.find_tasks([TASK_NAME], limit=DOCUMENTS).run(opened, Progress())[TASK_NAME].documents["acc"]
+    return [right[i] for i in range(DOCUMENTS)]
 
 
 def test_task_differences_are_paired_by_document(
-    compared: dict[str, Any], models: dict[str, Any], demo_dir: Path
+    compared: dict[str, Any], models: dict[str, Any], original_dir: Path
 ) -> None:
-    right = {kind: answers(model, demo_dir) for kind, model in models.items()}
+    right = {kind: answers(model, original_dir) for kind, model in models.items()}
     for kind in models:
-        told = row(compared, kind)["tasks"][TASK_NAME]
+        measured = row(compared, kind)["tasks"][TASK_NAME]
         differences = [a - b for a, b in zip(right[kind], right["original"], strict=False)]
-        assert told["acc"] == pytest.approx(statistics.mean(right[kind]))
-        assert told["acc_difference"] == pytest.approx(statistics.mean(differences))
-        assert told["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(DOCUMENTS))
+        assert measured["acc"] == pytest.approx(statistics.mean(right[kind]))
+        assert measured["acc_difference"] == pytest.approx(statistics.mean(differences))
+        assert measured["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(DOCUMENTS))
     assert row(compared, "original")["tasks"][TASK_NAME]["acc_difference"] == 0
 
 
 # -------------------------------------------------------------------------------------------------------- the verb
 
 
-def llmsqueeze_cli(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of the command, run in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
 def refused(*arguments: object) -> str:
-    """stderr of a call that must end with code 2, one line, and no traceback."""
-    code, out, err = llmsqueeze_cli(*arguments, "--quiet", "--device", "cpu")
-    assert code == 2, f"{out}{err}"
-    assert out == ""
-    assert "Traceback" not in err
-    assert len(err.strip().splitlines()) == 1, err
-    return err.strip()
+    """The message of a call that is refused."""
+    return refused_command(*arguments, "--quiet", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -384,37 +363,42 @@ def text_file(words: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copies(folders: dict[str, Path], demo_dir: Path, tmp_path: Path) -> Iterator[dict[str, Path]]:
+def copies(folders: dict[str, Path], original_dir: Path, tmp_path: Path) -> dict[str, Path]:
     """Folders to write into, and one of nobody's."""
-    made = {name: Path(shutil.copytree(folders[name], tmp_path / name)) for name in ("portable", "dense")}
-    return made | {"foreign": Path(shutil.copytree(demo_dir, tmp_path / "foreign"))}
+    copies = {name: Path(shutil.copytree(folders[name], tmp_path / name)) for name in ("portable", "dense")}
+    return copies | {"foreign": Path(shutil.copytree(original_dir, tmp_path / "foreign"))}
 
 
-def test_a_comparison_is_kept_in_our_folders(copies: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
-    arguments = ["compare", "demo", *copies.values(), "--text", text_file, "--seq-len", WINDOW, "--device", "cpu"]
-    code, out, err = llmsqueeze_cli(*arguments, "--limit", 2, "--json", "--quiet")
+def test_a_comparison_is_kept_in_our_folders(
+    original_dir: Path, copies: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["compare", original_dir, *copies.values(), "--text", text_file, "--seq-len", WINDOW, "--device", "cpu"]
+    code, out, err = command(*arguments, "--limit", 2, "--json", "--quiet")
     assert code == 0, err
     assert json.loads(out)["kept_in"] == []
     assert not list(tmp_path.rglob("comparison.json")), "a limited run is for nobody else"
     assert not list(tmp_path.rglob("frontier.png"))
 
-    code, out, err = llmsqueeze_cli(*arguments, "--json", "--quiet", "--html", tmp_path / "page.html")
+    code, out, err = command(*arguments, "--json", "--quiet", "--html", tmp_path / "page.html")
     assert code == 0, err
     result = json.loads(out)
     ours = [copies["portable"], copies["dense"]]
     assert result["kept_in"] == [str(folder) for folder in ours]
     assert {path.parent for path in tmp_path.rglob("comparison.json")} == set(ours)
     assert {path.parent for path in tmp_path.rglob("frontier.png")} == (set(ours) if plots.available() else set())
-    for place, folder in enumerate(ours, 1):
+    for number, folder in enumerate(ours, 1):
         written = (folder / "comparison.json").read_text()
         assert str(tmp_path) not in written
         kept = json.loads(written)
         assert kept["text"] == "words.txt"
         assert kept["tokens"] == result["tokens"] > 0
-        assert [model["model"] for model in kept["models"]] == ["demo", *(path.name for path in copies.values())]
-        assert [model["this"] for model in kept["models"]] == [i == place for i in range(4)]
-        for told, model in zip(result["models"], kept["models"], strict=True):
-            assert told | {"model": model["model"], "this": model["this"]} == model
+        assert [model["model"] for model in kept["models"]] == [
+            original_dir.name,
+            *(path.name for path in copies.values()),
+        ]
+        assert [model["this"] for model in kept["models"]] == [i == number for i in range(4)]
+        for printed, model in zip(result["models"], kept["models"], strict=True):
+            assert printed | {"model": model["model"], "this": model["this"]} == model
     page = (tmp_path / "page.html").read_text()
     assert page.startswith(("<!DOCTYPE html>", "<!doctype html>"))
     assert all(path.name in page for path in copies.values())
@@ -424,13 +408,13 @@ def test_a_comparison_is_kept_in_our_folders(copies: dict[str, Path], text_file:
     assert foreign["kl_mean"] == 0
 
 
-def test_people_read_a_table(copies: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
-    arguments = ["compare", "demo", copies["portable"], "--text", text_file, "--limit", 2, "--seq-len", WINDOW]
-    code, out, _ = llmsqueeze_cli(*arguments, "--device", "cpu")
+def test_people_read_a_table(original_dir: Path, folders: dict[str, Path], text_file: Path) -> None:
+    arguments = ["compare", original_dir, folders["portable"], "--text", text_file, "--limit", 2, "--seq-len", WINDOW]
+    code, out, _ = command(*arguments, "--device", "cpu")
     assert code == 0
     shown = [line.split() for line in out.splitlines()]
     assert any("portable" in line for line in shown)
-    assert any("demo" in line for line in shown)
+    assert any("demo-2" in line for line in shown)
     assert max(map(len, out.splitlines())) <= 100
 
 
@@ -451,12 +435,12 @@ def test_mistakes_are_one_line(folders: dict[str, Path], tmp_path: Path, text_fi
     assert f"{given} is named twice" in refused("compare", "demo", given, given, *quick)
     assert "demo is named twice" in refused("compare", "demo", "demo", *quick)
     assert "nothing to compare the original with" in refused("compare", "demo", *quick)
-    said = refused("compare", "demo", given.with_name("portabel"), *quick)
-    assert "there is no folder" in said
-    assert "did you mean 'portable'?" in said
+    message = refused("compare", "demo", given.with_name("portabel"), *quick)
+    assert "there is no folder" in message
+    assert "did you mean 'portable'?" in message
     assert "unknown bnb 'nf5'; did you mean 'nf4'?" in refused("compare", "demo", "--bnb", "nf5", *quick)
-    said = refused("compare", "demo", given, "--tasks", "demo_story")
-    assert "unknown task 'demo_story'; did you mean 'demo_stories'?" in said
+    message = refused("compare", "demo", given, "--tasks", "demo_story")
+    assert "unknown task 'demo_story'; did you mean 'demo_stories'?" in message
     assert "--tasks is empty" in refused("compare", "demo", given, "--tasks", ",")
     assert "there is no text file" in refused("compare", "demo", given, "--text", tmp_path / "nowhere.txt")
     page = tmp_path / "nowhere" / "page.html"
@@ -465,7 +449,7 @@ def test_mistakes_are_one_line(folders: dict[str, Path], tmp_path: Path, text_fi
     )
 
 
-def test_what_was_made_of_another_model_is_refused(
+def test_a_folder_of_another_model_is_refused(
     folders: dict[str, Path], random_model: Callable[..., Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is opened."""
@@ -475,15 +459,14 @@ def test_what_was_made_of_another_model_is_refused(
 
     monkeypatch.setattr(comparing, "open_model", opened)
     other = random_model("llama")
-    said = refused("compare", "demo", folders["native"], other, "--text", text_file)
-    assert f"{other} has a vocabulary of 96 tokens and demo one of 626" in said
+    message = refused("compare", "demo", folders["native"], other, "--text", text_file)
+    assert f"{other} has a vocabulary of 96 tokens and demo one of 626" in message
 
 
 def test_a_damaged_folder_is_refused(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(folders["native"], tmp_path / "broken"))
-    file = sorted(broken.glob("*.safetensors"))[2]
+    file = sorted(broken.glob("*.safetensors"))[1]
     tensors = load_file(file)
     tensors.pop(next(name for name in tensors if name.endswith(".scale")))
     save_file(tensors, file, {"format": "pt"})
-    said = refused("compare", "demo", broken, "--text", text_file, "--limit", 1, "--seq-len", WINDOW)
-    assert "scale" in said
+    assert "scale" in refused("compare", "demo", broken, "--text", text_file, "--limit", 1, "--seq-len", WINDOW)
