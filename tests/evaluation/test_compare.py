@@ -438,7 +438,7 @@ def test_mistakes_are_one_line(folders: dict[str, Path], tmp_path: Path, text_fi
     message = refused("compare", "demo", given.with_name("portabel"), *quick)
     assert "there is no folder" in message
     assert "did you mean 'portable'?" in message
-    assert "unknown bnb 'nf5'; did you mean 'nf4'?" in refused("compare", "demo", "--bnb", "nf5", *quick)
+    assert "unknown --bnb 'nf5'; did you mean 'nf4'?" in refused("compare", "demo", "--bnb", "nf5", *quick)
     message = refused("compare", "demo", given, "--tasks", "demo_story")
     assert "unknown task 'demo_story'; did you mean 'demo_stories'?" in message
     assert "--tasks is empty" in refused("compare", "demo", given, "--tasks", ",")

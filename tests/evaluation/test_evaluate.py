@@ -93,7 +93,7 @@ def test_bad_values_are_refused_before_anything_opens(demo_of: Callable[[int], P
     for option, message in (
         ({"limit": 0}, "limit is 0; it must be a whole number from 1"),
         ({"window": 1}, "window is 1; it must be a whole number from 2"),
-        ({"batch_size": 0}, "batch size is 0"),
+        ({"batch_size": 0}, "batch-size is 0"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"tasks": "demo_stories", "include_path": "nowhere"}, "nowhere is not a folder of task definitions"),
     ):
