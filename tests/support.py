@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze import quantizers
 from llmsqueeze.cli.app import app
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 
@@ -22,13 +19,6 @@ TEXT: dict[str, Any] = {
     "seq_len": 32,
 }  # enough for every fact that is not about quality
 FAST = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]
-
-# every rounding method: the modules of quantizers/ with a function of their own name
-ROUNDERS = [
-    module.name
-    for module in pkgutil.iter_modules(quantizers.__path__)
-    if hasattr(import_module(f"llmsqueeze.quantizers.{module.name}"), module.name)
-]
 
 # one compressed folder per kind of content; `conftest.compressed` makes each once
 KINDS: dict[str, dict[str, Any]] = {

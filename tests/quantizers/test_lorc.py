@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support import TEXT, correlated_moments
 from torch import Tensor
 
 import llmsqueeze
@@ -22,14 +23,12 @@ from llmsqueeze.quantizers import lorc
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.recipe.resolve import make_recipe
 
-FAST = {"samples": 4, "seq_len": 48}
-
 
 @pytest.fixture
 def curvature(generator: torch.Generator) -> Curvature:
     """Inputs of very different size, correlated."""
-    x = torch.randn(400, 40, generator=generator) * torch.logspace(-1, 1, 40)
-    return factorize((x @ torch.randn(40, 40, generator=generator)).T.cov() + torch.eye(40))
+    scale = torch.logspace(-1, 1, 40)
+    return factorize(correlated_moments(40, generator) * scale * scale[:, None])
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_factors_survive_eight_bits(dtype: torch.dtype, size: float, error: Tens
     assert parts.layout_nbytes((24, 40), [part.spec()]) == parts.nbytes([part]) == 4 * (24 + 40) + 4 * dtype.itemsize
 
 
-def compressed(
+def parts_of(
     weight: Tensor, curvature: Curvature, bits: int, mask: Tensor | None = None, rank: int = 4
 ) -> tuple[list[parts.Part], Tensor, float]:
     outliers = 0 if mask is None else int(mask.sum())
@@ -97,7 +96,7 @@ def compressed(
 
 
 def test_compensation_lowers_the_output_error(error: Tensor, curvature: Curvature) -> None:
-    with_rank, without = compressed(error, curvature, 2), compressed(error, curvature, 2, rank=0)
+    with_rank, without = parts_of(error, curvature, 2), parts_of(error, curvature, 2, rank=0)
     assert with_rank[2] < 0.7 * without[2]
     assert torch.equal(parts.sum_of_parts(with_rank[0]), with_rank[1])
 
@@ -105,40 +104,49 @@ def test_compensation_lowers_the_output_error(error: Tensor, curvature: Curvatur
 def test_a_weight_that_it_does_not_help_keeps_none(curvature: Curvature, generator: torch.Generator) -> None:
     levels = torch.randint(-127, 128, (24, 40), generator=generator).float()
     levels[:, 0] = 127.5  # every row's scale is 1: rounding is nearly exact
-    made, _, error = compressed(levels.round(), curvature, 8)
+    weight_parts, _, error = parts_of(levels.round(), curvature, 8)
     assert error < 1e-4
-    exact = compressed(torch.zeros(24, 40), curvature, 8)[0]
+    exact = parts_of(torch.zeros(24, 40), curvature, 8)[0]
     assert not any(isinstance(part, LowRank) for part in exact)
-    assert sum(isinstance(part, LowRank) for part in made) <= 1
+    assert sum(isinstance(part, LowRank) for part in weight_parts) <= 1
 
 
 def test_outliers_stay_exact_under_compensation(
     error: Tensor, curvature: Curvature, generator: torch.Generator
 ) -> None:
     mask = torch.rand(24, 40, generator=generator) < 0.05
-    made, dense, _ = compressed(error, curvature, 2, mask)
-    assert any(isinstance(part, LowRank) for part in made)
+    weight_parts, dense, _ = parts_of(error, curvature, 2, mask)
+    assert any(isinstance(part, LowRank) for part in weight_parts)
     assert torch.equal(dense[mask], error[mask])
 
 
-@pytest.mark.parametrize("method", ["rtn", "gwq", "budget"])
-def test_it_goes_with_every_method(method: str, tmp_path: Path) -> None:
-    """Counted in the budget, stored, loaded, and the same sum of parts."""
-    settings = {"method": method, "bits": 3, "lorc_rank": 4, **FAST}
-    summary = quantize("demo", make_recipe(settings), tmp_path / "out")
-    if method == "budget":
-        assert 2.9 < summary.bits_per_weight <= 3
-    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+def test_factors_are_counted_stored_and_loaded(compressed: Callable[[str], Path]) -> None:
+    checkpoint = open_checkpoint(compressed("factors"))
+    config = checkpoint.config["quantization_config"]
     assert config["format_version"] == 2
     ranks = [s["rank"] for w in config["weights"].values() for s in w["parts"] if s["part"] == "lowrank"]
     assert set(ranks) == {4}
-    loaded = llmsqueeze.load(str(tmp_path / "out"))
+    loaded = llmsqueeze.load(str(compressed("factors")))
     assert sum(isinstance(module, SumOfParts) for module in loaded.modules()) == len(config["weights"])
     counted = sum(parts.layout_nbytes(tuple(entry["shape"]), entry["parts"]) for entry in config["weights"].values())
-    kept = [t.nbytes for n, t in open_checkpoint(tmp_path / "out").tensors.items() if ".parts." in n]
-    assert sum(kept) == counted
+    stored = [t.nbytes for n, t in checkpoint.tensors.items() if ".parts." in n]
+    assert sum(stored) == counted
+
+
+@pytest.mark.parametrize(("method", "bits"), [("gwq", 3), ("budget", 2.9)])
+def test_factors_go_with_outliers_and_within_a_budget(
+    method: str, bits: float, demo_of: Callable[[int], Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe({"method": method, "quantizer": "rtn", "bits": bits, "lorc_rank": 4, **TEXT})
+    summary = quantize(str(demo_of(1)), recipe, tmp_path / "out")
+    weights = open_checkpoint(tmp_path / "out").config["quantization_config"]["weights"].values()
+    assert {spec["rank"] for w in weights for spec in w["parts"] if spec["part"] == "lowrank"} == {4}
+    if method == "budget":
+        assert 2.8 < summary.bits_per_weight <= 2.9
+    else:
+        assert all(w["parts"][-1]["part"] == "sparse" for w in weights)
 
 
 def test_a_rank_beyond_the_matrix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"lorc rank 5000 is more than model\.layers\.0\..* has: it is"):
+    with pytest.raises(RecipeError, match=r"--lorc-rank 5000 is more than model\.layers\.0\..* has: it is"):
         quantize("demo", make_recipe({"method": "rtn", "lorc_rank": 5000}), tmp_path / "out")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROUNDERS
 
 from llmsqueeze import quantizers
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import Rounder, rounder
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.rtn import rtn
+from llmsqueeze.recipe.methods import rounding_methods
 
 TOY = """
 from llmsqueeze.quantizers.rtn import rtn
@@ -34,9 +36,11 @@ def test_a_file_with_a_function_of_its_name_is_a_rounding_method(
     assert torch.equal(rounded.dense(), rtn(-weight, grid, torch.float32).dense())
 
 
-def test_the_methods_of_this_package_are_found() -> None:
-    assert set(ROUNDERS) == {"rtn", "gptq", "descent"}
+def test_every_file_with_a_function_of_its_name_is_in_the_table_of_methods() -> None:
     assert rounder("rtn") is rtn
+    files = [module.name for module in pkgutil.iter_modules(quantizers.__path__)]
+    modules = {name: importlib.import_module(f"llmsqueeze.quantizers.{name}") for name in files}
+    assert {name for name, module in modules.items() if hasattr(module, name)} == set(rounding_methods())
 
 
 @pytest.mark.parametrize("name", ["nearest", "grids", "coded"])
@@ -45,7 +49,7 @@ def test_a_name_without_its_file_or_function_is_refused(name: str) -> None:
         rounder(name)
 
 
-@pytest.mark.parametrize("name", ROUNDERS)
+@pytest.mark.parametrize("name", rounding_methods())
 def test_every_method_has_the_one_signature(name: str) -> None:
     expected = inspect.signature(Rounder.__call__).parameters
     found = inspect.signature(rounder(name)).parameters
