@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := runs/demo-3bit
 
-.PHONY: help install demo test check fix bench
+.PHONY: help install demo test check fix docs bench
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,3 +36,6 @@ fix: $(READY) ## repair what the linter and formatter can
 
 bench: $(READY) ## quality of every method on the built-in model at 2, 3 and 4 bits
 	$(BIN)/python evals/methods.py demo demo demo --limit 100
+
+docs: $(READY) ## write the tables of recipes/README.md from the code
+	$(BIN)/python -m llmsqueeze.recipe.markdown recipes/README.md

@@ -1,0 +1,61 @@
+"""The tables of recipes/README.md, made from the table of options and the entries of the methods.
+
+`python -m llmsqueeze.recipe.markdown recipes/README.md` writes them between their markers (`make docs`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmsqueeze.recipe.methods import METHODS, methods_of
+from llmsqueeze.recipe.options import Asked
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def methods_table() -> str:
+    """Every method with its sentence and source."""
+    return table(
+        ("`--method`", "what it does", "source", "rounding"),
+        [(f"`{entry.name}`", entry.help, entry.source, "yes" if entry.rounds else "") for entry in METHODS.values()],
+    )
+
+
+def options_table() -> str:
+    """Every option: flag, key, sentence, choices, default, and the methods that it belongs to."""
+    rows = []
+    for name in Asked.model_fields:
+        option = Asked.option(name)
+        flags = [flag for flag, _ in option.choice_flags.values()] or [option.flag or "--" + name.replace("_", "-")]
+        unnamed = [choice for choice in option.allowed if choice not in option.text]
+        choices = f" ({', '.join(option.allowed)})" if unnamed else ""
+        owners = methods_of(name)
+        barred = [method for method in METHODS if method not in owners and method != "auto"]
+        few = ", ".join(owners) if len(owners) <= len(barred) else f"all but {', '.join(barred)}"
+        rows.append(
+            (" ".join(f"`{flag}`" for flag in flags), option.text + choices, option.default, few if owners else "all")
+        )
+    return table(("option", "meaning", "default", "methods"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"methods": methods_table, "options": options_table}
+
+
+def filled(text: str) -> str:
+    """The text with every table between its markers written again."""
+    for name, made in TABLES.items():
+        marked = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        text = re.sub(marked, lambda match, made=made: f"{match[1]}{made()}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[1])
+    page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
