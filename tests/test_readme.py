@@ -1,4 +1,4 @@
-"""The README's commands exist as it writes them, and what it names is there."""
+"""The README's commands run, in the order in which it gives them, and the files that it names are there."""
 
 from __future__ import annotations
 
@@ -8,29 +8,50 @@ from pathlib import Path
 
 import pytest
 import typer
+from support import command
 
 from llmsqueeze.cli.app import app
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    llmsqueeze ")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "recipes/README.md")}
 TARGETS = [line.split()[1] for line in README.splitlines() if line.startswith("    make ")]
+# what keeps a run short: enough text for the facts, none for the quality
+TEXT = ["--samples", "2", "--seq-len", "32"]
+SHORT = {
+    "quantize": TEXT,
+    "plan": [*TEXT, "--no-trial"],
+    "distill": [*TEXT, "--held-back", "2"],
+    "eval": ["--limit", "2"],
+    "compare": ["--limit", "2"],
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(command: str) -> None:
-    """Names of verbs and options, and types of values; nothing is run."""
-    program, verb, *arguments = shlex.split(command)
-    assert program == "llmsqueeze"
-    group = typer.main.get_command(app)
-    known = group.commands[verb]  # type: ignore[attr-defined]
-    with known.make_context(verb, arguments) as context:
-        assert context.params
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page, without their comments, as lists of words."""
+    lines = [line.split(" # ")[0].strip() for line in page.splitlines() if line.startswith("    llmsqueeze ")]
+    return [shlex.split(line) for line in lines]
 
 
-def test_the_commands_are_found() -> None:
-    verbs = {command.split()[1] for command in COMMANDS}
-    assert verbs == {"quantize", "plan", "distill", "export", "eval", "compare", "show", "report", "check", "push"}
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    verbs = set()
+    for _, verb, *arguments in commands(README):
+        code, stdout, stderr = command(verb, *arguments, *SHORT.get(verb, []))
+        assert code == 0, f"{verb} {arguments}: {stderr}"
+        assert stdout
+        verbs.add(verb)
+    assert verbs == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_parses(page: str) -> None:
+    """Names of verbs and options, and types of values."""
+    for program, verb, *arguments in commands(PAGES[page]):
+        assert program == "llmsqueeze"
+        known = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+        with known.make_context(verb, arguments) as context:
+            assert context.params
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -38,10 +59,21 @@ def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:recipes|evals|llmsqueeze|\.ci)/[\w./-]+)`", README))))
-def test_every_named_file_exists(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("page", ["README.md", "llmsqueeze/README.md", "recipes/README.md", "evals/README.md"])
+def test_every_named_file_exists(page: str) -> None:
+    """Links, and paths in backquotes, from the root or from where the page lies."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"\]\((?!http)([\w./-]+)\)", text)
+    named += re.findall(r"`((?:[\w-]+/)+[\w-]+\.(?:py|md|json|yaml|txt|svg)|[\w-]+\.(?:py|md))`", text)
+    assert named
+    lost = [
+        path
+        for path in named
+        if not any((base / path).exists() for base in (ROOT, (ROOT / page).parent, ROOT / "llmsqueeze"))
+    ]
+    assert lost == []
 
 
-def test_no_placeholder_is_left() -> None:
+def test_the_readme_is_short_and_whole() -> None:
+    assert len(README.split()) <= 1000
     assert "@@" not in README
