@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,9 +49,10 @@ TABLES: dict[str, Callable[[], str]] = {"methods": methods_table, "options": opt
 
 def filled(text: str) -> str:
     """The text with every table between its markers written again."""
-    for name, made in TABLES.items():
-        marked = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-        text = re.sub(marked, lambda match, made=made: f"{match[1]}{made()}\n{match[2]}", text, flags=re.DOTALL)
+    for name, make in TABLES.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        text = f"{before}{begin}{make()}\n{end}{after}"
     return text
 
 
