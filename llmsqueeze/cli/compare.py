@@ -57,7 +57,7 @@ def compare(
         from llmsqueeze.files import FRONTIER
         from llmsqueeze.formats.public import shown
         from llmsqueeze.publish.page.comparison import write_page
-        from llmsqueeze.publish.plots import draw_frontier
+        from llmsqueeze.publish.plots.draw import draw_frontier
         from llmsqueeze.recipe.values import choice
 
         hush()

@@ -37,7 +37,8 @@ def plan(
         from llmsqueeze.cli.tables.runs import print_plan
         from llmsqueeze.compress.plan import plan as plan_model
         from llmsqueeze.model.original import Source
-        from llmsqueeze.publish import plots
+        from llmsqueeze.publish.plots.draw import draw_plan
+        from llmsqueeze.publish.plots.figure import available
 
         hush()
         with TerminalProgress(quiet) as progress:
@@ -50,8 +51,8 @@ def plan(
                 trial=trial,
                 progress=progress,
             )
-            if plots.available():
-                plots.draw_plan(result, Path(result["out"]))
+            if available():
+                draw_plan(result, Path(result["out"]))
             else:
                 progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
         print_result(result, as_json, print_plan)

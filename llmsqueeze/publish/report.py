@@ -10,17 +10,18 @@ from typing import Any
 
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
-from llmsqueeze.publish import numbers, provenance
+from llmsqueeze.publish import provenance
 from llmsqueeze.publish.folder import Folder, Linear, read_public
 from llmsqueeze.publish.page import story
 from llmsqueeze.publish.page.comparison import view_of
-from llmsqueeze.publish.page.heat import NUMBERED, heat_map
+from llmsqueeze.publish.page.pictures import NUMBERED, blocks_of, heat_map_picture
 from llmsqueeze.publish.page.render import render
+from llmsqueeze.publish.plots.figure import available
+from llmsqueeze.publish.plots.heat_map import BITS, ERRORS
 from llmsqueeze.publish.scores import baseline, score_rows
 
 REPORT = "report.html"
 SHOWN = 50  # rows of the table of weights, until the reader shows all
-LEAST_SPAN = 1.0  # bits that the colours span at least, so that a nearly uniform plan looks like one
 
 
 def write_report(folder: str | Path, out: Path | None = None) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def report_page(folder: Folder) -> str:
     """The HTML of a folder's report."""
     model = str(folder.record["model"])
     bits = {linear.name: linear.bits for linear in folder.linears if linear.bits is not None}
-    errors = {linear.name: linear.error for linear in folder.linears if linear.error is not None}
+    errors = {linear.name: 100 * linear.error for linear in folder.linears if linear.error is not None}
+    blocks = blocks_of([linear.name for linear in folder.linears], folder.blocks)
     return render(
         "report.html",
         title=f"{folder.name}: {story.sentence(folder)}",
@@ -68,8 +70,9 @@ def report_page(folder: Folder) -> str:
         measure=shlex.join(["llmsqueeze", "eval", folder.name, "--baseline", model]),
         compare=shlex.join(["llmsqueeze", "compare", model, folder.name, "OTHER-FOLDER"]),
         comparison=view_of(folder.comparison) if folder.comparison else None,
-        bit_map=None if folder.dense else heat_map(bits, folder.blocks, numbers.fixed, "bits per weight", LEAST_SPAN),
-        error_map=heat_map(errors, folder.blocks, cell_percent, "% error", log=True),
+        bit_map=None if folder.dense else heat_map_picture(bits, blocks, BITS),
+        error_map=heat_map_picture(errors, blocks, ERRORS),
+        pictures=available(),
         rows=weight_rows(folder.linears),
         shown=SHOWN,
         recipe=provenance.recipe_yaml(folder.recipe),
@@ -77,13 +80,6 @@ def report_page(folder: Folder) -> str:
         own_text=provenance.own_text(folder),
         distill=[provenance.distill_command(one) for one in provenance.later_distillations(folder)],
     )
-
-
-def cell_percent(share: float, decimals: int) -> str:
-    """A share in percent, short enough for a cell with room for so many decimals."""
-    if decimals == 1:
-        return numbers.fixed(100 * share, 0 if share >= 0.0995 else 1)
-    return "<0.001" if 0 < share < 1e-5 else numbers.percent(share).removesuffix(" %")
 
 
 def size_bars(folder: Folder) -> list[dict[str, Any]]:

@@ -35,8 +35,8 @@ from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
 from llmsqueeze.progress import Progress
-from llmsqueeze.publish import plots
-from llmsqueeze.publish.plots import draw_frontier
+from llmsqueeze.publish.plots.draw import draw_frontier
+from llmsqueeze.publish.plots.figure import available
 from llmsqueeze.recipe.resolve import make_recipe
 
 CPU = torch.device("cpu")
@@ -385,7 +385,7 @@ def test_a_comparison_is_kept_in_our_folders(
     ours = [copies["portable"], copies["dense"]]
     assert result["kept_in"] == [str(folder) for folder in ours]
     assert {path.parent for path in tmp_path.rglob("comparison.json")} == set(ours)
-    assert {path.parent for path in tmp_path.rglob("frontier.png")} == (set(ours) if plots.available() else set())
+    assert {path.parent for path in tmp_path.rglob("frontier.png")} == (set(ours) if available() else set())
     for number, folder in enumerate(ours, 1):
         written = (folder / "comparison.json").read_text()
         assert str(tmp_path) not in written

@@ -14,8 +14,9 @@ from llmsqueeze.formats.public import shown
 from llmsqueeze.publish import numbers
 from llmsqueeze.publish.folder import mapping, task_scores
 from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, percent, significant, with_error
-from llmsqueeze.publish.page.frontier import Point, plot
+from llmsqueeze.publish.page.pictures import frontier_picture
 from llmsqueeze.publish.page.render import render
+from llmsqueeze.publish.plots.figure import available
 
 NUMBERS = (
     *("nbytes", "bits_per_weight", "perplexity", "perplexity_stderr", "nll_difference", "nll_difference_stderr"),
@@ -27,7 +28,7 @@ BEYOND = 2.0  # standard errors; a larger difference is bold
 def comparison_page(comparison: Mapping[str, Any]) -> str:
     """The HTML for the contents of `comparison.json`. Raises CheckpointError if there are no models in it."""
     view = view_of(comparison)
-    return render("comparison.html", title=f"{view['original']} compared", **view)
+    return render("comparison.html", title=f"{view['original']} compared", pictures=available(), view=view)
 
 
 def view_of(comparison: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +38,6 @@ def view_of(comparison: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(models, list) or not models or not all(isinstance(model, dict) for model in models):
         raise CheckpointError("the comparison has no models; run `llmsqueeze compare` again to write it")
     rows = [model_row(i, model) for i, model in enumerate(models, 1)]
-    points = [point for row in rows if (point := point_of(row))]
     return {
         "original": rows[0]["name"],
         "models": rows,
@@ -45,11 +45,7 @@ def view_of(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "text": public.get("text"),
         "window": public.get("window"),
         "tokens": public.get("tokens"),
-        "plots": [
-            (kind, made)
-            for kind, made in (("wide", plot(points, 760, 400, True)), ("narrow", plot(points, 350, 330, False)))
-            if made
-        ],
+        "plot": frontier_picture(models),
         "frontier": [row["name"] for row in rows if row["on_frontier"] and row["role"] != "original"],
     }
 
@@ -75,15 +71,6 @@ def model_row(place: int, model: Mapping[str, Any]) -> dict[str, Any]:
         "on_frontier": model.get("on_frontier") is True,
         "texts": texts,
     }
-
-
-def point_of(row: Mapping[str, Any]) -> Point | None:
-    """Where a model stands in the plot; None if its size or its loss is not known."""
-    loss = 0.0 if row["role"] == "original" else row["nll_difference"]
-    if loss is None or not row["nbytes"] or row["nbytes"] < 0:
-        return None
-    spread = row["nll_difference_stderr"]
-    return Point(row["place"], row["name"], row["nbytes"], loss, spread, row["on_frontier"], row["role"])
 
 
 def task_table(models: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
 "use strict";
-// Unknown values come last, whichever way a table is sorted.
+// Unknown values are last in both directions.
 function sortBy(button) {
   const head = button.closest("th"), table = head.closest("table"), body = table.tBodies[0];
   const numeric = head.classList.contains("num");
@@ -41,18 +41,4 @@ for (const button of document.querySelectorAll(".more")) {
     button.setAttribute("aria-expanded", String(button.getAttribute("aria-expanded") !== "true"));
     limit(table);
   });
-}
-
-for (const figure of document.querySelectorAll("figure.map")) {
-  const readout = figure.querySelector(".readout"), box = figure.querySelector(".scroll");
-  const read = (event) => {
-    const title = event.target.closest("g.cell")?.querySelector("title");
-    if (title) readout.textContent = title.textContent;
-  };
-  readout.textContent = "Point at or tap a cell to read it.";
-  box.addEventListener("pointerover", read);
-  box.addEventListener("click", read);
-  // The names of the rows stay in view.
-  const pinned = figure.querySelector(".pinned");
-  box.addEventListener("scroll", () => pinned.setAttribute("transform", `translate(${box.scrollLeft} 0)`));
 }
