@@ -1,4 +1,4 @@
-"""The compressed-tensors format, `pack-quantized`: what stock transformers and vLLM open without us.
+"""The compressed-tensors format, `pack-quantized`, which stock transformers and vLLM open without llmsqueeze.
 
 Per linear: `weight_packed` int32 [rows, ceil(cols * bits / 32)], codes offset by 2**(bits - 1), element i at bit
 i * bits, least significant first, dense across words; `weight_scale` [rows, groups] in the model's dtype;
@@ -35,7 +35,7 @@ OWN_NAMES = {rf"\.{stored}$": f".parts.0.{name}" for name, stored in NAMES.items
 
 
 def lost(shape: tuple[int, int], specs: Sequence[Spec]) -> str | None:
-    """What of a linear's parts this format cannot hold, in words; None if it can."""
+    """The property of a linear's parts that this format cannot represent, in words; None if it can represent them."""
     others = [spec["part"] for spec in specs if spec["part"] != Affine.kind]
     if others:
         words: dict[str, str] = {
@@ -58,20 +58,18 @@ def lost(shape: tuple[int, int], specs: Sequence[Spec]) -> str | None:
 
 
 def barred(plan: Plan) -> str | None:
-    """The first linear of a plan that this format cannot hold, and what of it; None if it can hold all."""
-    found = ((name, lost(weight.shape, weight.specs)) for name, weight in plan.weights.items())
-    return next((f"{name}: {what}" for name, what in found if what is not None), None)
+    """The first linear of a plan that this format cannot represent, and why; None if it can represent all."""
+    reasons = ((name, lost(weight.shape, weight.specs)) for name, weight in plan.weights.items())
+    return next((f"{name}: {why}" for name, why in reasons if why is not None), None)
 
 
 def settled(plan: Plan, portable: bool | None) -> Plan:
-    """The plan as it can be written: in our own format if this one has no place for something.
-
-    Raises RecipeError if it was to be `portable`.
-    """
+    """The plan, in the native format if this one cannot represent all of it. Raises RecipeError if `portable` asks for
+    this one."""
     if not plan.portable or (what := barred(plan)) is None:
         return plan
     if portable:
-        raise RecipeError(f"portable contradicts the plan: compressed-tensors has no place for {what}")
+        raise RecipeError(f"portable contradicts the plan: compressed-tensors cannot represent {what}")
     return Plan({name: replace(weight, beside=0) for name, weight in plan.weights.items()})
 
 
@@ -84,7 +82,8 @@ def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tenso
 
 
 def quantization_config(grids: Mapping[str, tuple[Grid, int]], ignore: Iterable[str]) -> dict[str, Any]:
-    """What `config.json` holds. grids: linear -> its grid and number of columns; ignore: linears left as they are."""
+    """The entry `quantization_config` of `config.json`. grids: linear -> its grid and number of columns; ignore: all
+    other linears."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, (grid, cols) in grids.items():
         size = -1 if grid.width(cols) == cols else grid.group_size
@@ -103,7 +102,7 @@ def quantization_config(grids: Mapping[str, tuple[Grid, int]], ignore: Iterable[
 
 
 def config_of(plan: Plan, ignore: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of a plan that the format can hold."""
+    """`quantization_config` of a plan that the format can represent."""
     return quantization_config({name: (weight.grid, weight.shape[1]) for name, weight in plan.weights.items()}, ignore)
 
 

@@ -1,4 +1,4 @@
-"""What a compressed folder's config says of its linears, whichever of our formats it is in."""
+"""The compressed linears of a folder, as its config describes them, in the native format or compressed-tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from llmsqueeze.parts import Grid, Part, Spec
 
 @dataclass(frozen=True)
 class Entry:
-    """A compressed linear: shape [rows, cols], its parts' specs, and for each part the names of its tensors in the
-    file.
-
-    `beside`: tensors that belong to it and to no part.
-    """
+    """A compressed linear: shape [rows, cols], the specs of its parts, and for each part: tensor of the part -> its
+    name in the file. `beside`: names of tensors that belong to no part."""
 
     shape: tuple[int, int]
     specs: tuple[Spec, ...]
@@ -30,7 +27,7 @@ class Entry:
 
     @property
     def tensors(self) -> list[str]:
-        """Everything that the file holds of it."""
+        """The names of all its tensors in the file."""
         return [name for names in self.names for name in names.values()] + list(self.beside)
 
 
@@ -46,7 +43,7 @@ def format_of(checkpoint: Checkpoint) -> str:
 
 
 def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
-    """linear -> what the folder holds of it. Raises UnsupportedError for a format that we do not read."""
+    """linear -> its entry. Raises UnsupportedError for a format that llmsqueeze does not read."""
     config: Any = checkpoint.config.get("quantization_config")
     method = format_of(checkpoint)
     if method == native.METHOD:
@@ -57,20 +54,20 @@ def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
 
 
 def read_parts(checkpoint: Checkpoint, entry: Entry, device: torch.device | str = "cpu") -> list[Part]:
-    """A linear's parts from the file, none of them coded any more. Raises CheckpointError for damaged streams."""
-    held = [
+    """A linear's parts from the file, decoded. Raises CheckpointError for damaged streams."""
+    stored = [
         (spec, {kind: checkpoint.read_raw(name).to(device) for kind, name in names.items()})
         for spec, names in zip(entry.specs, entry.names, strict=True)
     ]
     try:
-        return [parts.decoded(parts.restore(entry.shape, spec, tensors)) for spec, tensors in held]
+        return [parts.decoded(parts.restore(entry.shape, spec, tensors)) for spec, tensors in stored]
     except CheckpointError as error:
         linear = next(iter(entry.names[0].values())).partition(".parts.")[0]
         raise CheckpointError(f"{checkpoint.path}, {linear}: {error}") from error
 
 
 def own_names(entries: Mapping[str, Entry]) -> dict[str, str]:
-    """A part's tensor as the native format calls it -> its name in the file."""
+    """Name of a part's tensor in the native format -> its name in the file."""
     return {
         native.tensor_name(linear, i, kind): name
         for linear, entry in entries.items()
@@ -80,7 +77,7 @@ def own_names(entries: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def native_config(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """The native format's `quantization_config` for linears that are in whichever of our formats."""
+    """The native format's `quantization_config` for linears in either format."""
     weights = {name: {"shape": list(entry.shape), "parts": list(entry.specs)} for name, entry in entries.items()}
     return {"quant_method": native.METHOD, "format_version": native.FORMAT_VERSIONS[-1], "weights": weights}
 
@@ -95,15 +92,16 @@ def _native(linear: str, entry: Mapping[str, Any]) -> Entry:
 
 
 def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Entry]:
-    """Only what we write: symmetric integers in groups or rows, columns in order, modules named one by one."""
-    found = {}
+    """Raises UnsupportedError if not as ours are: symmetric integers in groups or rows, columns in order, modules named
+    one by one."""
+    entries = {}
     for group in config["config_groups"].values():
         weights = group["weights"]
         ours = weights["type"] == "int" and weights["symmetric"] and weights.get("strategy") in ("group", "channel")
         ours = ours and weights.get("actorder") in (None, "weight", "static") and not group.get("input_activations")
         if not ours or not all("." in target and not target.startswith("re:") for target in group["targets"]):
             raise UnsupportedError(
-                f"{checkpoint.path} holds compressed tensors of a kind that llmsqueeze does not write"
+                f"{checkpoint.path} is in a form of compressed-tensors that llmsqueeze does not write"
             )
         grid = Grid(weights["num_bits"], weights["group_size"] or -1, symmetric=True)
         for linear in group["targets"]:
@@ -114,5 +112,5 @@ def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> di
                 raise CheckpointError(f"{checkpoint.path} lacks {missing}, which its config describes")
             rows, cols = checkpoint.read_raw(beside).tolist()
             spec = parts.grid_spec(grid, checkpoint.tensors[names["scale"]].dtype)
-            found[linear] = Entry((rows, cols), (spec,), (names,), (beside,))
-    return found
+            entries[linear] = Entry((rows, cols), (spec,), (names,), (beside,))
+    return entries

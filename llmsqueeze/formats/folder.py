@@ -1,7 +1,7 @@
 """Writing a model folder, shard by shard.
 
-It grows in a sibling `<name>.partial`, which takes the final name when everything is there. A run that fails removes
-it; one that was killed leaves it to the next run.
+It grows in a sibling `<name>.partial`, which takes the final name when it is complete. A run that fails removes it; the
+next run removes that of a run that was killed.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ class Output:
         self.shards = shards
         self.weight_map: dict[str, str] = {}
         self.nbytes = 0
-        self.digests: dict[str, bytes] = {}  # of every tensor as it was handed over
+        self.digests: dict[str, bytes] = {}  # of every tensor before it is written
         self._written = 0
 
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes the next of the announced number of shards."""
         self._written += 1
         name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
-        held = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        self.digests |= {key: digest(tensor) for key, tensor in held.items()}
-        save_file(held, self.partial / name, metadata={"format": "pt"})
-        settle(self.partial / name)
-        self.weight_map.update(dict.fromkeys(held, name))
-        self.nbytes += sum(tensor.nbytes for tensor in held.values())
+        stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+        self.digests |= {key: digest(tensor) for key, tensor in stored.items()}
+        save_file(stored, self.partial / name, metadata={"format": "pt"})
+        flush(self.partial / name)
+        self.weight_map.update(dict.fromkeys(stored, name))
+        self.nbytes += sum(tensor.nbytes for tensor in stored.values())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.partial / name, value)
@@ -94,17 +94,17 @@ class Output:
 
 
 def digest(tensor: Tensor) -> bytes:
-    """Of a tensor's shape, dtype and bits."""
-    made = hashlib.blake2b(f"{list(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
-    held: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    made.update(held)
-    return made.digest()
+    """16 bytes, from a tensor's shape, dtype and bits."""
+    hashed = hashlib.blake2b(f"{list(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    hashed.update(array)
+    return hashed.digest()
 
 
-def settle(file: Path) -> None:
-    """Has the file on the disk and, where the system can be told, out of its cache: reading it back reads the disk.
+def flush(file: Path) -> None:
+    """Forces the file to the disk and, if the system allows it, out of its cache, so that reading it reads the disk.
 
-    safetensors makes files that only their owner may read; a server may be another user.
+    Also lets other users read it, as a server may be one: safetensors lets only the owner.
     """
     mask = os.umask(0)
     os.umask(mask)
@@ -116,7 +116,7 @@ def settle(file: Path) -> None:
 
 
 def check_writable(path: Path, overwrite: bool) -> None:
-    """Raises OutputError unless a new folder may be made at `path`."""
+    """Raises OutputError unless the run may write a new folder at `path`."""
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
     if path.is_file():
@@ -125,16 +125,16 @@ def check_writable(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path} was not written by llmsqueeze, so --overwrite leaves it alone; choose another --out")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir():
-        raise OutputError(f"{parent} is not a folder, so {path} cannot be made")
+        raise OutputError(f"{parent} is not a folder, so {path} cannot be written")
 
 
 @contextmanager
 def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False) -> Iterator[Output]:
-    """A folder that appears at `path` when the block ends without error, and not at all when it does not.
+    """A folder that appears at `path` only if the `with` block ends without error.
 
-    The block calls `finish` when all is written; what it finds wrong then (VerificationError) keeps its `.partial`.
-    `needed` bytes must be free. A `.partial` left behind by a run that was killed is replaced. What is at `path` by the
-    end is replaced only with `overwrite`, and put back if its successor cannot take the name.
+    The block calls `finish` when all is written. After a VerificationError the `.partial` stays. `needed` bytes must be
+    free. The `.partial` of a run that was killed is replaced. A folder at `path` at the end is replaced only with
+    `overwrite`, and put back if the new one cannot take the name. Raises OutputError.
     """
     output = Output(path, shards)
     try:
@@ -142,7 +142,7 @@ def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False)
             free = shutil.disk_usage(partial).free
             if free < needed:
                 raise OutputError(
-                    f"{path} needs {needed / 1e9:.2f} GB while it is made (activations included; fewer or shorter "
+                    f"{path} needs {needed / 1e9:.2f} GB during the run (activations included; fewer or shorter "
                     f"samples need less), and {free / 1e9:.2f} GB are free on that disk"
                 )
             yield output
@@ -154,9 +154,9 @@ def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False)
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """`<path>.partial`, marked as this process's, removed at the end unless it was renamed or failed verification.
+    """`<path>.partial` with a mark of this process, removed at the end unless it was renamed or failed verification.
 
-    One left behind by a run that was killed is replaced; OutputError if it is anybody else's.
+    That of a run that was killed is replaced. Raises OutputError if it belongs to a living run or to the user.
     """
     partial = path.with_name(path.name + ".partial")
     _clear_leftover(partial)
@@ -165,7 +165,7 @@ def partial_folder(path: Path) -> Iterator[Path]:
         _write_owner(partial)
         yield partial
     except VerificationError:
-        raise  # what is wrong can be looked at
+        raise  # the folder stays for inspection
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -202,20 +202,20 @@ def rewrite(
 
 
 def publish(folder: Path, path: Path, overwrite: bool) -> None:
-    """Gives a finished folder its final name; what is there is replaced only with `overwrite`."""
+    """Gives a finished folder its final name; a folder at `path` is replaced only with `overwrite`."""
     (folder / OWNER).unlink(missing_ok=True)
     check_writable(path, overwrite)
     _take_name(folder, path)
 
 
 def _clear_leftover(partial: Path) -> None:
-    """Removes the `.partial` of a run that is dead; raises OutputError if it belongs to a living one or to the user."""
+    """Removes the `.partial` of a dead run. Raises OutputError if it belongs to a living run or to the user."""
     if not partial.exists():
         return
     try:
         owner = int((partial / OWNER).read_text())
     except (OSError, ValueError) as error:
-        raise OutputError(f"{partial} is in the way and was not made by llmsqueeze; remove or rename it") from error
+        raise OutputError(f"{partial} exists, and llmsqueeze did not write it; remove or rename it") from error
     if owner != os.getpid() and _alive(owner):
         raise OutputError(f"another run (process {owner}) is writing {partial}; wait for it, or choose another --out")
     shutil.rmtree(partial)

@@ -1,4 +1,4 @@
-"""The native format: what `config.json` says of it, and how the parts' tensors are named.
+"""The native format: its entry in `config.json`, and the names of the parts' tensors.
 
     "quantization_config": {
       "quant_method": "llmsqueeze", "format_version": 1,
@@ -6,16 +6,17 @@
           {"part": "affine", "bits": 3, "group_size": 128, "symmetric": true, "dtype": "bfloat16"},
           {"part": "sparse", "count": 4521, "dtype": "bfloat16"}]}}}
 
-Tensor t of part i of a linear is `<linear>.parts.<i>.<t>`; the linear's bias keeps its name. parts.py defines the
-tensors of each kind. Readers refuse versions that they do not know.
+Tensor t of part i of a linear is `<linear>.parts.<i>.<t>`; the linear's bias keeps its name. The parts define their
+tensors (llmsqueeze/parts/; README.md lists them). A reader refuses versions that it does not know.
 
-Version 2 has what version 1 has, and affine parts on some rows only (`"rows": how many`, a tensor `rows` that marks
-them) or with half-integer levels (`"half": true`), and low-rank parts. A folder without either is written as version 1.
-Version 3 has dual-binary parts besides (`"part": "dual_binary", "group_size", "dtype"`, and `"rows"` as above).
-Version 5 has coded parts besides (`"part": "coded", "words", "tables", "rows_per_stream", "escapes", "dtype"`)
-and their decoded form (`"part": "integers", "escapes", "dtype"`), as a model that keeps it is saved; and affine and
-dual-binary parts whose codes are entropy-coded (`"streams": {"words", "tables", "rows_per_stream"}`). Version 4 had
-the same without checksums, before any release; nobody reads it.
+Version 1 has affine and sparse parts.
+Version 2 adds affine parts on some rows (`"rows"`: their number, and a tensor `rows` that marks them) or with
+half-integer levels (`"half": true`), and low-rank parts.
+Version 3 adds dual-binary parts (`"part": "dual_binary", "group_size", "dtype"`, and `"rows"` as above).
+Version 5 adds coded parts (`"part": "coded", "words", "tables", "rows_per_stream", "escapes", "dtype"`), their decoded
+form (`"part": "integers", "escapes", "dtype"`), which a model that was opened with `keep_codes` saves, and affine and
+dual-binary parts with entropy-coded codes (`"streams": {"words", "tables", "rows_per_stream"}`).
+Version 4 was version 5 without checksums. It was never released, and no reader accepts it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from llmsqueeze.parts import Part
 
 METHOD = "llmsqueeze"
 FORMAT_VERSIONS = (1, 2, 3, 5)
-# what a spec may count, and the least that it may be
+# numbers in a spec, and the least value of each
 LEAST = {
     "bits": 1,
     "group_size": -1,
@@ -49,13 +50,13 @@ NEW_IN_2 = {"rows", "half"}
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
-    """What `config.json` holds under `quantization_config`."""
+    """The entry `quantization_config` of `config.json`."""
     weights = {name: {"shape": list(w.shape), "parts": w.specs} for name, w in plan.weights.items()}
     return {"quant_method": METHOD, "format_version": format_version(plan), "weights": weights}
 
 
 def format_version(plan: Plan) -> int:
-    """The oldest version that can say what the plan holds."""
+    """The oldest version that has everything in the plan."""
     specs = [spec for weight in plan.weights.values() for spec in weight.specs]
     if any(spec["part"] in ("coded", "integers") or "streams" in spec for spec in specs):
         return 5
@@ -65,7 +66,7 @@ def format_version(plan: Plan) -> int:
 
 
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
-    """The tensors of a linear's parts under the names they have in the file."""
+    """Name in the file -> tensor, for the parts of a linear."""
     return {
         tensor_name(linear, i, name): tensor
         for i, part in enumerate(weight_parts)
@@ -78,15 +79,16 @@ def tensor_name(linear: str, part: int, tensor: str) -> str:
 
 
 def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """linear -> {"shape", "parts"} of a `quantization_config`; raises UnsupportedError for one we cannot read."""
+    """linear -> {"shape", "parts"} of a `quantization_config`. Raises UnsupportedError for an unknown version, and for
+    a config that is not as ours are."""
     version = config.get("format_version")
     if config.get("quant_method") != METHOD or version not in FORMAT_VERSIONS:
         newer = isinstance(version, int) and version > FORMAT_VERSIONS[-1]
         raise UnsupportedError(
             f"quantization format {config.get('quant_method')!r} version {version!r} is not read by this version; "
             f"it reads {METHOD!r} version {', '.join(map(str, FORMAT_VERSIONS))}"
-            + ("; a newer llmsqueeze does: pip install --upgrade llmsqueeze" if newer else "")
-            + ("; nothing reads 4, which had no checksums: compress the original again" if version == 4 else "")
+            + ("; a newer llmsqueeze reads it: pip install --upgrade llmsqueeze" if newer else "")
+            + ("; no version reads 4, which had no checksums: compress the original again" if version == 4 else "")
         )
     entries = config.get("weights")
     if not isinstance(entries, dict):
@@ -97,7 +99,7 @@ def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_entry(name: str, entry: Any) -> None:
-    """Raises UnsupportedError unless a linear's entry has the form that ours have."""
+    """Raises UnsupportedError if the entry of linear `name` is not as ours are."""
     if not isinstance(entry, dict) or not isinstance(entry.get("parts"), list) or not entry["parts"]:
         raise UnsupportedError(f"quantization_config has no parts for {name}")
     shape = entry.get("shape")
@@ -116,10 +118,12 @@ def check_entry(name: str, entry: Any) -> None:
         if spec.get("part") not in parts.PARTS:
             raise UnsupportedError(f"{name} holds a part of kind {spec.get('part')!r}; known: {', '.join(parts.PARTS)}")
         if not isinstance(getattr(torch, str(spec.get("dtype")), None), torch.dtype):
-            raise UnsupportedError(f"dtype of {name} is {spec.get('dtype')!r} in quantization_config; it is no dtype")
+            raise UnsupportedError(
+                f"dtype of {name} is {spec.get('dtype')!r} in quantization_config; torch has no such dtype"
+            )
         try:
             parts.layout((shape[0], shape[1]), spec)
         except (KeyError, AttributeError, TypeError) as error:
             raise UnsupportedError(
-                f"quantization_config describes a part of {name} incompletely: {first_line(error)} is not as it must be"
+                f"quantization_config describes a part of {name} incompletely: {first_line(error)} is missing or wrong"
             ) from error

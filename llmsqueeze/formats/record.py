@@ -1,5 +1,4 @@
-"""What `llmsqueeze.json` records of a run, beside the weights: no times and no local paths, so that equal runs give
-equal files."""
+"""The record of a run in `llmsqueeze.json`: no times and no local paths, so that equal runs give equal files."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def provenance(source: Source, path: Path) -> dict[str, Any]:
-    """Which model it was: the name the user gave, or a folder's last component; its commit and licence where known."""
+    """The model: the name that the user gave, or a folder's last component; its commit and licence if they are known."""
     local = Path(source.model).expanduser().is_dir()
     commit = path.name if path.parent.name == "snapshots" else None
     name = path.absolute().name if local else source.model
@@ -28,7 +27,7 @@ def provenance(source: Source, path: Path) -> dict[str, Any]:
 
 
 def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
-    """How it was compressed, enough to do it again."""
+    """The recipe, text and versions: enough to compress the model again."""
     import transformers
 
     values = recipe.as_dict()
@@ -48,7 +47,7 @@ def outcome(
     nbytes_original: int,
     by_weight: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """What came of it: sizes in bytes, and by kind what is known of each weight."""
+    """The result: its format, sizes in bytes, and by_weight: kind of number -> linear -> number."""
     return {
         "llmsqueeze_version": __version__,
         "format": compressed_tensors.METHOD if plan.portable else native.METHOD,
@@ -59,12 +58,12 @@ def outcome(
         "quantized_weights": plan.numel,
         "nbytes": nbytes,
         "nbytes_original": nbytes_original,
-        **{kind: {name: float(f"{one:.6g}") for name, one in found.items()} for kind, found in by_weight.items()},
+        **{kind: {name: float(f"{one:.6g}") for name, one in numbers.items()} for kind, numbers in by_weight.items()},
     }
 
 
 def license_of(directory: Path) -> dict[str, Any]:
-    """The licence lines in the front matter of a model folder's README.md; empty when it has none to read."""
+    """The licence lines in the front matter of a model folder's README.md; empty if there are none."""
     import yaml
 
     try:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationError
 from llmsqueeze.formats.check import check, form_errors
-from llmsqueeze.formats.folder import Output, digest, settle
+from llmsqueeze.formats.folder import Output, digest, flush
 from llmsqueeze.formats.inspection.reading import (
     Expected,
     Findings,
@@ -164,7 +164,7 @@ def named(weight: str) -> Iterator[None]:
 
 def same_tensors(file: Path, expected: Mapping[str, Tensor]) -> None:
     """Raises VerificationError unless the file holds these tensors, bit by bit."""
-    settle(file)
+    flush(file)
     with safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
         different = (n for n, t in expected.items() if n not in names or digest(stored.get_tensor(n)) != digest(t))

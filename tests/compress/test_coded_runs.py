@@ -214,7 +214,7 @@ def test_what_is_said_of_the_folder(coded: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "told"),
     [
-        (99, r"version 99 is not read by this version.*a newer llmsqueeze does"),
+        (99, r"version 99 is not read by this version.*a newer llmsqueeze reads it"),
         (4, "no checksums: compress the original"),
     ],
 )

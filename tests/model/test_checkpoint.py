@@ -207,7 +207,7 @@ def test_a_partial_folder_in_the_way(tmp_path: Path) -> None:
 
     partial.mkdir()
     (partial / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="was not made by llmsqueeze"):
+    with pytest.raises(OutputError, match="llmsqueeze did not write it"):
         write()
     assert (partial / "thesis.tex").exists()
     (partial / OWNER).write_text("1")  # the first process is always alive, and never this one
@@ -250,5 +250,5 @@ def test_what_may_be_overwritten(tmp_path: Path) -> None:
         check_writable(foreign, overwrite=True)
     with pytest.raises(OutputError, match="is a file"):
         check_writable(file, overwrite=True)
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="cannot be written"):
         check_writable(file / "below", overwrite=False)

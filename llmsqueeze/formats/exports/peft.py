@@ -1,10 +1,10 @@
 """A LoRA adapter as PEFT stores it: LoRC's factors beside a base that others open.
 
     adapter_model.safetensors:  base_model.model.<linear>.lora_A.weight [rank, cols], .lora_B.weight [rows, rank]
-    adapter_config.json:        r = lora_alpha, so that the base's weight grows by just B A
+    adapter_config.json:        r = lora_alpha, so that the base's weight grows by exactly B A
 
-One rank for all linears, the smallest that servers accept and every linear's factors fit in, filled up with zeros:
-vLLM takes 8, 16, 32, 64, 128 and more, and reads no rank per linear. A linear without factors is no target. Memory: the
+All linears have one rank: the smallest that servers accept and that no linear's factors exceed, filled with zeros. vLLM
+accepts 8, 16, 32, 64, 128 and more, and reads no rank per linear. A linear without factors is no target. Memory: the
 factors in float32.
 """
 
@@ -21,12 +21,12 @@ from llmsqueeze.parts import LowRank
 
 FORMAT = "peft"
 RANKS = (8, 16, 32, 64, 128)
-BASE, ADAPTER = "base", "adapter"  # the folders in an export's
+BASE, ADAPTER = "base", "adapter"  # the folders in the export
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_rank(ranks: Mapping[str, int]) -> int:
-    """The adapter's rank for factors of these. Raises UnsupportedError where servers accept none so large."""
+    """The adapter's rank. ranks: linear -> rank of its factors. Raises UnsupportedError for one that servers refuse."""
     linear = max(ranks, key=lambda name: ranks[name])
     if ranks[linear] > RANKS[-1]:
         raise UnsupportedError(
@@ -48,14 +48,14 @@ def adapter_tensors(linear: str, factors: LowRank, rank: int, dtype: torch.dtype
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product with components of like size, by powers of two, which lose nothing.
+    """Factors [rows, rank] and [rank, cols] with the same product and with components of similar size.
 
-    The codes of one side and the scales of the other are far apart: float16, to which a server may turn them, would
-    round small ones to zero.
+    Powers of two move the size from one factor to the other without loss. Without this, float16, to which a server may
+    convert them, would round small components to zero.
     """
     tiny = torch.finfo(torch.float32).tiny
-    most_left, most_right = left.abs().amax(dim=0).clamp(min=tiny), right.abs().amax(dim=1).clamp(min=tiny)
-    power = torch.exp2(((most_right / most_left).log2() / 2).round())
+    max_left, max_right = left.abs().amax(dim=0).clamp(min=tiny), right.abs().amax(dim=1).clamp(min=tiny)
+    power = torch.exp2(((max_right / max_left).log2() / 2).round())
     return left * power, right / power[:, None]
 
 
