@@ -104,8 +104,8 @@ def name_errors(folder: Folder) -> Iterator[str]:
             yield f"{name} is missing"
         elif stored is not None and stored.shape != size:
             yield f"{name} is {list(stored.shape)}; the model needs {list(size)}"
-    known = set(shapes) | {name for entry in folder.entries.values() for name in entry.tensors}
-    for name in sorted(set(stored_tensors) - known):
+    expected = set(shapes) | {name for entry in folder.entries.values() for name in entry.tensors}
+    for name in sorted(set(stored_tensors) - expected):
         yield f"{name} is explained by nothing in the config"
 
 

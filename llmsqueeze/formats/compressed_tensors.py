@@ -76,7 +76,7 @@ def settled(plan: Plan, portable: bool | None) -> Plan:
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
     """The tensors of a linear's one part under the names they have in the file."""
     (part,) = weight_parts
-    assert isinstance(part, Affine), "what cannot be held was refused before"
+    assert isinstance(part, Affine), "parts that cannot be represented were refused before"
     tensors = {f"{linear}.{NAMES[name]}": tensor for name, tensor in part.tensors().items()}
     return tensors | {f"{linear}.weight_shape": torch.tensor(part.shape, dtype=torch.int64)}
 

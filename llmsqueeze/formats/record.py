@@ -19,7 +19,7 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def provenance(source: Source, path: Path) -> dict[str, Any]:
-    """The model: the name that the user gave, or a folder's last component; its commit and licence if they are known."""
+    """The model: the name that the user gave, or a folder's last component; its commit and licence if known."""
     local = Path(source.model).expanduser().is_dir()
     commit = path.name if path.parent.name == "snapshots" else None
     name = path.absolute().name if local else source.model
