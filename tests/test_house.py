@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import grimp
-import pytest
 import typer
 
 from llmsqueeze.cli.app import app
@@ -16,7 +14,6 @@ from llmsqueeze.cli.app import app
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llmsqueeze"
 VERBS: tuple[str, ...] = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-HEAVY = {"torch", "transformers", "datasets", "lm_eval", "bitsandbytes", "matplotlib"}
 
 
 @cache
@@ -72,10 +69,3 @@ def test_the_imports_between_rooms_have_at_most_12_levels() -> None:
         return 1 + max((levels(other) for other in below[room]), default=0)
 
     assert 2 < max(map(levels, rooms)) <= 12
-
-
-@pytest.mark.parametrize("statement", ["import llmsqueeze", "from llmsqueeze.cli.app import app; app(['--help'])"])
-def test_nothing_heavy_is_imported_before_it_is_needed(statement: str) -> None:
-    code = f"import atexit, sys; atexit.register(lambda: print(sorted({HEAVY!r} & set(sys.modules)))); {statement}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"

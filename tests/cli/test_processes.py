@@ -16,7 +16,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         "from llmsqueeze.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'accelerate', 'lm_eval'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'accelerate', 'lm_eval', 'bitsandbytes', 'matplotlib'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy))"
     )
     done = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, check=True)
