@@ -136,9 +136,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a model, compressed or not, and `baseline` in the same way; returns the scores.
 
-    text: a text file or a Hub data set; by default WikiText-2, or the demo's own text for the demo. With `tasks`, names
-    of lm-eval tasks, and without `text`, only the tasks are measured. include_path: a folder with more tasks. limit:
-    at most so many windows of text and documents of a task. seq_len: tokens in a window. batch_size: of tasks.
+    text: a text file or a Hub data set; by default the demo's own text for the demo, else WikiText-2, or no text if
+    there are tasks. tasks: names of lm-eval tasks, or "demo_stories". include_path: a folder with more tasks. limit: the
+    largest number of windows of text and of documents of each task. seq_len: tokens in a window.
     The scores have "perplexity", "tasks" and, with a baseline, "kl_mean" (nats per token) and "baseline".
 
     Raises SqueezeError: RecipeError for an unknown task, CalibrationError or HubError for the text, CheckpointError or
@@ -148,19 +148,18 @@ def evaluate(
     >>> scores["perplexity"] < 1.2 * scores["baseline"]["perplexity"]
     True
     """
-    from llmsqueeze.evaluation import evaluate as evaluation
-    from llmsqueeze.model.original import pick_device
+    from llmsqueeze.evaluation.evaluate import evaluate as measure
 
-    return evaluation.evaluate(
-        str(model),
-        baseline=None if baseline is None else str(baseline),
-        text=evaluation.choose_text(str(model), text, wanted=text is not None or not tasks),
+    return measure(
+        model,
+        baseline,
+        text=text,
         tasks=tasks,
-        include_path=_path(include_path),
+        include_path=include_path,
         limit=limit,
         window=seq_len,
         batch_size=batch_size,
-        device=pick_device(device),
+        device=device,
         trust_remote_code=trust_remote_code,
     ).as_dict()
 
