@@ -137,8 +137,8 @@ def evaluate(
     """Measures a model, compressed or not, and `baseline` in the same way; returns the scores.
 
     text: a text file or a Hub data set; by default the demo's own text for the demo, else WikiText-2, or no text if
-    there are tasks. tasks: names of lm-eval tasks, or "demo_stories". include_path: a folder with more tasks. limit: the
-    largest number of windows of text and of documents of each task. seq_len: tokens in a window.
+    there are tasks. tasks: names of lm-eval tasks, or "demo_stories". include_path: a folder with more tasks.
+    limit: at most so many windows of text and documents of each task. seq_len: tokens in a window.
     The scores have "perplexity", "tasks" and, with a baseline, "kl_mean" (nats per token) and "baseline".
 
     Raises SqueezeError: RecipeError for an unknown task, CalibrationError or HubError for the text, CheckpointError or
