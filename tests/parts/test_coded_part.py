@@ -1,7 +1,8 @@
-"""Coded parts: integers come back as they were, the weight is integer times step, damage is told where it can be."""
+"""Coded parts: integers come back, the weight is integer times step, and damage is noticed if it can be."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -95,12 +96,12 @@ def test_steps_far_above_the_least_are_made_finer() -> None:
 def test_integers_of_any_size_come_back(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
     row, col = random_exponents(shape, generator)
     values = random_integers(row, col, generator)
-    found = Coded.from_integers(values.to(dtype), row, col, torch.float16).decoded()
-    assert torch.equal(found.values(), values.float())
-    made = found.exponents()
-    assert torch.equal(made[0][:, None] + made[1], row[:, None] + col)
-    assert int(made[1].min()) == 0
-    assert found.dtype == torch.float16
+    decoded = Coded.from_integers(values.to(dtype), row, col, torch.float16).decoded()
+    assert torch.equal(decoded.values(), values.float())
+    row_exponent, col_exponent = decoded.exponents()
+    assert torch.equal(row_exponent[:, None] + col_exponent, row[:, None] + col)
+    assert int(col_exponent.min()) == 0
+    assert decoded.dtype == torch.float16
 
 
 @every_shape
@@ -117,22 +118,19 @@ def test_the_weight_is_integer_times_step_to_the_last_bit(shape: tuple[int, int]
 
 
 @every_shape
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cached", [1, 700, 1 << 18])
 def test_a_weight_of_any_dtype_is_the_float32_one_rounded(
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    cached: int,
-    generator: torch.Generator,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However many rows are decoded at once."""
     part, values = make_coded(shape, generator)
     integers = part.decoded()
     row, col = integers.exponents()
     whole = (values.float() * powers(col)) * powers(row)[:, None]
-    monkeypatch.setattr("llmsqueeze.parts.integers.CACHED", cached)
-    assert torch.equal(integers.dense(dtype), whole.to(dtype))
-    assert torch.equal(parts.dense_as([part], dtype), whole.to(dtype))
+    for cached, dtype in itertools.product((1, 700, 1 << 18), (torch.float32, torch.bfloat16, torch.float16)):
+        monkeypatch.setattr("llmsqueeze.parts.integers.CACHED", cached)
+        assert torch.equal(integers.dense(dtype), whole.to(dtype))
+        assert torch.equal(parts.dense_as([integers], dtype), whole.to(dtype))
+    assert torch.equal(parts.dense_as([part], torch.bfloat16), whole.to(torch.bfloat16))
     assert torch.equal(parts.sum_of_parts([part]), whole)
 
 
@@ -197,9 +195,9 @@ def test_tables_by_step_save_bits(generator: torch.Generator) -> None:
     row = torch.arange(64) // 16 * 24
     values = (torch.randn(64, 700, generator=generator) * 2 ** ((72 - row)[:, None] / 16)).round()
     col = torch.zeros(700, dtype=torch.long)
-    told = Coded.from_integers(values, row, col, torch.bfloat16)
-    untold = Coded.from_integers(values, torch.zeros_like(row), col, torch.bfloat16)
-    assert parts.nbytes([told]) < 0.97 * parts.nbytes([untold])
+    by_step = Coded.from_integers(values, row, col, torch.bfloat16)
+    by_none = Coded.from_integers(values, torch.zeros_like(row), col, torch.bfloat16)
+    assert parts.nbytes([by_step]) < 0.97 * parts.nbytes([by_none])
 
 
 # ------------------------------------------------------------------------------------------------- bytes and the file
@@ -232,9 +230,9 @@ def test_both_forms_come_back_from_a_file(shape: tuple[int, int], generator: tor
         assert again.spec() == one.spec()
         assert held_as(again) == held_as(one)
         assert torch.equal(again.dense(), part.dense())
-        made = again.decoded() if isinstance(again, Coded) else again
-        assert isinstance(made, Integers)
-        assert torch.equal(made.values(), values.float())
+        integers = again.decoded() if isinstance(again, Coded) else again
+        assert isinstance(integers, Integers)
+        assert torch.equal(integers.values(), values.float())
 
 
 def test_the_dtype_is_that_of_the_weight_it_stands_for(generator: torch.Generator) -> None:
@@ -261,11 +259,11 @@ def test_a_narrow_length_has_no_sign() -> None:
     """43 700 symbols of 12 bits: 32 777 words."""
     tables = np.array([255, 1, 0], np.uint8)
     symbols = np.ones((1, 43_700), np.uint8)
-    made = Streams.encode(symbols, tables, one_context(1, 43_700))
-    assert len(made.words) == 32_777
-    assert made.lengths.dtype == torch.int16
-    assert made.lengths.tolist() == [32_777 - 65_536]
-    assert np.array_equal(made.decode(one_context(1, 43_700), signed=False), symbols)
+    encoded = Streams.encode(symbols, tables, one_context(1, 43_700))
+    assert len(encoded.words) == 32_777
+    assert encoded.lengths.dtype == torch.int16
+    assert encoded.lengths.tolist() == [32_777 - 65_536]
+    assert np.array_equal(encoded.decode(one_context(1, 43_700), signed=False), symbols)
 
 
 def test_wide_lengths_come_back(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
@@ -298,8 +296,8 @@ def opened(part: Coded, changed: dict[str, Tensor]) -> Tensor | None:
 
 def resealed(part: Coded, changed: dict[str, Tensor]) -> Tensor | None:
     """As `opened`, with a checksum that fits, as whoever means harm would make it."""
-    held = part.tensors() | changed
-    summed = [tensor for name, tensor in held.items() if name != "checksum"]
+    tensors = part.tensors() | changed
+    summed = [tensor for name, tensor in tensors.items() if name != "checksum"]
     return opened(part, changed | {"checksum": streams.checksum_of(summed)})
 
 
@@ -332,7 +330,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(name: str, sound: tuple[Coded, 
     assert tuple(part.tensors()) == STORED
     assert torch.equal(resealed(part, {}), dense)
     rng = np.random.default_rng(2)
-    for _ in range(100):
+    for _ in range(50):
         assert opened(part, {name: flipped(part.tensors()[name], rng)}) is None
 
 
@@ -379,10 +377,10 @@ def test_flipped_bits_with_a_checksum_that_fits_make_another_weight_or_none(
 ) -> None:
     part, _ = sound
     rng = np.random.default_rng(3)
-    found = [resealed(part, {name: flipped(part.tensors()[name], rng)}) for _ in range(50)]
-    assert all(one is None or (one.shape == part.shape and one.dtype == torch.float32) for one in found)
+    weights = [resealed(part, {name: flipped(part.tensors()[name], rng)}) for _ in range(50)]
+    assert all(one is None or (one.shape == part.shape and one.dtype == torch.float32) for one in weights)
     least, most = NOTICED[name]
-    assert least <= sum(one is None for one in found) <= most
+    assert least <= sum(one is None for one in weights) <= most
 
 
 def test_escapes_outside_the_matrix_are_refused(sound: tuple[Coded, Tensor]) -> None:
@@ -439,7 +437,7 @@ def test_tables_that_are_not_those_of_the_steps_are_refused(sound: tuple[Coded, 
     tables = part.streams.tables
     cuts = (tables == 0).nonzero()[:, 0].tolist()
     none = torch.zeros(1, dtype=torch.uint8)
-    for hurt, told in (
+    for hurt, message in (
         (tables[:0], "there are 0 frequency tables; 7 are needed"),
         (tables[: cuts[-2] + 1], "there are 6 frequency tables; 7 are needed"),
         (torch.cat([tables, none]), "there are 8 frequency tables; 7 are needed"),
@@ -447,7 +445,7 @@ def test_tables_that_are_not_those_of_the_steps_are_refused(sound: tuple[Coded, 
         (torch.cat([none, tables[cuts[0] + 1 :]]), "the first frequency table is empty"),
         (torch.cat([tables[:-1], torch.full((200,), 3, dtype=torch.uint8), none]), "at most 128 are allowed"),
     ):
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             replace(part, streams=replace(part.streams, tables=hurt)).dense()
     swapped = torch.cat([tables[cuts[0] + 1 : cuts[1] + 1], tables[: cuts[0] + 1], tables[cuts[1] + 1 :]])
     assert opened(part, {"tables": swapped}) is None
@@ -492,13 +490,13 @@ def test_rows_and_their_steps_make_the_same_rows_elsewhere(sound: tuple[Coded, T
     moved = {"words": torch.cat([words[i] for i in order]), "lengths": lengths[order], "row_step": part.row_step[rows]}
     plain = replace(part, escape_index=part.escape_index[:0], escape_value=part.escape_value[:0])
     assert opened(plain, moved) is None
-    found = resealed(plain, moved)
-    assert found is not None
+    weight = resealed(plain, moved)
+    assert weight is not None
     escapes = part.escape_index
     expected = dense.view(-1).index_fill(0, escapes, 0).view(36, 60)[rows]
     at = torch.tensor([[int(rows.tolist().index(int(i) // 60)), int(i) % 60] for i in escapes])
-    found[at[:, 0], at[:, 1]] = 0
-    assert torch.equal(found, expected)
+    weight[at[:, 0], at[:, 1]] = 0
+    assert torch.equal(weight, expected)
 
 
 def test_a_damaged_part_says_which_rows(sound: tuple[Coded, Tensor]) -> None:

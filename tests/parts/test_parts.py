@@ -25,7 +25,7 @@ def make_affine(grid: Grid, rows: int, cols: int, generator: torch.Generator) ->
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group_size", [16, 24, -1, 1000])
-@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+@pytest.mark.parametrize("bits", [3, 8])
 def test_affine_is_scale_times_code_minus_zero(
     bits: int, group_size: int, symmetric: bool, generator: torch.Generator
 ) -> None:
@@ -62,10 +62,10 @@ def test_a_row_of_nothing_but_outliers() -> None:
 def test_bytes_are_known_before_the_tensors_exist(grid: Grid, generator: torch.Generator) -> None:
     part, _ = make_affine(grid, 33, 70, generator)
     sparse = Sparse.from_mask(torch.rand(33, 70, generator=generator) < 0.05, torch.randn(33, 70).half())
-    held = [part, sparse]
-    specs = [p.spec() for p in held]
-    assert parts.layout_nbytes((33, 70), specs) == parts.nbytes(held)
-    for p, spec in zip(held, specs, strict=True):
+    both = [part, sparse]
+    specs = [p.spec() for p in both]
+    assert parts.layout_nbytes((33, 70), specs) == parts.nbytes(both)
+    for p, spec in zip(both, specs, strict=True):
         layout = {name: (tuple(t.shape), t.dtype) for name, t in p.tensors().items()}
         assert parts.layout((33, 70), spec) == layout
         assert torch.equal(parts.restore((33, 70), spec, p.tensors()).dense(), p.dense())

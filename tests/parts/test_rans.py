@@ -20,7 +20,7 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.parts.coding import rans, rans_loops
 from llmsqueeze.parts.coding.rans import Contexts, Ints, Symbols, Words
 
-quick = settings(max_examples=60, deadline=None, derandomize=True)
+quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 @dataclass(frozen=True)
@@ -74,42 +74,42 @@ def slow_stream(entries: Sequence[int], tables: Sequence[Sequence[int]]) -> list
 
 def slow_entries(words: Sequence[int], tables: Sequence[Sequence[int]]) -> list[int]:
     """The table entries of one stream."""
-    x, left, found = words[0] << 16 | words[1], list(words[2:]), []
+    x, left, entries = words[0] << 16 | words[1], list(words[2:]), []
     for table in tables:
         low, entry, c = x & 0xFFF, 0, 0
         while c + table[entry] <= low:
             c += table[entry]
             entry += 1
-        found.append(entry)
+        entries.append(entry)
         x = table[entry] * (x >> 12) + low - c
         if x < 1 << 16:
             x = x << 16 | left.pop(0)
     assert x == 1 << 16
     assert not left
-    return found
+    return entries
 
 
 def slow_encode(case: Case) -> list[list[int]]:
     """The words of every stream."""
-    made = []
+    streams = []
     for stream in range(case.streams):
         tables = [case.table(*place) for place in case.places(stream)]
         entries = [
             int(case.symbols[place]) + (len(table) // 2 if case.signed else 0)
             for place, table in zip(case.places(stream), tables, strict=True)
         ]
-        made.append(slow_stream(entries, tables))
-    return made
+        streams.append(slow_stream(entries, tables))
+    return streams
 
 
 def slow_decode(case: Case, streams: Sequence[Sequence[int]]) -> list[int]:
     """All symbols in reading order."""
-    found = []
+    symbols = []
     for stream, words in enumerate(streams):
         tables = [case.table(*place) for place in case.places(stream)]
         entries = slow_entries(words, tables)
-        found += [e - (len(t) // 2 if case.signed else 0) for e, t in zip(entries, tables, strict=True)]
-    return found
+        symbols += [e - (len(t) // 2 if case.signed else 0) for e, t in zip(entries, tables, strict=True)]
+    return symbols
 
 
 def split(words: NDArray[Any], lengths: Ints) -> list[list[int]]:
@@ -124,9 +124,9 @@ def split(words: NDArray[Any], lengths: Ints) -> list[list[int]]:
 def random_table(rng: np.random.Generator, size: int, steep: float) -> Ints:
     """Frequencies of `size` symbols that sum to 4096; the larger `steep`, the more on few of them."""
     weight = rng.random(size) ** steep + 1e-9
-    made = 1 + np.floor(weight / weight.sum() * (4096 - size)).astype(np.int64)
-    made[int(rng.integers(size))] += 4096 - int(made.sum())
-    return np.asarray(made, np.int64)
+    table = 1 + np.floor(weight / weight.sum() * (4096 - size)).astype(np.int64)
+    table[int(rng.integers(size))] += 4096 - int(table.sum())
+    return np.asarray(table, np.int64)
 
 
 def random_case(
@@ -189,10 +189,10 @@ def test_the_words_are_the_slow_twins(case: Case) -> None:
 
 @every_case
 def test_decoding_inverts_encoding(case: Case) -> None:
-    found = case.decode(*case.encode())
-    assert found.dtype == case.symbols.dtype
-    assert found.flags.c_contiguous
-    assert np.array_equal(found, case.symbols)
+    symbols = case.decode(*case.encode())
+    assert symbols.dtype == case.symbols.dtype
+    assert symbols.flags.c_contiguous
+    assert np.array_equal(symbols, case.symbols)
 
 
 @every_case
@@ -251,8 +251,8 @@ def test_golden_words() -> None:
 
 def test_a_stream_worked_out_by_hand() -> None:
     """x = 65536; then 32 << 12 | 2048, 65 << 12, 130 << 12 | 2048 = 0x82800."""
-    made = rans.encode(np.array([[1, 0, 1]], np.uint8), [table(2048, 2048)], flat(1, 3), 1)
-    assert split(*made) == [[0x8, 0x2800]]
+    encoded = rans.encode(np.array([[1, 0, 1]], np.uint8), [table(2048, 2048)], flat(1, 3), 1)
+    assert split(*encoded) == [[0x8, 0x2800]]
 
 
 # ------------------------------------------------------------------------------------------------ streams by themselves
@@ -271,8 +271,8 @@ def test_every_stream_can_be_decoded_alone(case: Case) -> None:
         rows = slice(stream * case.per, (stream + 1) * case.per)
         contexts = replace(case.contexts, rows=case.contexts.rows[rows])
         alone = replace(case, symbols=case.symbols[rows], contexts=contexts)
-        found = alone.decode(words[begin : begin + length], lengths[stream : stream + 1])
-        assert np.array_equal(found, case.symbols[rows])
+        symbols = alone.decode(words[begin : begin + length], lengths[stream : stream + 1])
+        assert np.array_equal(symbols, case.symbols[rows])
         begin += length
     assert begin == len(words)
 
@@ -297,8 +297,8 @@ def test_a_stream_is_as_long_as_its_ideal_code_and_one_to_two_words(case: Case) 
     for stream, length in enumerate(lengths.tolist()):
         ideal = 0.0
         for place in case.places(stream):
-            found = case.table(*place)
-            ideal += 12 - math.log2(found[int(case.symbols[place]) + (len(found) // 2 if case.signed else 0)])
+            table = case.table(*place)
+            ideal += 12 - math.log2(table[int(case.symbols[place]) + (len(table) // 2 if case.signed else 0)])
         assert ideal + 15.99 <= 16 * length <= ideal * 1.002 + 32.01
 
 
@@ -389,7 +389,7 @@ def test_a_symbol_without_a_frequency_is_refused(symbol: int) -> None:
         rans.encode(symbols, [table(0, 4095, 0, 1)], flat(9, 40), 2)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_threads_make_the_same_streams_and_symbols(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rans, "THREAD_SYMBOLS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -428,10 +428,10 @@ def test_loops_as_python_runs_them_stay_within_their_arrays(case: Case, monkeypa
     for name in compiled:
         monkeypatch.setattr(rans_loops, name, getattr(rans_loops, name).py_func)
     assert split(*case.encode()) == slow_encode(case)
-    for one, found in zip(hurt, expected, strict=True):
+    for one, symbols in zip(hurt, expected, strict=True):
         again = outcome(case, one, lengths)
-        assert (again is None) == (found is None)
-        assert found is None or np.array_equal(found, again)
+        assert (again is None) == (symbols is None)
+        assert symbols is None or np.array_equal(symbols, again)
 
 
 # ---------------------------------------------------------------------------------------------------- damaged streams
@@ -448,10 +448,10 @@ def outcome(case: Case, words: NDArray[Any], lengths: NDArray[Any]) -> Symbols |
 
 
 def flipped(streams: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
-    made = [list(one) for one in streams]
-    stream = int(rng.integers(len(made)))
-    made[stream][int(rng.integers(len(made[stream])))] ^= 1 << int(rng.integers(16))
-    return made
+    hurt = [list(one) for one in streams]
+    stream = int(rng.integers(len(hurt)))
+    hurt[stream][int(rng.integers(len(hurt[stream])))] ^= 1 << int(rng.integers(16))
+    return hurt
 
 
 def drawn_anew(streams: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
@@ -470,11 +470,11 @@ def filled(streams: list[list[int]], rng: np.random.Generator) -> list[list[int]
 
 def swapped_words(streams: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
     """Two neighbours that differ."""
-    made = [list(one) for one in streams]
-    pairs = [(s, i) for s, one in enumerate(made) for i in range(len(one) - 1) if one[i] != one[i + 1]]
+    hurt = [list(one) for one in streams]
+    pairs = [(s, i) for s, one in enumerate(hurt) for i in range(len(one) - 1) if one[i] != one[i + 1]]
     stream, i = pairs[int(rng.integers(len(pairs)))]
-    made[stream][i : i + 2] = made[stream][i : i + 2][::-1]
-    return made
+    hurt[stream][i : i + 2] = hurt[stream][i : i + 2][::-1]
+    return hurt
 
 
 def shortened(streams: list[list[int]], rng: np.random.Generator) -> list[list[int]]:
@@ -489,13 +489,13 @@ def lengthened(streams: list[list[int]], rng: np.random.Generator) -> list[list[
 
 
 DAMAGES: dict[str, tuple[Damage, int]] = {
-    "a flipped bit": (flipped, 200),
-    "other words": (drawn_anew, 30),
+    "a flipped bit": (flipped, 60),
+    "other words": (drawn_anew, 10),
     "a stream of zeros": (zeroed, 4),
     "a stream of ones": (filled, 4),
-    "two words swapped": (swapped_words, 60),
-    "a word lost": (shortened, 20),
-    "a word too many": (lengthened, 20),
+    "two words swapped": (swapped_words, 20),
+    "a word lost": (shortened, 8),
+    "a word too many": (lengthened, 8),
 }
 DAMAGED = ("several tables", "half octaves", "a short last stream", "extremes", "extremes, int8", "one symbol")
 
@@ -511,11 +511,11 @@ def test_damaged_words_are_noticed(damage: str, name: str) -> None:
     unnoticed = 0
     for _ in range(times):
         hurt = make(streams, rng)
-        found = outcome(case, np.concatenate([np.array(one) for one in hurt]), np.array(list(map(len, hurt))))
-        unnoticed += found is not None
-        if found is not None:
-            assert found.shape == case.symbols.shape
-            assert found.dtype == case.symbols.dtype
+        symbols = outcome(case, np.concatenate([np.array(one) for one in hurt]), np.array(list(map(len, hurt))))
+        unnoticed += symbols is not None
+        if symbols is not None:
+            assert symbols.shape == case.symbols.shape
+            assert symbols.dtype == case.symbols.dtype
     assert unnoticed <= times // 50
 
 
@@ -533,11 +533,11 @@ def test_streams_that_changed_places_are_noticed_where_their_tables_differ() -> 
 
 def test_damage_is_told_by_its_rows() -> None:
     case = CASES["a short last stream"]
-    for stream, told in enumerate(("0 to 3", "4 to 7", "8 to 10")):
+    for stream, rows in enumerate(("0 to 3", "4 to 7", "8 to 10")):
         streams = split(*case.encode())
         streams[stream][0] ^= 64
         words = np.concatenate([np.array(one, np.uint16) for one in streams])
-        with pytest.raises(CheckpointError, match=f"the coded stream of rows {told} is damaged"):
+        with pytest.raises(CheckpointError, match=f"the coded stream of rows {rows} is damaged"):
             case.decode(words, case.encode()[1])
 
 
@@ -570,9 +570,9 @@ LENGTHS: dict[str, tuple[Callable[[Ints], Ints], str]] = {
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_lengths_that_cannot_be_are_refused(kind: str) -> None:
     case = CASES["several tables"]
-    change, told = LENGTHS[kind]
+    change, message = LENGTHS[kind]
     words, lengths = case.encode()
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         case.decode(words, change(lengths))
 
 

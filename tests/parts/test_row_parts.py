@@ -1,4 +1,4 @@
-"""Some rows of a weight on one grid, some on another: what is stored, what it stands for, and that no row sees another.
+"""Some rows of a weight on one grid, some on another: the stored tensors, their weight, and that rows are independent.
 
 Parts of rows against entry-by-entry twins; mixed weights against the same rows of the weight on one grid.
 """
@@ -29,7 +29,7 @@ PART_COLS = 40  # of the parts that are also computed entry by entry
 KINDS = {"symmetric": (True, False), "half": (True, True), "asymmetric": (False, False)}
 GRIDS = [
     Grid(bits, size, *KINDS[kind])
-    for bits in range(1, 9)
+    for bits in (1, 2, 3, 8)
     for kind, size in (("symmetric", 16), ("half", 24), ("asymmetric", -1))
     if bits > 1 or kind == "half"  # one bit has half-integer levels only
 ]
@@ -104,7 +104,7 @@ def test_half_integer_levels_are_symmetric_and_skip_zero(bits: int) -> None:
 
 @pytest.mark.parametrize("quantizer", rounding_methods())
 @pytest.mark.parametrize("search", [False, True], ids=["range", "search"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 4])
 def test_a_zero_row_on_a_half_grid_stays_next_to_zero(
     bits: int, search: bool, quantizer: str, generator: torch.Generator
 ) -> None:
@@ -248,8 +248,8 @@ def test_the_target_of_an_outlier_does_not_matter(quantizer: str, weight: Tensor
     plan = planned(quantizer, Rows(Grid(3, 64, True), ROWS), outliers=int(mask.sum()))
     target = weight * 1.1
     sums = [
-        compress_weight(weight, aim, plan, curvature, mask, None, recipe(quantizer))[1]
-        for aim in (target, target.masked_fill(mask, 1e4))
+        compress_weight(weight, one, plan, curvature, mask, None, recipe(quantizer))[1]
+        for one in (target, target.masked_fill(mask, 1e4))
     ]
     assert torch.equal(*sums)
     assert not torch.equal(sums[0], compress_weight(weight, weight, plan, curvature, mask, None, recipe(quantizer))[1])
