@@ -7,7 +7,7 @@ from llmsqueeze.cli.terminal import friendly, print_result
 
 
 def recipes(as_json: Json = False, debug: Debug = False) -> None:
-    """List the recipes that come along; `--recipe NAME` uses one."""
+    """List the bundled recipes; `--recipe NAME` uses one."""
     with friendly(debug):
         from llmsqueeze.cli.tables.runs import print_recipes
         from llmsqueeze.recipe.bundled import describe_recipes

@@ -19,18 +19,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file `name`, or the recipe of that name among those that come along. Raises RecipeError."""
+    """The file `name`, or the recipe of that name among the bundled ones. Raises RecipeError."""
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    known = {recipe_name(file): file for file in own_recipes()}
-    if name in known:
-        return known[name]
-    raise RecipeError(f"there is no recipe file {name}{nearest(name, known) or ';'} own ones: {', '.join(known)}")
+    bundled = {recipe_name(file): file for file in bundled_recipes()}
+    if name in bundled:
+        return bundled[name]
+    raise RecipeError(f"there is no recipe file {name}{nearest(name, bundled) or ';'} bundled: {', '.join(bundled)}")
 
 
-def own_recipes() -> list[Path]:
-    """The recipes that come along: beside the package in a checkout, under the prefix where it was installed."""
+def bundled_recipes() -> list[Path]:
+    """The bundled recipes: beside the package in a checkout, under the prefix where it was installed."""
     for folder in (Path(__file__).parents[2] / "recipes", Path(sys.prefix) / "share" / "llmsqueeze" / "recipes"):
         if folder.is_dir():
             return sorted(folder.glob("*.yaml")) + sorted(folder.glob("papers/*.yaml"))
@@ -43,10 +43,10 @@ def recipe_name(path: Path) -> str:
 
 
 def describe_recipes() -> list[dict[str, str]]:
-    """Name and purpose of every recipe that comes along; the purpose is the first sentence of its comment."""
-    found = []
-    for path in own_recipes():
+    """Name and purpose of every bundled recipe; the purpose is the first sentence of its comment."""
+    recipes = []
+    for path in bundled_recipes():
         lines = path.read_text(encoding="utf-8").splitlines()
         comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
-        found.append({"name": recipe_name(path), "purpose": comment.split(". ")[0].rstrip(".")})
-    return found
+        recipes.append({"name": recipe_name(path), "purpose": comment.split(". ")[0].rstrip(".")})
+    return recipes

@@ -10,7 +10,7 @@ from typing import Any
 
 from llmsqueeze.errors import nearest
 from llmsqueeze.recipe.methods import BUDGETS, METHODS, Method, methods_of
-from llmsqueeze.recipe.options import spoken
+from llmsqueeze.recipe.options import flag_and_value
 from llmsqueeze.recipe.recipe import Recipe
 
 
@@ -144,7 +144,7 @@ def _about_two_widths(given: Mapping[str, Any], recipe: Recipe) -> Iterator[str]
 
 def phrase(given: Mapping[str, Any], name: str) -> str:
     """An asked option with its value, as the command line has it."""
-    return spoken(name, given[name])
+    return flag_and_value(name, given[name])
 
 
 def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -128,7 +128,7 @@ class Asked(Table):
     skip: Any = option(patterns, "Name pattern of linears to leave alone; repeatable", repeatable=True)
 
 
-def spoken(name: str, value: Any) -> str:
+def flag_and_value(name: str, value: Any) -> str:
     """An asked option as the command line has it: '--bits 3', '--asymmetric', '--per-row'."""
     flags = {
         ("symmetric", False): "--asymmetric",

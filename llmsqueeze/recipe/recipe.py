@@ -112,8 +112,8 @@ class Recipe:
     @property
     def measures(self) -> frozenset[str]:
         """What the method needs to know of the model: costs, steps, salience, lim, zd."""
-        found = {*self.entry.measures, self.entry.importance.get(self.importance, "")}
-        return frozenset(found | ({"costs"} if self.packs_to_size else set())) - {""}
+        measured = {*self.entry.measures, self.entry.importance.get(self.importance, "")}
+        return frozenset(measured | ({"costs"} if self.packs_to_size else set())) - {""}
 
     @property
     def needs_moments(self) -> bool:

@@ -90,8 +90,8 @@ def filled(given: Mapping[str, Any], entry: Method) -> Recipe:
     neutral: dict[str, Any] = {"high_bits": 0, "low_bits": 0, "mix": (), "granularity": "", "widths": ()}
     neutral |= {"group_sizes": (), "row_outliers": (), "dual": False, "portable": None, "code_embeddings": False}
     neutral |= {"calibration": None, "size": None, "max_ppl_increase": None, "max_kl": None}
-    made: dict[str, Any] = {name: values.get(name, neutral.get(name)) for name in names - {"group_size_open"}}
-    return Recipe(**made, group_size_open="group_size" not in given)
+    settings: dict[str, Any] = {name: values.get(name, neutral.get(name)) for name in names - {"group_size_open"}}
+    return Recipe(**settings, group_size_open="group_size" not in given)
 
 
 def _two_widths(values: Mapping[str, Any], given: Mapping[str, Any], entry: Method) -> dict[str, Any]:

@@ -74,15 +74,15 @@ class Table(BaseModel):
     def checked(cls, name: str, value: Any) -> Any:
         """One value as it is kept; None stays None. Raises RecipeError."""
         if name not in cls.model_fields:
-            known = ", ".join(cls.model_fields)
-            raise RecipeError(f"unknown {cls.kind} {name!r}{nearest(name, cls.model_fields)} Known: {known}")
+            names = ", ".join(cls.model_fields)
+            raise RecipeError(f"unknown {cls.kind} {name!r}{nearest(name, cls.model_fields)} Known: {names}")
         return None if value is None else cls.option(name).check(name, value)
 
     @classmethod
     def option(cls, name: str) -> Option:
         extra: Any = cls.model_fields[name].json_schema_extra
-        found: Option = extra["option"]
-        return found
+        option_: Option = extra["option"]
+        return option_
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:

@@ -11,7 +11,7 @@ import yaml
 
 from llmsqueeze.allocation.plan import recipe_grid
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.recipe.bundled import describe_recipes, find_recipe, own_recipes, read_recipe, recipe_name
+from llmsqueeze.recipe.bundled import bundled_recipes, describe_recipes, find_recipe, read_recipe, recipe_name
 from llmsqueeze.recipe.methods import METHODS, rounding_methods
 from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.recipe import Recipe
@@ -553,16 +553,16 @@ def test_a_default_group_size_bends_to_the_model() -> None:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("path", own_recipes(), ids=recipe_name)
-def test_every_recipe_that_comes_along_is_sound(path: Path) -> None:
+@pytest.mark.parametrize("path", bundled_recipes(), ids=recipe_name)
+def test_every_bundled_recipe_is_sound(path: Path) -> None:
     made = make_recipe(read_recipe(path))
     assert make_recipe(made.as_dict()) == made
     assert find_recipe(recipe_name(path)) == path
 
 
-def test_every_recipe_that_comes_along_says_its_purpose() -> None:
+def test_every_bundled_recipe_says_its_purpose() -> None:
     described = {entry["name"]: entry["purpose"] for entry in describe_recipes()}
-    assert list(described) == [recipe_name(path) for path in own_recipes()]
+    assert list(described) == [recipe_name(path) for path in bundled_recipes()]
     assert len(described) >= 5
     for name, purpose in described.items():
         assert len(purpose) > 20, name
@@ -576,7 +576,7 @@ def test_a_purpose_is_the_first_sentence_of_the_comment(tmp_path: Path, monkeypa
     (tmp_path / "mine.yaml").write_text("# Two lines of a\n# first sentence. And a second one.\nbits: 3\n")
     (tmp_path / "papers" / "gwq.yaml").write_text("# As published (arXiv 2411.00850).\nmethod: gwq\n")
     files = [tmp_path / "mine.yaml", tmp_path / "papers" / "gwq.yaml"]
-    monkeypatch.setattr("llmsqueeze.recipe.bundled.own_recipes", lambda: files)
+    monkeypatch.setattr("llmsqueeze.recipe.bundled.bundled_recipes", lambda: files)
     assert describe_recipes() == [
         {"name": "mine", "purpose": "Two lines of a first sentence"},
         {"name": "papers/gwq", "purpose": "As published (arXiv 2411.00850)"},
