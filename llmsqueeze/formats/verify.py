@@ -9,10 +9,9 @@ and a few activations; at the start, the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from llmsqueeze.formats.inspection.reading import (
     Findings,
     Folder,
     Reading,
+    compare_names,
     failed_check,
     open_folder,
 )
@@ -107,12 +107,13 @@ def verify(
         folder = open_folder(open_checkpoint(output.partial), trust_remote_code)
         findings = Findings(form_errors(folder))
         expected = Expected(output.digests, computed.weights)
+        compare_names(folder, expected)
         reading = Reading(folder, expected, device, sound=not findings.errors)
-        reading.compare_names()
         largest = 0.0
         if computed.sample is not None and not findings.errors:
             with Spill(parent=output.partial) as spill:
-                largest = rerun(folder, reading, computed, device, spill, progress or Progress())
+                walk = Walk(skeleton_on(folder), [computed.sample], spill, torch.float32, device)
+                largest = rerun(walk, folder, reading, computed.outputs, progress or Progress())
         reading.rest()
         findings.errors += reading.errors
         add_obstacles(folder, findings)
@@ -173,42 +174,38 @@ def same_tensors(file: Path, expected: Mapping[str, Tensor]) -> None:
         raise VerificationError(f"{wrong} in {file} is not what was written: disk or memory are faulty")
 
 
-def rerun(
-    folder: Folder, reading: Reading, computed: Computed, device: torch.device, spill: Spill, progress: Progress
-) -> float:
-    """Runs the sample through the blocks while they are read; returns the largest difference between a block's output
-    and the computed one, relative to the block's largest output. Raises VerificationError above the tolerance."""
-    resident: dict[str, Tensor] = {}  # what the model may ask for at this moment
-    skeleton = skeleton_on(folder, resident)
-    if len(skeleton.blocks) != len(computed.outputs):
-        raise VerificationError(f"the folder describes {len(skeleton.blocks)} blocks, not {len(computed.outputs)}")
-    assert computed.sample is not None
-    walk, largest = Walk(skeleton, [computed.sample], spill, torch.float32, device), 0.0
+def rerun(walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor], progress: Progress) -> float:
+    """Runs the walk's sample through the blocks while they are read; returns the largest difference between a block's
+    output and the given one, relative to the block's largest output. Raises VerificationError above the tolerance."""
+    skeleton, largest = walk.skeleton, 0.0
+    if len(skeleton.blocks) != len(outputs):
+        raise VerificationError(f"the folder describes {len(skeleton.blocks)} blocks, not {len(outputs)}")
     with torch.no_grad():
-        resident |= outside_blocks(skeleton, folder, reading)
-        first = kept_in(skeleton, 0, reading)  # the walk probes the first block too
-        resident |= first
-        hidden = next(walk.embed().each(device))
-        for index in progress.over(range(len(computed.outputs)), "verify", len(computed.outputs)):
-            resident.clear()
-            resident |= kept_in(skeleton, index, reading) if index else first
+        kept = kept_in(skeleton, 0, reading)  # the walk probes the first block before it embeds
+        with skeleton.overriding(outside_blocks(skeleton, folder, reading) | kept):
+            hidden = next(walk.embed().each(walk.device))
+        for index in progress.over(range(len(outputs)), "verify", len(outputs)):
+            kept = kept_in(skeleton, index, reading) if index else kept
             weights = {
                 name: as_rows(skeleton.module(name), reading.weight(name)).contiguous()
                 for name in skeleton.linears[index]
                 if name in folder.entries
             }
-            with walk.resident_block(index), skeleton.using(weights):
+            with skeleton.overriding(kept), walk.resident_block(index), skeleton.using(weights):
                 hidden = walk.run(index, 0, hidden)
-            largest = max(largest, difference(hidden, computed.outputs[index].to(hidden), skeleton.blocks[index]))
+            largest = max(largest, difference(hidden, outputs[index].to(hidden), skeleton.blocks[index]))
     return largest
 
 
-def skeleton_on(folder: Folder, resident: Mapping[str, Tensor]) -> Skeleton:
-    """The folder's model, whose parameters come from `resident` when they are asked for; compressed linears in blocks
-    have none."""
+def skeleton_on(folder: Folder) -> Skeleton:
+    """The folder's model. All tensors have to be given: none of them is read from the checkpoint a second time."""
+
+    def not_given() -> Tensor:
+        raise VerificationError("a tensor was needed before it was read")
+
     inside = tuple(f"{block}." for block in find_blocks(folder.model))
     ends = [f"{name}.weight" for name in folder.entries if not name.startswith(inside)]
-    sources = {name: partial(resident.__getitem__, name) for name in (*folder.checkpoint.tensors, *ends)}
+    sources = dict.fromkeys([*folder.checkpoint.tensors, *ends], not_given)
     return compressed_skeleton(folder.checkpoint, folder.trust_remote_code, sources)
 
 

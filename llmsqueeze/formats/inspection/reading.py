@@ -72,6 +72,14 @@ def open_folder(checkpoint: Checkpoint, trust_remote_code: bool) -> Folder:
     return Folder(checkpoint, entries, model, trust_remote_code)
 
 
+def compare_names(folder: Folder, expected: Expected) -> None:
+    """Raises VerificationError unless the folder has the expected tensors and linears, and no others."""
+    if different := sorted(set(expected.tensors) ^ set(folder.checkpoint.tensors)):
+        raise VerificationError(f"{different[0]} was written, or can be read, but not both")
+    if expected.weights is not None and (different := sorted(set(folder.entries) ^ set(expected.weights))):
+        raise VerificationError(f"the config and the compressed linears differ in {different[0]}")
+
+
 class Reading:
     """Reads the tensors of a folder, each once. `errors` grows as they are read."""
 
@@ -86,19 +94,12 @@ class Reading:
         the config says; if not, only their bits are compared."""
         self.errors: list[str] = []
         self._checkpoint, self._entries = folder.checkpoint, folder.entries
-        self._expected, self._device, self._sound = expected, device, sound
+        self._digests = expected.tensors if expected else None
+        self._weights = expected.weights if expected else None
+        self._device, self._sound = device, sound
         self._unread = dict.fromkeys(folder.checkpoint.tensors)
         self._linear_of = {name: linear for linear, entry in self._entries.items() for name in entry.tensors}
         self._shapes = {name: entry.shape for entry in self._entries.values() for name in entry.beside}
-
-    def compare_names(self) -> None:
-        """Raises VerificationError unless the folder has the expected tensors and linears, and no others."""
-        assert self._expected is not None
-        if different := sorted(set(self._expected.tensors) ^ set(self._checkpoint.tensors)):
-            raise VerificationError(f"{different[0]} was written, or can be read, but not both")
-        weights = self._expected.weights
-        if weights is not None and (different := sorted(set(self._entries) ^ set(weights))):
-            raise VerificationError(f"the config and the compressed linears differ in {different[0]}")
 
     def kept(self, name: str) -> Tensor:
         """A tensor that is not compressed. Raises VerificationError."""
@@ -112,8 +113,7 @@ class Reading:
         if self.errors:
             raise VerificationError(failed_check(self.errors[0]))
         weight = parts.sum_of_parts(restored)
-        weights = self._expected.weights if self._expected else None
-        if weights is not None and digest(weight) != weights[linear]:
+        if self._weights is not None and digest(weight) != self._weights[linear]:
             raise VerificationError(f"{linear}, put together from the file, is not the weight that was computed with")
         return weight
 
@@ -127,7 +127,7 @@ class Reading:
                 self._read(name)
             elif linear is None:
                 self.kept(name)
-            elif self._expected is not None and self._expected.weights is not None:
+            elif self._weights is not None:
                 self.weight(linear)
             else:
                 self._parts(linear)
@@ -158,7 +158,7 @@ class Reading:
         else:
             tensor = self._checkpoint.read_raw(name)
         self._unread.pop(name, None)
-        if self._expected is not None and digest(tensor) != self._expected.tensors[name]:
+        if self._digests is not None and digest(tensor) != self._digests[name]:
             file = self._checkpoint.tensors[name].file.name
             raise VerificationError(f"{name} in {file} is not what was written: disk or memory are faulty")
         return tensor
