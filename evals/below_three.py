@@ -83,7 +83,10 @@ def main() -> None:
 
 def compress(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.window}
-    return quantize(args.model, make_recipe({**settings, **text}), folder, overwrite=True).as_dict()
+    recipe = make_recipe(settings)
+    if recipe.needs_text:
+        recipe = make_recipe({**settings, **text})
+    return quantize(args.model, recipe, folder, overwrite=True).as_dict()
 
 
 def teach(args: argparse.Namespace, folder: Path, out: Path, cache: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,10 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One real `quantize` and `eval`."""
-    recipe = make_recipe({"calibration": args.calibration, "samples": args.samples, "seq_len": args.window, **settings})
+    text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.window}
+    recipe = make_recipe(settings)
+    if recipe.needs_text:
+        recipe = make_recipe({**text, **settings})
     with tempfile.TemporaryDirectory() as folder:
         summary = quantize(args.model, recipe, Path(folder) / "model")
         text = evaluation_text(args.text, args.model)

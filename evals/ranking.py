@@ -50,7 +50,7 @@ def main() -> None:
     gptq = {"method": "gptq", "inputs": "original", "search": True, "levels": "half", **base}
     profile, shares = {}, {}
     for labels in ("model", "text"):
-        profile[labels], shares = profiled(args.model, make_recipe({**gptq, "labels": labels, "bits": 3}))
+        profile[labels], shares = profiled(args.model, replace(make_recipe({**gptq, "bits": 3}), labels=labels))
     text = evaluation_text(args.text, args.model)
     rows = windows(text, load_tokenizer(Path(args.model)), args.window)[: args.limit]
     results: list[dict[str, Any]] = []
