@@ -1,4 +1,4 @@
-"""`llmsqueeze check`: check that a folder is whole, and what opens it."""
+"""`llmsqueeze check`: check that a folder is whole, and which programs open it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from llmsqueeze.cli.terminal import friendly, hush, print_result
 
 def check(
     folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
-    target: Annotated[str | None, typer.Option(help="native, transformers or vllm. [all]")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Program to check for: native, transformers or vllm. [all]")
+    ] = None,
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check that FOLDER is whole and sound, and what opens it; no model is run."""
+    """Check that FOLDER is whole and sound, and which programs open it; run no model."""
     with friendly(debug):
         from llmsqueeze.cli.tables.results import print_check
         from llmsqueeze.formats.check import check as check_folder

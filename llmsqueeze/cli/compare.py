@@ -29,14 +29,15 @@ from llmsqueeze.errors import RecipeError
 def compare(
     model: Annotated[str, typer.Argument(help="The original: " + MODEL_HELP)],
     folders: Annotated[
-        list[str] | None, typer.Argument(help="Folders or Hub ids made of it, by llmsqueeze or another tool")
+        list[str] | None,
+        typer.Argument(help="Compressed folders or Hub ids of the same model, by llmsqueeze or another tool"),
     ] = None,
     bnb: Annotated[
-        list[str] | None, typer.Option(help="nf4 or int8: the original in bitsandbytes, as well; repeatable.")
+        list[str] | None, typer.Option(help="Also measure the original in bitsandbytes: nf4 or int8; repeatable.")
     ] = None,
     tasks: Tasks = None,
     text: EvaluationText = None,
-    html: Annotated[Path | None, typer.Option(help="Write the comparison as a page as well.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the comparison as an HTML page.")] = None,
     limit: Limit = None,
     seq_len: Window = None,
     include_path: IncludePath = None,
@@ -47,7 +48,7 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure MODEL and FOLDERS under one harness: bytes, loss, divergence, changed tokens, tasks; and draw them."""
+    """Measure MODEL and FOLDERS in one harness: bytes, loss, divergence, changed tokens, tasks; draw the result."""
     with friendly(debug):
         names = task_names(tasks)
 

@@ -17,10 +17,10 @@ from llmsqueeze.distillation.settings import make_distillation
 def distill(
     folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
     given: dict[str, Any],
-    teacher: Annotated[str | None, typer.Option(help="The original. [what FOLDER says that it was made from]")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The original model. [the model that FOLDER names]")] = None,
     teacher_cache: Annotated[
         Path | None,
-        typer.Option(help="Folder to keep the teacher's answers in for the next time. [none is kept]"),
+        typer.Option(help="Folder that keeps the teacher's answers for another run. [not kept]"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-distilled]")] = None,
     overwrite: Overwrite = False,
@@ -31,7 +31,7 @@ def distill(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train the scales in a compressed FOLDER until it answers as the original does; the size stays."""
+    """Train the scales in a compressed FOLDER towards the answers of the original; the size stays."""
     with friendly(debug):
         settings = make_distillation(given)
 

@@ -18,10 +18,12 @@ def export(
     ],
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [dense: the model's own; peft: fp32]")] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Width that coded weights are rounded to for compressed-tensors. [4]")
+        int | None,
+        typer.Option(help="With coded weights and compressed-tensors: the width that they are rounded to. [4]"),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Columns that share a scale then; -1: whole rows. [128, or what fits]")
+        int | None,
+        typer.Option(help="With --bits: columns that share a scale; -1: whole rows. [128, or the largest that fits]"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-<to>]")] = None,
     overwrite: Overwrite = False,
@@ -30,7 +32,7 @@ def export(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a compressed FOLDER in another format; only coded weights are rounded again, for compressed-tensors."""
+    """Write a compressed FOLDER in another format. Only coded weights are rounded again, for compressed-tensors."""
     with friendly(debug):
         from llmsqueeze.cli.console import TerminalProgress
         from llmsqueeze.cli.tables.runs import print_export

@@ -1,4 +1,4 @@
-"""The options of the command line: those of a table (recipe/options.py, distillation/settings.py), and common ones."""
+"""The options of the command line: those of a table (recipe/options.py, distillation/options.py), and common ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")]
+TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 
 # `eval` and `compare` measure with these
@@ -113,7 +113,7 @@ def help_of(table: type[Table], name: str) -> str:
 
 
 def asked(table: type[Table], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Takes the options of a table out of a command's arguments; those that were asked for, by name."""
+    """Takes the options of a table out of the arguments of a command; returns those that were asked for, by name."""
     given: dict[str, Any] = {}
     for name in table.model_fields:
         option = table.option(name)

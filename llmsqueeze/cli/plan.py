@@ -17,7 +17,8 @@ def plan(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     given: dict[str, Any],
     weights: Annotated[
-        str, typer.Option(help="all, or none: sizes alone, from config.json, with the same widths everywhere.")
+        str,
+        typer.Option(help="all; or none: predict only sizes, from config.json, with the same widths in every linear."),
     ] = "all",
     trial: Annotated[bool, typer.Option(help="Compress two blocks to predict time and memory.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for plan and profile. [./<model>-plan]")] = None,
@@ -28,7 +29,7 @@ def plan(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Decide what MODEL's weights become within a budget; measure, print, write plan.yaml; compress nothing."""
+    """Measure MODEL, decide the width of every weight within a budget, write plan.yaml; compress nothing."""
     with friendly(debug):
         if weights not in ("all", "none"):
             raise RecipeError(f"unknown weights {weights!r}; choose all or none")

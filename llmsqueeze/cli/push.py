@@ -16,15 +16,19 @@ def push(
     repo: Annotated[str, typer.Argument(help="Repository on the Hub, owner/name")],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Who sees a new repository. [private; one that exists stays as it is]"),
+        typer.Option(
+            "--private/--public", help="Visibility of a new repository. [private; an existing one stays as it is]"
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent; send and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the files that a push would send; send and write nothing.")
+    ] = False,
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Upload a compressed folder to the Hub, with a model card; a push that broke off goes on when it is repeated."""
+    """Upload a compressed folder to the Hub, with a model card. Repeat a push that failed: it continues."""
     with friendly(debug):
         from llmsqueeze.cli.console import TerminalProgress
         from llmsqueeze.publish import push as hub

@@ -15,12 +15,15 @@ from llmsqueeze.cli.terminal import friendly, hush, print_result
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     given: dict[str, Any],
-    plan: Annotated[Path | None, typer.Option(help="A plan.yaml that `llmsqueeze plan` wrote, edited or not.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Measurements that `llmsqueeze plan` wrote.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan from `llmsqueeze plan`, as it is or edited.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Measurements from `llmsqueeze plan`.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write. [./<model>-<bits>bit]")] = None,
     overwrite: Overwrite = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it with what was meant.")
+        bool,
+        typer.Option(
+            "--verify/--no-verify", help="Read the result back from disk and compare it with the computed weights."
+        ),
     ] = True,
     device: Device = "auto",
     revision: Revision = None,

@@ -1,4 +1,4 @@
-"""`llmsqueeze show`: print what each weight holds."""
+"""`llmsqueeze show`: print the contents of each weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def show(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Print what each weight of a compressed folder holds, and its size."""
+    """Print the contents and the size of each weight of a compressed folder."""
     with friendly(debug):
         from llmsqueeze.cli.tables.results import print_contents
         from llmsqueeze.publish.show import contents

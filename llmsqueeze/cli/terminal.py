@@ -1,6 +1,6 @@
-"""What every command does around its one call: quiet libraries, errors as one line, results as a table or JSON.
+"""The frame of every command: quiet libraries, errors as one line, results as a table or JSON.
 
-Exit codes: 0 done, 2 bad input (one line says what is wrong), 130 interrupted, 1 a defect of llmsqueeze.
+Exit codes: 0 done; 2 bad input (one line says what is wrong); 130 interrupted; 1 a defect of llmsqueeze.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def print_result(result: dict[str, Any], as_json: bool, printer: Any) -> None:
 
 
 def hush() -> None:
-    """The libraries' own bars and warnings would mix with ours."""
+    """Silences the bars and warnings of other libraries, which would mix with ours."""
     import logging as standard_logging
     import warnings
 
