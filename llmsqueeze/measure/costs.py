@@ -142,7 +142,7 @@ def packed_rates(
 
 
 def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> Tensor:
-    """float64 [3, points] on the CPU: binary logarithms of multipliers (quantize/coded.py), rising; bytes of `weight`
+    """float64 [3, points] on the CPU: binary logarithms of multipliers (quantizers/coded.py), rising; bytes of `weight`
     [rows, cols] coded with each; the predicted loss.
 
     Some rows are coded with every multiplier, and stand for all. Memory: those rows once per multiplier.

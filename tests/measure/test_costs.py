@@ -156,13 +156,6 @@ def prices(weight: Tensor, curvature: Curvature, quantizer: str, options: tuple[
     return costs.price(weight, torch.ones(len(weight)), curvature, options, quantizer, torch.float32, True)
 
 
-def test_a_rows_outliers_are_those_that_would_cost_most_to_lose(weight: Tensor, curvature: Curvature) -> None:
-    mask = row_outliers(weight, curvature, 3)
-    for r in range(60):
-        order = sorted(range(96), key=lambda j: -float(weight[r, j] ** 2 * curvature.H[j, j]))
-        assert set(mask[r].nonzero()[:, 0].tolist()) == set(order[:3])
-
-
 def test_what_stays_as_it_is_costs_nothing(weight: Tensor, moments: Tensor, curvature: Curvature) -> None:
     """Outliers leave both the range that is rounded and the error: against a slow loop."""
     option = Option(Grid(3, 32, True), 0.05)
