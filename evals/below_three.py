@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import add_arguments
+from methods import add_arguments, recipe_of
 
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
@@ -24,7 +24,6 @@ from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
-from llmsqueeze.recipe.resolve import make_recipe
 
 DISTILLED: dict[str, dict[str, Any]] = {
     "kd": {},
@@ -82,11 +81,7 @@ def main() -> None:
 
 
 def compress(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.window}
-    recipe = make_recipe(settings)
-    if recipe.needs_text:
-        recipe = make_recipe({**settings, **text})
-    return quantize(args.model, recipe, folder, overwrite=True).as_dict()
+    return quantize(args.model, recipe_of(settings, args), folder, overwrite=True).as_dict()
 
 
 def teach(args: argparse.Namespace, folder: Path, out: Path, cache: Path, settings: dict[str, Any]) -> dict[str, Any]:

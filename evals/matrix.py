@@ -104,7 +104,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "quantizer": "rtn",
         "importance": "random",
         "group_size": 64,
-        **SELF,
     },
     "gwq rtn 3 bit, magnitudes": {
         "method": "gwq",

@@ -18,6 +18,7 @@ from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
 
 GWQ = {"method": "gwq", "outlier_scope": "global", "outlier_ranking": "gradient-weight"}
@@ -79,12 +80,16 @@ def main() -> None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One real `quantize` and `eval`."""
+def recipe_of(settings: dict[str, Any], args: argparse.Namespace) -> Recipe:
+    """The recipe of these settings, with the text of `args` if it reads any."""
     text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.window}
     recipe = make_recipe(settings)
-    if recipe.needs_text:
-        recipe = make_recipe({**text, **settings})
+    return make_recipe({**text, **settings}) if recipe.needs_text else recipe
+
+
+def measure(args: argparse.Namespace, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One real `quantize` and `eval`."""
+    recipe = recipe_of(settings, args)
     with tempfile.TemporaryDirectory() as folder:
         summary = quantize(args.model, recipe, Path(folder) / "model")
         text = evaluation_text(args.text, args.model)

@@ -80,7 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        dense, coded = make_model(args, Path(folder), args.layers), Path(folder) / "coded"
+        dense = make_model(Path(folder), args.layers, args.hidden, args.ffn, args.vocab)
+        coded = Path(folder) / "coded"
         numel = write_coded(dense, coded, args.bits)
         for what, opened in (("dense", dense), ("coded", coded), ("integers", coded)):
             nbytes = sum(file.stat().st_size for file in opened.glob("*.safetensors"))
