@@ -13,7 +13,7 @@ from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, native
-from llmsqueeze.formats.entries import format_of
+from llmsqueeze.formats.entries import DENSE, Entry, format_of
 from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Folder, Reading, open_folder
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
@@ -34,28 +34,14 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
     if not path.is_dir():
         raise RecipeError(f"{path} is no folder; check looks at one that llmsqueeze wrote")
     findings, form = Findings(), "unknown"
-    written_as = read_json_if_there(path / SIDECAR).get("format")
-    if written_as == peft.FORMAT:
+    if recorded_format(path) == peft.FORMAT:
         findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
         path = path / peft.BASE
     try:
-        if written_as == gguf.FORMAT:
-            raise UnsupportedError(
-                f"{path} holds a plan for llama.cpp and no weights; quantize.sh in it makes the model"
-            )
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_weights(path)
         form = format_of(checkpoint)
-        if form not in (*FORMATS, "dense"):
-            raise UnsupportedError(
-                f"{path} is in {form}, another tool's format; check knows {', '.join(FORMATS)} and dense"
-            )
-        opened = open_folder(checkpoint, trust_remote_code)
-        findings.errors += form_errors(opened)
-        if not findings.errors:
-            reading = Reading(opened)
-            reading.rest()
-            findings.errors += reading.errors
-        add_obstacles(opened, findings)
+        refuse_other_tools(checkpoint)
+        examine(open_folder(checkpoint, trust_remote_code), findings)
     except SqueezeError as error:
         findings.errors.append(str(error))
     if path.resolve().name.endswith(".partial"):
@@ -71,6 +57,38 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
     }
 
 
+def recorded_format(path: Path) -> str | None:
+    """The format in the folder's record, if it has one."""
+    name: str | None = read_json_if_there(path / SIDECAR).get("format")
+    return name
+
+
+def open_weights(path: Path) -> Checkpoint:
+    """Raises UnsupportedError for a plan for llama.cpp, CheckpointError for a folder that cannot be opened."""
+    if recorded_format(path) == gguf.FORMAT:
+        raise UnsupportedError(f"{path} holds a plan for llama.cpp and no weights; quantize.sh in it makes the model")
+    return open_checkpoint(path)
+
+
+def refuse_other_tools(checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedError for a format that llmsqueeze does not write."""
+    form = format_of(checkpoint)
+    if form not in (*FORMATS, DENSE):
+        raise UnsupportedError(
+            f"{checkpoint.path} is in {form}, another tool's format; check knows {', '.join(FORMATS)} and {DENSE}"
+        )
+
+
+def examine(folder: Folder, findings: Findings) -> None:
+    """Adds the errors and obstacles of the folder."""
+    findings.errors += form_errors(folder)
+    if not findings.errors:
+        reading = Reading(folder)
+        reading.rest()
+        findings.errors += reading.errors
+    add_obstacles(folder, findings)
+
+
 def form_errors(folder: Folder) -> list[str]:
     """The errors that headers and config show: names, shapes, dtypes, sizes."""
     return [*name_errors(folder), *size_errors(folder.checkpoint)]
@@ -79,7 +97,6 @@ def form_errors(folder: Folder) -> list[str]:
 def name_errors(folder: Folder) -> Iterator[str]:
     """Every tensor that config and model need is there in its shape and dtype, and nothing else is."""
     model: Any = folder.model
-    stored_tensors = folder.checkpoint.tensors
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for linear, entry in folder.entries.items():
@@ -88,25 +105,30 @@ def name_errors(folder: Folder) -> Iterator[str]:
             yield f"the config names {linear}, which the model does not have"
         elif entry.shape not in (shape, shape[::-1]):  # Conv1D stores its weight transposed
             yield f"{linear} is {list(entry.shape)}; the model needs {list(shape)}"
-        for spec, names in zip(entry.specs, entry.names, strict=True):
-            for kind, (size, dtype) in parts.layout(entry.shape, spec).items():
-                stored = stored_tensors.get(names[kind])
-                if stored is None:
-                    yield f"{names[kind]} is missing"
-                elif stored.shape != size or stored.dtype != dtype:
-                    yield (
-                        f"{names[kind]} is {list(stored.shape)} {parts.dtype_name(stored.dtype)}; the config says "
-                        f"{list(size)} {parts.dtype_name(dtype)}"
-                    )
+        yield from layout_errors(folder.checkpoint, entry)
     for name, size in shapes.items():
-        stored = stored_tensors.get(name)
+        stored = folder.checkpoint.tensors.get(name)
         if stored is None and name not in tied:
             yield f"{name} is missing"
         elif stored is not None and stored.shape != size:
             yield f"{name} is {list(stored.shape)}; the model needs {list(size)}"
     expected = set(shapes) | {name for entry in folder.entries.values() for name in entry.tensors}
-    for name in sorted(set(stored_tensors) - expected):
+    for name in sorted(set(folder.checkpoint.tensors) - expected):
         yield f"{name} is explained by nothing in the config"
+
+
+def layout_errors(checkpoint: Checkpoint, entry: Entry) -> Iterator[str]:
+    """The tensors of a compressed linear are there as `parts.layout` says."""
+    for spec, names in zip(entry.specs, entry.names, strict=True):
+        for kind, (size, dtype) in parts.layout(entry.shape, spec).items():
+            stored = checkpoint.tensors.get(names[kind])
+            if stored is None:
+                yield f"{names[kind]} is missing"
+            elif stored.shape != size or stored.dtype != dtype:
+                yield (
+                    f"{names[kind]} is {list(stored.shape)} {parts.dtype_name(stored.dtype)}; the config says "
+                    f"{list(size)} {parts.dtype_name(dtype)}"
+                )
 
 
 def size_errors(checkpoint: Checkpoint) -> Iterator[str]:

@@ -14,6 +14,8 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.parts import Grid, Part, Spec
 
+DENSE = "dense"  # the name of the format without quantization_config
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -39,7 +41,7 @@ def is_compressed(checkpoint: Checkpoint) -> bool:
 def format_of(checkpoint: Checkpoint) -> str:
     """llmsqueeze, compressed-tensors, dense, or another tool's name for its format."""
     config = checkpoint.config.get("quantization_config")
-    return str(config.get("quant_method")) if isinstance(config, dict) else "dense"
+    return str(config.get("quant_method")) if isinstance(config, dict) else DENSE
 
 
 def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:

@@ -19,9 +19,9 @@ from torch import Tensor
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
 from llmsqueeze.formats import compressed_tensors, verify
+from llmsqueeze.formats.entries import DENSE
 from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.formats.exports.conversion import (
-    DENSE,
     Conversion,
     Converted,
     conversion,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ from llmsqueeze.compress import weight
 from llmsqueeze.compress.blocks import quantize
 from llmsqueeze.compress.decide import Decision
 from llmsqueeze.compress.job import prepare
+from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.export import export
+from llmsqueeze.formats.folder import Output
 from llmsqueeze.model.original import Source
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.resolve import make_recipe
@@ -70,3 +73,19 @@ def exported(
         return ready[key]
 
     return make
+
+
+@pytest.fixture
+def verified_copy(
+    compressed: Callable[[str], Path], verifications: dict[str, Any], tmp_path: Path
+) -> Callable[..., verification.Verified]:
+    """(kind, damage) -> the verification of a copy of that folder, damaged between writing and verifying."""
+
+    def verify(kind: str, damage: Callable[[Path], None] = lambda _: None) -> verification.Verified:
+        output = Output(tmp_path / "out", 1)
+        shutil.copytree(compressed(kind), output.partial)
+        output.digests, computed = verifications[kind]
+        damage(output.partial)
+        return verification.verify(output, computed)
+
+    return verify

@@ -59,8 +59,8 @@ def test_the_type_is_the_nearest_in_bits(bits: float, cols: int) -> None:
 
 
 def test_every_type_is_one_that_llama_cpp_has() -> None:
-    known = {kind.name for kind in llama_cpp.GGMLQuantizationType}
-    assert {*LARGE, *SMALL, "F16"} == {*gguf.TYPES, *gguf.SMALL_TYPES, gguf.WHOLE} <= known
+    kinds = {kind.name for kind in llama_cpp.GGMLQuantizationType}
+    assert {*LARGE, *SMALL, "F16"} == {*gguf.TYPES, *gguf.SMALL_TYPES, gguf.WHOLE} <= kinds
 
 
 def mapped(out: Path) -> dict[str, str]:
@@ -166,8 +166,8 @@ def test_linears_that_are_not_compressed_stay_whole(demo_of: Callable[[int], Pat
 def test_names_of_other_architectures(architecture: str, random_model: Callable[..., Path]) -> None:
     skeleton = build_skeleton(open_checkpoint(random_model(architecture)))
     linears = [name for block in skeleton.linears for name in block]
-    found = gguf.tensor_names(skeleton.model.config.model_type, len(skeleton.blocks), linears)
-    for linear, name in found.items():
+    mapped_names = gguf.tensor_names(skeleton.model.config.model_type, len(skeleton.blocks), linears)
+    for linear, name in mapped_names.items():
         _, _, block, rest = linear.split(".", 3)
         assert name == f"blk.{block}.{LLAMA_NAMES[rest]}.weight"
 
@@ -182,8 +182,8 @@ def test_names_of_other_architectures(architecture: str, random_model: Callable[
 def test_names_of_fused_projections(architecture: str, names: set[str], random_model: Callable[..., Path]) -> None:
     skeleton = build_skeleton(open_checkpoint(random_model(architecture)))
     linears = [name for block in skeleton.linears for name in block]
-    found = gguf.tensor_names(skeleton.model.config.model_type, len(skeleton.blocks), linears)
-    assert set(found.values()) == {f"blk.{i}.{name}.weight" for i in range(3) for name in names}
+    mapped_names = gguf.tensor_names(skeleton.model.config.model_type, len(skeleton.blocks), linears)
+    assert set(mapped_names.values()) == {f"blk.{i}.{name}.weight" for i in range(3) for name in names}
 
 
 def test_an_architecture_that_llama_cpp_lacks_is_one_error(tmp_path: Path) -> None:

@@ -101,9 +101,9 @@ def test_a_lost_tensor_is_an_error_not_random_weights(folder: Path, tmp_path: Pa
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
             continue
-        held = load_file(file)
-        held.pop(tensor, None)
-        save_file(held, tmp_path / file.name, metadata={"format": "pt"})
+        tensors = load_file(file)
+        tensors.pop(tensor, None)
+        save_file(tensors, tmp_path / file.name, metadata={"format": "pt"})
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     del index["weight_map"][tensor]
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

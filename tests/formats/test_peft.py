@@ -169,12 +169,12 @@ def test_a_corrupt_adapter_is_found(
     spoilt = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 
     def spoils(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-        held = {name: tensor.clone() for name, tensor in tensors.items()}
+        stored = {name: tensor.clone() for name, tensor in tensors.items()}
         if damage == "lost":
-            del held[spoilt]
+            del stored[spoilt]
         else:
-            held[spoilt].view(-1).view(torch.int32)[5] ^= 1
-        save_file(held, file, metadata)
+            stored[spoilt].view(-1).view(torch.int32)[5] ^= 1
+        save_file(stored, file, metadata)
 
     monkeypatch.setattr(exporting, "save_file", spoils)
     with pytest.raises(VerificationError, match=re.escape(spoilt)):

@@ -19,7 +19,7 @@ from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, verify
-from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_parts
+from llmsqueeze.formats.entries import DENSE, Entry, format_of, is_compressed, read_parts
 from llmsqueeze.formats.exports import peft
 from llmsqueeze.formats.exports.reround import reround
 from llmsqueeze.formats.folder import Output, digest, rewrite
@@ -28,8 +28,6 @@ from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import all_linears, is_transposed
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.progress import Progress
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
