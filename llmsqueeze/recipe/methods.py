@@ -23,7 +23,9 @@ class Method:
     """One method.
 
     help: what it does, for `--help` and the documentation. report: the same as a clause of a report. source: paper, or
-    ours. rounds: whether it is a rounding method, usable as `--quantizer`. allows: the options that belong to it,
+    ours. rounds: whether it is a rounding method, usable as `--quantizer`. decides: what `allocation/<name>.py` decides:
+    the widths of "blocks", the widths of "rows" by a ranking, the "options" of rows by their costs, or the "steps" of coded
+    weights; "" if nothing. allows: the options that belong to it,
     beside those of every method. implies: its defaults. importance: choices of `--importance`, the default first, with
     the measurement that each needs ("" for none). measures: what is measured in any case. budget: whether it spends a
     budget on widths; then a whole `--bits` is the size of codes of that width. native: why compressed-tensors cannot
@@ -38,6 +40,7 @@ class Method:
     report: str
     source: str
     rounds: bool = False
+    decides: str = ""
     allows: tuple[str, ...] = ()
     implies: Mapping[str, Any] = field(default_factory=dict)
     importance: Mapping[str, str] = field(default_factory=dict)
@@ -70,6 +73,7 @@ ENTRIES = (
         help="entropy-coded integers; one multiplier for the whole model gives each weight its step",
         report="entropy-coded integers whose steps come from one multiplier for the whole model",
         source="ours, after arXiv 2603.04956",
+        decides="steps",
         allows=("size", *BOUNDS, *OUTLIERS, "labels", "code_embeddings"),
         implies={"quantizer": "coded", "inputs": "corrected", "labels": "model"},
         measures=("steps",),
@@ -82,6 +86,7 @@ ENTRIES = (
         help="one budget for the whole model: each row gets the width that lowers the predicted loss most per byte",
         report="one budget for the whole model: each row gets the width that lowers the loss most for its bytes",
         source="ours",
+        decides="options",
         allows=(
             *(*ON_GRIDS, *OUTLIERS, *BOUNDS, "size", "quantizer", "labels", "importance", "granularity", "widths"),
             *("group_sizes", "row_outliers", "dual"),
@@ -110,6 +115,7 @@ ENTRIES = (
         help="important decoder blocks get the high width, the others the low width",
         report="important decoder blocks get more bits, the others fewer",
         source="arXiv 2406.17415",
+        decides="blocks",
         allows=(*ON_GRIDS, *OUTLIERS, "size", "quantizer", "labels", "importance", "high_bits", "low_bits"),
         implies={"bits": 3},
         importance={
@@ -128,6 +134,7 @@ ENTRIES = (
         help="the most salient output rows of the whole model get the high width, the others the low width",
         report="the most salient output rows of the whole model get more bits",
         source="arXiv 2412.14590",
+        decides="rows",
         allows=(
             *(*ON_GRIDS, *OUTLIERS, "size", "quantizer", "labels", "importance", "high_bits", "low_bits"),
             *("high_fraction", "mix"),

@@ -76,6 +76,11 @@ class Recipe:
         return METHODS[self.method]
 
     @property
+    def decides(self) -> str:
+        """What the method decides: blocks, rows, options or steps; "" if every linear gets the same grid."""
+        return self.entry.decides
+
+    @property
     def rank(self) -> int:
         """The rank of every linear's compensation, before the budget buys any."""
         return self.lorc_rank if isinstance(self.lorc_rank, int) else 0
