@@ -134,7 +134,7 @@ def test_a_weight_of_any_dtype_is_the_float32_one_rounded(
     assert torch.equal(parts.sum_of_parts([part]), whole)
 
 
-def test_what_no_byte_holds_stands_in_a_list() -> None:
+def test_integers_beyond_a_byte_are_listed() -> None:
     values = torch.tensor([[127, -127, 128, -128], [0, 2**31 - 1, -(2**31), 126]])
     part = Coded.from_integers(values, torch.tensor([5, -3]), torch.tensor([1, 0, 2, 9]), torch.float32)
     assert part.escape_index.tolist() == [2, 3, 5, 6]
@@ -171,7 +171,7 @@ def test_small_steps_have_tables_of_their_own() -> None:
     assert contexts.count == 10
 
 
-def test_integers_that_are_all_nothing_take_steps_tables_and_empty_streams(generator: torch.Generator) -> None:
+def test_integers_that_are_all_zero_take_steps_tables_and_empty_streams(generator: torch.Generator) -> None:
     for shape in SHAPES:
         row, col = random_exponents(shape, generator)
         part = Coded.from_integers(torch.zeros(shape), row, col, torch.bfloat16)

@@ -32,7 +32,7 @@ ROWS, COLS = 24, 140  # a full panel and a short one
 
 
 def correlated(cols: int, generator: torch.Generator, tokens: int = 900, octaves: float = 2.0) -> Tensor:
-    """float64 [cols, cols]: second moments of inputs that depend on each other strongly, of sizes that differ."""
+    """float64 [cols, cols]: second moments of strongly correlated inputs of different size."""
     few = torch.randn(tokens, cols // 8 + 1, generator=generator, dtype=torch.float64)
     mix = torch.randn(cols // 8 + 1, cols, generator=generator, dtype=torch.float64)
     own = torch.randn(tokens, cols, generator=generator, dtype=torch.float64)
@@ -73,7 +73,7 @@ def slow_steps(rounded: RoundedToSteps) -> Tensor:
 
 
 def multiplier_for(weight: Tensor, gradient: Tensor, curvature: Curvature, bits: float) -> float:
-    """The multiplier whose integers take about so many bits, were they of a normal density."""
+    """The multiplier whose integers take about `bits` bits, if they have a normal density."""
     size = (weight.square().mean(dim=1).sqrt() * gradient.sqrt()).log2().mean()
     return float(2.0 ** (size - curvature.upper.diagonal().log2().mean() + 2.05 - bits))
 
@@ -114,7 +114,7 @@ def test_feedback_equals_the_column_by_column_form(
 
 
 @with_pinned
-def test_a_sweep_is_coordinate_descent(
+def test_a_pass_is_coordinate_descent(
     with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
 ) -> None:
     """Each column in turn takes the integer with the least error, its neighbours tried one by one."""
@@ -140,7 +140,7 @@ def test_a_sweep_is_coordinate_descent(
 
 
 def test_a_row_takes_its_least_squares_gain(weight: Tensor, gradient: Tensor, curvature: Curvature) -> None:
-    """Rounded in logarithm to whole exponents, no more than two octaves; steps that were wrong are put right."""
+    """Rounded to whole exponents, at most two octaves: wrong steps are corrected."""
     steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 3.0), gradient)
     right = feedback(weight, start_of(weight, steps, curvature), curvature, None)
     off = torch.arange(-12 * 3, 12 * 3, 3)
@@ -157,7 +157,7 @@ def test_a_row_takes_its_least_squares_gain(weight: Tensor, gradient: Tensor, cu
 
 @pytest.mark.parametrize(("sixteenths", "moved"), [(0.49, 0), (0.503, 0), (0.51, 1), (1.4, 1), (-0.49, 0), (-0.51, -1)])
 def test_a_gain_that_is_not_better_when_rounded_is_not_taken(sixteenths: float, moved: int) -> None:
-    """The middle of two steps is not that of their logarithms."""
+    """The mean of two steps is not the mean of their logarithms."""
     flat, none = Curvature.flat(3, torch.ones(1, dtype=torch.float64)), torch.zeros(3, dtype=torch.long)
     start = RoundedToSteps(torch.full((1, 3), 4.0, dtype=torch.float64), torch.tensor([8]), none, 0)
     rounded = refit(start, start.dense() * 2 ** (sixteenths / 16), flat.H)
@@ -178,7 +178,7 @@ def test_gains_stay_within_the_exponents_that_can_be_stored(
 
 @with_pinned
 @pytest.mark.parametrize("bits", [0.3, 1.0, 3.0])
-def test_neither_gain_nor_sweep_raises_a_rows_error(
+def test_neither_gain_nor_pass_raises_a_rows_error(
     bits: float, with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
 ) -> None:
     pins = pinned if with_pinned else None
@@ -216,10 +216,10 @@ def test_rows_are_independent_of_how_many_are_coded_at_once(
         assert (whole.integers[pins] == 0).all()
 
 
-def test_what_is_kept_beside_does_not_matter_to_the_rest(
+def test_the_target_of_a_pinned_weight_does_not_change_the_others(
     weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
 ) -> None:
-    """Only that it is kept: its target is delivered whatever it is."""
+    """It only matters that it is pinned: it has no error, whatever its target."""
     steps = row_steps(weight, multiplier_for(weight, gradient, curvature, 2.5), gradient)
     plain = round_to_steps(weight, steps, curvature, pinned, ROWS)
     other = round_to_steps(weight.masked_fill(pinned, 7.0), steps, curvature, pinned, ROWS)
@@ -228,7 +228,7 @@ def test_what_is_kept_beside_does_not_matter_to_the_rest(
     assert not torch.equal(round_to_steps(weight, steps, curvature, None, ROWS).integers, plain.integers)
 
 
-def test_gains_and_sweeps_lower_the_error_of_the_feedback(
+def test_gains_and_passes_lower_the_error_of_the_feedback(
     weight: Tensor, gradient: Tensor, curvature: Curvature
 ) -> None:
     """In every row."""
@@ -244,7 +244,7 @@ def test_gains_and_sweeps_lower_the_error_of_the_feedback(
 def test_steps_are_the_multiplier_times_the_factor_over_the_roots_of_the_gradient(
     weight: Tensor, gradient: Tensor, curvature: Curvature
 ) -> None:
-    """To within two roundings to sixteenths of an octave, where steps are so fine that no gain moves them."""
+    """Within two roundings to sixteenths of an octave, if steps are so fine that no gain changes them."""
     multiplier = multiplier_for(weight, gradient, curvature, 8.0)
     rounded = round_to_steps(weight, row_steps(weight, multiplier, gradient), curvature, None, ROWS)
     ideal = multiplier * curvature.upper.diagonal() / gradient.sqrt()[:, None]
@@ -267,7 +267,7 @@ def test_the_steps_of_a_row_follow_its_gradient_or_else_its_size(weight: Tensor,
 
 
 def test_rows_and_columns_of_very_different_steps_are_kept_within_a_byte(generator: torch.Generator) -> None:
-    """Rows over sixteen octaves and columns over twenty: those beyond get finer steps than they ask for."""
+    """Rows over sixteen octaves and columns over twenty: a step beyond a byte becomes finer."""
     moments = torch.diag(4.0 ** torch.linspace(-10, 10, 40, dtype=torch.float64))
     curvature = factorize(moments, damp=1e-14)
     weight = torch.randn(31, 40, generator=generator, dtype=torch.float64)
@@ -299,7 +299,7 @@ def test_the_part_stands_for_what_was_chosen_to_the_last_bit(seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def filled() -> tuple[Tensor, Tensor, Curvature, float]:
-    """A weight with gradients of its rows, its curvature, and a multiplier that makes five bits."""
+    """A weight, the gradients of its rows, its curvature, and a multiplier for five bits."""
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(256, 256, generator=generator, dtype=torch.float64) * 0.02
     gradient = 10 ** (3 * torch.rand(256, generator=generator, dtype=torch.float64) - 6)
@@ -310,7 +310,7 @@ def filled() -> tuple[Tensor, Tensor, Curvature, float]:
 Filled = tuple[Tensor, Tensor, Curvature, float]
 
 
-def test_what_rounding_leaves_is_the_same_for_every_row_and_column(filled: Filled) -> None:
+def test_the_weighted_error_is_the_same_for_every_row_and_column(filled: Filled) -> None:
     """In the feedback's own basis, weighted by the gradient: uniform in a step of the multiplier everywhere."""
     weight, gradient, curvature, multiplier = filled
     rounded = feedback(weight, start_of(weight, row_steps(weight, multiplier, gradient), curvature), curvature, None)
@@ -324,7 +324,7 @@ def test_what_rounding_leaves_is_the_same_for_every_row_and_column(filled: Fille
 
 
 def test_every_weight_costs_a_24th_of_the_squared_multiplier(filled: Filled) -> None:
-    """Gains and the sweep make it a little less."""
+    """Gains and passes make it a little less."""
     weight, gradient, curvature, multiplier = filled
     for finer in (1, 4, 16):
         steps = row_steps(weight, multiplier / finer, gradient)
@@ -468,7 +468,7 @@ def test_matrices_of_one_row_or_column(shape: tuple[int, int], generator: torch.
 
 
 def test_an_enormous_weight_leaves_the_rest_of_its_row_as_good(generator: torch.Generator) -> None:
-    """Nothing is cut off, and no step is stretched."""
+    """No value is clipped, and no step becomes coarser."""
     weight = torch.randn(9, 70, generator=generator) * 0.05
     curvature, gradient = factorize(correlated(70, generator).float()), torch.ones(9)
     steps = row_steps(weight, 0.02, gradient)
@@ -509,7 +509,7 @@ Priced = tuple[Tensor, Tensor, Curvature, Tensor]
 
 @pytest.fixture(scope="module", params=[100, 300], ids=["all rows", "some rows"])
 def priced(request: pytest.FixtureRequest) -> Priced:
-    """A weight of so many rows, their gradients, the curvature, and what `coded_points` makes of them."""
+    """A weight of so many rows, their gradients, the curvature, and their `coded_points`."""
     generator = torch.Generator().manual_seed(11)
     rows = int(request.param)
     weight = torch.randn(rows, 192, generator=generator) * 0.02
@@ -532,7 +532,7 @@ def test_bytes_fall_and_loss_rises_along_the_multipliers(priced: Priced) -> None
 
 
 def test_bits_come_to_none_at_the_middle_of_the_points_if_fine_steps_are_extrapolated(priced: Priced) -> None:
-    """Octaves are bits where steps are fine."""
+    """If steps are fine, an octave is a bit."""
     weight, _, _, (at, nbytes, _) = priced
     beside = sum(weight.shape) + math.ceil(len(weight) / 16) * 4.5
     for octave in (-5.0, -4.0, -3.5):
@@ -542,7 +542,7 @@ def test_bits_come_to_none_at_the_middle_of_the_points_if_fine_steps_are_extrapo
 
 
 def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced) -> None:
-    """With every row tried, the loss is that loss; with some, what rows differ by chance is in both."""
+    """Equal if every row is tried; if some are tried, bytes and loss differ as the rows do."""
     weight, gradient, curvature, points = priced
     exact = len(weight) <= costs.CODED_ROWS
     for octave in (-5.0, -3.0, -1.5, 0.0, 1.0):
@@ -555,7 +555,7 @@ def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced
         assert cost == pytest.approx(loss, rel=1e-3 if exact else 0.03)
 
 
-def test_the_code_length_is_what_streams_and_tables_take(weight: Tensor, curvature: Curvature) -> None:
+def test_the_code_length_is_that_of_streams_and_tables(weight: Tensor, curvature: Curvature) -> None:
     steps = row_steps(weight, 1.0, torch.linspace(1000, 40_000, ROWS, dtype=torch.float64))
     rounded = round_to_steps(weight, steps, curvature, None, ROWS)
     bits, tables = code_length(rounded.integers, rounded.row_exponent, rounded.col_exponent)
@@ -568,8 +568,8 @@ def test_the_code_length_is_what_streams_and_tables_take(weight: Tensor, curvatu
 
 
 @pytest.mark.parametrize("of", ["weight", "moments"])
-def test_numbers_that_no_32_bits_hold_are_not_chosen(of: str, generator: torch.Generator) -> None:
-    """Steps as fine as a budget without any sense would have them."""
+def test_integers_beyond_32_bits_are_not_chosen(of: str, generator: torch.Generator) -> None:
+    """Steps as fine as those of an absurd budget."""
     weight = torch.randn(6, 40, generator=generator)
     curvature = factorize(correlated(40, generator).float() * (1e12 if of == "moments" else 1))
     steps = row_steps(weight, 1e-20 if of == "weight" else 1e-9, torch.ones(6))
@@ -581,7 +581,7 @@ def test_numbers_that_no_32_bits_hold_are_not_chosen(of: str, generator: torch.G
 
 
 def test_every_multiplier_has_all_octaves_that_a_byte_holds(generator: torch.Generator) -> None:
-    """Gradients ten octaves apart: coarse steps priced beside fine ones are those that would be chosen alone."""
+    """Gradients ten octaves apart: coarse steps priced together with fine ones equal those priced alone."""
     weight = torch.randn(12, 60, generator=generator) * 0.05
     gradient = 4.0 ** -torch.linspace(0, 10, 12)
     curvature = factorize(correlated(60, generator).float())
@@ -609,5 +609,5 @@ def test_hard_cases_have_finite_prices(of_weight: str, of_moments: str) -> None:
 
 
 def test_the_constants_of_the_module_agree() -> None:
-    """Gains of all rounds together may take a row's step to the ends of its byte, no further."""
+    """The gains of all rounds together keep the step of a row within its byte."""
     assert 2 * coded.GAIN_OCTAVES * 16 < 255

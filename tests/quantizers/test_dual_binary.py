@@ -72,7 +72,9 @@ def test_the_bits_follow_the_papers_thresholds(generator: torch.Generator) -> No
 
 @grids
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_part_is_what_was_rounded(grid: Grid, dtype: torch.dtype, weight: Tensor, curvature: Curvature) -> None:
+def test_the_part_equals_the_rounded_weight(
+    grid: Grid, dtype: torch.dtype, weight: Tensor, curvature: Curvature
+) -> None:
     rounded = rounder("descent")(weight, grid, dtype, curvature, None, True)
     part = parts.of_codes(rounded.codes, rounded.scale, rounded.zero, grid)
     assert isinstance(part, DualBinary)
@@ -153,8 +155,8 @@ def test_the_refit_of_both_scales_is_least_squares(generator: torch.Generator) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_is_in_order_stays_so_in_the_files_dtype(dtype: torch.dtype, generator: torch.Generator) -> None:
-    """Each alpha may be rounded towards the other; seen in a file: -0.0732 and 0.0732."""
+def test_ordered_levels_stay_ordered_in_the_dtype_of_the_file(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """The dtype can round each alpha towards the other: a file had -0.0732 and 0.0732."""
     alpha1 = torch.rand(200_000, generator=generator) + 0.05
     ratio = torch.rand(200_000, generator=generator) * 0.1 + 0.95
     first, second, _ = dual_binary.put_in_order(alpha1, -alpha1 * ratio, torch.ones_like(alpha1))

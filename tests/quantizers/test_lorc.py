@@ -1,4 +1,4 @@
-"""Low-rank compensation against the SVD written out, and in the file beside everything else."""
+"""Low-rank compensation against the full SVD, in the file, and with other methods."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def error(generator: torch.Generator) -> Tensor:
 
 
 def best(matrix: Tensor, rank: int) -> Tensor:
-    """The slow twin: all singular values, the small ones struck out."""
+    """The slow twin: the full SVD with the small singular values set to 0."""
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     return (u * torch.where(torch.arange(len(s)) < rank, s, 0.0)) @ vt
 
@@ -63,7 +63,7 @@ def test_the_randomised_svd_is_nearly_as_good(generator: torch.Generator, monkey
 
 
 def test_input_weighting_is_optimal_for_the_output_error(error: Tensor, curvature: Curvature) -> None:
-    """Against the root of H from its eigenvectors, where the code takes a triangular one."""
+    """Against the root of H from its eigenvectors; the code uses a triangular root."""
     values, vectors = torch.linalg.eigh(curvature.H.double())
     root = vectors * values.sqrt()
     floor = torch.linalg.svdvals(error.double() @ root)[3:].square().sum()

@@ -228,7 +228,7 @@ def test_descent_never_raises_a_rows_error(grid, with_pinned, weight, curvature,
         assert (state.planes()[0][pins] == 0).all()
 
 
-def test_a_sweep_is_coordinate_descent(generator: torch.Generator) -> None:
+def test_a_pass_is_coordinate_descent(generator: torch.Generator) -> None:
     """Against the obvious twin: each column in turn takes the level with the least error, tried one by one."""
     weight = torch.randn(3, 20, generator=generator)
     x = torch.randn(60, 20, generator=generator)
