@@ -89,7 +89,7 @@ def sensitivity(multiplier: float, curvature: Curvature) -> float:
     1/2 * g[r] * H[j, j] * d^2 = 1/2 * lambda^2 * (d / step[r, j])^2 * H[j, j] * u[j]^2. The last two factors are
     averaged over the columns for errors d of one size.
     """
-    mean = curvature.importance.sum() / column_steps(curvature).pow(-2).sum()
+    mean = curvature.diagonal.sum() / column_steps(curvature).pow(-2).sum()
     return 0.5 * multiplier**2 * float(mean)
 
 
@@ -153,8 +153,8 @@ def feedback(target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned
 def refit(rounded: RoundedToSteps, target: Tensor, H: Tensor) -> RoundedToSteps:
     """Multiplies every row's step by its least-squares gain, rounded to a whole exponent, if that lowers the error."""
     dense = rounded.dense()
-    pull = dense @ H
-    energy, missing = (pull * dense).sum(dim=1), (pull * (target - dense)).sum(dim=1)
+    weighted = dense @ H
+    energy, missing = (weighted * dense).sum(dim=1), (weighted * (target - dense)).sum(dim=1)
     best = 1 + missing / energy.clamp(min=torch.finfo(energy.dtype).tiny)
     shift = (best.clamp(0.25, 4.0).log2() * PER_OCTAVE).round().long()
     gain = powers(shift) - 1

@@ -31,7 +31,7 @@ class Curvature:
     damping: Tensor
 
     @property
-    def importance(self) -> Tensor:
+    def diagonal(self) -> Tensor:
         """[cols]: the cost of a squared error of 1 in each column alone."""
         return self.H.diagonal()
 
@@ -42,10 +42,10 @@ class Curvature:
         return cls(identity, identity, torch.zeros(cols, dtype=like.dtype, device=like.device))
 
     @classmethod
-    def of_columns(cls, importance: Tensor) -> Curvature:
-        """A diagonal curvature from the importance [cols] of each column; its mean becomes 1."""
-        H = torch.diag(importance / importance.mean())
-        return cls(H, torch.diag(H.diagonal().rsqrt()), torch.zeros_like(importance))
+    def of_diagonal(cls, diagonal: Tensor) -> Curvature:
+        """A diagonal curvature with this diagonal [cols], scaled to a mean of 1."""
+        H = torch.diag(diagonal / diagonal.mean())
+        return cls(H, torch.diag(H.diagonal().rsqrt()), torch.zeros_like(diagonal))
 
     def output_error(self, residual: Tensor) -> Tensor:
         """[rows]: the mean squared output error of each row of `residual` [rows, cols], without the damping."""

@@ -57,9 +57,9 @@ def descent(
     return refit(rounded, target, H)
 
 
-def corrected_target(weight: Tensor, pull: Tensor, curvature: Curvature, strength: float = 0.5) -> Tensor:
-    """`weight` [rows, cols] corrected for the drift of its inputs; `pull` = weight @ D, so D is not needed beside U."""
-    return torch.addmm(weight, pull @ curvature.upper.T, curvature.upper, alpha=strength)
+def corrected_target(weight: Tensor, weight_drift: Tensor, curvature: Curvature, strength: float = 0.5) -> Tensor:
+    """`weight` [rows, cols] corrected for the drift of its inputs; `weight_drift` = weight @ D."""
+    return torch.addmm(weight, weight_drift @ curvature.upper.T, curvature.upper, alpha=strength)
 
 
 def refit(rounded: Rounded, target: Tensor, H: Tensor) -> Rounded:
@@ -67,11 +67,11 @@ def refit(rounded: Rounded, target: Tensor, H: Tensor) -> Rounded:
     unknowns = rounded.scales.shape[1]
     chunk = max(1, REFIT_BYTES // (4 * unknowns * unknowns))
     # solved for the change of the scales: float32 would lose small errors if it were solved for the scales
-    pull = (target - rounded.dense()) @ H
+    weighted = (target - rounded.dense()) @ H
     scales = []
-    for start in range(0, len(pull), chunk):
+    for start in range(0, len(weighted), chunk):
         rows = slice(start, start + chunk)
-        A, b = normal_equations(rounded.planes(rows), pull[rows], H, rounded.grid)
+        A, b = normal_equations(rounded.planes(rows), weighted[rows], H, rounded.grid)
         scales.append(_better_scale(rounded.scales[rows], A, b, rounded.grid))
     return rounded.rescaled(torch.cat(scales))
 
@@ -89,9 +89,9 @@ def _better_scale(old: Tensor, A: Tensor, b: Tensor, grid: Grid) -> Tensor:
     return torch.where((gain < 0)[:, None], after, before).to(old.dtype)
 
 
-def normal_equations(planes: Sequence[Tensor], pull: Tensor, H: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A [rows, n, n] and b [rows, n] of the refit, n = planes * groups: planes [rows, cols], pull = residual @ H."""
-    rows, cols = pull.shape
+def normal_equations(planes: Sequence[Tensor], weighted: Tensor, H: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """A [rows, n, n] and b [rows, n] of the refit, n = planes * groups; planes [rows, cols]; weighted = residual @ H."""
+    rows, cols = weighted.shape
     width, groups = grid.width(cols), grid.groups(cols)
 
     def per_group(values: Tensor) -> Tensor:  # [rows, n] -> [rows, groups of n]
@@ -99,15 +99,15 @@ def normal_equations(planes: Sequence[Tensor], pull: Tensor, H: Tensor, grid: Gr
         return padded.view(rows, -1, width).sum(dim=2)
 
     count = len(planes)
-    A = torch.empty(rows, count, groups, count, groups, device=pull.device)
+    A = torch.empty(rows, count, groups, count, groups, device=weighted.device)
     for (k, plane), (i, group) in itertools.product(enumerate(planes), enumerate(grid.slices(cols))):
-        pulled = plane[:, group] @ H[group, group.start :]
+        product = plane[:, group] @ H[group, group.start :]
         for m, other in enumerate(planes):
             # A is symmetric: it is computed from the diagonal on, and mirrored
-            row = per_group(pulled * other[:, group.start :])
+            row = per_group(product * other[:, group.start :])
             A[:, k, i, m, i:] = row
             A[:, m, i:, k, i] = row
-    return A.view(rows, count * groups, -1), torch.cat([per_group(pull * plane) for plane in planes], dim=1)
+    return A.view(rows, count * groups, -1), torch.cat([per_group(weighted * plane) for plane in planes], dim=1)
 
 
 def least_squares(A: Tensor, b: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def gptq(
     """Rounds `weight` [rows, cols] (float32); arguments and result as `Rounder` has them."""
     assert pinned is None or not grid.half, "outliers are pinned to level 0"
     rows, cols = weight.shape
-    upper, importance = curvature.upper, curvature.importance
+    upper, diagonal = curvature.upper, curvature.diagonal
     w = weight.clone()
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scale = torch.empty(rows, grid.groups(cols), device=weight.device)
@@ -52,7 +52,7 @@ def gptq(
             if j % width == 0:
                 group = slice(j, min(j + width, cols))
                 mask = None if pinned is None else pinned[:, group]
-                h = importance[group] if search else None
+                h = diagonal[group] if search else None
                 scale[:, g], zero[:, g] = fit_group(w[:, group], h, grid, dtype, mask)
             code = nearest_code(w[:, j], scale[:, g], zero[:, g], grid)
             rounded = level_of(code, scale[:, g], zero[:, g], grid)

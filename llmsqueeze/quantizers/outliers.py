@@ -19,7 +19,7 @@ def row_outliers(weight: Tensor, curvature: Curvature, count: int, taken: Tensor
 
     `taken` bool [rows, cols]: weights that are outliers already, and are not chosen again.
     """
-    score = weight.square() * curvature.importance
+    score = weight.square() * curvature.diagonal
     if taken is not None:
         score = score.masked_fill(taken, -torch.inf)
     return torch.zeros_like(weight, dtype=torch.bool).scatter_(1, score.topk(count, dim=1).indices, True)

@@ -28,13 +28,13 @@ def rtn(
     only the search of the scales."""
     assert pinned is None or not grid.half, "outliers are pinned to level 0"
     cols = weight.shape[1]
-    importance = torch.ones(cols, device=weight.device) if curvature is None else curvature.importance
+    diagonal = torch.ones(cols, device=weight.device) if curvature is None else curvature.diagonal
     codes = torch.empty_like(weight, dtype=torch.uint8)
     scales, zeros = [], []
     for group in grid.slices(cols):
         w = weight[:, group]
         mask = None if pinned is None else pinned[:, group]
-        scale, zero = fit_group(w, importance[group] if search else None, grid, dtype, mask)
+        scale, zero = fit_group(w, diagonal[group] if search else None, grid, dtype, mask)
         code = nearest_code(w, scale[:, None], zero[:, None], grid)
         if mask is not None:
             code = torch.where(mask, zero_code(zero, grid)[:, None], code)

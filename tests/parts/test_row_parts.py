@@ -235,7 +235,7 @@ def test_outliers_named_twice_leave_planned_and_made_bytes_the_same(weight: Tens
     """The ranking takes weights that their rows would take too: the plan has promised 65 all the same, and its specs,
     not the tensors, are what config.json says."""
     mask = torch.zeros(ROWS, COLS, dtype=torch.bool)
-    mask.view(-1)[(weight.square() * curvature.importance).flatten().topk(5).indices] = True
+    mask.view(-1)[(weight.square() * curvature.diagonal).flatten().topk(5).indices] = True
     mix, weight_parts, _ = with_ranked_ones(weight, mask, curvature)
     assert mix.nbytes == parts.nbytes(weight_parts)
     assert mix.specs == [part.spec() for part in weight_parts]

@@ -65,7 +65,7 @@ def slow_gptq(weight, grid, dtype, curvature, pinned=None, search=False):
     dense = torch.zeros_like(w)
     for group in grid.slices(cols):
         mask = None if pinned is None else pinned[:, group]
-        h = curvature.importance[group] if search else None
+        h = curvature.diagonal[group] if search else None
         scale, zero = fit_group(w[:, group], h, grid, dtype, mask)
         for j in range(group.start, group.stop):
             rounded = nearest_level(w[:, j], scale, zero, grid)

@@ -13,9 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import short_groups
 from llmsqueeze.errors import RecipeError
@@ -67,12 +64,6 @@ def reround(weight_parts: Sequence[Part], grid: Grid) -> tuple[Affine, float]:
     weight = parts.sum_of_parts(weight_parts)
     integers = next(part for part in weight_parts if isinstance(part, Integers))
     rows, cols = (powers(exponent) for exponent in integers.exponents())
-    rounded = rtn(weight, grid, integers.dtype, weighted_by(cols.pow(-2)), search=True)
+    rounded = rtn(weight, grid, integers.dtype, Curvature.of_diagonal(cols.pow(-2)), search=True)
     error = (weight - rounded.dense()).div_(cols).div_(rows[:, None])
     return Affine.from_codes(rounded.codes, rounded.scale, rounded.zero, grid), float(error.square_().sum())
-
-
-def weighted_by(importance: Tensor) -> Curvature:
-    """A curvature that holds only the importance [cols] of each column."""
-    H = torch.diag(importance / importance.mean())
-    return Curvature(H, torch.diag(H.diagonal().rsqrt()), torch.zeros_like(importance))
