@@ -22,12 +22,12 @@ BUDGETS = ("bits", "size", *BOUNDS)  # a recipe names one of them
 class Method:
     """One method.
 
-    help: what it does, for `--help` and the documentation. report: the same as a clause of a report. source: paper, or
-    ours. rounds: whether it is a rounding method, usable as `--quantizer`. decides: what `allocation/<name>.py` decides:
-    the widths of "blocks", the widths of "rows" by a ranking, the "options" of rows by their costs, or the "steps" of coded
-    weights; "" if nothing. allows: the options that belong to it,
-    beside those of every method. implies: its defaults. importance: choices of `--importance`, the default first, with
-    the measurement that each needs ("" for none). measures: what is measured in any case. budget: whether it spends a
+    help: its sentence for `--help` and the documentation. report: the same as a clause of a report. source: the paper,
+    or ours. rounds: whether it is a rounding method, usable as `--quantizer`. decides: what `allocation/<name>.py`
+    decides: the widths of "blocks", the widths of "rows" by a ranking, the "options" of rows by their costs, or the
+    "steps" of coded weights; "" if every linear gets the same grid. allows: the options that belong to it, beside those
+    of every method. implies: its defaults. importance: choices of `--importance`, the default first, with the
+    measurement that each needs ("" for none). measures: further measurements that it needs. budget: whether it spends a
     budget on widths; then a whole `--bits` is the size of codes of that width. native: why compressed-tensors cannot
     represent its results; "" if it can.
 
