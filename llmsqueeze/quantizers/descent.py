@@ -90,7 +90,7 @@ def _better_scale(old: Tensor, A: Tensor, b: Tensor, grid: Grid) -> Tensor:
 
 
 def normal_equations(planes: Sequence[Tensor], weighted: Tensor, H: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A [rows, n, n] and b [rows, n] of the refit, n = planes * groups; planes [rows, cols]; weighted = residual @ H."""
+    """A [rows, n, n] and b [rows, n] of the refit, n = planes * groups; planes [rows, cols]; weighted: residual @ H."""
     rows, cols = weighted.shape
     width, groups = grid.width(cols), grid.groups(cols)
 
