@@ -187,6 +187,7 @@ ROUTES = (
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet: two would wait for an acknowledgement
     hub: Hub
 
     def handle_call(self) -> None:

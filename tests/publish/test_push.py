@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_folder import (
@@ -38,12 +39,13 @@ COMMIT = "POST /api/models/alice/small/commit/main"
 class Pushed:
     folder: Path
     hub: Hub
+    preview: dict[str, Any]
     result: tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., Path]) -> Iterator[Pushed]:
-    """One private push, of a folder that also holds what does not belong into a repo."""
+    """One private push, after a dry run, of a folder that also has files that do not belong into a repository."""
     folder = make_folder(tmp_path_factory.mktemp("pushed") / "Llama-3.1-8B-3bit")
     write_json(folder / "evaluation.json", EVALUATION)
     write_json(folder / "comparison.json", COMPARISON)
@@ -62,8 +64,10 @@ def pushed(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., 
     (folder / "backup" / "config.json").write_text("{}", encoding="utf-8")
     with serve() as hub:
         hub.token = TOKEN
+        preview = json.loads(run_push(folder, "alice/small", "--private", "--dry-run", "--json", endpoint=hub.url)[1])
+        assert hub.calls == []
         result = run_push(folder, "alice/small", "--private", endpoint=hub.url)
-        yield Pushed(folder, hub, result)
+        yield Pushed(folder, hub, preview, result)
 
 
 def test_push_prints_where_it_went_who_sees_it_and_how_much_it_was(pushed: Pushed) -> None:
@@ -121,6 +125,14 @@ def test_push_asks_for_a_private_repo(pushed: Pushed) -> None:
     assert pushed.hub.visibility == {"alice/small": "private"}
 
 
+def test_a_dry_run_previews_the_push(pushed: Pushed) -> None:
+    assert pushed.preview["card"] == (pushed.folder / "README.md").read_text(encoding="utf-8")
+    assert pushed.preview["files"] == {n: len(c) for n, c in (pushed.hub.inline | pushed.hub.large).items()}
+    assert pushed.preview["nbytes"] == sum(pushed.preview["files"].values())
+    assert (pushed.preview["private"], pushed.preview["dry_run"]) == (True, True)
+    assert pushed.preview["url"] == f"{pushed.hub.url}/alice/small"
+
+
 def test_push_never_shows_the_token(pushed: Pushed) -> None:
     sent = b"".join([*pushed.hub.inline.values(), *pushed.hub.large.values()])
     assert TOKEN.encode() not in sent
@@ -135,8 +147,8 @@ def test_push_leaves_nothing_behind_in_the_folder(pushed: Pushed) -> None:
 
 
 def test_push_twice_without_an_owner_sends_nothing_the_second_time(folder: Path, hub: Hub) -> None:
-    for _ in range(2):
-        result = run_push(folder, "small", endpoint=hub.url)
+    for flags in ([], ["--private"]):  # a flag that fits the repository changes nothing
+        result = run_push(folder, "small", *flags, endpoint=hub.url)
         assert result[0] == 0, result[2]
         assert result[1].startswith(f"{hub.url}/alice/small (private): ")
     assert 'llmsqueeze.load("alice/small")' in hub.inline["README.md"].decode()
@@ -151,11 +163,8 @@ def test_push_twice_without_an_owner_sends_nothing_the_second_time(folder: Path,
 @pytest.mark.parametrize(
     ("flags", "there", "after"),
     [
-        ([], None, "private"),
         (["--public"], None, "public"),
         ([], "public", "public"),
-        ([], "private", "private"),
-        (["--public"], "public", "public"),
     ],
 )
 def test_a_new_repo_is_private_unless_asked_and_one_that_exists_stays(
@@ -163,12 +172,15 @@ def test_a_new_repo_is_private_unless_asked_and_one_that_exists_stays(
 ) -> None:
     if there:
         hub.visibility["alice/small"] = there
+        hub.inline |= {"notes.md": b"mine", "config.json": b"old"}
     result = run_push(folder, "alice/small", *flags, "--json", endpoint=hub.url)
     assert result[0] == 0, result[2]
     assert hub.visibility == {"alice/small": after}
     told = json.loads(result[1])
     assert told["private"] == (after == "private")
     assert (told["repo"], told["url"], told["dry_run"]) == ("alice/small", f"{hub.url}/alice/small", False)
+    assert hub.inline["config.json"] == (folder / "config.json").read_bytes()
+    assert hub.inline.pop("notes.md", b"mine") == b"mine", "a foreign file stays"
     assert told["files"] == {name: len(content) for name, content in (hub.inline | hub.large).items()}
     assert told["nbytes"] == sum(told["files"].values())
 
@@ -181,15 +193,6 @@ def test_a_flag_against_a_repo_that_exists_sends_nothing(folder: Path, hub: Hub,
     assert_refused(result, f"'alice/small' exists and is {there}", f"omit {flag}")
     assert (hub.inline, hub.large, hub.objects) == ({}, {}, {})
     assert contents(folder) == before
-
-
-def test_foreign_files_of_a_repo_that_exists_stay(folder: Path, hub: Hub) -> None:
-    hub.visibility["alice/small"] = "public"
-    hub.inline |= {"notes.md": b"mine", "config.json": b"old"}
-    result = run_push(folder, "alice/small", endpoint=hub.url)
-    assert result[0] == 0, result[2]
-    assert hub.inline["notes.md"] == b"mine"
-    assert hub.inline["config.json"] == (folder / "config.json").read_bytes()
 
 
 def test_weights_in_the_repo_that_would_be_opened_instead_are_named(folder: Path, hub: Hub) -> None:
@@ -304,16 +307,6 @@ def test_a_dry_run_sends_and_writes_nothing_and_says_what_a_push_would(folder: P
     assert "base_model: meta-llama/Llama-3.1-8B\n" in result[1]
     last = result[1].splitlines()[-1]
     assert f"{hub.url}/alice/small (private if it is new) would get 10 files, " in last
-
-
-@pytest.mark.parametrize(("flag", "private"), [("--private", True), ("--public", False)])
-def test_a_dry_run_foresees_what_the_push_does(folder: Path, hub: Hub, flag: str, private: bool) -> None:
-    foreseen = json.loads(run_push(folder, "alice/small", flag, "--dry-run", "--json", endpoint=hub.url)[1])
-    assert hub.calls == []
-    done = json.loads(run_push(folder, "alice/small", flag, "--json", endpoint=hub.url)[1])
-    assert foreseen.pop("card") == (folder / "README.md").read_text(encoding="utf-8")
-    assert foreseen == {**done, "dry_run": True}
-    assert done["private"] == private
 
 
 def test_a_dry_run_refuses_what_the_push_would(folder: Path, hub: Hub) -> None:

@@ -10,19 +10,7 @@ from llmsqueeze.publish.folder import Folder
 from llmsqueeze.publish.numbers import finite, fixed, percent, significant
 from llmsqueeze.publish.provenance import calibration, versions
 from llmsqueeze.publish.scores import perplexities
-
-METHODS = {
-    "auto": "what suits what was asked for: coded weights, or a budget on grids",
-    "budget": "one budget for the whole model: every row gets the width that lowers the loss most for its bytes",
-    "coded": "entropy-coded integers whose steps come from one multiplier for the whole model",
-    "descent": "coordinate descent over codes and scales under the second moments of the inputs, from GPTQ's start",
-    "gwq": "the weights with the largest loss gradients stay as they are, the others are rounded",
-    "layerwise": "important decoder blocks get more bits, the others fewer",
-    "mixllm": "the most salient output rows of the whole model get more bits",
-    "dbllm": "dual binarization: two planes of bits and two scales for every group of columns",
-    "gptq": "error feedback column by column, as published",
-    "rtn": "round to nearest",
-}
+from llmsqueeze.recipe.methods import METHODS
 
 
 def sentence(folder: Folder) -> str:
@@ -79,7 +67,7 @@ def method(recipe: Mapping[str, Any]) -> str:
     """The method, its sentence, and the rounding if it has another name."""
     name, rounding = str(recipe.get("method")), recipe.get("quantizer")
     over = f" (rounding: {rounding})" if rounding not in (None, name) else ""
-    return f"{name}: {METHODS[name]}{over}" if name in METHODS else name
+    return f"{name}: {METHODS[name].report}{over}" if name in METHODS else name
 
 
 def budget(recipe: Mapping[str, Any]) -> str:
