@@ -1,1 +1,1 @@
-"""What is told of a folder: contents, plots, pages, the card, the Hub."""
+"""Facts of a compressed folder for people: contents, plots, pages, the model card, the Hub."""

@@ -1,4 +1,4 @@
-"""How a folder was made: recipe, calibration, versions, and the commands that make it again."""
+"""The origin of a folder: recipe, calibration, versions, and the commands that make it again."""
 
 from __future__ import annotations
 

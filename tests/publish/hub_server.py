@@ -1,4 +1,4 @@
-"""A Hub in small: an HTTP server on this machine that speaks the calls of a push and keeps what it receives.
+"""A small Hub: an HTTP server on this machine that answers the calls of a push and keeps the files.
 
 POST /api/repos/create                       409 with the URL when the repo exists
 GET  /api/models/{repo}[/revision/main]      its visibility and files
@@ -9,7 +9,7 @@ POST /{repo}.git/info/lfs/objects/batch      where to PUT each object, and where
                                              the storage has
 PUT  /lfs/{oid}, POST /verify/{oid}
 GET  /api/models/{repo}/xet-write-token/main
-POST /cas/v1/xorbs/default/{hash}            Xet's blocks of chunks, taken as they come; any other call to /cas is not
+POST /cas/v1/xorbs/default/{hash}            Xet's blocks of chunks, accepted unchecked; any other call to /cas is not
 POST /cas/v1/shards                          known here, which the client takes as an older server's answer
 POST /api/models/{repo}/commit/main          one JSON object a line; inline files in base64
 """
@@ -212,13 +212,15 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = handle_call  # noqa: N815
 
     def allowed(self) -> bool:
-        """Storage has addresses and a token of its own, and must not be told the user's; cards are checked for all."""
-        told = self.headers.get("Authorization")
+        """Storage has addresses and a token of its own, and must not get the user's; cards are checked for all."""
+        credentials = self.headers.get("Authorization")
         if self.path.startswith(("/lfs/", "/cas/")):
-            return told == (None if self.path.startswith("/lfs/") else f"Bearer {XET_TOKEN}")
+            return credentials == (None if self.path.startswith("/lfs/") else f"Bearer {XET_TOKEN}")
         after, part = self.hub.expires or (self.hub.stored + 1, "")
         expired = self.hub.stored >= after and part in self.path
-        return (told == f"Bearer {self.hub.token}" and not expired) or (told is None and "validate" in self.path)
+        return (credentials == f"Bearer {self.hub.token}" and not expired) or (
+            credentials is None and "validate" in self.path
+        )
 
     def read_body(self) -> bytes:
         """The request's body, sent at once or in chunks."""

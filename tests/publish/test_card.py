@@ -257,14 +257,14 @@ def test_card_without_a_comparison_has_no_such_section(folder: Path) -> None:
     assert "## Compared" not in model_card(folder)
 
 
-# What the Hub reads
+# Metadata for the Hub
 
 
 def results(card: str) -> dict[tuple[str, str], Any]:
-    """(name of the data set, type of the metric) -> what huggingface_hub makes of it."""
-    found = ModelCard(card).data.eval_results
-    assert found is not None
-    return {(result.dataset_name, result.metric_type): result for result in found}
+    """(name of the data set, type of the metric) -> the result as huggingface_hub reads it."""
+    evaluated = ModelCard(card).data.eval_results
+    assert evaluated is not None
+    return {(result.dataset_name, result.metric_type): result for result in evaluated}
 
 
 def test_model_index_holds_the_scores_as_the_hub_reads_them(folder: Path) -> None:
@@ -348,7 +348,7 @@ def test_card_of_our_own_format_sends_vllm_through_export(folder: Path) -> None:
     assert "llmsqueeze export model --to compressed-tensors --out portable" in card
 
 
-def test_limits_say_what_check_found(folder: Path, portable: Path) -> None:
+def test_limits_have_the_result_of_check(folder: Path, portable: Path) -> None:
     ours, stock = model_card(folder, check=check(str(folder))), model_card(portable, check=check(str(portable)))
     assert "- transformers: needs `import llmsqueeze.hf`; without it the weights are random." in ours
     assert "- vLLM: does not know the llmsqueeze format" in ours

@@ -1,4 +1,4 @@
-"""What a push refuses: before any call, and what the Hub refuses; every refusal in one line.
+"""Refusals of a push, before any call and by the Hub. Each is one line.
 
 The pushes talk to `hub_server`, a small Hub on this machine.
 """
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from llmsqueeze.errors import CheckpointError, HubError, SqueezeError, UnsupportedError
 from llmsqueeze.publish.push import check_folder, check_repo_id, files_to_upload
 
-# What is refused before anything is sent
+# Refusals before any call
 
 
 def break_sidecar(folder: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_unsound_folder_is_refused_before_any_call(folder: Path, hub: Hub, fl
     assert contents(folder) == before
 
 
-def test_a_card_that_the_hub_refuses_is_told_before_the_weights_are_sent(
+def test_a_card_that_the_hub_refuses_is_reported_before_the_weights_are_sent(
     tmp_path: Path, hub: Hub, make_folder: Callable[..., Path]
 ) -> None:
     folder = make_folder(tmp_path / "out", license="unheard-of")

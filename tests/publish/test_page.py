@@ -145,8 +145,8 @@ def rows_of(html: str, table: str = 'id="weights"') -> list[list[str]]:
     """The texts in a table's body, cell by cell."""
     body = re.search(rf"<table[^>]*{table}.*?<tbody>(.*?)</tbody>", html, re.DOTALL)
     assert body
-    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in body[1].split("<tr")[1:]]
-    return [[re.sub(r"<[^>]+>", "", cell).strip() for cell in row] for row in found]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in body[1].split("<tr")[1:]]
+    return [[re.sub(r"<[^>]+>", "", cell).strip() for cell in row] for row in cells]
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def demo_folder(compressed: Callable[[str], Path]) -> Path:
     return compressed("native")
 
 
-# what a report says
+# the facts of a report
 
 
 def test_the_report_says_what_the_folder_is(folder: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_linear_without_an_error_comes_last(folder: Path) -> None:
     }
 
 
-def test_what_was_not_measured_is_named_with_its_command(folder: Path) -> None:
+def test_a_missing_score_is_named_with_its_command(folder: Path) -> None:
     html = page_of(folder)
     assert "perplexity not measured yet" in html
     assert "llmsqueeze eval small --baseline owner/llama" in html
@@ -356,7 +356,7 @@ def test_a_comparison_of_nothing_is_refused(models: Any) -> None:
         comparison_page({"models": models})
 
 
-# what must not be in a page
+# text that must not be in a page
 
 
 def test_text_from_files_is_only_text(folder: Path, pictures: None) -> None:
@@ -448,7 +448,7 @@ def test_damaged_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     refused("safetensors")
 
 
-def test_the_page_goes_where_it_is_told(folder: Path, tmp_path: Path) -> None:
+def test_the_page_is_written_to_out(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     result = CliRunner().invoke(app, ["report", str(folder), "--out", str(out), "--json"])
     assert result.exit_code == 0
@@ -507,7 +507,7 @@ Open = Callable[..., Any]
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
+    path = next((file for name in names if (file := shutil.which(name))), None)
     if path is None:
         pytest.skip(f"there is no browser: none of {', '.join(names)} is installed")
     with sync_api.sync_playwright() as playwright:
@@ -518,7 +518,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Open]:
-    """(file, width, scheme) -> the opened page; at the end nothing was said on the console and nothing else loaded."""
+    """(file, width, scheme) -> the opened page; at the end the console is empty and nothing else was loaded."""
     complaints: list[str] = []
     opened = []
 
@@ -536,7 +536,7 @@ def open_page(browser: Any) -> Iterator[Open]:
     yield make
     for context in opened:
         context.close()
-    assert [said for said in complaints if said != "data:,"] == []
+    assert [complaint for complaint in complaints if complaint != "data:,"] == []
 
 
 @pytest.fixture(scope="module")
@@ -551,11 +551,11 @@ def large(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def column(page: Any, place: int, table: str = "#weights") -> list[str]:
-    """What is to be seen of a column."""
+    """The visible cells of a column."""
     script = f"""Array.from(document.querySelector('{table}').tBodies[0].rows).filter(row => !row.hidden)
         .map(row => row.cells[{place}].dataset.value ?? row.cells[{place}].textContent)"""
-    found: list[str] = page.evaluate(script)
-    return found
+    texts: list[str] = page.evaluate(script)
+    return texts
 
 
 def test_a_click_sorts(large: Path, open_page: Open) -> None:
@@ -671,8 +671,8 @@ def test_a_hostile_name_runs_nothing(tmp_path: Path, open_page: Open) -> None:
     assert page.locator("img").count() == 0
 
 
-def test_what_is_injected_is_stopped_by_the_policy(folder: Path, browser: Any) -> None:
-    """Were an escape ever missing."""
+def test_the_policy_stops_an_injected_script(folder: Path, browser: Any) -> None:
+    """If an escape were missing."""
     html = page_of(folder).replace("<main>", f"<main>{EVIL}<script src='https://example.com/x.js'></script>")
     (folder / "report.html").write_text(html)
     page = browser.new_page()

@@ -76,8 +76,8 @@ def numbers(axes: Axes) -> dict[tuple[float, float], str]:
 
 
 def line(figure: Figure, label: str) -> Line2D:
-    (found,) = [one for one in figure.axes[0].lines if str(one.get_label()).startswith(label)]
-    return found
+    (drawn,) = [one for one in figure.axes[0].lines if str(one.get_label()).startswith(label)]
+    return drawn
 
 
 @pytest.mark.parametrize(("count", "numbered"), [(1, True), (3, True), (41, False)])
@@ -108,13 +108,13 @@ def test_the_first_row_is_on_top_and_the_blocks_are_numbered_from_zero() -> None
     assert list(many.get_xticks()) == [i + 0.5 for i in range(0, 126, 5)]
 
 
-def test_blocks_that_differ_and_linears_left_out_are_grey() -> None:
+def test_missing_linears_are_grey() -> None:
     full = [*LLAMA[:2], "mlp.shared.up_proj", *LLAMA[2:]]
     blocks = [*make_blocks(1), [], [f"model.layers.2.{kind}" for kind in full], [f"model.layers.3.{LLAMA[2]}"]]
     bits = make_bits(blocks)
     del bits["model.layers.2.mlp.up_proj"]
     figure = heat_map(bits, blocks, "t")
-    assert kinds_of(figure) == full  # what only a later block has stands where it stands there
+    assert kinds_of(figure) == full  # a kind of a later block only has its place there
     missing = np.ma.getmaskarray(cells(figure))
     present = [[0, 2], [0, 2], [2], [0, 3], [0, 2]]
     assert [[i for i in range(4) if not row[i]] for row in missing] == present
@@ -190,9 +190,9 @@ def test_the_curve_and_the_chosen_point() -> None:
     assert [tuple(point) for point in line(figure, "chosen").get_xydata()] == [(2.7, 0.109)]
     legend = axes.get_legend()
     assert legend is not None
-    shown = " ".join(text.get_text() for text in legend.get_texts())
-    assert "2.700 bits" in shown
-    assert "+0.109 nats" in shown
+    texts = " ".join(text.get_text() for text in legend.get_texts())
+    assert "2.700 bits" in texts
+    assert "+0.109 nats" in texts
     low, high = axes.get_ylim()
     assert low < 0.004 < 2.0 < high
 
@@ -313,14 +313,14 @@ def make_points(losses: Sequence[float], **changes: Any) -> list[Point]:
 
 def bars(figure: Figure) -> list[tuple[float, float, float]]:
     """Bottom, centre and top of each error bar."""
-    found = []
+    ends = []
     for container in figure.axes[0].containers:
         assert isinstance(container, ErrorbarContainer)
         data, _, (lines,) = container.lines
         assert data is not None
         (bar,) = lines.get_segments()
-        found.append((float(bar[0][1]), float(np.asarray(data.get_ydata())[0]), float(bar[1][1])))
-    return found
+        ends.append((float(bar[0][1]), float(np.asarray(data.get_ydata())[0]), float(bar[1][1])))
+    return ends
 
 
 def test_points_lie_at_their_size_and_loss_with_error_bars() -> None:

@@ -1,4 +1,4 @@
-"""Push: what the Hub receives, who sees it, what a broken push leaves and the next one sends, and what a dry run says.
+"""Push: what the Hub receives, who sees it, the state after an interrupted push, and dry runs.
 
 The pushes talk to `hub_server`, a small Hub on this machine.
 """
@@ -73,9 +73,9 @@ def pushed(tmp_path_factory: pytest.TempPathFactory, make_folder: Callable[..., 
 def test_push_prints_where_it_went_who_sees_it_and_how_much_it_was(pushed: Pushed) -> None:
     assert pushed.result[0] == 0, pushed.result[2]
     nbytes = sum(map(len, [*pushed.hub.inline.values(), *pushed.hub.large.values()]))
-    told = pushed.result[1]
-    assert told.startswith(f"{pushed.hub.url}/alice/small (private): 14 files, ")
-    assert told.endswith(f"({nbytes:,} bytes)\n")
+    summary = pushed.result[1]
+    assert summary.startswith(f"{pushed.hub.url}/alice/small (private): 14 files, ")
+    assert summary.endswith(f"({nbytes:,} bytes)\n")
 
 
 def test_push_sends_the_shards_through_lfs_unchanged(pushed: Pushed) -> None:
@@ -176,13 +176,13 @@ def test_a_new_repo_is_private_unless_asked_and_one_that_exists_stays(
     result = run_push(folder, "alice/small", *flags, "--json", endpoint=hub.url)
     assert result[0] == 0, result[2]
     assert hub.visibility == {"alice/small": after}
-    told = json.loads(result[1])
-    assert told["private"] == (after == "private")
-    assert (told["repo"], told["url"], told["dry_run"]) == ("alice/small", f"{hub.url}/alice/small", False)
+    summary = json.loads(result[1])
+    assert summary["private"] == (after == "private")
+    assert (summary["repo"], summary["url"], summary["dry_run"]) == ("alice/small", f"{hub.url}/alice/small", False)
     assert hub.inline["config.json"] == (folder / "config.json").read_bytes()
     assert hub.inline.pop("notes.md", b"mine") == b"mine", "a foreign file stays"
-    assert told["files"] == {name: len(content) for name, content in (hub.inline | hub.large).items()}
-    assert told["nbytes"] == sum(told["files"].values())
+    assert summary["files"] == {name: len(content) for name, content in (hub.inline | hub.large).items()}
+    assert summary["nbytes"] == sum(summary["files"].values())
 
 
 @pytest.mark.parametrize(("flag", "there"), [("--private", "public"), ("--public", "private")])
@@ -268,7 +268,7 @@ def test_a_commit_that_fails_loses_nothing_and_the_next_push_sends_no_weights(fo
 
 
 def test_xet_goes_on_too_and_its_401_is_understood(folder: Path, hub: Hub) -> None:
-    """The Hub's chunked storage, which huggingface_hub takes unless told otherwise."""
+    """The Hub's chunked storage, which huggingface_hub takes unless summary otherwise."""
     hub.expires = (1, "xet-write-token")
     result = run_push(folder, "alice/small", endpoint=hub.url, HF_HUB_DISABLE_XET="0")
     assert_refused(

@@ -1,1 +1,1 @@
-"""HTML pages about compressed models: one file each, which loads nothing and needs no server."""
+"""HTML pages about compressed models. Each is one file that loads nothing."""
