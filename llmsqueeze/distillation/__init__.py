@@ -1,1 +1,1 @@
-"""Distillation: a compressed model learns from its original. distilling.py is the verb, compensate/ has the tensors."""
+"""Distillation: a compressed model learns from its original."""

@@ -1,4 +1,4 @@
-"""A stored tensor of real numbers that is trained, and the value that the file will hold of it."""
+"""A stored tensor of real numbers that is trained, and its value in the file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from llmsqueeze.quantizers.grids import storable
 
 
 class Adjusted(nn.Module):
-    """A tensor as `start + delta * unit`, delta being trained; `unit` is a number or as large as the tensor.
+    """A tensor as `start + delta * unit`, of which delta is trained. unit: a number, or a tensor of the same shape.
 
-    With `as_stored` it has the value that the file will hold. A `scale` that was not 0 never becomes it.
+    With `as_stored` it has its value in the file. scale: a value that was not 0 never becomes 0.
     """
 
     start: Tensor
@@ -30,18 +30,18 @@ class Adjusted(nn.Module):
 
     @torch.no_grad()
     def stored(self) -> Tensor:
-        """The value in its dtype in the file, finite."""
+        """The value in the file, in its dtype, finite."""
         limits = torch.finfo(self.dtype)
         value = torch.addcmul(self.start, self.delta, self.unit).clamp(-limits.max, limits.max)
         if self.scale:
             tiny = torch.full_like(value, torch.finfo(torch.float32).tiny).copysign(self.start)
-            kept = storable(torch.where(value == 0, tiny, value), self.dtype)
-            value = torch.where(self.start == 0, value, kept)
+            nonzero = storable(torch.where(value == 0, tiny, value), self.dtype)
+            value = torch.where(self.start == 0, value, nonzero)
         return value.to(self.dtype)
 
     @torch.no_grad()
-    def put(self, value: Tensor) -> None:
-        """Makes `value` the current one, where it is not so already."""
+    def assign(self, value: Tensor) -> None:
+        """Sets the current value; where it is equal already, delta stays the same to the bit."""
         self.delta.copy_(torch.where(self.forward() == value, self.delta, (value - self.start) / self.unit))
 
 
@@ -51,7 +51,7 @@ def scale_of(stored: Tensor) -> Adjusted:
 
 
 class AdjustedSteps(Adjusted):
-    """Steps on the logarithmic grid, trained relative to themselves; what is stored of them are exponents."""
+    """Step sizes on the logarithmic grid, trained relative to themselves. The file holds their exponents."""
 
     def __init__(self, exponent: Tensor) -> None:
         """exponent: whole numbers."""
@@ -61,11 +61,11 @@ class AdjustedSteps(Adjusted):
         if self.as_stored:
             return powers(self.stored())
         value = super().forward()
-        # trained as it will be rounded, or rows and columns that drift by half a step each would undo what was learned
+        # the forward pass sees the rounded value; else rows and columns that drift by half a level each undo the gain
         return value + (powers(self.stored()) - value).detach()
 
     @torch.no_grad()
     def stored(self) -> Tensor:
-        """int64: the nearest exponents; a step that was trained below a sixteenth of what it was stays there."""
+        """int64: the nearest exponents. A step size never falls below a sixteenth of its first value."""
         value = torch.addcmul(self.start, self.delta, self.unit)
         return exponents(torch.maximum(value, self.start / 16))

@@ -1,20 +1,20 @@
-"""Distillation block by block: every compressed block learns to give what the original block gives.
+"""Distillation block by block: every compressed block learns to give the output of the original block.
 
-    least  |B(y; trained) - B(x; original)|^2 / |B(x; original) - x|^2, summed over the tokens of a sample
+    loss = |B(y; trained) - B(x; original)|^2 / |B(x; original) - x|^2, summed over the tokens of a sample
 
-y [tokens, width] the block's inputs in the compressed model, behind the blocks that were trained before it; x the
-original model's inputs for the same tokens (`targets` stream: what the block should give after all) or y itself
-(`targets` inputs: what the original block makes of the compressed model's inputs). What is trained, and how, is as for
-the whole model (trained.py); the best on held-back samples is kept, block by block, and the result as a whole only if
-its answers on them come nearer to the teacher's. A run that was killed goes on behind its last finished block. Memory:
-one block of both models with its gradients, one sample inside it; the activations between blocks, spilled past a limit.
+y [tokens, width] are the block's inputs in the compressed model, after the blocks that were trained before it. x are
+the inputs of the original block: those in the original model for the same tokens (`--targets stream`), or y itself
+(`--targets inputs`). The trained numbers are those of the whole model (trained.py). Of each block the best on held-back
+samples is kept. The result is used only if the whole model's predictions on them come nearer to the teacher's. A killed
+run continues after its last finished block. "Step" here means an optimizer step. Memory: one block of both models with
+its gradients and one sample inside it; the activations between blocks, spilled past a limit.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,20 +22,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.distillation.losses import divergences
+from llmsqueeze.distillation.losses import kl_from_teacher
+from llmsqueeze.distillation.options import TRAINABLE
 from llmsqueeze.distillation.settings import Distillation
-from llmsqueeze.distillation.teacher import answers, together
-from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
-from llmsqueeze.distillation.training import BETAS, Answers, State, batch_of, set_rate
+from llmsqueeze.distillation.student import StudentBlock
+from llmsqueeze.distillation.teacher import Answers
+from llmsqueeze.distillation.training import BETAS, TrainingState, batch_of, set_rate
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import Checkpoint
-from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
@@ -44,97 +44,63 @@ CHECKS = 5  # measurements on held-back samples, per block
 
 
 @dataclass
-class Tally:
-    """What the training of a block came to, beside its tensors."""
+class BlockState:
+    """A trained block, as in `TrainingState`: codes that moved, reordered alphas, why it ended early."""
 
     moved: int = 0
-    guarded: int = 0
+    reordered: int = 0
     stopped: str | None = None
-
-
-class StudentBlock:
-    """A block of the compressed model; `trained` is what of it will be."""
-
-    def __init__(
-        self, skeleton: Skeleton, student: Checkpoint, index: int, train: frozenset[str], device: torch.device
-    ) -> None:
-        self.skeleton, self.prefix = skeleton, skeleton.blocks[index] + "."
-        entries = read_entries(student)
-        weights = {}
-        for name in (name for name in skeleton.linears[index] if name in entries):
-            entry = entries[name]
-            tensors = [{kind: student.read_raw(n).to(device) for kind, n in names.items()} for names in entry.names]
-            weights[name] = TrainedWeight(entry.shape, entry.specs, tensors, train)
-        replaced = {f"{name}.weight" for name in weights}
-        names = [name for name in skeleton.names_in(skeleton.blocks[index]) if name not in replaced]
-        stored = {name: student.read_raw(name).to(device) for name in names}
-        self.kept = {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}
-        named = norm_names(skeleton.module(skeleton.blocks[index]), skeleton.blocks[index])
-        norms = {name: nn.Parameter(self.kept[name]) for name in named if name in names and "norms" in train}
-        self.trained = Trained(weights, norms, {name: t.dtype for name, t in stored.items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What the block computes with, by the names inside it; weights as its modules store them."""
-        made = self.kept | dict(self.trained.norms)
-        for name, weight in self.trained.weights.items():
-            made[f"{name}.weight"] = as_rows(self.skeleton.module(name), weight.dense())
-        return {name.removeprefix(self.prefix): tensor for name, tensor in made.items()}
-
-    def overlay(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `tensors`, with what was trained as the file holds it (`Trained.stored`)."""
-        made = self.kept | {n: t.to(self.kept[n]) for n, t in stored.items() if n in self.trained.norms}
-        for name, weight in self.trained.weights.items():
-            mine = {n.removeprefix(f"{name}."): t for n, t in stored.items() if n.startswith(f"{name}.parts.")}
-            made[f"{name}.weight"] = as_rows(self.skeleton.module(name), weight.overlay(mine))
-        return {name.removeprefix(self.prefix): tensor for name, tensor in made.items()}
 
 
 def train_blocks(
     skeleton: Skeleton,
     student: Checkpoint,
     rows: Sequence[Tensor],
-    apart: Sequence[Tensor],
+    held_back: Sequence[Tensor],
     settings: Distillation,
-    answered: Answers,
+    answers: Answers,
     work: Path,
     device: torch.device,
     progress: Progress,
-) -> tuple[State, dict[str, Tensor]]:
-    """Trains every block; returns how it went and the tensors by their names in the file, none if it does not help."""
-    train = frozenset(settings.train)
-    state, best = State(), dict[str, Tensor]()
+) -> tuple[TrainingState, dict[str, Tensor]]:
+    """Trains every block on `rows` [1, length]; finished blocks come from `work`.
+
+    Returns the final state, and the trained tensors by their names in the file: none if they are not better.
+    """
+    state, best = TrainingState(), dict[str, Tensor]()
     with Spill(parent=work) as spill:
-        walk = Walk(skeleton, [*rows, *apart], spill, torch.float32, device)
+        walk = Walk(skeleton, [*rows, *held_back], spill, torch.float32, device)
         original = compressed = walk.embed()
         if any(f"{name}.weight" not in student.tensors for name in skeleton.outer):
             with skeleton.overriding(outside_blocks(skeleton, student)):
                 compressed = walk.embed()
         for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
-            block = StudentBlock(skeleton, student, index, train, device)
-            targets = Activations(spill)
+            block = StudentBlock(skeleton, student, index, frozenset(settings.train), device)
+            own_targets = Activations(spill)
             with walk.resident_block(index):
-                ahead = walk.through(index, original)
+                next_original = walk.through(index, original)
                 if settings.targets == "inputs":
-                    targets = walk.through(index, compressed)
-            wanted = targets if settings.targets == "inputs" else ahead
-            done = trained_before(work, index)
-            if done is None:
-                done = train_block(walk, index, block, compressed, wanted, len(rows), settings, progress)
-                keep_block(work, index, *done)
-            stored, tally = done
-            state.moved += tally.moved
-            state.guarded += tally.guarded
-            state.stopped = state.stopped or tally.stopped
-            behind = walk.through(index, compressed, block.overlay(stored))
-            for stream in {id(s): s for s in (original, compressed, targets)}.values():
+                    own_targets = walk.through(index, compressed)
+            targets = own_targets if settings.targets == "inputs" else next_original
+            finished = load_block(work, index)
+            if finished is None:
+                finished = train_block(walk, index, block, compressed, targets, len(rows), settings, progress)
+                save_block(work, index, *finished)
+            stored, block_state = finished
+            state.moved += block_state.moved
+            state.reordered += block_state.reordered
+            state.stopped = state.stopped or block_state.stopped
+            next_compressed = walk.through(index, compressed, block.overlay(stored))
+            for stream in {id(s): s for s in (original, compressed, own_targets)}.values():
                 stream.clear()
-            original, compressed = ahead, behind
+            original, compressed = next_original, next_compressed
             best |= stored
             state.step += settings.steps
         original.clear()
         compressed.clear()
-    tried = [dict[str, Tensor](), best]
-    state.before, state.best = (divergence(skeleton, student, t, apart, answered, device, work) for t in tried)
+    state.before, state.best = (
+        blockwise_kl(skeleton, student, stored, held_back, answers, device, work) for stored in ({}, best)
+    )
     if state.best >= state.before:
         state.best, best = state.before, {}
     else:
@@ -151,21 +117,21 @@ def train_block(
     count: int,
     settings: Distillation,
     progress: Progress,
-) -> tuple[dict[str, Tensor], Tally]:
-    """Trains one block on the first `count` samples, measured on the others; returns the best that was measured."""
-    trained, tally = block.trained, Tally()
+) -> tuple[dict[str, Tensor], BlockState]:
+    """Trains one block on the first `count` samples. Returns its tensors that are best on the other samples."""
+    trained, state = block.trained, BlockState()
     groups = trained.parameter_groups(settings.lr)
     if not groups:
-        return {}, tally
+        return {}, state
     optimizer = torch.optim.Adam(groups, betas=BETAS)
-    apart = range(count, len(walk.samples))
+    held_back = range(count, len(walk.samples))
 
-    def measured() -> float:
+    def held_back_loss() -> float:
         with trained.as_stored():
             tensors = block.tensors()
-            return sum(float(mismatch(walk, index, i, inputs, targets, tensors)) for i in apart) / len(apart)
+            return sum(float(block_loss(walk, index, i, inputs, targets, tensors)) for i in held_back) / len(held_back)
 
-    before = least = measured()
+    before = least = held_back_loss()
     best, numbers = trained.stored(), [torch.tensor([i]) for i in range(count)]
     every = max(1, settings.steps // CHECKS)
     for step in range(1, settings.steps + 1):
@@ -173,92 +139,94 @@ def train_block(
         optimizer.zero_grad()
         batch = [int(i) for i in batch_of(numbers, settings, step - 1)]
         tensors = block.tensors()
-        loss = sum((mismatch(walk, index, i, inputs, targets, tensors) for i in batch), torch.zeros(())) / len(batch)
+        loss = sum((block_loss(walk, index, i, inputs, targets, tensors) for i in batch), torch.zeros(())) / len(batch)
         if not bool(loss.isfinite()):
-            tally.stopped = f"the loss of block {index} became {float(loss.detach())} at step {step}; the best is kept"
-            progress.note(tally.stopped)
+            state.stopped = (
+                f"the loss of block {index} became {float(loss.detach())} at step {step}; the result is the best "
+                "before it"
+            )
+            progress.note(state.stopped)
             break
         loss.backward()
         optimizer.step()
-        tally.moved += trained.after_step(settings.moves, settings.wish(step - 1))
+        state.moved += trained.after_step(settings.moves, settings.code_rate(step - 1))
         if step % every == 0 or step == settings.steps:
-            found = measured()
-            if found < least:
-                least, best = found, trained.stored()
-    tally.guarded = trained.guarded
+            measured = held_back_loss()
+            if measured < least:
+                least, best = measured, trained.stored()
+    state.reordered = trained.reordered
     progress.note(f"block {index}: relative error of its output on held-back text {before:.3e} -> {least:.3e}")
-    return best, tally
+    return best, state
 
 
-def mismatch(
+def block_loss(
     walk: Walk, index: int, sample: int, inputs: Activations, targets: Activations, tensors: dict[str, Tensor]
 ) -> Tensor:
-    """The loss of a sample, relative to what the block adds."""
-    hidden, wanted = inputs.get(sample, walk.device), targets.get(sample, walk.device)
-    found = walk.run(index, sample, hidden, tensors)
-    return (found - wanted).square().sum() / (wanted - hidden).square().sum().clamp(min=1e-12)
+    """The loss of a sample, relative to the change that the original block makes."""
+    hidden, target = inputs.get(sample, walk.device), targets.get(sample, walk.device)
+    output = walk.run(index, sample, hidden, tensors)
+    return (output - target).square().sum() / (target - hidden).square().sum().clamp(min=1e-12)
 
 
-def divergence(
+def blockwise_kl(
     skeleton: Skeleton,
     student: Checkpoint,
-    stored: dict[str, Tensor],
-    apart: Sequence[Tensor],
-    answered: Answers,
+    stored: Mapping[str, Tensor],
+    rows: Sequence[Tensor],
+    answers: Answers,
     device: torch.device,
     work: Path,
 ) -> float:
-    """Mean KL(teacher || student), nats per token, of the student's blocks with `stored` in them."""
+    """Mean KL(teacher || student), nats per token, of the student with `stored` in it; inf if it is not finite."""
     total, tokens = 0.0, 0
     with Spill(parent=work) as spill, torch.no_grad():
-        walk = Walk(skeleton, apart, spill, torch.float32, device)
+        walk = Walk(skeleton, rows, spill, torch.float32, device)
         with skeleton.overriding(outside_blocks(skeleton, student)):
             hidden = walk.embed()
         for index in range(len(skeleton.blocks)):
-            block = StudentBlock(skeleton, student, index, frozenset(("scales", "norms", "lowrank", "codes")), device)
-            mine = {name: t for name, t in stored.items() if name.startswith(block.prefix)}
-            ahead = walk.through(index, hidden, block.overlay(mine))
+            block = StudentBlock(skeleton, student, index, frozenset(TRAINABLE), device)
+            of_block = {name: t for name, t in stored.items() if name.startswith(block.prefix)}
+            ahead = walk.through(index, hidden, block.overlay(of_block))
             hidden.clear()
             hidden = ahead
         with skeleton.overriding(outside_blocks(skeleton, student)), walk.head.resident():
-            for row, last in zip(apart, hidden.each(device), strict=True):
+            for row, last in zip(rows, hidden.each(device), strict=True):
                 logits = torch.cat([part for _, part in walk.head.logits(last)], dim=1)
-                teacher = together([answers(*answered, row)], device)
-                total += float(divergences(logits, teacher).double().sum())
+                total += float(kl_from_teacher(logits, answers.read([row], device)).double().sum())
                 tokens += len(logits)
     return total / tokens if math.isfinite(total) else math.inf
 
 
 def outside_blocks(skeleton: Skeleton, student: Checkpoint) -> dict[str, Callable[[], Tensor]]:
-    """How the student's embeddings, head and last norm are read; they may be coded, or have been trained before."""
+    """name -> reader of the student's embeddings, head and last norm, which may be coded, or trained before."""
     entries = read_entries(student)
 
-    def made(name: str) -> Tensor:
+    def read(name: str) -> Tensor:
         if name in student.tensors:
             return student.read(name)
         return parts.sum_of_parts(read_parts(student, entries[name.removesuffix(".weight")]))
 
-    return {name: partial(made, name) for name in skeleton.names_outside_blocks()}
+    return {name: partial(read, name) for name in skeleton.names_outside_blocks()}
 
 
 def block_file(work: Path, index: int) -> Path:
+    """The file of a finished block."""
     return work / f"block-{index:05d}.safetensors"
 
 
-def keep_block(work: Path, index: int, stored: dict[str, Tensor], tally: Tally) -> None:
-    """Writes what was trained of a finished block."""
-    held = {name: tensor.contiguous() for name, tensor in stored.items()}
+def save_block(work: Path, index: int, stored: dict[str, Tensor], state: BlockState) -> None:
+    """Writes the trained tensors of a finished block."""
     with whole_file(block_file(work, index)) as half:
-        save_file(held, half, {"tally": json.dumps(asdict(tally))})
+        save_file({n: t.contiguous() for n, t in stored.items()}, half, {"state": json.dumps(asdict(state))})
 
 
-def trained_before(work: Path, index: int) -> tuple[dict[str, Tensor], Tally] | None:
-    """What a killed run had finished of a block."""
+def load_block(work: Path, index: int) -> tuple[dict[str, Tensor], BlockState] | None:
+    """A block that a killed run finished. Raises CheckpointError if its file is damaged."""
     if not block_file(work, index).exists():
         return None
     try:
         with safe_open(block_file(work, index), framework="pt") as file:
-            tally = Tally(**json.loads(file.metadata()["tally"]))
-            return {name: file.get_tensor(name) for name in file.keys()}, tally  # noqa: SIM118 - no mapping
+            state = BlockState(**json.loads(file.metadata()["state"]))
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{block_file(work, index)} is damaged ({error}); remove it") from error

@@ -10,7 +10,7 @@ from llmsqueeze.recipe.values import boolean, choice, number, several, whole
 
 LOSSES = ("kd", "dad")
 TRAINABLE = ("scales", "norms", "lowrank", "codes")
-TARGETS = ("stream", "inputs")
+BLOCK_TARGETS = ("stream", "inputs")
 
 
 def as_in_recipes(name: str, default: str = "") -> Any:
@@ -38,10 +38,10 @@ class DistillationOptions(Table):
         boolean, "Match the output of every block in turn: one block in memory", flag="--blockwise"
     )
     targets: str | None = option(
-        choice(TARGETS),
+        choice(BLOCK_TARGETS),
         "With --blockwise: stream (of the original) or inputs (the original block on our inputs)",
         "stream",
-        choices=TARGETS,
+        choices=BLOCK_TARGETS,
     )
     top_k: int | None = option(whole(1), "How many of the teacher's next tokens are kept", "128")
     held_back: int | None = option(whole(1), "Samples to measure on, not trained on", "32")

@@ -1,4 +1,4 @@
-"""How to distil: the options of the command, checked and with what they imply filled in."""
+"""The settings of a distillation, from the options of the command (options.py)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from llmsqueeze.distillation.options import DistillationOptions
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.recipe import TextSettings
 
-WISH, WISH_STEP = 3.0, 0.03  # levels over a run at the full rate, and the most at a step
-LAST = 0.1  # of the learning rate is left at the end
+CODE_LEVELS, CODE_LEVELS_PER_STEP = 3.0, 0.03  # over a run at the full rate, and at most in one step
+LAST_RATE = 0.1  # share of the learning rate at the end
 
 
 @dataclass(frozen=True)
 class Distillation:
     """How to distil.
 
-    steps: of the optimizer, for every block where `blockwise`. loss: kd (plain) or dad (weighted by ambiguity, by
-    `weight` and `gamma`). lr: learning rate, relative to what is trained. train: what is. moves: share of the codes
-    that a step may move, where codes are trained. targets: what a block learns to give, where `blockwise`. top_k: how
-    many of the teacher's next tokens are kept. held_back: samples to measure on. The rest: the text, as in a recipe.
+    steps: optimizer steps; if `blockwise`, for every block. loss: kd (plain) or dad (weighted by ambiguity, with
+    `weight` and `gamma`). lr: learning rate, relative to the trained values. train: their kinds. moves: if codes are
+    trained, the share of them that may move in a step. targets: if `blockwise`, the inputs of the original block whose
+    output is the target (blockwise.py). top_k: how many of the teacher's most likely tokens are kept. held_back:
+    samples to measure on. The rest: the text, as in a recipe.
     """
 
     steps: int = 100
@@ -44,12 +45,15 @@ class Distillation:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at a step: a half cosine down to a tenth."""
-        return LAST + (1 - LAST) * (1 + math.cos(math.pi * step / self.steps)) / 2
+        """The share of the learning rate at an optimizer step: a half cosine down to a tenth."""
+        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
-    def wish(self, step: int) -> float:
-        """How far a code with a gradient of mean size is drawn at a step, in levels: the same over any long run."""
-        return self.rate(step) * min(WISH / self.steps, WISH_STEP)
+    def code_rate(self, step: int) -> float:
+        """Levels that an optimizer step adds to the pending change of a code (trained_parts.py).
+
+        Over a run the sum does not depend on the number of steps, if there are at least 100.
+        """
+        return self.rate(step) * min(CODE_LEVELS / self.steps, CODE_LEVELS_PER_STEP)
 
     @property
     def text(self) -> TextSettings:
@@ -66,15 +70,18 @@ def make_distillation(given: Mapping[str, Any]) -> Distillation:
     return dataclasses.replace(settings, steps=200) if settings.blockwise and "steps" not in values else settings
 
 
-def _contradictions(made: Distillation, given: Mapping[str, Any]) -> list[str]:
-    found = []
+def _contradictions(settings: Distillation, asked: Mapping[str, Any]) -> list[str]:
+    """A message for each pair of options that exclude each other."""
+    messages = []
     for key in ("weight", "gamma"):
-        if key in given and made.loss != "dad":
-            found.append(f"--{key} {given[key]:g} does not apply to --loss {made.loss}; it belongs to dad")
-    if made.blockwise and "loss" in given:
-        found.append(f"--blockwise contradicts --loss {made.loss}: it matches the outputs of blocks, not of the model")
-    if not made.blockwise and "targets" in given:
-        found.append(f"--targets {made.targets} needs --blockwise")
-    if "moves" in given and "codes" not in made.train:
-        found.append(f"--moves {made.moves:g} needs --train codes")
-    return found
+        if key in asked and settings.loss != "dad":
+            messages.append(f"--{key} {asked[key]:g} does not apply to --loss {settings.loss}; it belongs to dad")
+    if settings.blockwise and "loss" in asked:
+        messages.append(
+            f"--blockwise contradicts --loss {settings.loss}: its loss is on the outputs of blocks, not of the model"
+        )
+    if not settings.blockwise and "targets" in asked:
+        messages.append(f"--targets {settings.targets} needs --blockwise")
+    if "moves" in asked and "codes" not in settings.train:
+        messages.append(f"--moves {settings.moves:g} needs --train codes")
+    return messages

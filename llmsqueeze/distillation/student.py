@@ -1,13 +1,14 @@
-"""A compressed model whose scales, norms and codes can be trained: the student of a distillation.
+"""The compressed model, with scales, norms, factors and codes that can be trained: as a whole, and one block of it.
 
-The weights stay as compressed as they are in the file; a dense weight exists only while its block computes, forward
-and once more backward, for every block is checkpointed. Memory: the file's bytes (norms and embeddings in float32),
-Adam's two copies of what is trained, one row's activations between the blocks, one block's inside, one row's logits.
+The weights stay compressed as in the file. A dense weight exists only while its block computes, once forward and once
+more backward, because every block is checkpointed. Memory of the whole: the bytes of the file (norms and embeddings in
+float32), Adam's two copies of the trained numbers, one batch's activations between blocks, those inside one block, and
+its logits. Of a block: the same for the block alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,18 +17,18 @@ from torch.utils.checkpoint import checkpoint
 
 from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.formats import load
+from llmsqueeze.formats.entries import read_entries
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.model.checkpoint import Checkpoint
-from llmsqueeze.model.linears import find_blocks
-
-TRAINABLE = ("scales", "norms", "lowrank", "codes")
+from llmsqueeze.model.linears import as_rows, find_blocks
+from llmsqueeze.model.skeleton import Skeleton
 
 
 class Student:
-    """An opened folder, ready to be trained; `trained` is what of it will be."""
+    """The whole model in memory. trained: its trained numbers."""
 
     def __init__(
-        self, model: str, checkpoint_: Checkpoint, train: frozenset[str], device: torch.device, trust_remote_code: bool
+        self, model: str, files: Checkpoint, train: frozenset[str], device: torch.device, trust_remote_code: bool
     ) -> None:
         self.model: Any = load.load(
             model,
@@ -42,12 +43,12 @@ class Student:
         weights: dict[str, TrainedWeight] = {}
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, SumOfParts):
-                made = TrainedLinear(layer, train)
-                weights[name] = made.weight
-                self.model.set_submodule(name, made)
-        dtypes = {name: stored.dtype for name, stored in checkpoint_.tensors.items()}
-        named = [n for n in norm_names(self.model) if n in dtypes] if "norms" in train else []
-        norms: dict[str, nn.Parameter] = {name: self.model.get_parameter(name) for name in named}
+                linear = TrainedLinear(layer, train)
+                weights[name] = linear.weight
+                self.model.set_submodule(name, linear)
+        dtypes = {name: stored.dtype for name, stored in files.tensors.items()}
+        names = [n for n in norm_names(self.model) if n in dtypes] if "norms" in train else []
+        norms: dict[str, nn.Parameter] = {name: self.model.get_parameter(name) for name in names}
         for norm in norms.values():
             norm.requires_grad_(True)
         self.trained = Trained(weights, norms, dtypes)
@@ -57,16 +58,17 @@ class Student:
 
     @property
     def vocabulary(self) -> int:
+        """Tokens in the vocabulary."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits [rows * (length - 1), V] float32 for `tokens` [rows, length]."""
-        found: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-        return found[:, :-1].flatten(0, 1).float()
+        logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return logits[:, :-1].flatten(0, 1).float()
 
 
 class TrainedLinear(nn.Module):
-    """A linear layer on a weight that is trained."""
+    """A linear layer whose weight is trained."""
 
     def __init__(self, layer: SumOfParts, train: frozenset[str]) -> None:
         super().__init__()
@@ -75,11 +77,12 @@ class TrainedLinear(nn.Module):
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
         return nn.functional.linear(x, self.weight.dense().to(x.dtype), self.bias)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, keeping nothing but its inputs for the backward pass."""
+    """`forward`, which keeps only its inputs for the backward pass."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -87,3 +90,46 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return wrapped
+
+
+class StudentBlock:
+    """One block. trained: its trained numbers. untrained: its other tensors, by name, float32 if they are real."""
+
+    def __init__(
+        self, skeleton: Skeleton, student: Checkpoint, index: int, train: frozenset[str], device: torch.device
+    ) -> None:
+        self.skeleton, self.prefix = skeleton, skeleton.blocks[index] + "."
+        entries = read_entries(student)
+        weights = {}
+        for name in (name for name in skeleton.linears[index] if name in entries):
+            entry = entries[name]
+            tensors = [{kind: student.read_raw(n).to(device) for kind, n in names.items()} for names in entry.names]
+            weights[name] = TrainedWeight(entry.shape, entry.specs, tensors, train)
+        compressed = {f"{name}.weight" for name in weights}
+        names = [name for name in skeleton.names_in(skeleton.blocks[index]) if name not in compressed]
+        stored = {name: student.read_raw(name).to(device) for name in names}
+        self.untrained = {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}
+        of_norms = norm_names(skeleton.module(skeleton.blocks[index]), skeleton.blocks[index])
+        norms = {n: nn.Parameter(self.untrained[n]) for n in of_norms if n in names and "norms" in train}
+        self.trained = Trained(weights, norms, {name: t.dtype for name, t in stored.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The block's tensors by their names inside it, with gradients; weights as their modules store them."""
+        weights = {name: weight.dense() for name, weight in self.trained.weights.items()}
+        return self._as_modules(self.trained.norms, weights)
+
+    def overlay(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `tensors`, with the trained numbers from `stored` (`Trained.stored`)."""
+        weights = {}
+        for name, weight in self.trained.weights.items():
+            prefix = f"{name}."
+            of_weight = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(f"{prefix}parts.")}
+            weights[name] = weight.overlay(of_weight)
+        norms = {n: t.to(self.untrained[n]) for n, t in stored.items() if n in self.trained.norms}
+        return self._as_modules(norms, weights)
+
+    def _as_modules(self, norms: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of the block; `weights` [rows, cols] by linear."""
+        tensors = self.untrained | dict(norms)
+        tensors |= {f"{name}.weight": as_rows(self.skeleton.module(name), weight) for name, weight in weights.items()}
+        return {name.removeprefix(self.prefix): tensor for name, tensor in tensors.items()}

@@ -1,20 +1,22 @@
-"""What the original model says of every token, kept on disk, so that it need not be there while the student trains.
+"""The original model's predictions for every token, on disk, so that it need not be in memory during training.
 
-One safetensors file per sample: `index` and `log_p` [tokens, k] of the k likeliest next tokens, best first, `log_rest`
-[tokens] the log of what is left, `entropy` [tokens] of the whole distribution in nats. The model streams through block
-by block (blocks.py), and its logits through slices of the vocabulary. What is there already is not made again.
+One safetensors file per sample, with the fields of `Predictions`; the most likely token comes first. The model streams
+through block by block (model/walk.py), and its logits in slices of the vocabulary. Predictions that exist are not made
+again. Memory: one block, the activations between blocks (spilled past a limit), one slice of logits.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmsqueeze.distillation.losses import Teacher
+from llmsqueeze.distillation.losses import Predictions
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
 from llmsqueeze.model.activations import Spill
@@ -24,14 +26,23 @@ from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 
 
-def cache_key(skeleton: Skeleton, k: int) -> str:
-    """Which teacher, and how much of it is kept."""
-    return hashlib.sha256(f"{weights_digest(file_digests(skeleton.checkpoint))} {k}".encode()).hexdigest()[:16]
+@dataclass(frozen=True)
+class Answers:
+    """The predictions of one teacher in a folder. key: hash of its weights and of k, the first part of file names."""
 
+    folder: Path
+    key: str
 
-def row_file(folder: Path, key: str, row: Tensor) -> Path:
-    """Where a sample [1, length] has its answers."""
-    return folder / f"{key}-{hashlib.sha256(row.numpy().astype('<i8').tobytes()).hexdigest()[:24]}.safetensors"
+    def file(self, row: Tensor) -> Path:
+        """The file of a sample [1, length]."""
+        name = hashlib.sha256(row.numpy().astype("<i8").tobytes()).hexdigest()[:24]
+        return self.folder / f"{self.key}-{name}.safetensors"
+
+    def read(self, rows: Sequence[Tensor], device: torch.device) -> Predictions:
+        """For the tokens of several samples [1, length], one sample after the other: [rows * (length - 1), k]."""
+        samples = [load_file(self.file(row)) for row in rows]
+        joined = {name: torch.cat([one[name] for one in samples]).to(device) for name in samples[0]}
+        return Predictions(**joined | {"index": joined["index"].long()})
 
 
 def ask(
@@ -42,17 +53,17 @@ def ask(
     device: torch.device,
     progress: Progress,
     scratch: Path | None = None,
-) -> str:
-    """Writes the answers for all `rows` [1, length] that have none in `folder`; returns the key they are under.
+) -> Answers:
+    """Writes the predictions for all `rows` [1, length] that have none in `folder`.
 
-    Activations beyond memory go to `scratch`, or to `folder`.
+    k: how many of the most likely tokens are kept. scratch: for activations beyond memory, by default `folder`.
+    Raises OutputError.
     """
-    from safetensors.torch import save_file
-
-    key = cache_key(skeleton, k)
-    missing = [row for row in rows if not row_file(folder, key, row).exists()]
+    digest = weights_digest(file_digests(skeleton.checkpoint))
+    answers = Answers(folder, hashlib.sha256(f"{digest} {k}".encode()).hexdigest()[:16])
+    missing = [row for row in rows if not answers.file(row).exists()]
     if not missing:
-        return key
+        return answers
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with Spill(parent=scratch or folder) as spill:
@@ -65,47 +76,37 @@ def ask(
                 hidden = ahead
             with walk.head.resident(), torch.no_grad():
                 for row, last in progress.over(zip(missing, hidden.each(device), strict=True), "answers", len(missing)):
-                    said = most_likely(walk, last, k)
-                    with whole_file(row_file(folder, key, row)) as half:
-                        save_file({name: value.cpu().contiguous() for name, value in vars(said).items()}, half)
+                    tensors = {name: value.cpu().contiguous() for name, value in vars(predict(walk, last, k)).items()}
+                    with whole_file(answers.file(row)) as half:
+                        save_file(tensors | {"index": tensors["index"].int()}, half)
     except OSError as error:
-        raise OutputError(f"cannot keep the teacher's answers in {folder}: {error}") from error
-    return key
+        raise OutputError(f"cannot write the teacher's answers in {folder}: {error}") from error
+    return answers
 
 
-def answers(folder: Path, key: str, row: Tensor) -> Teacher:
-    """What was written for a sample; index int32."""
-    from safetensors.torch import load_file
+def predict(walk: Walk, hidden: Tensor, k: int) -> Predictions:
+    """From the output of the last block [1, length, width]; the last token has no prediction.
 
-    return Teacher(**load_file(row_file(folder, key, row)))
-
-
-def together(said: Sequence[Teacher], device: torch.device) -> Teacher:
-    """Several samples' tokens in a row, on `device`."""
-    joined = {name: torch.cat([getattr(one, name) for one in said]).to(device) for name in vars(said[0])}
-    return Teacher(**joined | {"index": joined["index"].long()})
-
-
-def most_likely(walk: Walk, hidden: Tensor, k: int) -> Teacher:
-    """The head's answers at `hidden` [1, length, width], the last block's output; the last token's are left out."""
-    log_z = mean = best = index = None
+    Over slices of the vocabulary: log_z is the log of the sum of exp(logits) so far, mean the mean of the logits so far
+    under their softmax, best and index the k largest logits so far.
+    """
+    tokens = hidden.shape[1] - 1
+    log_z = torch.full((tokens,), -torch.inf, device=hidden.device)
+    mean = torch.zeros(tokens, device=hidden.device)
+    best = torch.empty(tokens, 0, device=hidden.device)
+    index = torch.empty(tokens, 0, dtype=torch.long, device=hidden.device)
+    size = 0
     for part, logits in walk.head.logits(hidden):
-        z = logits.logsumexp(dim=1)
-        total = z if log_z is None else torch.logaddexp(log_z, z)
-        here = (torch.exp(logits - total[:, None]) * logits).sum(dim=1)
-        mean = here if mean is None or log_z is None else here + mean * torch.exp(log_z - total)
+        total = torch.logaddexp(log_z, logits.logsumexp(dim=1))
+        mean = (torch.exp(logits - total[:, None]) * logits).sum(dim=1) + mean * torch.exp(log_z - total)
         log_z = total
         numbers = torch.arange(part.start, part.stop, device=logits.device).expand_as(logits)
-        values = logits if best is None else torch.cat([best, logits], dim=1)
-        numbers = numbers if index is None else torch.cat([index, numbers], dim=1)
-        best, place = values.topk(min(k, values.shape[1]), dim=1)
-        index = numbers.gather(1, place)
-    assert log_z is not None
-    assert mean is not None
-    assert best is not None
-    assert index is not None
+        values = torch.cat([best, logits], dim=1)
+        best, order = values.topk(min(k, values.shape[1]), dim=1)
+        index = torch.cat([index, numbers], dim=1).gather(1, order)
+        size = part.stop
     log_p = best - log_z[:, None]
     log_rest = torch.log1p(-log_p.exp().sum(dim=1).clamp(max=1.0))
-    if best.shape[1] == part.stop:  # nothing is left but rounding
+    if best.shape[1] == size:  # there are no other tokens; the difference is only rounding
         log_rest = torch.full_like(log_rest, -torch.inf)
-    return Teacher(index.int(), log_p, log_rest, log_z - mean)
+    return Predictions(index, log_p, log_rest, log_z - mean)

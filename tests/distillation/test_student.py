@@ -11,8 +11,7 @@ from conftest import ARCHITECTURES
 
 import llmsqueeze
 from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.distillation.blockwise import StudentBlock
-from llmsqueeze.distillation.student import Student
+from llmsqueeze.distillation.student import Student, StudentBlock
 from llmsqueeze.distillation.training import chunks
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -24,13 +23,15 @@ CPU = torch.device("cpu")
 EVERYTHING = frozenset(("scales", "norms", "lowrank", "codes"))
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def pair(request: pytest.FixtureRequest, random_model: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def pair(
+    request: pytest.FixtureRequest, random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """An original and its student, by round to nearest, which needs no text."""
-    original = random_model(request.param)
+    original, folder = random_model(request.param), tmp_path_factory.mktemp(request.param) / "student"
     recipe = make_recipe({"method": "rtn", "bits": 3, "group_size": 16, "lorc_rank": 2, "lorc": "plain"})
-    quantize(str(original), recipe, tmp_path / "student")
-    return original, tmp_path / "student"
+    quantize(str(original), recipe, folder, verify=False)
+    return original, folder
 
 
 def opened(folder: Path, train: frozenset[str]) -> Student:
@@ -55,16 +56,16 @@ def test_everything_that_is_trained_gets_a_gradient(pair: tuple[Path, Path], row
     parameters = [p for group in student.trained.parameter_groups(1e-3) for p in group["params"]]
     assert len(parameters) > 6
     student.logits(rows[0]).square().mean().backward()
-    found = [p.grad.clone() if p.grad is not None else None for p in parameters]
+    gradients = [p.grad.clone() if p.grad is not None else None for p in parameters]
     # a bias behind which the loss does not change may have none; of all others nothing may be missing
-    assert sum(g is not None and bool(g.abs().sum() > 0) for g in found) > 0.9 * len(parameters)
+    assert sum(g is not None and bool(g.abs().sum() > 0) for g in gradients) > 0.9 * len(parameters)
     plain = opened(folder, EVERYTHING)
     for module in plain.model.modules():
         if "forward" in module.__dict__:
             del module.forward
     plain.logits(rows[0]).square().mean().backward()
     again = [p.grad for group in plain.trained.parameter_groups(1e-3) for p in group["params"]]
-    for one, other in zip(found, again, strict=True):
+    for one, other in zip(gradients, again, strict=True):
         if one is not None and other is not None:
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-7 + 1e-5 * float(other.abs().max()))
 
@@ -90,6 +91,6 @@ def test_blocks_one_by_one_are_the_model(pair: tuple[Path, Path], rows: list[tor
 
 def test_rows_go_through_together_while_their_logits_are_small() -> None:
     rows = [torch.zeros(1, 256, dtype=torch.int64)] * 20
-    assert [len(some) for some in chunks(rows, 1000)] == [8, 8, 4]
-    assert [len(some) for some in chunks(rows, 130_000)] == [2] * 10
-    assert [len(some) for some in chunks(rows, 10_000_000)] == [1] * 20
+    assert [len(chunk) for chunk in chunks(rows, 1000)] == [8, 8, 4]
+    assert [len(chunk) for chunk in chunks(rows, 130_000)] == [2] * 10
+    assert [len(chunk) for chunk in chunks(rows, 10_000_000)] == [1] * 20

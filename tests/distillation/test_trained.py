@@ -1,11 +1,10 @@
-"""What distillation is made of: losses, answers, weights and codes that are trained, against their slow twins."""
+"""Trained weights and codes against their slow twins: values, gradients, moves, and the tensors that are stored."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,201 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze import parts
-from llmsqueeze.distillation import teacher
-from llmsqueeze.distillation.losses import Teacher, distillation_loss, teacher_losses, token_losses, token_weights
-from llmsqueeze.distillation.teacher import answers, ask, row_file
-from llmsqueeze.distillation.trained import Adjusted, Trained, TrainedCodes, TrainedWeight, norm_names
-from llmsqueeze.model import walk
-from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.skeleton import Skeleton, build_skeleton
+from llmsqueeze.distillation.adjusted import Adjusted
+from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
+from llmsqueeze.distillation.trained_parts import TrainedCodes
 from llmsqueeze.parts import Affine, DualBinary, Grid, LowRank, Part, Sparse, bitpack
-from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.dual_binary import in_order
-
-CPU = torch.device("cpu")
-VOCABULARY = 626  # of the demo
-
-
-# the losses
-
-
-def distributions(generator: torch.Generator, tokens: int = 9, vocabulary: int = 13) -> tuple[Tensor, Tensor]:
-    """The teacher's and the student's logits."""
-    made = torch.randn(2, tokens, vocabulary, generator=generator) * 2
-    return made[0], made[1]
-
-
-def kept(logits: Tensor, k: int) -> Teacher:
-    """The `k` largest of a distribution, one token and one outcome at a time."""
-    index, log_p, log_rest, entropy = [], [], [], []
-    for row in logits.double().log_softmax(dim=1):
-        order = sorted(range(len(row)), key=lambda v, row=row: -float(row[v]))
-        index.append(order[:k])
-        log_p.append([float(row[v]) for v in order[:k]])
-        rest = math.fsum(math.exp(row[v]) for v in order[k:])
-        log_rest.append(math.log(rest) if rest else -math.inf)
-        entropy.append(-math.fsum(math.exp(lp) * lp for lp in row.tolist()))
-    return Teacher(torch.tensor(index), torch.tensor(log_p), torch.tensor(log_rest), torch.tensor(entropy))
-
-
-def merged(logits: Tensor, index: Tensor) -> list[list[float]]:
-    """Probabilities of the outcomes in `index` and, where there are others, of all of those together."""
-    made = []
-    for row, chosen in zip(logits.double().softmax(dim=1).tolist(), index.tolist(), strict=True):
-        others = [p for v, p in enumerate(row) if v not in chosen]
-        made.append([row[v] for v in chosen] + ([math.fsum(others)] if others else []))
-    return made
-
-
-def cross_entropies(p: list[list[float]], q: list[list[float]]) -> Tensor:
-    rows = zip(p, q, strict=True)
-    return torch.tensor([-math.fsum(a * math.log(b) for a, b in zip(*row, strict=True)) for row in rows])
-
-
-@pytest.mark.parametrize("k", [1, 4, 12, 13])
-def test_token_losses_are_the_cross_entropy_with_the_other_outcomes_merged(k: int, generator: torch.Generator) -> None:
-    said, asked = distributions(generator)
-    teacher_ = kept(said, k)
-    expected = cross_entropies(merged(said, teacher_.index), merged(asked, teacher_.index))
-    assert torch.allclose(token_losses(asked, teacher_), expected, atol=1e-5)
-    if k == 13:
-        full = -(said.softmax(1) * asked.log_softmax(1)).sum(1)
-        assert torch.allclose(token_losses(asked, teacher_), full, atol=1e-5)
-
-
-@pytest.mark.parametrize("k", [1, 4, 13])
-def test_the_least_loss_is_the_teachers_own_and_what_is_above_it_is_a_divergence(
-    k: int, generator: torch.Generator
-) -> None:
-    said, asked = distributions(generator)
-    teacher_ = kept(said, k)
-    own = said.clone().requires_grad_(True)
-    least = teacher_losses(teacher_)
-    assert torch.allclose(token_losses(own, teacher_), least, atol=1e-5)
-    token_losses(own, teacher_).sum().backward()
-    assert own.grad is not None
-    assert own.grad.abs().max() < 1e-5, "a minimum"
-    p, q = merged(said, teacher_.index), merged(asked, teacher_.index)
-    divergence = token_losses(asked, teacher_) - least
-    assert torch.allclose(divergence, cross_entropies(p, q) - cross_entropies(p, p), atol=1e-5)
-    assert (divergence > 0).all()
-    full = (said.softmax(1) * (said.log_softmax(1) - asked.log_softmax(1))).sum(1)
-    assert (divergence <= full + 1e-5).all(), "a lower bound"
-
-
-@pytest.mark.parametrize(("weight", "gamma"), [(0.0, 1.0), (3.0, 0.0), (0.0, 0.0)])
-def test_without_weight_or_gamma_it_is_plain_distillation_exactly(
-    weight: float, gamma: float, generator: torch.Generator
-) -> None:
-    said, asked = distributions(generator)
-    teacher_ = kept(said, 5)
-    plain = token_losses(asked, teacher_).mean()
-    assert torch.equal(distillation_loss(asked, teacher_, weight, gamma), plain)
-    assert torch.equal(distillation_loss(asked, teacher_), plain)
-    assert not torch.isclose(distillation_loss(asked, teacher_, 3.0, 1.0), plain, rtol=1e-4)
-
-
-def test_ambiguous_tokens_weigh_more() -> None:
-    certain, open_ = torch.zeros(13), torch.zeros(13)
-    certain[2] = 30.0
-    logits = torch.stack([certain, open_])
-    weights = token_weights(logits, kept(logits, 5), weight=4.0, gamma=2.0)
-    assert weights.tolist() == pytest.approx([1.0, 5.0], abs=1e-4), "Hn is 0 and 1"
-
-
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
-def test_weights_are_the_formulas_and_carry_no_gradient(gamma: float, generator: torch.Generator) -> None:
-    said, asked = distributions(generator)
-    teacher_ = kept(said, 5)
-    asked.requires_grad_(True)
-    rows = list(zip(merged(said, torch.arange(13).expand(9, 13)), asked.softmax(1).tolist(), strict=True))
-    entropies = [[-math.fsum(p * math.log(p) for p in one) / math.log(13) for one in pair] for pair in rows]
-    expected = torch.tensor([1 + 2.0 * math.sqrt(hp * hq) ** gamma for hp, hq in entropies])
-    weights = token_weights(asked, teacher_, 2.0, gamma)
-    assert torch.allclose(weights, expected, atol=1e-5)
-    assert not weights.requires_grad
-    fixed = (token_losses(asked, teacher_) * (expected / expected.mean())).mean()
-    loss = distillation_loss(asked, teacher_, 2.0, gamma)
-    assert torch.allclose(loss, fixed, atol=1e-5)
-    found, wanted = (torch.autograd.grad(one, asked)[0] for one in (loss, fixed))
-    assert torch.allclose(found, wanted, atol=1e-6)
-
-
-# the teacher's answers
-
-
-@pytest.fixture
-def skeleton(demo_dir: Path) -> Skeleton:
-    return build_skeleton(open_checkpoint(demo_dir), False)
-
-
-@pytest.fixture
-def samples() -> list[Tensor]:
-    make = torch.Generator().manual_seed(5)
-    return [torch.randint(3, VOCABULARY, (1, 20), generator=make) for _ in range(3)]
-
-
-@pytest.mark.parametrize("k", [1, 7, VOCABULARY, 1000])
-@pytest.mark.parametrize("at_once", [VOCABULARY, 100, 20])
-def test_answers_are_the_models(
-    k: int,
-    at_once: int,
-    skeleton: Skeleton,
-    samples: list[Tensor],
-    original: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Also where the vocabulary comes in slices, smaller and larger than k."""
-    monkeypatch.setattr(walk, "LOGITS_BYTES", at_once * 19 * 4)
-    key = ask(skeleton, samples, tmp_path / "cache", k, CPU, Progress())
-    for row in samples:
-        said = answers(tmp_path / "cache", key, row)
-        with torch.no_grad():
-            log_p = original(row).logits[0, :-1].double().log_softmax(dim=1)
-        width = min(k, VOCABULARY)
-        assert said.index.shape == said.log_p.shape == (19, width)
-        assert torch.allclose(said.log_p.double(), log_p.topk(width, dim=1).values, atol=2e-5)
-        assert torch.allclose(log_p.gather(1, said.index.long()), said.log_p.double(), atol=2e-5), "of these tokens"
-        assert all(len(set(chosen)) == width for chosen in said.index.tolist())
-        assert torch.allclose(said.entropy.double(), -(log_p.exp() * log_p).sum(1), atol=1e-3)
-        mass = 1 - log_p.exp().topk(width, dim=1).values.sum(1)
-        assert torch.allclose(said.log_rest.double().exp(), mass.clamp(min=0), atol=3e-5)
-
-
-def test_where_all_is_kept_nothing_is_left(skeleton: Skeleton, samples: list[Tensor], tmp_path: Path) -> None:
-    key = ask(skeleton, samples, tmp_path, VOCABULARY, CPU, Progress())
-    for row in samples:
-        said = answers(tmp_path, key, row)
-        assert (said.log_rest == -math.inf).all()
-
-
-def test_answers_that_are_there_are_not_made_again(
-    skeleton: Skeleton, samples: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = ask(skeleton, samples, tmp_path, 9, CPU, Progress())
-    files = [row_file(tmp_path, key, row) for row in samples]
-    assert sorted(tmp_path.iterdir()) == sorted(files), "nothing else is left"
-    before = {file: (file.stat().st_mtime_ns, file.stat().st_ino, file.read_bytes()) for file in files}
-    with monkeypatch.context() as patched:
-        patched.setattr(teacher, "Walk", None)  # cannot be called
-        assert ask(skeleton, samples, tmp_path, 9, CPU, Progress()) == key
-    assert before == {file: (file.stat().st_mtime_ns, file.stat().st_ino, file.read_bytes()) for file in files}
-    files[1].rename(files[1].with_suffix(".half"))  # as a run leaves it that was killed while it wrote
-    files[1].with_suffix(".half").write_bytes(b"cut sho")
-    walked = []
-    whole = teacher.Walk
-    monkeypatch.setattr(teacher, "Walk", lambda s, rows, *rest: walked.append(list(rows)) or whole(s, rows, *rest))
-    ask(skeleton, samples, tmp_path, 9, CPU, Progress())
-    assert len(walked) == 1
-    assert [torch.equal(row, samples[1]) for row in walked[0]] == [True], "only what was missing"
-    assert all(file.read_bytes() == before[file][2] for file in files)
-    assert files[0].stat().st_ino == before[files[0]][1]
-    assert sorted(tmp_path.iterdir()) == sorted(files)
-    assert ask(skeleton, samples[:1], tmp_path, 8, CPU, Progress()) != key, "other answers have another key"
-
-
-# weights that are trained
 
 ROWS, COLS = 12, 64
 ODD, EVEN = torch.arange(ROWS) % 2 == 1, torch.arange(ROWS) % 2 == 0
@@ -219,9 +28,9 @@ def grid_part(
     grid: Grid, rows: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 1, cols: int = COLS
 ) -> Part:
     make = torch.Generator().manual_seed(seed)
-    held = ROWS if rows is None else int(rows.sum())
-    codes = torch.randint(0, grid.max_code + 1, (held, cols), generator=make, dtype=torch.uint8)
-    size = (held, grid.groups(cols))
+    count = ROWS if rows is None else int(rows.sum())
+    codes = torch.randint(0, grid.max_code + 1, (count, cols), generator=make, dtype=torch.uint8)
+    size = (count, grid.groups(cols))
     scale = torch.rand(size, generator=make) * 0.5 + 0.2
     scale = scale * torch.where(torch.rand(size, generator=make) < 0.5, -1.0, 1.0)
     second = torch.randint(0, grid.max_code + 1, size, generator=make, dtype=torch.uint8)
@@ -267,12 +76,12 @@ KINDS: dict[str, Callable[[], list[Part]]] = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def trained_weight(made: Sequence[Part], train: frozenset[str], opened: torch.dtype | None = None) -> TrainedWeight:
+def trained_weight(summands: Sequence[Part], train: frozenset[str], opened: torch.dtype | None = None) -> TrainedWeight:
     """`opened`: the float dtype that the tensors were opened in, which is not that of the file."""
-    tensors = [dict(part.tensors()) for part in made]
+    tensors = [dict(part.tensors()) for part in summands]
     if opened is not None:
-        tensors = [{n: t.to(opened) if t.is_floating_point() else t for n, t in held.items()} for held in tensors]
-    return TrainedWeight((ROWS, COLS), [part.spec() for part in made], tensors, train)
+        tensors = [{n: t.to(opened) if t.is_floating_point() else t for n, t in one.items()} for one in tensors]
+    return TrainedWeight((ROWS, COLS), [part.spec() for part in summands], tensors, train)
 
 
 def as_stored(weight: TrainedWeight) -> Tensor:
@@ -302,23 +111,23 @@ def weight_has_grid_zero(weight: TrainedWeight, name: str) -> bool:
 
 @every_kind
 @pytest.mark.parametrize("train", [CONTINUOUS, ALL, frozenset(("norms",))], ids=["continuous", "codes", "nothing"])
-def test_before_any_step_a_weight_is_the_files(kind: str, train: frozenset[str]) -> None:
-    made = KINDS[kind]()
+def test_before_any_step_a_weight_is_that_of_the_file(kind: str, train: frozenset[str]) -> None:
+    summands = KINDS[kind]()
     for opened in (None, torch.float32):
-        weight = trained_weight(made, train, opened)
-        expected = parts.sum_of_parts(made)
+        weight = trained_weight(summands, train, opened)
+        expected = parts.sum_of_parts(summands)
         assert torch.allclose(weight.dense(), expected, atol=1e-6)
         assert torch.allclose(as_stored(weight), expected, atol=1e-6)
-        if not any(isinstance(part, LowRank) for part in made):
+        if not any(isinstance(part, LowRank) for part in summands):
             assert torch.equal(weight.dense(), expected)
         stored = weight.stored()
-        held = {f"parts.{i}.{name}": t for i, part in enumerate(made) for name, t in part.tensors().items()}
+        in_file = {f"parts.{i}.{name}": t for i, part in enumerate(summands) for name, t in part.tensors().items()}
         for name, tensor in stored.items():
-            assert tensor.dtype == held[name].dtype
-            assert torch.equal(tensor, held[name]), name
-        wanted = {"scale", "zero", "alpha1", "alpha2", "left", "right"} if "scales" in train else set()
-        wanted |= {"codes", "plane1", "plane2"} if "codes" in train else set()
-        assert set(stored) == {n for n in held if n.rsplit(".")[-1] in wanted}
+            assert tensor.dtype == in_file[name].dtype
+            assert torch.equal(tensor, in_file[name]), name
+        names = {"scale", "zero", "alpha1", "alpha2", "left", "right"} if "scales" in train else set()
+        names |= {"codes", "plane1", "plane2"} if "codes" in train else set()
+        assert set(stored) == {n for n in in_file if n.rsplit(".")[-1] in names}
         assert torch.equal(weight.overlay(stored), expected)
 
 
@@ -350,29 +159,29 @@ def test_gradients_are_finite_differences(kind: str, generator: torch.Generator)
             parameter.data[i] = ahead
             up = value()
             parameter.data[i] = -back
-            found = (up - value()) / (ahead + back)
+            slope = (up - value()) / (ahead + back)
             parameter.data[i] = 0.0
-            assert found == pytest.approx(float(parameter.grad[i]), abs=2e-3 * size), f"{name} {i}"
+            assert slope == pytest.approx(float(parameter.grad[i]), abs=2e-3 * size), f"{name} {i}"
             checked += 1
     assert checked >= 4
 
 
 @every_kind
 @pytest.mark.parametrize("train", [CONTINUOUS, ALL], ids=["continuous", "codes"])
-def test_what_is_stored_is_what_was_measured(kind: str, train: frozenset[str]) -> None:
-    made = KINDS[kind]()
-    weight = trained_weight(made, train)
+def test_the_stored_values_are_those_measured(kind: str, train: frozenset[str]) -> None:
+    summands = KINDS[kind]()
+    weight = trained_weight(summands, train)
     before = weight.dense().detach()
     shaken(weight)
     exact = weight.dense().detach()
     assert (exact - before).abs().max() > 0.05
     measured, overlaid = as_stored(weight), weight.overlay(weight.stored())
     assert torch.allclose(measured, overlaid, atol=1e-6)
-    if not any(isinstance(part, LowRank) for part in made):
+    if not any(isinstance(part, LowRank) for part in summands):
         assert torch.equal(measured, overlaid)
     assert torch.equal(weight.dense(), exact), "only measured so"
     assert (measured - exact).abs().max() < 0.05 * exact.abs().max()
-    for part in made:
+    for part in summands:
         if isinstance(part, Sparse):
             mask = part.dense() != 0
             assert mask.any()
@@ -380,7 +189,7 @@ def test_what_is_stored_is_what_was_measured(kind: str, train: frozenset[str]) -
             assert torch.equal(exact[mask], part.dense()[mask])
 
 
-def test_factors_stay_within_what_they_can_store() -> None:
+def test_factors_stay_within_their_range() -> None:
     """Every column of them begins with an entry at 1, which is the most that eight bits hold."""
     weight = trained_weight(KINDS["low rank"](), CONTINUOUS)
     with torch.no_grad():
@@ -390,7 +199,7 @@ def test_factors_stay_within_what_they_can_store() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_scale_that_came_to_nothing_is_stored_as_measured(dtype: torch.dtype) -> None:
+def test_a_scale_that_became_0_is_stored_as_measured(dtype: torch.dtype) -> None:
     weight = trained_weight([grid_part(SYMMETRIC, dtype=dtype)], CONTINUOUS)
     with torch.no_grad():
         weight.get_parameter("members.0.scale.delta")[3, 1] = -weight.get_buffer("members.0.sign")[3, 1]
@@ -399,24 +208,24 @@ def test_a_scale_that_came_to_nothing_is_stored_as_measured(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("kind", ["asymmetric", "asymmetric 8 bit rows", "mixed rows"])
 def test_zeros_stay_whole_and_on_the_grid(kind: str) -> None:
-    made = KINDS[kind]()
-    weight = trained_weight(made, CONTINUOUS)
-    wanted = []
+    summands = KINDS[kind]()
+    weight = trained_weight(summands, CONTINUOUS)
+    zeros = []
     for member in weight.members:
         assert isinstance(member, TrainedCodes)
         assert member.zero is not None
         most = member.part.grid.max_code
         with torch.no_grad():
             member.zero.delta.uniform_(-2.0 * most, 2.0 * most, generator=torch.Generator().manual_seed(1))
-            wanted.append(member.zero.forward())
+            zeros.append(member.zero.forward())
     overlaid = weight.overlay(weight.stored())
     assert torch.equal(as_stored(weight), overlaid)
-    for member, zero in zip(weight.members, wanted, strict=True):
+    for member, zero in zip(weight.members, zeros, strict=True):
         assert isinstance(member, TrainedCodes)
         assert isinstance(member.part, Affine)
         member.keep_valid()
-        grid, held = member.part.grid, len(member.part.codes)
-        stored = bitpack.unpack(member.stored()["zero"], grid.bits, held).T.float()
+        grid, count = member.part.grid, len(member.part.codes)
+        stored = bitpack.unpack(member.stored()["zero"], grid.bits, count).T.float()
         assert torch.equal(stored, zero.round().clamp(0, grid.max_code))
         assert (stored == 0).any(), "some were beyond"
         assert (stored == grid.max_code).any()
@@ -449,7 +258,7 @@ def test_alphas_that_would_cross_are_put_in_order_and_counted() -> None:
     assert wrong.nonzero().tolist() == [[0, 0], [2, 1], [4, 2], [7, 0]]
     before = member.scale.delta.detach().clone(), member.zero.delta.detach().clone()
     member.keep_valid()
-    assert member.guarded == Trained({"w": weight}, {}, {}).guarded == 4
+    assert member.reordered == Trained({"w": weight}, {}, {}).reordered == 4
     assert in_order(member.scale.forward(), member.zero.forward()).all()
     assert torch.equal(member.scale.forward().sign(), member.sign)
     assert torch.equal(member.scale.delta[~wrong], before[0][~wrong])
@@ -464,7 +273,7 @@ def test_alphas_in_order_are_left_alone() -> None:
     member.keep_valid()
     before = member.scale.delta.detach().clone(), member.zero.delta.detach().clone()
     member.keep_valid()
-    assert member.guarded == 4
+    assert member.reordered == 4
     assert torch.equal(member.scale.delta, before[0])
     assert torch.equal(member.zero.delta, before[1])
 
@@ -482,16 +291,16 @@ every_moving = pytest.mark.parametrize("grid", MOVING.values(), ids=MOVING)
 
 
 def hand_over(member: TrainedCodes, gradient: Tensor) -> None:
-    assert member.wish is not None
-    member.wish.grad = gradient.clone()
+    assert member.pending is not None
+    member.pending.grad = gradient.clone()
 
 
 @every_moving
-def test_only_wishes_beyond_half_a_level_move_and_the_strongest_of_them(grid: Grid, generator: torch.Generator) -> None:
+def test_only_the_largest_changes_beyond_half_a_level_move(grid: Grid, generator: torch.Generator) -> None:
     """Against the rule written out, code by code, over several steps."""
     member = codes_of(grid_part(grid))
     assert member.codes is not None
-    wish = [0.0] * (ROWS * COLS)
+    pending = [0.0] * (ROWS * COLS)
     moved = 0
     for _ in range(6):
         gradient = torch.randn(ROWS, COLS, generator=generator)
@@ -499,22 +308,22 @@ def test_only_wishes_beyond_half_a_level_move_and_the_strongest_of_them(grid: Gr
         before = member.codes.flatten().tolist()
         expected, strength = list(before), []
         for i, (code, g) in enumerate(zip(before, gradient.flatten().tolist(), strict=True)):
-            wish[i] -= g * 0.3 / rms
-            target = code + (1 if wish[i] > 0 else -1)
+            pending[i] -= g * 0.3 / rms
+            target = code + (1 if pending[i] > 0 else -1)
             if not 0 <= target <= grid.max_code:
-                wish[i] = max(-0.5, min(0.5, wish[i]))
-            elif abs(wish[i]) > 0.5:
-                strength.append((abs(wish[i]), i))
+                pending[i] = max(-0.5, min(0.5, pending[i]))
+            elif abs(pending[i]) > 0.5:
+                strength.append((abs(pending[i]), i))
         for _, i in sorted(strength, reverse=True)[: round(0.05 * len(before))]:
-            expected[i] += 1 if wish[i] > 0 else -1
-            wish[i] -= 1 if wish[i] > 0 else -1
+            expected[i] += 1 if pending[i] > 0 else -1
+            pending[i] -= 1 if pending[i] > 0 else -1
         hand_over(member, gradient)
         count = member.move_codes(0.05, 0.3)
         assert member.codes.flatten().tolist() == expected
         assert count == sum(a != b for a, b in zip(before, expected, strict=True)) <= round(0.05 * len(before))
-        assert member.wish is not None
-        assert member.wish.flatten().tolist() == pytest.approx(wish, abs=1e-4)
-        assert member.wish.grad is None
+        assert member.pending is not None
+        assert member.pending.flatten().tolist() == pytest.approx(pending, abs=1e-4)
+        assert member.pending.grad is None
         moved += count
     assert moved > 10
 
@@ -529,8 +338,8 @@ def test_codes_never_leave_the_grid_and_go_where_the_loss_falls(grid: Grid, gene
     for _ in range(40):
         before, codes = weight.dense().detach(), member.codes.clone().int()
         (weight.dense() * direction).sum().backward()
-        assert member.wish is not None
-        assert member.wish.grad is not None
+        assert member.pending is not None
+        assert member.pending.grad is not None
         member.move_codes(0.2, 0.8)
         change = member.codes.int() - codes
         assert change.abs().max() <= 1
@@ -553,11 +362,11 @@ def test_the_gradient_of_a_code_is_that_of_its_level(generator: torch.Generator)
     (weight.dense() * direction).sum().backward()
     (member,) = weight.members
     assert isinstance(member, TrainedCodes)
-    assert member.wish is not None
-    assert member.wish.grad is not None
+    assert member.pending is not None
+    assert member.pending.grad is not None
     mask = outliers().dense() != 0
     scale = member.part.grid.expand(member.scale.start, COLS)
-    assert torch.allclose(member.wish.grad, (direction * scale).masked_fill(mask, 0.0), atol=1e-6)
+    assert torch.allclose(member.pending.grad, (direction * scale).masked_fill(mask, 0.0), atol=1e-6)
 
 
 def test_dual_codes_count_along_the_levels() -> None:
@@ -618,7 +427,7 @@ def test_training_codes_alone_leaves_the_scales_alone() -> None:
     assert groups == [], "codes move by their own rule"
 
 
-def test_norms_are_found_and_learn_by_their_size(original: Any) -> None:
+def test_norms_learn_in_proportion_to_their_size(original: Any) -> None:
     names = norm_names(original)
     assert len(names) == 9
     assert all("norm" in name for name in names)
