@@ -74,3 +74,37 @@ def correlated_moments(cols: int, generator: torch.Generator, tokens: int = 400)
 def correlated_curvature(cols: int, generator: torch.Generator) -> Curvature:
     """The curvature of `correlated_moments`."""
     return factorize(correlated_moments(cols, generator))
+
+
+def configs() -> dict[str, Any]:
+    """One tiny config per way in which decoder blocks differ."""
+    from transformers import (
+        Gemma2Config,
+        Gemma3TextConfig,
+        GPT2Config,
+        GPTNeoXConfig,
+        LlamaConfig,
+        MistralConfig,
+        OPTConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
+
+    common = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 96}
+    rope = {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return {
+        "llama": LlamaConfig(**common, **rope),
+        "llama-tied": LlamaConfig(**common, **rope, tie_word_embeddings=True),
+        "llama-bias": LlamaConfig(**common, **rope, attention_bias=True, mlp_bias=True),
+        "mistral-window": MistralConfig(**common, **rope, sliding_window=8),
+        "qwen2": Qwen2Config(**common, **rope),
+        "qwen3": Qwen3Config(**common, **rope, head_dim=16),
+        "gemma2": Gemma2Config(**common, **rope, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+        "gemma3": Gemma3TextConfig(**common, **rope, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
+        "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=96, n_positions=64),
+        "opt": OPTConfig(**common, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64),
+        "neox": GPTNeoXConfig(**common, intermediate_size=96, max_position_embeddings=64),
+    }
+
+
+ARCHITECTURES = list(configs())

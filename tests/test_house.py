@@ -50,6 +50,12 @@ def test_folders_are_small() -> None:
     assert {folder: names for folder, names in counted.items() if len(names) > 12} == {}
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports each under its bare name."""
+    names = [path.name for path in files() if path.parts[0] == "tests" and path.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_verb_is_a_file_of_its_name() -> None:
     assert len(VERBS) >= 11
     assert [verb for verb in VERBS if not (PACKAGE / "cli" / f"{verb}.py").is_file()] == []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import doctest
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import llmsqueeze
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.errors import RecipeError, UnsupportedError
 
 
 def test_the_examples_of_the_docstrings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +44,18 @@ def test_an_option_is_checked_by_name_and_a_recipe_gives_the_others(
     (tmp_path / "recipe.yaml").write_text("method: rtn\nbits: 4\n")
     summary = llmsqueeze.quantize(demo_of(1), tmp_path / "out", recipe=tmp_path / "recipe.yaml", bits=3)
     assert (summary["method"], summary["bits"]) == ("rtn", 3)
+
+
+def test_without_compressed_tensors_the_extra_is_named(
+    compressed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a folder of another tool needs the package. The extras plots and gguf are tested in their rooms."""
+    module = "transformers.quantizers.quantizer_compressed_tensors"
+    monkeypatch.setattr(f"{module}.is_compressed_tensors_available", lambda: False)
+    other = Path(shutil.copytree(compressed("portable"), tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        group["weights"]["type"] = "float"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"pip install 'llmsqueeze\[compressed-tensors\]'"):
+        llmsqueeze.load(other)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
 from safetensors import safe_open
+from support import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

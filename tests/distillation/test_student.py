@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from support import ARCHITECTURES
 
 import llmsqueeze
 from llmsqueeze.compress.blocks import quantize

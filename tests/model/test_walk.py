@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from support import ARCHITECTURES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
