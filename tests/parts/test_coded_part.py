@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.multiplier import least_nbytes
-from llmsqueeze.errors import CheckpointError
+from llmsqueeze.errors import CheckpointError, VerificationError
 from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.parts.coded import contexts_of
 from llmsqueeze.parts.coding import frequencies, rans, streams
@@ -152,6 +152,22 @@ def test_a_lone_integer_of_any_size_comes_back(lone: int) -> None:
     part = Coded.from_integers(values, torch.zeros(3).long(), torch.zeros(5).long(), torch.float32)
     assert torch.equal(part.dense(), values)
     assert part.escape_index.tolist() == ([7] if abs(lone) > 127 else [])
+
+
+def test_integers_beyond_32_bits_are_refused() -> None:
+    zero = torch.zeros(1, dtype=torch.long)
+    for integer in (2.0**31, -(2.0**32)):
+        with pytest.raises(VerificationError, match=r"integers from .* do not fit in 32 bits"):
+            Coded.from_integers(torch.tensor([[integer]]), zero, zero, torch.float32)
+
+
+def test_a_code_beyond_the_grid_is_refused() -> None:
+    codes = torch.full((4, 300), 5, dtype=torch.uint8)
+    encoded = Streams.smaller(codes, 10**6)
+    assert encoded is not None
+    assert torch.equal(encoded.symbols(4, 300, 5), codes)
+    with pytest.raises(CheckpointError, match="has the code 5; the largest allowed is 3"):
+        encoded.symbols(4, 300, 3)
 
 
 def test_exponents_over_sixteen_octaves_are_kept() -> None:
