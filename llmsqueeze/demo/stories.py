@@ -1,8 +1,8 @@
-"""Short stories about who has what and where things are, written from a seed so that a wrong word is wrong.
+"""Short stories about people, things and places, generated from a seed, in which a wrong word is wrong for certain.
 
-A story keeps a small world: three people, each at a place, and three things, each with a person or lying
-at a place. Every event is told and changes the world; the closing tells how the world is at the end. A
-sentence may have a blank whose filling the story so far determines; the questions are cut there.
+A story has a small world: three people, each at a place, and three things, each with a person or at a place. Every
+event changes the world and is a sentence; the last sentences give the state of the world at the end. A sentence can
+have a blank that the story so far determines; a question is a story cut at a blank.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ EVALUATION_SEED = 202
 CALIBRATION_STORIES = 800
 EVALUATION_STORIES = 200
 
-# the kinds of blank that are asked about. Not `place` and `thing`, on which the demo model is hardly better
-# than chance, nor `job`, which it keeps even at 2 bits: neither would show what rounding does
+# the kinds of blank in questions. The demo model is hardly better than chance on `place` and `thing`, and keeps `job`
+# even at 2 bits: none of them would show the effect of rounding
 KINDS = ("holder", "number", "verb", "use")
 
 
 def write(rng: random.Random) -> list[Sentence]:
     """The sentences of one story."""
-    return Story(rng).told
+    return Story(rng).sentences
 
 
 def _join(sentences: list[Sentence]) -> str:
@@ -49,20 +49,20 @@ def evaluation_text() -> str:
 def questions(seed: int, count: int) -> list[dict[str, str | int | list[str]]]:
     """`count` stories cut at a blank: `context`, four `choices`, and `label`, the index of the right one.
 
-    The kinds of question take turns as far as the stories have them.
+    The kinds take turns; a story without the kind in turn is skipped.
     """
     rng = random.Random(seed)
     asked: list[dict[str, str | int | list[str]]] = []
     while len(asked) < count:
-        told = write(rng)
+        sentences = write(rng)
         kind = KINDS[len(asked) % len(KINDS)]
-        cuts = [index for index, sentence in enumerate(told) if sentence.kind == kind]
+        cuts = [index for index, sentence in enumerate(sentences) if sentence.kind == kind]
         if not cuts:
             continue
         cut = rng.choice(cuts)
-        sentence = told[cut]
+        sentence = sentences[cut]
         choices = [sentence.answer, *sentence.wrong]
         rng.shuffle(choices)
-        context = f"{_join(told[:cut])} {sentence.before}".strip()
+        context = f"{_join(sentences[:cut])} {sentence.before}".strip()
         asked.append({"context": context, "choices": choices, "label": choices.index(sentence.answer)})
     return asked

@@ -1,4 +1,4 @@
-"""The lm-eval task `demo_stories`: multiple-choice questions about the demo's stories, made at run time."""
+"""The lm-eval task `demo_stories`: multiple-choice questions about the demo's stories, generated at run time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COUNT = 300
 
 
 def _dataset(**_: Any) -> Any:
-    """The questions as a DatasetDict with one split; lm-eval passes its metadata, which is not needed."""
+    """The questions as a DatasetDict with one split; it ignores the metadata that lm-eval passes."""
     from datasets import Dataset, DatasetDict
 
     return DatasetDict({"test": Dataset.from_list(questions(SEED, COUNT))})

@@ -1,7 +1,7 @@
 """Train the demo model: `python -m llmsqueeze.demo.train [--out DIR]`.
 
-The committed model took 642 s on one thread of a two-core machine that was busy with other work. Its
-held-out perplexity, on the evaluation text in windows of `<s>` and 255 tokens, is 3.0449 in bfloat16.
+The committed model took 642 s on one thread of a busy machine with two cores. Its perplexity on the evaluation text,
+in windows of `<s>` and 255 tokens, is 3.0449 in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PEAK_RATE = 3e-3
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words of generated stories, and single bytes for all else; it puts `<s>` in front."""
+    """A tokenizer of the stories' whole words, with single bytes for other text; it puts `<s>` in front."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = "\n\n".join(stories(TOKENIZER_SEED, 3000))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -78,8 +78,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def batch(tokenizer: PreTrainedTokenizerFast, step: int) -> torch.Tensor:
     """Rows of `<s>` and fresh stories, [ROWS, WINDOW]; every other row starts in the middle of a story."""
-    told = stories(FIRST_TRAINING_SEED + step, 4 * ROWS)
-    texts = ["\n\n".join(told[4 * row : 4 * row + 4]) for row in range(ROWS)]
+    fresh = stories(FIRST_TRAINING_SEED + step, 4 * ROWS)
+    texts = ["\n\n".join(fresh[4 * row : 4 * row + 4]) for row in range(ROWS)]
     rows = []
     for row, ids in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
         start = (row // 2 * 7) % (len(ids) - WINDOW) if row % 2 else 0
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    # the matrices are so small that a second thread gains little, and loses much where the cores are shared
+    # the matrices are small: a second thread gains little, and loses much if other work shares the cores
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = train(tokenizer, arguments.steps).bfloat16()

@@ -1,4 +1,4 @@
-"""The word lists of the stories; which job goes with a name, and which use with a thing, never changes."""
+"""The word lists of the stories. The job of a name and the use of a thing never change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Person(NamedTuple):
 
 
 class Noun(NamedTuple):
-    """A thing that can be owned, and what it is for."""
+    """A thing that a person can own, and its use."""
 
     one: str
     many: str
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The phrase that says where something is."""
+        """The phrase for a position there."""
         return f"{self.preposition} the {self.noun}"
 
 
@@ -114,7 +114,7 @@ PLACES = tuple(
     )
 )
 
-# what someone wants to do, and has done: the past forms have to be learned one by one
+# base and past form: the model must learn the past forms one by one
 VERBS = tuple(
     (base, past)
     for base, past in _entries(

@@ -1,4 +1,4 @@
-"""The world of a story: people at places, things that change hands, and the sentences that tell of it."""
+"""The world of a story: people at places, things that change owners, and the sentences about them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llmsqueeze.demo.words import (
 class Sentence:
     """One sentence: `before`, then the blank's filling `answer` (may be empty), then `after`.
 
-    `wrong` are fillings the story rules out, the most plausible first.
+    `wrong`: fillings that contradict the story, the most plausible first.
     """
 
     before: str
@@ -46,7 +46,7 @@ class Sentence:
 
 @dataclass
 class Thing:
-    """A thing or several of a kind; it has either a `holder` or, lying about, a `spot`."""
+    """A thing, or several of a kind; it has a `holder`, or it lies at a `spot`."""
 
     adjective: str
     noun: Noun
@@ -82,13 +82,13 @@ def _capital(text: str) -> str:
 
 @dataclass
 class Story:
-    """A story in the making: the world and what has been told of it."""
+    """A story as it is written: the world, and the sentences so far."""
 
     rng: random.Random
     people: list[Person] = field(init=False)
-    place: dict[str, Place] = field(init=False)
+    place: dict[str, Place] = field(init=False)  # by name of the person
     things: list[Thing] = field(init=False)
-    told: list[Sentence] = field(default_factory=list)
+    sentences: list[Sentence] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rng = self.rng
@@ -108,10 +108,10 @@ class Story:
         self, before: str, answer: str = "", after: str = ".", kind: str = "", wrong: tuple[str, ...] = ()
     ) -> None:
         """Append a sentence to the story."""
-        self.told.append(Sentence(before, answer, after, kind, wrong))
+        self.sentences.append(Sentence(before, answer, after, kind, wrong))
 
-    def held(self, person: Person) -> list[Thing]:
-        """The things `person` has."""
+    def belongings(self, person: Person) -> list[Thing]:
+        """The things that `person` has."""
         return [thing for thing in self.things if thing.holder == person]
 
     def others(self, *people: Person) -> list[Person]:
@@ -127,13 +127,13 @@ class Story:
 
     def wrong_places(self, right: Place) -> tuple[Place, ...]:
         """Three places other than `right`, those of the story first."""
-        known = [*self.place.values(), *(thing.spot for thing in self.things if thing.holder is None)]
-        pool = [*known, *self.rng.sample(PLACES, 4)]
+        in_story = [*self.place.values(), *(thing.spot for thing in self.things if thing.holder is None)]
+        pool = [*in_story, *self.rng.sample(PLACES, 4)]
         return tuple(place for place in dict.fromkeys(pool) if place != right)[:3]
 
     def wrong_things(self, holder: Person) -> tuple[str, ...]:
-        """Three things `holder` does not have: those of the story, then ones with adjectives exchanged."""
-        has = [thing.name for thing in self.held(holder)]
+        """Three things that `holder` does not have: those of the story first, then some with other adjectives."""
+        has = [thing.name for thing in self.belongings(holder)]
         mixed = [f"the {a.adjective} {b.name.split(' ')[2]}" for a in self.things for b in self.things if a is not b]
         pool = [*(thing.name for thing in self.things), *self.rng.sample(mixed, len(mixed))]
         return tuple(name for name in pool if name not in has)[:3]
@@ -144,7 +144,7 @@ class Story:
         rng = self.rng
         self.tell(f"{rng.choice(TIMES)} {rng.choice(WEATHER)}")
         for person in self.people:
-            has = " and ".join(thing.first for thing in self.held(person)) or "nothing at all"
+            has = " and ".join(thing.first for thing in self.belongings(person)) or "nothing at all"
             jobs = sorted({other.job for other in PEOPLE if other.job != person.job})
             wrong = tuple(rng.sample(jobs, 3))
             where = self.place[person.name].where
@@ -173,8 +173,8 @@ class Story:
         while not self.rng.choice(events)():
             pass
 
-    def _pick(self, held: bool) -> Thing | None:
-        pool = [thing for thing in self.things if (thing.holder is not None) == held]
+    def _pick(self, owned: bool) -> Thing | None:
+        pool = [thing for thing in self.things if (thing.holder is not None) == owned]
         return self.rng.choice(pool) if pool else None
 
     def _meet(self, walker: Person, host: Person) -> None:
@@ -187,7 +187,7 @@ class Story:
             self.place[walker.name] = here
 
     def _give(self) -> bool:
-        if (thing := self._pick(held=True)) is None or (giver := thing.holder) is None:
+        if (thing := self._pick(owned=True)) is None or (giver := thing.holder) is None:
             return False
         taker = self.rng.choice(self.others(giver))
         self._meet(giver, taker)
@@ -199,7 +199,7 @@ class Story:
         return True
 
     def _take(self) -> bool:
-        if (thing := self._pick(held=True)) is None or (loser := thing.holder) is None:
+        if (thing := self._pick(owned=True)) is None or (loser := thing.holder) is None:
             return False
         taker = self.rng.choice(self.others(loser))
         self._meet(taker, loser)
@@ -211,7 +211,7 @@ class Story:
         return True
 
     def _trade(self) -> bool:
-        if (mine := self._pick(held=True)) is None or (yours := self._pick(held=True)) is None:
+        if (mine := self._pick(owned=True)) is None or (yours := self._pick(owned=True)) is None:
             return False
         left, right = mine.holder, yours.holder
         if left is None or right is None or left == right:
@@ -222,7 +222,7 @@ class Story:
         return True
 
     def _leave(self) -> bool:
-        if (thing := self._pick(held=True)) is None or (person := thing.holder) is None:
+        if (thing := self._pick(owned=True)) is None or (person := thing.holder) is None:
             return False
         here = self.place[person.name]
         wrong = tuple(place.where for place in self.wrong_places(here))
@@ -232,7 +232,7 @@ class Story:
         return True
 
     def _find(self) -> bool:
-        if (thing := self._pick(held=False)) is None:
+        if (thing := self._pick(owned=False)) is None:
             return False
         person = self.rng.choice(self.people)
         wrong = tuple(place.where for place in self.wrong_places(thing.spot))
@@ -256,7 +256,7 @@ class Story:
         return True
 
     def _use(self) -> bool:
-        if (thing := self._pick(held=True)) is None or thing.holder is None:
+        if (thing := self._pick(owned=True)) is None or thing.holder is None:
             return False
         wrong = tuple(noun.use for noun in self.rng.sample(NOUNS, 4) if noun != thing.noun)[:3]
         self.tell(f"{thing.holder.name} used {thing.name}", thing.noun.use, ".", "use", wrong)
@@ -295,10 +295,10 @@ class Story:
         facts = [partial(self._tell_thing, thing) for thing in self.things]
         facts += [partial(self._tell_person, person) for person in self.people]
         self.rng.shuffle(facts)
-        self.told.append(Sentence("This is how it ended:"))
+        self.sentences.append(Sentence("This is how it ended:"))
         for fact in facts[:5]:
             fact()
-        self.told.append(Sentence(self.rng.choice(ENDINGS)))
+        self.sentences.append(Sentence(self.rng.choice(ENDINGS)))
 
     def _tell_thing(self, thing: Thing) -> None:
         if (holder := thing.holder) is None:
