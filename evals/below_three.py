@@ -19,7 +19,7 @@ import torch
 from methods import add_arguments, recipe_of
 
 from llmsqueeze.cli.terminal import hush
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.evaluation.evaluate import evaluate

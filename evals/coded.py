@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.cli.terminal import hush
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.parts.coding import rans

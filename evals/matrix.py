@@ -45,7 +45,7 @@ from transformers import (
 
 from llmsqueeze import parts
 from llmsqueeze.cli.terminal import hush
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import SqueezeError
 from llmsqueeze.formats import compressed_tensors

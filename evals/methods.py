@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.cli.terminal import hush
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.recipe import Recipe

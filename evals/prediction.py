@@ -22,8 +22,8 @@ from methods import add_arguments
 
 from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.cli.terminal import hush
-from llmsqueeze.compress.decide import Decision
-from llmsqueeze.compress.job import prepare
+from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.job import open_job
 from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure.profile import Profile, load
@@ -95,7 +95,7 @@ def share(same: torch.Tensor) -> float:
 
 def decided(args: argparse.Namespace, folder: Path) -> Decision:
     file = open_plan(folder)
-    return given_plan(prepare(Source(args.model), file.recipe, Progress(), text=False), file)
+    return given_plan(open_job(Source(args.model), file.recipe, Progress(), text=False), file)
 
 
 def row_widths(decision: Decision) -> torch.Tensor:

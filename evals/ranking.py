@@ -22,9 +22,9 @@ from torch import Tensor
 
 import llmsqueeze
 from llmsqueeze.cli.terminal import hush
-from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.compress.decide import request_of, salience_grids
-from llmsqueeze.compress.job import prepare
+from llmsqueeze.compress.decision.options import request_of, salience_grids
+from llmsqueeze.compress.job import open_job
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.perplexity import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
@@ -64,7 +64,7 @@ def main() -> None:
 def profiled(model: str, recipe: Recipe) -> tuple[Profile, dict[str, int]]:
     """Everything that predicts, and which block a linear is in."""
     options = tuple(Option(Grid(bits, recipe.group_size, symmetric=True, half=True)) for bits in WIDTHS)
-    job = prepare(Source(model), recipe, Progress())
+    job = open_job(Source(model), recipe, Progress())
     assert job.calibration is not None
     with Spill() as spill:
         walk = Walk(job.skeleton, job.calibration.rows, spill, torch.float32, torch.device("cpu"))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from llmsqueeze.allocation.multiplier import Curve
+from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli.app import app
+from llmsqueeze.measure.costs import OCTAVES
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 
 TEXT: dict[str, Any] = {
@@ -108,3 +114,23 @@ def configs() -> dict[str, Any]:
 
 
 ARCHITECTURES = list(configs())
+
+
+def coded_curve(shape: tuple[int, int], middle: float, octaves: Sequence[float] = OCTAVES) -> Curve:
+    """A curve of coded weights: bits come to none at the binary logarithm `middle`, and steps and tables take the rest;
+    a byte anywhere buys the square of the multiplier, whose 24th a weight costs where steps are fine."""
+    numel = shape[0] * shape[1]
+    at = middle + np.array(octaves)
+    bits = 0.5 * np.log2(1 + 4.0 ** (middle - at))
+    cost = numel / 24 * 4.0**middle * np.log1p(4.0 ** (at - middle))
+    return Curve(at, bits * numel / 8 + sum(shape) + 20, cost, numel)
+
+
+def coded_plan(shapes: Mapping[str, tuple[int, int]], factor: Mapping[str, float] | None = None) -> Plan:
+    """Linears to be coded, with the user's factors."""
+    weights = {}
+    for name, shape in shapes.items():
+        expected = shape[0] * shape[1] * 7 // 8
+        planned = WeightPlan(name, shape, torch.bfloat16, "coded", coded_nbytes=expected)
+        weights[name] = replace(planned, factor=(factor or {}).get(name, 1.0))
+    return Plan(weights)

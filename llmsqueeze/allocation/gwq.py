@@ -27,7 +27,7 @@ def allocate(plan: Plan, candidates: Mapping[str, Candidates], outliers: float, 
         }
     else:
         counts = _global_counts(plan, candidates, round(outliers * plan.numel))
-    return Plan({name: replace(weight, outliers=counts[name]) for name, weight in plan.weights.items()})
+    return plan.having({name: replace(weight, outliers=counts[name]) for name, weight in plan.weights.items()})
 
 
 def _global_counts(plan: Plan, candidates: Mapping[str, Candidates], total: int) -> dict[str, int]:

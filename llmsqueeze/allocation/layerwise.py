@@ -3,8 +3,9 @@ Bit-Levels" (arXiv 2406.17415): the important decoder blocks get the high of two
 
     width of block i = high for the first blocks by importance (LIM, ZD: measure/importance.py) that fit, else low
 
-What differs from the paper: orders without merit are there as controls: random, reverse (of LIM), first, last,
-both-ends. Memory: two numbers per block.
+What differs from the paper: the bytes that are too few for one more block widen fusion groups of the next important
+ones; orders without merit are there as controls: random, reverse (of LIM), first, last, both-ends. Memory: two numbers
+per block.
 """
 
 from __future__ import annotations
@@ -38,10 +39,19 @@ def order_blocks(importance: str, count: int, lim: Sequence[float], zd: Sequence
 
 
 def allocate(
-    plan: Plan, blocks: Sequence[Sequence[str]], order: Sequence[int], high: Grid, low: Grid, target: int
+    plan: Plan,
+    blocks: Sequence[Sequence[str]],
+    order: Sequence[int],
+    high: Grid,
+    low: Grid,
+    target: int,
+    groups: Sequence[Sequence[str]] = (),
 ) -> Plan:
     """`plan` with every linear on `low`, but those of the first blocks in `order` on `high` while it stays within
-    `target` bytes. Raises RecipeError if even the low width does not fit."""
+    `target` bytes; then, in the same order, those of the fusion `groups` (without any, single linears) that still fit.
+
+    Raises RecipeError if even the low width does not fit.
+    """
 
     def on(names: Sequence[str], grid: Grid, plan: Plan) -> Plan:
         return plan.on({n: (Rows(grid, plan.weights[n].shape[0]),) for n in names if n in plan.weights})
@@ -52,8 +62,16 @@ def allocate(
             f"the budget is {8 * target / plan.numel:.3f} bits per weight; with every block at {low.bits} bits it "
             f"takes {plan.bits_per_weight:.3f}, everything counted: choose more, or a smaller --low-bits"
         )
-    for index in order:
-        candidate = on(blocks[index], high, plan)
+    whole = [blocks[index] for index in order]
+    parts = [part for names in whole for part in _groups_within(names, groups)]
+    for names in [*whole, *parts]:
+        candidate = on(names, high, plan)
         if candidate.nbytes <= target:
             plan = candidate
     return plan
+
+
+def _groups_within(block: Sequence[str], groups: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """The fusion groups of a block, and its linears that are in none."""
+    inside = [names for names in groups if names[0] in block]
+    return [*inside, *([name] for name in block if not any(name in names for names in inside))]

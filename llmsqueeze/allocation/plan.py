@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -21,7 +22,8 @@ from llmsqueeze.parts import Grid, Spec
 from llmsqueeze.recipe.conflicts import unportable
 from llmsqueeze.recipe.recipe import Recipe
 
-SHAPE_NBYTES = 16  # compressed-tensors stores the shape of every weight
+Format = Literal["native", "compressed-tensors"]
+BESIDE_NBYTES: dict[Format, int] = {"native": 0, "compressed-tensors": 16}  # the latter stores each weight's shape
 UNMEASURED_BITS = 7  # of a weight in a linear to be coded that no sample reaches
 
 
@@ -43,11 +45,11 @@ class WeightPlan:
 
     grids: how many rows are on which grid, the best-ranked rows first; none for a coded linear. outliers: how many
     weights stay as they are by a ranking of single weights (GWQ's), over those that `grids` give to rows. rank: of the
-    low-rank compensation. beside: bytes that the format stores for it beside its parts.
+    low-rank compensation. end: embeddings or head.
 
-    Of a coded linear: step: the multiplier of its steps; factor: of that to the model's; coded_nbytes: what its coded
-    part is expected to take. rates: bits that codes on a grid are expected to take where they are stored entropy-coded.
-    made: the parts as they came out, where their sizes are not known before. outer: embeddings or head.
+    Of a coded linear: step: the multiplier of its steps; factor: that multiplier over the model's; coded_nbytes:
+    expected bytes of its coded part. rates: expected bits of a code on a grid, if codes are stored entropy-coded.
+    final: the parts after compression, if their sizes are not known before.
     """
 
     name: str
@@ -57,13 +59,12 @@ class WeightPlan:
     grids: Grids = ()
     outliers: int = 0
     rank: int = 0
-    beside: int = 0
     step: float = 0.0
     factor: float = 1.0
     coded_nbytes: int = 0
     rates: tuple[tuple[Grid, float], ...] = ()
-    made: tuple[Spec, ...] = ()
-    outer: bool = False
+    final: tuple[Spec, ...] = ()
+    end: bool = False
 
     @property
     def numel(self) -> int:
@@ -87,7 +88,7 @@ class WeightPlan:
     def code_bits(self) -> float:
         """Mean width of the codes; of a coded linear the bits of a weight."""
         if self.coded:
-            words = sum(2 * spec["words"] for spec in self.made if spec["part"] == "coded")
+            words = sum(2 * spec["words"] for spec in self.final if spec["part"] == "coded")
             return (words or self.coded_nbytes) * 8 / self.numel
         return sum(rows.grid.bits * rows.count for rows in self.grids) / self.shape[0]
 
@@ -98,9 +99,9 @@ class WeightPlan:
 
     @property
     def specs(self) -> list[Spec]:
-        """What the file says of its parts; of a coded linear that is not made yet, of the others."""
-        if self.made:
-            return list(self.made)
+        """The file's description of its parts; before compression without the coded one."""
+        if self.final:
+            return list(self.final)
         mixed = len(self.by_grid) > 1
         specs = [parts.grid_spec(grid, self.dtype, n if mixed else None) for grid, n in self.by_grid.items()]
         specs += [parts.lowrank_spec(self.rank, self.dtype)] if self.rank else []
@@ -116,8 +117,9 @@ class WeightPlan:
 
     @property
     def nbytes(self) -> int:
-        expected = 0 if self.made else self.coded_nbytes - self.saved_nbytes
-        return parts.layout_nbytes(self.shape, self.specs) + self.beside + expected
+        """Bytes of its parts."""
+        expected = 0 if self.final else self.coded_nbytes - self.saved_nbytes
+        return parts.layout_nbytes(self.shape, self.specs) + expected
 
     @property
     def saved_nbytes(self) -> int:
@@ -143,13 +145,19 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The linears to compress, by block. Everything else stays as it is."""
+    """The linears to compress, by block, and the format of the result. Everything else stays as it is."""
 
-    weights: dict[str, WeightPlan]
+    weights: Mapping[str, WeightPlan]
+    format: Format = "native"
 
     @property
     def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self.weights.values())
+        """Bytes of everything stored for the linears."""
+        return sum(self.nbytes_of(name) for name in self.weights)
+
+    def nbytes_of(self, name: str) -> int:
+        """Bytes of everything stored for one linear."""
+        return self.weights[name].nbytes + BESIDE_NBYTES[self.format]
 
     @property
     def numel(self) -> int:
@@ -178,12 +186,20 @@ class Plan:
 
     @property
     def portable(self) -> bool:
-        """Whether it is to be written as compressed-tensors, which stores something beside every weight's parts."""
-        return all(weight.beside for weight in self.weights.values())
+        """Whether it is to be written as compressed-tensors."""
+        return self.format == "compressed-tensors"
 
     def on(self, grids: Mapping[str, Grids]) -> Plan:
         """The same linears, those named with other grids."""
-        return Plan({n: w.on(*grids[n]) if n in grids else w for n, w in self.weights.items()})
+        return self.having({name: self.weights[name].on(*rows) for name, rows in grids.items()})
+
+    def having(self, weights: Mapping[str, WeightPlan]) -> Plan:
+        """The same plan with these linears instead of those of their names."""
+        return replace(self, weights={**self.weights, **weights})
+
+    def only(self, weights: Mapping[str, WeightPlan]) -> Plan:
+        """These linears alone, in the same format."""
+        return replace(self, weights=weights)
 
 
 def planned_linears(skeleton: Skeleton, skip: Sequence[str]) -> list[str]:
@@ -216,21 +232,20 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     if not weights:
         raise RecipeError("--skip leaves no linear to compress")
     if recipe.code_embeddings:
-        outer = {name: _outer_plan(skeleton, name) for name in skeleton.outer}
-        weights = outer | weights
+        weights = {name: _end_plan(skeleton, name) for name in skeleton.ends} | weights
     why = why_native(recipe, skeleton, weights)
     if why and recipe.portable:
         raise RecipeError(f"--portable contradicts {why}")
     if why or recipe.portable is False:
         return Plan(weights)
-    return Plan({name: replace(weight, beside=SHAPE_NBYTES) for name, weight in weights.items()})
+    return Plan(weights, "compressed-tensors")
 
 
-def _outer_plan(skeleton: Skeleton, name: str) -> WeightPlan:
+def _end_plan(skeleton: Skeleton, name: str) -> WeightPlan:
     """Embeddings or head, to be coded."""
     rows, cols = skeleton.shape(name)
     expected = rows * cols * UNMEASURED_BITS // 8
-    return WeightPlan(name, (rows, cols), skeleton.dtype(name), "coded", coded_nbytes=expected, outer=True)
+    return WeightPlan(name, (rows, cols), skeleton.dtype(name), "coded", coded_nbytes=expected, end=True)
 
 
 def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:

@@ -130,7 +130,7 @@ def plan_of(file: PlanFile, base: Plan) -> Plan:
     if wrong:
         more = f"\n       and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise RecipeError("\n       ".join(wrong[:5]) + more)
-    return Plan(made)
+    return base.only(made)
 
 
 def _weight(weight: WeightPlan, found: Any) -> WeightPlan:

@@ -1,31 +1,44 @@
-"""What a run works on: the opened model, the linears to compress on the recipe's base grid, the text."""
+"""A job: the opened model, the recipe, the linears to compress on its base grid, the text. Opened once, passed on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears
+from llmsqueeze.compress.decision.target import target_nbytes
+from llmsqueeze.measure.profile import Profile
+from llmsqueeze.measure.request import Request
+from llmsqueeze.measure.sweeps import measure
+from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.original import Original, Source, open_original
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
+from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Job:
-    """An opened model, the recipe as it fits the model, its base plan, and the calibration text, if one is needed."""
+    """An opened model, and the recipe as it fits the model.
+
+    plan: its linears as the recipe's base plan has them; calibration: the text, if it was read; device: of all runs.
+    """
 
     original: Original
     recipe: Recipe
     plan: Plan
-    calibration: Calibration | None
+    calibration: Calibration | None = None
+    device: torch.device = CPU
 
     @property
     def source(self) -> Source:
@@ -44,40 +57,48 @@ class Job:
         return self.original.skeleton
 
     @property
-    def kept_nbytes(self) -> int:
-        """Bytes of all weights beside the planned linears."""
-        return self.checkpoint.nbytes - self.dense_nbytes
+    def samples(self) -> list[Tensor]:
+        """Token rows [1, length] of the text; none if it was not read."""
+        return self.calibration.rows if self.calibration is not None else []
 
     @property
-    def dense_nbytes(self) -> int:
-        """Bytes of the planned linears in the original."""
+    def kept_nbytes(self) -> int:
+        """Bytes of all weights beside the planned linears."""
         names = (self.skeleton.sources[f"{name}.weight"] for name in self.plan.weights)
-        return sum(self.checkpoint.tensors[name].nbytes for name in names)
+        return self.checkpoint.nbytes - sum(self.checkpoint.tensors[name].nbytes for name in names)
+
+    def target(self) -> int | None:
+        """Bytes that the linears may take; None without a budget. Raises RecipeError if no plan can meet it."""
+        return target_nbytes(self.recipe, self.plan, self.kept_nbytes, self.checkpoint.nbytes)
+
+    def asking(self, recipe: Recipe) -> Job:
+        """The same model and text with another recipe."""
+        return replace(self, recipe=recipe, plan=base_plan(self.skeleton, recipe))
+
+    def walk(self, spill: Spill) -> Walk:
+        """A walk over the samples."""
+        return Walk(self.skeleton, self.samples, spill, torch.float32, self.device)
 
 
-def prepare(
+def open_job(
     source: Source,
     recipe: Recipe,
     progress: Progress,
     text: bool | None = None,
     weights: bool = True,
     held_back: int = 0,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
 ) -> Job:
     """Finds and lays out the model and fits the recipe to it; reads the text if one is needed, or as `text` says.
 
     Without `weights` only the model's configuration has to be there. `held_back`: samples to keep for measuring.
-    `device`: where a model that samples its own text does so.
     """
     original = open_original(source, weights)
     recipe, note = fitted(recipe, columns(original.skeleton, recipe))
     if note is not None:
         progress.note(note)
-    plan = base_plan(original.skeleton, recipe)
-    calibration = None
-    if recipe.needs_text if text is None else text:
-        calibration = read_calibration(original, recipe.text, progress, held_back, device)
-    return Job(original, recipe, plan, calibration)
+    job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
+    return with_text(job, progress, held_back) if (recipe.needs_text if text is None else text) else job
 
 
 def columns(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
@@ -85,3 +106,17 @@ def columns(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
     if not recipe.entry.on_grids or recipe.group_sizes:
         return {}
     return {name: skeleton.shape(name)[1] for name in planned_linears(skeleton, recipe.skip)}
+
+
+def with_text(job: Job, progress: Progress, held_back: int = 0) -> Job:
+    """The job with its calibration text; a model that generates it does so on the job's device."""
+    calibration = read_calibration(job.original, job.recipe.text, progress, held_back, job.device)
+    return replace(job, calibration=calibration)
+
+
+def measure_job(job: Job, request: Request, folder: Path, progress: Progress) -> Profile:
+    """The profile of the job's linears; activations are kept in `folder` meanwhile."""
+    with Spill(parent=folder) as spill:
+        walk = job.walk(spill)
+        inputs = walk.embed() if job.calibration is not None else None
+        return measure(walk, inputs, job.plan.dtypes, request, progress)

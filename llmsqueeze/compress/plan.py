@@ -1,4 +1,4 @@
-"""The verb `plan`: measure (or find what was measured), decide, predict, and write it all down. Compresses nothing."""
+"""The verb `plan`: measure (or read an earlier profile), decide, predict, and write all of it. Compresses nothing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
-from llmsqueeze.compress.blocks import portability
-from llmsqueeze.compress.decide import decide, target_nbytes
-from llmsqueeze.compress.job import prepare
-from llmsqueeze.compress.outlook import curve, table
+from llmsqueeze.compress.decision.decide import decide
+from llmsqueeze.compress.decision.outlook import curve, table
+from llmsqueeze.compress.job import open_job
 from llmsqueeze.compress.reuse import rows_by, stored_or_measured
+from llmsqueeze.compress.summary import portability
 from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
@@ -31,52 +31,51 @@ def plan(
     trial: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measures (or reads what was measured), decides, predicts, and writes plan, profile and pictures into `out`.
+    """Measures (or reads a profile in `out` that matches), decides, predicts, and writes plan and profile into `out`.
 
     Without `weights` sizes come from `config.json` alone, and every linear gets the same widths (method budget).
-    Returns what the command prints. A profile in `out` that serves is reused.
+    Returns what the command prints.
     """
     progress = progress or Progress()
     recipe = make_recipe({"method": "auto" if weights else "budget", **settings})
     if recipe.needs_steps and not weights:
         raise RecipeError(
-            "what coded weights take is known by measuring; --weights none tells sizes of --method budget"
+            "--weights none does not apply to --method coded, whose sizes must be measured: use --method budget"
         )
     if recipe.bounded:
-        raise RecipeError("a bound on quality is found by compressing and measuring: use it with `llmsqueeze quantize`")
+        raise RecipeError("a bound on quality needs compressed weights to measure: use it with `llmsqueeze quantize`")
     folder = make_folder(out or Path(f"{Path(source.model).expanduser().resolve().name}-plan"))
-    place = pick_device(device)
-    job = prepare(source, recipe, progress, text=weights, weights=weights, device=place)
-    recipe = job.recipe
+    job = open_job(source, recipe, progress, text=weights, weights=weights, device=pick_device(device))
     if not weights:
-        recipe = replace(recipe, importance="uniform", granularity="", portable=None)
-    target = target_nbytes(recipe, job.plan, job.kept_nbytes, job.checkpoint.nbytes)
-    profile = stored_or_measured(job, recipe, folder / PROFILE, place, progress) if weights else Profile()
-    decided = decide(job.plan, profile, recipe, job.skeleton.linears, target)
+        job = replace(job, recipe=replace(job.recipe, importance="uniform", granularity="", portable=None))
+    recipe = job.recipe
+    target = job.target()
+    profile = stored_or_measured(job, folder / PROFILE, progress) if weights else Profile()
+    decision = decide(job.plan, profile, recipe, job.skeleton.linears, target)
     about = {
         "model": Path(source.model).name if Path(source.model).is_dir() else source.model,
         "weights_sha256": profile.source.get("weights"),
-        "bits_per_weight": round(decided.plan.bits_per_weight, 6),
-        "nbytes": job.kept_nbytes + decided.plan.nbytes,
-        "predicted_loss_increase": decided.predicted,
+        "bits_per_weight": round(decision.plan.bits_per_weight, 6),
+        "nbytes": job.kept_nbytes + decision.plan.nbytes,
+        "predicted_loss_increase": decision.predicted,
     }
-    write_plan(folder / PLAN, decided.plan, recipe, about, rows_by(recipe), PROFILE if weights else None)
+    write_plan(folder / PLAN, decision.plan, recipe, about, rows_by(recipe), PROFILE if weights else None)
     points = curve(job.plan, recipe, profile)
-    predicted = run_trial(job, folder / PLAN, place, progress) if trial and weights else {}
+    trial_run = run_trial(job, folder / PLAN, progress) if trial and weights else {}
     return about | {
         "given": source.model,
         "out": str(folder),
         "method": recipe.method,
-        "bits": decided.plan.code_bits,
+        "bits": decision.plan.code_bits,
         "nbytes_original": job.checkpoint.nbytes,
         "loss": profile.loss,
-        "rows": table(decided, job.skeleton.linears, profile),
-        **portability(recipe, job, decided),
+        "rows": table(decision, job.skeleton.linears, profile),
+        **portability(job, decision),
         "curve": points,
         "blocks": job.skeleton.linears,
-        "weights": {name: 8 * weight.nbytes / weight.numel for name, weight in decided.plan.weights.items()},
-        "predicted_seconds": predicted.get("seconds"),
-        "predicted_peak_memory_mb": predicted.get("peak_memory_mb"),
+        "weights": {name: 8 * decision.plan.nbytes_of(name) / w.numel for name, w in decision.plan.weights.items()},
+        "predicted_seconds": trial_run.get("seconds"),
+        "predicted_peak_memory_mb": trial_run.get("peak_memory_mb"),
     }
 
 

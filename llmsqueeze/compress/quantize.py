@@ -1,19 +1,23 @@
-"""The verb `quantize`: from what was asked for, with a plan or a profile made before, to one run or a search."""
+"""The verb `quantize`: one run, or a search, from settings or from a plan or a profile of an earlier run."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.compress import blocks
-from llmsqueeze.compress.job import prepare
+from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.job import Job, open_job, with_text
+from llmsqueeze.compress.pipeline import compress
 from llmsqueeze.compress.reuse import given_plan, given_profile, open_plan
-from llmsqueeze.compress.search import smallest_within
+from llmsqueeze.compress.search import HELD_BACK, smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.formats.folder import check_writable
+from llmsqueeze.measure.profile import Profile
+from llmsqueeze.memory import keep_little
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
@@ -36,48 +40,54 @@ def quantize(
 ) -> dict[str, Any]:
     """Compresses as the command says; returns its summary."""
     start, progress = time.monotonic(), progress or Progress()
-    decided = measured = None
-    if plan is not None:
-        if contradiction := next((key for key in (*settings, *(["profile"] if profile else []))), None):
-            raise RecipeError(f"--plan contradicts --{contradiction.replace('_', '-')}: the plan has its own recipe")
-        file = open_plan(plan)
-        recipe = file.recipe
-        check_writable(out or folder_name(source, recipe), overwrite)
-        decided = given_plan(prepare(source, recipe, progress, text=False), file)
-    else:
-        recipe = make_recipe(settings)
+    keep_little()
+    if plan is not None and (other := next((key for key in (*settings, *(["profile"] if profile else []))), None)):
+        raise RecipeError(f"--plan contradicts --{other.replace('_', '-')}: the plan has its own recipe")
+    file = open_plan(plan) if plan is not None else None
+    recipe = file.recipe if file is not None else make_recipe(settings)
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
+    job = open_job(source, recipe, progress, text=False, device=pick_device(device))
+    recipe = job.recipe
+    job.target()  # a budget that no plan can meet is refused before the text is read
+    decision = given_plan(job, file) if file is not None else None
+    measured = None
+    if recipe.needs_text or profile is not None:
+        job = with_text(job, progress, HELD_BACK if recipe.bounded else 0)
     if profile is not None:
-        job = prepare(source, recipe, progress, text=True, device=pick_device(device))
-        measured = given_profile(job, job.recipe, profile)
+        measured = given_profile(job, profile)
+        job = job if recipe.needs_text else replace(job, calibration=None)
     if recipe.bounded:
-        return smallest_within(source, recipe, folder, measured, device, overwrite, verify, progress)
-    first = folder.with_name(folder.name + ".undistilled") if recipe.distill_steps else folder
-    summary = blocks.quantize(
-        source,
-        recipe,
-        first,
-        device=device,
-        overwrite=overwrite or first != folder,
-        decided=decided,
-        profile=measured,
-        verify=verify,
-        progress=progress,
-    )
-    result = summary.as_dict()
-    if first != folder:
-        result |= distilled(source, recipe, first, folder, device, overwrite, progress)
-    return result | {"seconds": round(time.monotonic() - start, 3)}  # with what was read before
+        return smallest_within(job, folder, measured, overwrite, verify, progress)
+    result = run(job, folder, decision, measured, overwrite, verify, progress)
+    return result | {"seconds": round(time.monotonic() - start, 3)}  # with all that was read before
 
 
-def distilled(
-    source: Source, recipe: Recipe, first: Path, out: Path, device: str, overwrite: bool, progress: Progress
+def run(
+    job: Job,
+    out: Path,
+    decision: Decision | None,
+    profile: Profile | None,
+    overwrite: bool,
+    verify: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Distils the folder `first` into `out` and removes it; returns what changes in the summary."""
+    """One run, and the distillation of its result if the recipe has steps of it; returns the summary."""
+    if not job.recipe.distill_steps:
+        return compress(
+            job, out, overwrite=overwrite, decision=decision, profile=profile, verify=verify, progress=progress
+        ).as_dict()
+    first = out.with_name(out.name + ".undistilled")
+    summary = compress(job, first, overwrite=True, decision=decision, profile=profile, verify=verify, progress=progress)
+    return summary.as_dict() | distilled(job, first, out, overwrite, progress)
+
+
+def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """Distils the folder `first` into `out` and removes it; returns the entries of the summary that change."""
     from llmsqueeze.distillation.distill import distill
     from llmsqueeze.distillation.settings import Distillation
 
+    recipe, source = job.recipe, job.source
     settings = Distillation(
         steps=recipe.distill_steps,
         loss=recipe.distill_loss,
@@ -87,21 +97,21 @@ def distilled(
         seed=recipe.seed,
     )
     try:
-        made = distill(
+        summary = distill(
             str(first),
             source.model,
             settings,
             out,
-            device=device,
+            device=str(job.device),
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             overwrite=overwrite,
             progress=progress,
         )
     except SqueezeError as error:
-        raise type(error)(f"{error}; what there was before distilling is in {first}") from error
+        raise type(error)(f"{error}; the result before distillation is in {first}") from error
     shutil.rmtree(first, ignore_errors=True)
-    return {key: made[key] for key in ("out", "kl_before", "kl_after", "peak_memory_mb", "peak_device_memory_mb")}
+    return {key: summary[key] for key in ("out", "kl_before", "kl_after", "peak_memory_mb", "peak_device_memory_mb")}
 
 
 def folder_name(source: Source, recipe: Recipe) -> Path:

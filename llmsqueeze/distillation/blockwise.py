@@ -71,7 +71,7 @@ def train_blocks(
     with Spill(parent=work) as spill:
         walk = Walk(skeleton, [*rows, *held_back], spill, torch.float32, device)
         original = compressed = walk.embed()
-        if any(f"{name}.weight" not in student.tensors for name in skeleton.outer):
+        if any(f"{name}.weight" not in student.tensors for name in skeleton.ends):
             with skeleton.overriding(outside_blocks(skeleton, student)):
                 compressed = walk.embed()
         for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):

@@ -65,7 +65,7 @@ def check_teacher(skeleton: Skeleton, student: Checkpoint, source: Path, teacher
     wrong = f"{source} was made from {made_from}, and {teacher} is another model: "
     linears = {name for block in skeleton.linears for name in block}
     for linear, entry in read_entries(student).items():
-        if linear not in {*linears, *skeleton.outer} or skeleton.shape(linear) != entry.shape:
+        if linear not in {*linears, *skeleton.ends} or skeleton.shape(linear) != entry.shape:
             raise RecipeError(f"{wrong}it has no {linear} of {entry.shape[0]} x {entry.shape[1]}")
     if name.removesuffix(".weight") in read_entries(student):
         return  # coded embeddings differ from the original's

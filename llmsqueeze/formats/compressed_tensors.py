@@ -70,7 +70,7 @@ def settled(plan: Plan, portable: bool | None) -> Plan:
         return plan
     if portable:
         raise RecipeError(f"portable contradicts the plan: compressed-tensors cannot represent {what}")
-    return Plan({name: replace(weight, beside=0) for name, weight in plan.weights.items()})
+    return replace(plan, format="native")
 
 
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:

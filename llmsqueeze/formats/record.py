@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def outcome(
     predicted: float | None,
     nbytes: int,
     nbytes_original: int,
-    by_weight: dict[str, dict[str, float]],
+    by_weight: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """The result: its format, sizes in bytes, and by_weight: kind of number -> linear -> number."""
     return {

@@ -211,7 +211,7 @@ def skeleton_on(folder: Folder) -> Skeleton:
 
 def outside_blocks(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict[str, Tensor]:
     """The parameters outside the blocks that embedding needs: all but an untied head."""
-    heads = {f"{name}.weight" for name in skeleton.outer[1:]}
+    heads = {f"{name}.weight" for name in skeleton.ends[1:]}
     tensors = {}
     for name in skeleton.names_outside_blocks():
         linear = name.removesuffix(".weight")

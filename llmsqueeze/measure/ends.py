@@ -28,7 +28,7 @@ class Ends:
     """Sums up what embeddings and head see over the samples of a walk."""
 
     def __init__(self, walk: Walk) -> None:
-        self.walk, self.device, self.names = walk, walk.device, walk.skeleton.outer
+        self.walk, self.device, self.names = walk, walk.device, walk.skeleton.ends
         vocabulary, width = walk.skeleton.embedding_shape
         self.tokens = torch.zeros(vocabulary, device=self.device)
         self.logits = torch.zeros(vocabulary, device=self.device)

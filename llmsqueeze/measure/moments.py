@@ -1,4 +1,4 @@
-"""What a linear sees: which linears share an input tensor, and the second moments of that input.
+"""Inputs of linears: which linears share an input tensor, and the second moments of that input.
 
 Linears that receive the same tensor object form a fusion group (q/k/v, gate/up): they are found by the identity of
 their input in a traced run, not by name, and share one second-moment matrix.
@@ -37,14 +37,27 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Streams:
+class ResidualStreams:
     """The residual streams at a block's input: the original model's and the compressed model's.
 
-    A recipe that needs only one of them leaves the other None; before the first block both are the same object.
+    A stream that nobody needs is None; before the first block both may be the same object.
     """
 
-    original: Activations | None
-    compressed: Activations | None
+    original: Activations | None = None
+    compressed: Activations | None = None
+
+    def advanced(
+        self, walk: Walk, index: int, original: Mapping[str, Tensor], current: Mapping[str, Tensor]
+    ) -> ResidualStreams:
+        """The streams behind a resident block, whose weights are `original` and, compressed, `current`."""
+        return ResidualStreams(
+            advance(walk, index, self.original, original), advance(walk, index, self.compressed, current)
+        )
+
+    def clear(self) -> None:
+        """Gives the memory of both back."""
+        for stream in {id(s): s for s in (self.original, self.compressed) if s is not None}.values():
+            stream.clear()
 
 
 def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
@@ -73,7 +86,7 @@ def observe(
     walk: Walk,
     index: int,
     group: FusionGroup,
-    streams: Streams,
+    streams: ResidualStreams,
     original: Mapping[str, Tensor],
     current: Mapping[str, Tensor],
 ) -> Moments:

@@ -16,7 +16,8 @@ class Request:
     options: to be priced with `quantizer`, scales searched or not (`search`); with them `gains` of a low-rank
     compensation and `rates` of entropy-coded codes. coded: bytes and loss of coded weights, with `ends` of embeddings
     and head too. salience: the grids whose rounding errors rank rows. outliers: the ranking of single weights.
-    labels: of the loss whose gradient is measured: `text`, or `model`, drawn by `seed`.
+    groups: the fusion groups, which a backward sweep gives anyway. labels: of the loss whose gradient is measured:
+    `text`, or `model`, drawn by `seed`.
     """
 
     options: tuple[Option, ...] = ()
@@ -28,6 +29,7 @@ class Request:
     outliers: Ranking | None = None
     lim: bool = False
     zd: bool = False
+    groups: bool = False
     quantizer: str = "rtn"
     search: bool = False
     labels: str = "text"

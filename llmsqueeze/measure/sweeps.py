@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import torch
 
+from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure.block import Linears, reduce_block, reduce_weights
 from llmsqueeze.measure.costs import coded_points
 from llmsqueeze.measure.ends import Ends
 from llmsqueeze.measure.importance import similarity
+from llmsqueeze.measure.moments import fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
 from llmsqueeze.model.activations import Activations
@@ -21,6 +23,8 @@ from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.quantizers.curvature import factorize
+
+TOKENS = 32  # of a sample that shows the fusion groups
 
 
 def measure(
@@ -34,7 +38,9 @@ def measure(
     profiles = []
     if request.lim:
         assert first_inputs is not None
-        profiles.append(Profile(lim=tuple(similarities(walk, first_inputs, progress))))
+        profiles.append(forward_profile(walk, first_inputs, progress))
+    elif request.groups:
+        profiles.append(groups_profile(walk, request.seed, progress))
     if request.zd or request.outliers is not None:
         blocks = range(len(walk.skeleton.blocks))
         for index in progress.over(blocks, "weights", len(blocks)):
@@ -81,24 +87,42 @@ def forward_sweep(walk: Walk, first_inputs: Activations, progress: Progress) -> 
     return inputs, lim
 
 
-def similarities(walk: Walk, first_inputs: Activations, progress: Progress) -> list[float]:
-    """Every block's LIM, with the activations of one block at a time."""
+def forward_profile(walk: Walk, first_inputs: Activations, progress: Progress) -> Profile:
+    """Every block's LIM and fusion groups, with the activations of one block at a time."""
     inputs, lim = first_inputs, []
+    groups: list[tuple[str, ...]] = []
     for index in progress.over(range(len(walk.modules)), "forward", len(walk.modules)):
-        outputs, similar = forward_block(walk, index, inputs)
+        outputs, similar = forward_block(walk, index, inputs, groups)
         lim.append(-similar)
         if inputs is not first_inputs:
             inputs.clear()
         inputs = outputs
     inputs.clear()
-    return lim
+    return Profile(lim=tuple(lim), groups=tuple(groups))
 
 
-def forward_block(walk: Walk, index: int, inputs: Activations) -> tuple[Activations, float]:
-    """Block `index` on every sample: its outputs, and their mean cosine with the inputs."""
+def groups_profile(walk: Walk, seed: int, progress: Progress) -> Profile:
+    """The fusion groups alone, from the first sample or, without text, from random tokens; none if the model cannot be
+    walked."""
+    vocabulary, _ = walk.skeleton.embedding_shape
+    row = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(seed))
+    short = Walk(walk.skeleton, walk.samples[:1] or [row], walk.spill, walk.dtype, walk.device)
+    try:
+        return Profile(groups=forward_profile(short, short.embed(), progress).groups)
+    except UnsupportedError:
+        return Profile()
+
+
+def forward_block(
+    walk: Walk, index: int, inputs: Activations, groups: list[tuple[str, ...]] | None = None
+) -> tuple[Activations, float]:
+    """Block `index` on every sample: its outputs, and their mean cosine with the inputs. Adds its fusion groups to
+    `groups`."""
     outputs = Activations(walk.spill)
     similar = 0.0
     with walk.resident_block(index), torch.no_grad():
+        if groups is not None:
+            groups += [group.names for group in fusion_groups(walk, index, inputs.get(0, walk.device))]
         for sample, hidden in enumerate(inputs.each(walk.device)):
             output = walk.run(index, sample, hidden)
             similar += similarity(hidden, output)

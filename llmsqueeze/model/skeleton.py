@@ -74,7 +74,7 @@ class Skeleton:
                 self.linear(name).weight = parameter
 
     @property
-    def outer(self) -> list[str]:
+    def ends(self) -> list[str]:
         """The names of embeddings and head as stored; if they are tied, one name."""
         ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         names = [name for end in ends for name, module in self.model.named_modules() if module is end]
@@ -83,7 +83,7 @@ class Skeleton:
     @property
     def ties_head(self) -> bool:
         """Whether embeddings and head share one weight."""
-        return len(self.outer) == 1 and self.model.get_output_embeddings() is not None
+        return len(self.ends) == 1 and self.model.get_output_embeddings() is not None
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)

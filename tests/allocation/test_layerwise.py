@@ -67,16 +67,35 @@ ORDER = [3, 0, 4, 1, 2]
 
 @pytest.mark.parametrize("count", range(6))
 def test_the_most_important_blocks_get_the_high_width(plan: Plan, count: int) -> None:
-    """With room for exactly `count` of them, and for one byte less than the next."""
+    """With room for exactly `count` of them, and for one byte less than the smallest linear of the next."""
     low = layerwise.allocate(plan, BLOCKS, [], HIGH, LOW, 10**9)
-    step = 128 * 64 * 2 // 8
-    for room in (0, step - 1):
+    step, smallest = 128 * 64 * 2 // 8, 32 * 64 * 2 // 8
+    for room in (0, smallest - 1):
         made = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, low.nbytes + count * step + room)
         assert widths(made) == [{4} if i in ORDER[:count] else {2} for i in range(5)]
         assert made.nbytes == low.nbytes + count * step
 
 
-def test_a_smaller_block_may_still_fit_where_a_larger_one_does_not(plan: Plan) -> None:
+def test_the_rest_goes_to_fusion_groups_of_the_next_blocks(plan: Plan) -> None:
+    """Or to single linears, if no groups are known; the order is kept."""
+    low = layerwise.allocate(plan, BLOCKS, [], HIGH, LOW, 10**9)
+    step, attn, mlp = (rows * 64 * 2 // 8 for rows in (128, 32, 96))
+    target = low.nbytes + step + mlp + attn - 1
+    alone = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, target)
+    assert widths(alone) == [{2, 4}, {2, 4}, {2}, {4}, {2, 4}], "the second most important, the third and the fourth"
+    assert {name for name, weight in alone.weights.items() if weight.grid == HIGH and name[:2] != "b3"} == {
+        "b0.attn",
+        "b4.attn",
+        "b1.attn",
+    }
+    groups = [("b0.mlp",), ("b0.attn",)]
+    grouped = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, target, groups)
+    assert grouped.weights["b0.mlp"].grid == HIGH, "the group that is called first"
+    together = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, target, [tuple(names) for names in BLOCKS])
+    assert widths(together) == [{2}, {2}, {2}, {4}, {2}], "a group is never split"
+
+
+def test_a_smaller_block_may_still_fit_if_a_larger_one_does_not(plan: Plan) -> None:
     blocks = [[*BLOCKS[0], *BLOCKS[1]], *BLOCKS[2:]]
     low = layerwise.allocate(plan, blocks, [], HIGH, LOW, 10**9)
     made = layerwise.allocate(plan, blocks, [0, 1, 2, 3], HIGH, LOW, low.nbytes + 128 * 64 * 2 // 8)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from llmsqueeze.allocation import ranks
 from llmsqueeze.allocation.plan import Rows, WeightPlan
-from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.compress.plan import plan
-from llmsqueeze.compress.quantize import quantize as quantize_verb
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import RANKS, Option, low_rank_gains, price, residuals
-from llmsqueeze.model.original import Source
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.recipe.resolve import make_recipe
 
 OPTIONS = (Option(Grid(2, 16, True)), Option(Grid(3, 16, True)))
-TEXT = {"samples": 6, "seq_len": 64}
 
 
 @pytest.fixture
@@ -99,57 +91,15 @@ def test_the_bytes_of_a_rank_are_those_in_the_file() -> None:
     assert with_rank.nbytes - weight.nbytes == 3 * ranks.rank_nbytes(weight) == 3 * (24 + 40 + 2)
 
 
-@pytest.fixture(scope="module")
-def bought(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """The demo by round to nearest, whose error has directions worth their bytes, within 2.5 bits."""
-    out = tmp_path_factory.mktemp("bought") / "out"
-    settings = {"method": "budget", "quantizer": "rtn", "bits": 2.5, "lorc_rank": "auto", **TEXT}
-    return out, quantize("demo", make_recipe(settings), out).as_dict()
-
-
-def test_ranks_are_bought_within_the_budget_and_promise_more(bought: tuple[Path, dict], tmp_path: Path) -> None:
-    out, summary = bought
-    weights = json.loads((out / "config.json").read_text())["quantization_config"]["weights"].values()
-    found = [spec["rank"] for entry in weights for spec in entry["parts"] if spec["part"] == "lowrank"]
-    assert found, "no rank was bought"
-    assert len(set(found)) > 1, "all linears have the same"
-    assert summary["bits_per_weight"] <= 2.5
-    without = make_recipe({"method": "budget", "quantizer": "rtn", "bits": 2.5, **TEXT})
-    alone = quantize("demo", without, tmp_path / "alone").as_dict()
-    assert summary["predicted_loss_increase"] < alone["predicted_loss_increase"]
-
-
-def test_a_plan_with_ranks_is_followed_to_the_byte(bought: tuple[Path, dict], tmp_path: Path) -> None:
-    out, _ = bought
-    settings = {"method": "budget", "quantizer": "rtn", "bits": 2.5, "lorc_rank": "auto", **TEXT}
-    plan(Source("demo"), settings, tmp_path / "plan", trial=False)
-    assert "rank:" in (tmp_path / "plan" / "plan.yaml").read_text()
-    quantize_verb(Source("demo"), {}, tmp_path / "followed", plan=tmp_path / "plan")
-    for file in sorted(out.glob("*.safetensors")):
-        assert file.read_bytes() == (tmp_path / "followed" / file.name).read_bytes()
-
-
-def test_a_profile_without_gains_is_measured_again(tmp_path: Path) -> None:
-    settings = {"method": "budget", "quantizer": "rtn", "bits": 2.5, **TEXT}
-    plan(Source("demo"), settings, tmp_path, trial=False)
-    before = (tmp_path / "profile.safetensors").read_bytes()
-    plan(Source("demo"), {**settings, "lorc_rank": "auto"}, tmp_path, trial=False)
-    assert (tmp_path / "profile.safetensors").read_bytes() != before
-    profile = tmp_path / "old.safetensors"
-    profile.write_bytes(before)
-    with pytest.raises(RecipeError, match="no gains of ranks"):
-        quantize_verb(Source("demo"), {**settings, "lorc_rank": "auto"}, tmp_path / "out", profile=profile)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "descent", "lorc_rank": "auto"}, "lorc rank auto contradicts method descent"),
-        ({"bits": 2.5, "lorc_rank": "auto", "lorc": "plain"}, "lorc rank auto contradicts lorc plain"),
-        ({"bits": 2.5, "lorc_rank": "auto", "importance": "uniform"}, "lorc rank auto contradicts importance uniform"),
-        ({"lorc_rank": "many"}, "lorc rank is 'many'; it must be a whole number from 0, or auto"),
-        ({"lorc_rank": -1}, "lorc rank is -1"),
-        ({"bits": 2.5, "lorc_rank": "auto", "portable": True}, "portable contradicts lorc rank auto"),
+        ({"method": "descent", "lorc_rank": "auto"}, "--lorc-rank auto contradicts --method descent"),
+        ({"bits": 2.5, "lorc_rank": "auto", "lorc": "plain"}, "--lorc-rank auto contradicts --lorc plain"),
+        ({"bits": 2.5, "lorc_rank": "auto", "importance": "uniform"}, "--lorc-rank auto contradicts --importance"),
+        ({"lorc_rank": "many"}, "--lorc-rank is 'many'; it must be a whole number from 0, or auto"),
+        ({"lorc_rank": -1}, "--lorc-rank is -1"),
+        ({"bits": 2.5, "lorc_rank": "auto", "portable": True}, "--portable contradicts --lorc-rank auto"),
     ],
 )
 def test_ranks_that_cannot_be_bought_are_refused(settings: dict, message: str) -> None:

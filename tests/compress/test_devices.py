@@ -69,7 +69,7 @@ def gpu() -> Iterator[Any]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_gpu_gives_what_the_cpu_gives(name: str, tiny: Path, tmp_path: Path) -> None:
-    options = TEXT | RUNS[name]
+    options = RUNS[name] if RUNS[name].get("outlier_ranking") == "random" else TEXT | RUNS[name]
     quantize(Source(str(tiny)), options, tmp_path / "cpu", device="cpu")
     with pretended_gpu():
         summary = quantize(Source(str(tiny)), options, tmp_path / "cuda", device="auto")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmsqueeze
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo import stories as demo_stories
 from llmsqueeze.distillation import blockwise, teacher, training
 from llmsqueeze.distillation.distill import distill

@@ -10,7 +10,7 @@ import torch
 from support import ARCHITECTURES
 
 import llmsqueeze
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.distillation.student import Student, StudentBlock
 from llmsqueeze.distillation.training import chunks
 from llmsqueeze.model.activations import Spill

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmsqueeze import parts
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo.task import TASK_NAME
 from llmsqueeze.evaluation import bnb, tasks
 from llmsqueeze.evaluation import compare as comparing

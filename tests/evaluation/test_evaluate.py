@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmsqueeze
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo.task import task_config
 from llmsqueeze.errors import CalibrationError, RecipeError, UnsupportedError
 from llmsqueeze.evaluation import tasks

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, WeightPlan
-from llmsqueeze.compress import weight
-from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.compress.decide import Decision
-from llmsqueeze.compress.job import prepare
+from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.job import open_job
+from llmsqueeze.compress.pipeline import compress_model as quantize
+from llmsqueeze.compress.weights import weight
 from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.export import export
 from llmsqueeze.formats.folder import Output
@@ -42,7 +42,7 @@ def adaptable(demo_of: Callable[[int], Path], tmp_path_factory: pytest.TempPathF
     plan = Plan(
         {
             name: replace(w, rank=0 if "v_proj" in name else 3 if "k_proj" in name else next(ranks))
-            for name, w in prepare(source, recipe, Progress()).plan.weights.items()
+            for name, w in open_job(source, recipe, Progress()).plan.weights.items()
         }
     )
     compensation = weight.compensation
@@ -53,7 +53,7 @@ def adaptable(demo_of: Callable[[int], Path], tmp_path_factory: pytest.TempPathF
     out = tmp_path_factory.mktemp("adaptable") / "adaptable"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(weight, "compensation", some)
-        quantize(source, recipe, out, decided=Decision(plan))
+        quantize(source, recipe, out, decision=Decision(plan))
     return out
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import KINDS, command
 from torch import Tensor
 
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.inspection.integrity import padding_errors

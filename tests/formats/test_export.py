@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import llmsqueeze
 from llmsqueeze import parts
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.errors import RecipeError, UnsupportedError

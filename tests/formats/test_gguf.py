@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support import refused
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.formats.entries import read_entries
 from llmsqueeze.formats.export import export

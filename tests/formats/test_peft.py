@@ -15,7 +15,7 @@ from support import command, refused
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.errors import UnsupportedError, VerificationError
 from llmsqueeze.formats import export as exporting
 from llmsqueeze.formats.entries import read_entries, read_parts

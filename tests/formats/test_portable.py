@@ -15,9 +15,11 @@ from support import TEXT, command
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, why_native
-from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.compress.decide import Decision, decide, request_of, target_nbytes
-from llmsqueeze.compress.job import Job, prepare
+from llmsqueeze.compress.decision.decide import Decision, decide
+from llmsqueeze.compress.decision.options import request_of
+from llmsqueeze.compress.decision.target import target_nbytes
+from llmsqueeze.compress.job import Job, open_job
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure.sweeps import measure
@@ -37,7 +39,7 @@ def planned(demo_of: Callable[[int], Path]) -> Callable[..., tuple[Job, Recipe]]
 
     def plan(settings: dict[str, Any], model: Path | None = None) -> tuple[Job, Recipe]:
         recipe = make_recipe(settings)
-        return prepare(Source(str(model or demo_of(1))), recipe, Progress(), text=False), recipe
+        return open_job(Source(str(model or demo_of(1))), recipe, Progress(), text=False), recipe
 
     return plan
 
@@ -173,7 +175,7 @@ def test_the_predicted_cost_of_a_portable_result_is_its_cost(planned: Planned, d
     settings = {"method": "budget", "bits": 2.6, "quantizer": "rtn"}
     text = make_recipe({**settings, **TEXT})
     free, recipe = planned(settings)
-    free = replace(free, calibration=prepare(Source(str(demo_of(1))), text, Progress()).calibration)
+    free = replace(free, calibration=open_job(Source(str(demo_of(1))), text, Progress()).calibration)
     assert free.calibration is not None
     with Spill() as spill:
         walk = Walk(free.skeleton, free.calibration.rows, spill, torch.float32, torch.device("cpu"))

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from support import KINDS
 from torch import Tensor
 
-from llmsqueeze.compress import blocks
+from llmsqueeze.compress import pipeline
 from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.entries import read_entries
@@ -92,7 +92,7 @@ def test_untied_heads_and_transposed_weights_are_read_once(
     architecture: str, random_model: Callable[..., Path], reads: Counter[tuple[str, str]], tmp_path: Path
 ) -> None:
     recipe = make_recipe({"method": "rtn", "bits": 4, "group_size": 16})
-    summary = blocks.quantize(str(random_model(architecture)), recipe, tmp_path / "out")
+    summary = pipeline.compress_model(str(random_model(architecture)), recipe, tmp_path / "out")
     assert summary.verified is not None
     assert summary.verified["blocks"] == 3
     back = {name: times for (folder, name), times in reads.items() if folder == "out.partial"}

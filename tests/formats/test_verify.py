@@ -14,7 +14,8 @@ from support import KINDS, TEXT, command
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.compress import blocks, weight
+from llmsqueeze.compress import pipeline
+from llmsqueeze.compress.weights import weight
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.formats import export
 from llmsqueeze.formats import verify as verification
@@ -142,16 +143,16 @@ def test_swapped_weights_are_found_by_their_weight(
     demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tensors are all there and sound, only under each other's names: as a wrong map of names would write them."""
-    stored = blocks.compressed_tensors.stored_tensors
+    stored = pipeline.compressed_tensors.stored_tensors
 
     def swapped(linear: str, weight_parts: Any) -> dict[str, Tensor]:
         other = {"q_proj": "o_proj", "o_proj": "q_proj"}
         head, _, leaf = linear.rpartition(".")
         return stored(f"{head}.{other.get(leaf, leaf)}", weight_parts)
 
-    monkeypatch.setattr(blocks.compressed_tensors, "stored_tensors", swapped)
+    monkeypatch.setattr(pipeline.compressed_tensors, "stored_tensors", swapped)
     with pytest.raises(VerificationError, match=r"layers\.0\.self_attn\.[qo]_proj, put together from the file"):
-        blocks.quantize(str(demo_of(1)), make_recipe(KINDS["portable"]), tmp_path / "out")
+        pipeline.compress_model(str(demo_of(1)), make_recipe(KINDS["portable"]), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
     assert (tmp_path / "out.partial" / "config.json").exists()
 
@@ -162,7 +163,7 @@ def test_codes_that_are_packed_wrongly_are_found_before_they_are_written(
     pack = parts.affine.bitpack.pack
     monkeypatch.setattr(parts.affine.bitpack, "pack", lambda codes, bits: pack(codes.clamp(max=5), bits))
     with pytest.raises(VerificationError, match=r"model\.layers\.0\.\S+: the packed codes on 4 bit"):
-        blocks.quantize(str(demo_of(1)), make_recipe(KINDS["portable"]), tmp_path / "out")
+        pipeline.compress_model(str(demo_of(1)), make_recipe(KINDS["portable"]), tmp_path / "out")
     assert weight.VerificationError is VerificationError
 
 
@@ -174,20 +175,20 @@ def test_without_verification_the_check_is_left(
     def refuse(*_: Any) -> None:
         raise AssertionError("nothing is to be verified")
 
-    monkeypatch.setattr(blocks.verification, "verify", refuse)
+    monkeypatch.setattr(pipeline.verification, "verify", refuse)
     recipe = make_recipe(KINDS["portable"])
-    summary = blocks.quantize(str(demo_of(1)), recipe, tmp_path / "sound", verify=False)
+    summary = pipeline.compress_model(str(demo_of(1)), recipe, tmp_path / "sound", verify=False)
     assert summary.verified is None
     assert summary.opens["transformers"] == ""
-    stored = blocks.compressed_tensors.stored_tensors
+    stored = pipeline.compressed_tensors.stored_tensors
 
     def zeroed(linear: str, weight_parts: Any) -> dict[str, Tensor]:
         tensors = stored(linear, weight_parts)
         return tensors | {name: t * 0 for name, t in tensors.items() if name.endswith("weight_scale")}
 
-    monkeypatch.setattr(blocks.compressed_tensors, "stored_tensors", zeroed)
+    monkeypatch.setattr(pipeline.compressed_tensors, "stored_tensors", zeroed)
     with pytest.raises(VerificationError, match=r"does not pass the check: .*weight_scale holds zeros"):
-        blocks.quantize(str(demo_of(1)), recipe, tmp_path / "out", verify=False)
+        pipeline.compress_model(str(demo_of(1)), recipe, tmp_path / "out", verify=False)
     assert (tmp_path / "out.partial").is_dir()
     assert not (tmp_path / "out").exists()
 
@@ -203,7 +204,7 @@ def test_the_command_ends_with_2_and_the_next_run_begins_anew(
 
     run = ["quantize", demo_of(1), "--method", "rtn", "--bits", "3", "--out", tmp_path / "out", "-q"]
     with monkeypatch.context() as patched:
-        patched.setattr(blocks.verification, "verify", damaged)
+        patched.setattr(pipeline.verification, "verify", damaged)
         code, out, err = command(*run)
     assert code == 2
     assert f"{linear}.weight_packed" in err

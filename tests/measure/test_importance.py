@@ -127,3 +127,11 @@ def test_measured_zd_is_that_of_the_blocks_linears_and_needs_no_text(folder: Pat
         measured(folder, tokens, Request(zd=True, salience=(Grid(4, 128, False),))).zd
         == measured(folder, [], Request(zd=True)).zd
     )
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["of the text", "of random tokens"])
+def test_fusion_groups_are_known_without_gradients(text: bool, folder: Path, tokens: list[Tensor]) -> None:
+    expected = measured(folder, tokens[:1], Request(salience=(Grid(4, 128, False),))).groups
+    assert measured(folder, tokens[:1] if text else [], Request(groups=True)) == Profile(groups=expected)
+    assert measured(folder, tokens[:1], Request(lim=True)).groups == expected
+    assert len(expected) == 8

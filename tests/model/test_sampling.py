@@ -13,7 +13,7 @@ import torch
 from support import command
 from torch import Tensor
 
-from llmsqueeze.compress.job import prepare
+from llmsqueeze.compress.job import open_job
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError
 from llmsqueeze.formats import load
@@ -62,7 +62,7 @@ def drawn(folder: str | Path, count: int = 5, length: int = 12, seed: int = 0) -
 def text_of(model: str, progress: Progress | None = None, held_back: int = 0, **settings: Any) -> Calibration:
     """The calibration that a run on `model` reads."""
     recipe = make_recipe({"method": "gptq", "samples": 4, "seq_len": 16, **settings})
-    job = prepare(Source(model), recipe, progress or Progress(), text=True, held_back=held_back)
+    job = open_job(Source(model), recipe, progress or Progress(), text=True, held_back=held_back)
     assert job.calibration is not None
     return job.calibration
 
@@ -240,7 +240,7 @@ def test_the_hubs_text_is_taken_if_it_can_be_read(small: str, monkeypatch: pytes
 
 def test_a_method_without_text_generates_none(no_hub: list[str], small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "open_model", None)
-    job = prepare(Source(small), make_recipe({"method": "rtn"}), Progress())
+    job = open_job(Source(small), make_recipe({"method": "rtn"}), Progress())
     assert job.calibration is None
     assert no_hub == []
 

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
-from llmsqueeze.compress.weight import compress_weight
+from llmsqueeze.compress.weights.weight import WeightSettings, compress_weight
 from llmsqueeze.parts import Affine, Grid, Part, Sparse
 from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, row_error
 from llmsqueeze.quantizers.grids import fit_group, nearest_level
 from llmsqueeze.recipe.methods import rounding_methods
-from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
 
 ROWS, COLS = 37, 136  # a full panel and a short one
@@ -146,8 +145,8 @@ def planned(quantizer: str, *rows: Rows, outliers: int = 0, dtype: torch.dtype =
     return WeightPlan("w", (ROWS, COLS), dtype, quantizer, rows, outliers)
 
 
-def recipe(quantizer: str, **settings: Any) -> Recipe:
-    return make_recipe({"method": quantizer} | settings)
+def recipe(quantizer: str, **settings: Any) -> WeightSettings:
+    return WeightSettings.of(make_recipe({"method": quantizer} | settings))
 
 
 def dealt(*counts: int) -> Tensor:

@@ -14,7 +14,7 @@ import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.allocation import plan_yaml
 from llmsqueeze.allocation.plan import Rows
-from llmsqueeze.compress.blocks import quantize
+from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.parts import DualBinary, Grid

@@ -13,8 +13,8 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
-from llmsqueeze.compress.blocks import quantize
-from llmsqueeze.compress.weight import compress_weight
+from llmsqueeze.compress.pipeline import compress_model as quantize
+from llmsqueeze.compress.weights.weight import WeightSettings, compress_weight
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -92,7 +92,7 @@ def parts_of(
     outliers = 0 if mask is None else int(mask.sum())
     rows = (Rows(Grid(bits, 40, symmetric=True), 24),)
     planned = WeightPlan("w", (24, 40), torch.float32, "rtn", rows, outliers, rank)
-    return compress_weight(weight, weight, planned, curvature, mask, None, make_recipe({"method": "rtn"}))
+    return compress_weight(weight, weight, planned, curvature, mask, None, WeightSettings())
 
 
 def test_compensation_lowers_the_output_error(error: Tensor, curvature: Curvature) -> None:

@@ -1,4 +1,4 @@
-"""What a plan promises, as rows of a table and points of a curve."""
+"""The promises of a plan, as rows of a table and points of a curve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from llmsqueeze.allocation import budget, multiplier
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.allocation.prediction import predicted
-from llmsqueeze.compress.decide import Decision, options_of
+from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.decision.options import options_of
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.recipe.recipe import Recipe
@@ -19,30 +20,30 @@ from llmsqueeze.recipe.recipe import Recipe
 POINTS = 200
 
 
-def table(decided: Decision, blocks: Sequence[Sequence[str]], profile: Profile) -> list[dict[str, Any]]:
+def table(decision: Decision, blocks: Sequence[Sequence[str]], profile: Profile) -> list[dict[str, Any]]:
     """One row per kind of linear, its blocks folded together: widths, outliers, bytes, predicted cost.
 
     `high_share`: share of rows above the narrowest width of the whole plan.
     """
-    narrowest = min((rows.grid.bits for weight in decided.plan.weights.values() for rows in weight.grids), default=0)
+    narrowest = min((rows.grid.bits for weight in decision.plan.weights.values() for rows in weight.grids), default=0)
     folded: dict[str, list[WeightPlan]] = {}
-    for names in [[name for name, weight in decided.plan.weights.items() if weight.outer], *blocks]:
+    for names in [[name for name, weight in decision.plan.weights.items() if weight.end], *blocks]:
         for name in names:
-            if name in decided.plan.weights:
+            if name in decision.plan.weights:
                 pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-                folded.setdefault(pattern, []).append(decided.plan.weights[name])
-    return [_row(pattern, weights, decided, profile, narrowest) for pattern, weights in folded.items()]
+                folded.setdefault(pattern, []).append(decision.plan.weights[name])
+    return [_row(pattern, weights, decision, profile, narrowest) for pattern, weights in folded.items()]
 
 
 def _row(
-    pattern: str, weights: list[WeightPlan], decided: Decision, profile: Profile, narrowest: int
+    pattern: str, weights: list[WeightPlan], decision: Decision, profile: Profile, narrowest: int
 ) -> dict[str, Any]:
     counts: dict[int, int] = {}
     for weight in weights:
         for rows in weight.grids:
             counts[rows.grid.bits] = counts.get(rows.grid.bits, 0) + rows.count
     total, numel = sum(counts.values()), sum(weight.numel for weight in weights)
-    part = Plan({weight.name: weight for weight in weights})
+    part = decision.plan.only({weight.name: weight for weight in weights})
     return {
         "pattern": pattern,
         "count": len(weights),
@@ -53,15 +54,15 @@ def _row(
         "outliers": sum(weight.kept for weight in weights) / numel,
         "nbytes": part.nbytes,
         "bits_per_weight": round(part.bits_per_weight, 6),
-        "predicted_loss_increase": _predicted(part, decided, profile),
+        "predicted_loss_increase": _predicted(part, decision, profile),
     }
 
 
-def _predicted(part: Plan, decided: Decision, profile: Profile) -> float | None:
-    if decided.coding is not None:
-        curves = {name: curve for name, curve in decided.coding.curves.items() if name in part.weights}
+def _predicted(part: Plan, decision: Decision, profile: Profile) -> float | None:
+    if decision.coding is not None:
+        curves = {name: curve for name, curve in decision.coding.curves.items() if name in part.weights}
         return multiplier.predicted(part, curves)
-    return predicted(profile, part, decided.chosen) if profile.costs else None
+    return predicted(profile, part, decision.chosen) if profile.costs else None
 
 
 def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, float]]:
@@ -75,19 +76,19 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
     costs = {name: cost[at] for name, cost in profile.costs.items()}
     ladder = budget.ladder(plan, costs, options, recipe.granularity, profile.groups)
     sizes = torch.tensor([nbytes for nbytes, _ in ladder])
-    wanted = torch.linspace(float(sizes[0]), float(sizes[-1]), POINTS, dtype=sizes.dtype)
-    at = torch.searchsorted(sizes, wanted).clamp(max=len(ladder) - 1).unique().tolist()
+    points = torch.linspace(float(sizes[0]), float(sizes[-1]), POINTS, dtype=sizes.dtype)
+    at = torch.searchsorted(sizes, points).clamp(max=len(ladder) - 1).unique().tolist()
     return [(8 * ladder[i][0] / plan.numel, ladder[i][1]) for i in at]
 
 
 def _coded_curve(plan: Plan, profile: Profile) -> list[tuple[float, float]]:
-    """The same of coded weights, from where they take half a bit to where they take ten."""
+    """The same of coded weights, from half a bit to ten."""
     curves = multiplier.curves_of(plan, profile.curves)
-    found = []
+    points = []
     for bits in torch.linspace(0.5, 10.0, POINTS).tolist():
         try:
-            made = multiplier.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
+            sized = multiplier.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
         except RecipeError:
             continue  # steps and tables alone take more
-        found.append((made.bits_per_weight, multiplier.predicted(made, curves)))
-    return found
+        points.append((sized.bits_per_weight, multiplier.predicted(sized, curves)))
+    return points

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,11 +24,26 @@ from llmsqueeze.recipe.recipe import Recipe
 ROUNDING_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 
-def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[dict[str, Tensor], Curvature | None]:
-    """What each linear of a fusion group is rounded towards [rows, cols], and the curvature it is rounded under.
+@dataclass(frozen=True)
+class WeightSettings:
+    """How each weight is compressed. search: search the scales of grids; lorc: the weighting of the low-rank
+    compensation; pack: store codes on grids entropy-coded; seed: of the compensation."""
 
-    The target is the weight, corrected for the drift of its inputs. Uses up the moments: they are as large as what
-    is made of them.
+    search: bool = False
+    lorc: str = "input-weighted"
+    pack: bool = False
+    seed: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> WeightSettings:
+        return cls(recipe.search, recipe.lorc, recipe.packs, recipe.seed)
+
+
+def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[dict[str, Tensor], Curvature | None]:
+    """The target [rows, cols] of each linear of a fusion group, and the curvature that it is rounded under.
+
+    The target is the weight, corrected for the drift of its inputs. Uses up the moments: they are as large as the
+    result.
     """
     if moments is None:
         return group, None
@@ -48,65 +64,63 @@ def compress_weight(
     curvature: Curvature | None,
     mask: Tensor | None,
     chosen: Tensor | None,
-    recipe: Recipe,
+    settings: WeightSettings,
     row_gradient: Tensor | None = None,
 ) -> tuple[list[Part], Tensor, float]:
     """`target` [rows, cols] (float32) -> its parts, their sum in float32, and the output error relative to `weight`.
 
-    `chosen` [rows] says which of the plan's grids a row is on, where there are several; `row_gradient` [rows] how fine
-    a coded row has to be. Outliers (`mask`, and those
-    that the plan gives to rows) keep their value in `weight`. Without curvature every input counts the same, so the
-    error is the weight's own.
+    `chosen` [rows]: which of the plan's grids a row is on, if there are several; `row_gradient` [rows]: mean squared
+    gradients, by which a coded row gets its steps. Outliers (`mask`, and those that the plan gives to rows) keep their
+    value in `weight`. Without curvature every input counts the same, and the error is the weight's own.
     """
     curvature = curvature or Curvature.flat(planned.shape[1], weight)
-    stored = weight.to(planned.dtype)
-    held = rows_of(planned, chosen, weight.device)
-    mask = _all_outliers(weight, curvature, held, None if mask is None else mask.to(weight.device))
+    rows_on = rows_of(planned, chosen, weight.device)
+    mask = _all_outliers(weight, curvature, rows_on, None if mask is None else mask.to(weight.device))
     if mask is not None:
         target = torch.where(mask, weight, target)
-    made: list[Part] = []
-    decoded: list[Part] = []  # the same, but for what would have to be decoded again and again
+    stored: list[Part] = []
+    decoded: list[Part] = []  # the stored parts, but for those that would have to be decoded again and again
     if planned.coded:
         part, integers = _code(target, planned, curvature, mask, row_gradient)
-        made.append(part)
+        stored.append(part)
         decoded.append(integers)
     for grid in planned.by_grid:
-        on_grid = [rows for part, rows in held if part.grid == grid]
+        on_grid = [chosen_rows for rows, chosen_rows in rows_on if rows.grid == grid]
         on = torch.stack(on_grid).any(dim=0) if len(planned.by_grid) > 1 else None
-        decoded.append(_round(target, planned, grid, curvature, mask, on, recipe))
+        decoded.append(_round(target, planned, grid, curvature, mask, on, settings.search))
     if planned.rank:
-        decoded += compensation(target, decoded, planned, curvature, mask, recipe)
+        decoded += compensation(target, decoded, planned, curvature, mask, settings)
     if mask is not None:
-        decoded.append(Sparse.from_mask(mask, stored))
-    made += [parts.packed(part) if recipe.packs else part for part in decoded[len(made) :]]
+        decoded.append(Sparse.from_mask(mask, weight.to(planned.dtype)))
+    stored += [parts.packed(part) if settings.pack else part for part in decoded[len(stored) :]]
     dense = parts.sum_of_parts(decoded)
     error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
-    return made, dense, float(error)
+    return stored, dense, float(error)
 
 
 def compensation(
     target: Tensor,
-    made: list[Part],
+    decoded: list[Part],
     planned: WeightPlan,
     curvature: Curvature,
     mask: Tensor | None,
-    recipe: Recipe,
+    settings: WeightSettings,
 ) -> list[Part]:
-    """Low-rank factors for what the parts leave of `target`; none where they would not lower the output error."""
-    error = target - parts.sum_of_parts(made)
+    """Low-rank factors of the error that the parts leave of `target`; none if they do not lower the output error."""
+    error = target - parts.sum_of_parts(decoded)
     if mask is not None:
         error.masked_fill_(mask, 0.0)
-    weighting = curvature if recipe.lorc == "input-weighted" else None
-    found = lorc.factors(error, planned.rank, weighting, planned.dtype, recipe.seed)
-    left = error - found.dense()
+    weighting = curvature if settings.lorc == "input-weighted" else None
+    factors = lorc.factors(error, planned.rank, weighting, planned.dtype, settings.seed)
+    left = error - factors.dense()
     if mask is not None:
         left.masked_fill_(mask, 0.0)
     helps = row_error(left, curvature.H).sum() < row_error(error, curvature.H).sum()
-    return [found] if helps else []
+    return [factors] if helps else []
 
 
 def rows_of(planned: WeightPlan, chosen: Tensor | None, device: torch.device) -> list[tuple[Rows, Tensor]]:
-    """Which rows (bool [rows]) each of the plan's counts means."""
+    """The rows (bool [rows]) of each of the plan's counts."""
     if planned.coded:
         return []
     if not planned.mixed:
@@ -116,16 +130,19 @@ def rows_of(planned: WeightPlan, chosen: Tensor | None, device: torch.device) ->
 
 
 def _all_outliers(
-    weight: Tensor, curvature: Curvature, held: Sequence[tuple[Rows, Tensor]], mask: Tensor | None
+    weight: Tensor, curvature: Curvature, rows_on: Sequence[tuple[Rows, Tensor]], mask: Tensor | None
 ) -> Tensor | None:
-    """`mask` [rows, cols] with the outliers of single rows added; None where there are none."""
-    for rows, chosen in held:
+    """`mask` [rows, cols] with the outliers of single rows added; None if there are none."""
+    for rows, chosen in rows_on:
         if rows.outliers:
-            found = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask.clone()
             taken = None if mask is None else mask[chosen]
-            found[chosen] |= row_outliers(weight[chosen], curvature, rows.outliers, taken)
-            mask = found
+            mask = torch.zeros_like(weight, dtype=torch.bool) if mask is None else mask.clone()
+            mask[chosen] |= row_outliers(weight[chosen], curvature, rows.outliers, taken)
     return mask
+
+
+def _rows_at_a_time(target: Tensor) -> int:
+    return max(1, ROUNDING_BYTES[target.device.type] // (4 * target.shape[1]))
 
 
 def _code(
@@ -134,11 +151,10 @@ def _code(
     """`target` in whole numbers of the plan's steps: as it is stored, and decoded again."""
     gradient = None if row_gradient is None else row_gradient.to(target.device)
     steps = coded.row_steps(target, planned.step, gradient)
-    some = max(1, ROUNDING_BYTES[target.device.type] // (4 * planned.shape[1]))
-    found = coded.round_to_steps(target, steps, curvature, mask, some)
-    part = Coded.from_integers(found.integers, found.row_exponent, found.col_exponent, planned.dtype)
+    rounded = coded.round_to_steps(target, steps, curvature, mask, _rows_at_a_time(target))
+    part = Coded.from_integers(rounded.integers, rounded.row_exponent, rounded.col_exponent, planned.dtype)
     decoded = part.decoded(target.device)
-    if not torch.equal(decoded.dense(), found.dense()):
+    if not torch.equal(decoded.dense(), rounded.dense()):
         raise VerificationError("the coded integers are not those that were chosen")
     return part, decoded
 
@@ -150,28 +166,21 @@ def _round(
     curvature: Curvature,
     mask: Tensor | None,
     on: Tensor | None,
-    recipe: Recipe,
+    search: bool,
 ) -> Part:
     """The rows `on` (None: all) of `target` on one grid, some at a time."""
     if on is not None:
         target, mask = target[on], None if mask is None else mask[on]
     if mask is not None and not mask.any():
         mask = None  # rows on a grid without a level 0 have none
-    step = max(1, ROUNDING_BYTES[target.device.type] // (4 * planned.shape[1]))
+    round_rows, count = rounder(planned.quantizer), _rows_at_a_time(target)
     rounded = [
-        rounder(planned.quantizer)(
-            target[rows],
-            grid,
-            planned.dtype,
-            curvature,
-            None if mask is None else mask[rows],
-            recipe.search,
-        )
-        for rows in (slice(start, start + step) for start in range(0, len(target), step))
+        round_rows(target[rows], grid, planned.dtype, curvature, None if mask is None else mask[rows], search)
+        for rows in (slice(start, start + count) for start in range(0, len(target), count))
     ]
     codes, scale, zero = (torch.cat([getattr(r, field) for r in rounded]) for field in ("codes", "scale", "zero"))
     part = parts.of_codes(codes, scale, zero, grid, on)
-    made = part.dense() if on is None else part.dense()[on]
-    if not torch.equal(made, Rounded(codes, scale, zero, grid).dense()):
+    dense = part.dense() if on is None else part.dense()[on]
+    if not torch.equal(dense, Rounded(codes, scale, zero, grid).dense()):
         raise VerificationError(f"the packed codes on {grid} are not those that were chosen")
     return part

@@ -1,0 +1,83 @@
+"""The summary of a run: what `quantize` reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmsqueeze.allocation.plan import unfit, why_native
+from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.job import Job
+from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats.folder import Output
+from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in numbers; the JSON names are these. bits: mean width of the codes. verified: how much of the result was
+    read back and compared; opens: runtime -> why it does not open the result, "" if it does. why_native: what
+    compressed-tensors cannot represent; predicted_portable: the loss increase that the same bytes promise there.
+    """
+
+    out: str
+    model: str
+    method: str
+    bits: float
+    bits_per_weight: float
+    nbytes: int
+    nbytes_original: int
+    outliers: int
+    predicted_loss_increase: float | None
+    calibration: dict[str, object] | None
+    seconds: float
+    peak_memory_mb: float
+    peak_device_memory_mb: float
+    verified: dict[str, float] | None
+    opens: dict[str, str]
+    format: str
+    why_native: str | None
+    predicted_portable: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarize(
+    job: Job,
+    decision: Decision,
+    output: Output,
+    seconds: float,
+    verified: dict[str, float] | None,
+    opens: dict[str, str],
+) -> Summary:
+    """The summary of a folder that has been written."""
+    plan = decision.plan
+    return Summary(
+        out=str(output.final),
+        model=job.source.model,
+        method=job.recipe.method,
+        bits=plan.code_bits,
+        bits_per_weight=round(plan.bits_per_weight, 6),
+        nbytes=output.nbytes,
+        nbytes_original=job.checkpoint.nbytes,
+        outliers=sum(weight.kept for weight in plan.weights.values()),
+        predicted_loss_increase=decision.predicted,
+        calibration=job.calibration.as_dict() if job.calibration else None,
+        seconds=round(seconds, 3),
+        peak_memory_mb=peak_memory_mb(),
+        peak_device_memory_mb=peak_device_memory_mb(str(job.device)),
+        verified=verified,
+        opens=opens,
+        **portability(job, decision),
+    )
+
+
+def portability(job: Job, decision: Decision) -> dict[str, Any]:
+    """`format`, `why_native` and `predicted_portable` of a summary."""
+    plan, recipe = decision.plan, job.recipe
+    if plan.portable:
+        return {"format": compressed_tensors.METHOD, "why_native": None, "predicted_portable": None}
+    why = why_native(recipe, job.skeleton, plan.weights) or compressed_tensors.barred(plan) or "--native"
+    predicted = None if unfit(recipe, job.skeleton, plan.weights) else decision.predicted_portable
+    return {"format": native.METHOD, "why_native": why, "predicted_portable": predicted}

@@ -1,0 +1,1 @@
+"""From a decision to parts: weights, fusion groups, blocks, embeddings and head."""

@@ -1,0 +1,176 @@
+"""The block loop: every block is compressed and written in turn.
+
+Two residual streams run along, the original model's and the compressed model's. Inside a block the fusion groups are
+compressed in the order they are called, and each sees the inputs behind the groups that were compressed before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.allocation.plan import Plan
+from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.weights.group import Compressed, compress_group, compressed_nbytes, final_plan
+from llmsqueeze.compress.weights.pace import Pace
+from llmsqueeze.compress.weights.weight import WeightSettings, group_targets
+from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats.folder import Output
+from llmsqueeze.formats.verify import Witness
+from llmsqueeze.measure.moments import Moments, ResidualStreams, fusion_groups, observe
+from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.linears import as_rows
+from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.walk import Walk
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.recipe import Recipe
+
+NOTHING = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A decision that is carried out on a walk. pace: keeps coded weights within their bytes."""
+
+    walk: Walk
+    decision: Decision
+    recipe: Recipe
+    progress: Progress
+    pace: Pace | None
+
+    @classmethod
+    def of(cls, walk: Walk, decision: Decision, recipe: Recipe, progress: Progress) -> Run:
+        coding = decision.coding
+        pace = Pace(decision.plan, coding.curves, coding.target) if coding is not None else None
+        return cls(walk, decision, recipe, progress, pace)
+
+    @property
+    def settings(self) -> WeightSettings:
+        return WeightSettings.of(self.recipe)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The plan after compression; each weight's relative output error, and of coded ones the sensitivity."""
+
+    plan: Plan
+    errors: Mapping[str, float]
+    sensitivities: Mapping[str, float]
+
+    @property
+    def by_weight(self) -> dict[str, Mapping[str, float]]:
+        """For the record: kind of number -> weight -> number."""
+        return {"errors": self.errors} | ({"sensitivities": self.sensitivities} if self.sensitivities else {})
+
+
+def needed_streams(
+    walk: Walk, inputs: Activations | None, recipe: Recipe, new_embeddings: bool = False
+) -> ResidualStreams:
+    """The residual streams that the recipe's moments come from; a stream that nobody needs is released.
+
+    `new_embeddings`: the compressed model's stream begins with embeddings of its own.
+    """
+    if inputs is not None and not recipe.needs_moments:
+        inputs.clear()
+        inputs = None
+    original = inputs if recipe.inputs in ("original", "corrected") else None
+    compressed = inputs if recipe.inputs in ("sequential", "corrected") else None
+    if new_embeddings and compressed is not None:
+        if original is None:
+            compressed.clear()
+        compressed = walk.embed()
+    return ResidualStreams(original, compressed)
+
+
+def compress_blocks(
+    run: Run, streams: ResidualStreams, output: Output, witness: Witness | None = None, count: int | None = None
+) -> Result:
+    """Compresses and writes every block in turn, or the first `count`; `witness` sees each compressed block."""
+    skeleton, plan = run.walk.skeleton, run.decision.plan
+    weights, errors, sensitivities = {}, {}, {}
+    indices = range(len(skeleton.blocks))[:count]
+    for index in run.progress.over(indices, "compress", len(indices)):
+        compressed, streams = compress_block(run, index, streams, witness)
+        output.write_shard(block_shard(skeleton, index, plan, compressed))
+        for name, one in compressed.items():
+            weights[name], errors[name] = final_plan(plan.weights[name], one.parts), one.error
+            if one.sensitivity is not None:
+                sensitivities[name] = one.sensitivity
+    return Result(plan.having(weights), errors, sensitivities)
+
+
+def compress_block(
+    run: Run, index: int, streams: ResidualStreams, witness: Witness | None
+) -> tuple[dict[str, Compressed], ResidualStreams]:
+    """One block's linears, and the streams behind it; the streams before it are released."""
+    skeleton, ahead = run.walk.skeleton, ResidualStreams()
+    with run.walk.resident_block(index):
+        names = [name for name in skeleton.linears[index] if name in run.decision.plan.weights]
+        original = {name: skeleton.linear(name).weight.data for name in names}
+        compressed, current = compress_groups(run, index, streams, original)
+        if witness is not None:
+            witness.see(index, current)
+        if index + 1 < len(skeleton.blocks):
+            ahead = streams.advanced(run.walk, index, original, current)
+    streams.clear()
+    return compressed, ahead
+
+
+def block_shard(skeleton: Skeleton, index: int, plan: Plan, compressed: Mapping[str, Compressed]) -> dict[str, Tensor]:
+    """A block's tensors as the file has them."""
+    shard: dict[str, Tensor] = {}
+    for name, one in compressed.items():
+        shard |= (compressed_tensors if plan.portable else native).stored_tensors(name, one.parts)
+    kept = set(skeleton.names_in(skeleton.blocks[index])) - {f"{name}.weight" for name in compressed}
+    return shard | {name: skeleton.checkpoint.read(skeleton.sources[name]) for name in sorted(kept)}
+
+
+def compress_groups(
+    run: Run, index: int, streams: ResidualStreams, original: Mapping[str, Tensor]
+) -> tuple[dict[str, Compressed], dict[str, Tensor]]:
+    """A resident block's linears, fusion group by fusion group: their parts, and the weights that they now have.
+
+    `original` holds the weights as the modules store them, and so do the weights returned.
+    """
+    skeleton, current = run.walk.skeleton, dict(original)
+    result: dict[str, Compressed] = {}
+    for names, moments in group_moments(run, index, streams, original, current):
+        group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
+        targets, curvature = group_targets(group, moments)
+        compress_at = partial(compress_group, group, targets, curvature, run.decision, run.settings)
+        if run.pace is None:
+            compressed = compress_at(0.0)
+        else:
+            compressed = run.pace.within_budget(list(targets), compress_at, compressed_nbytes)
+        for name, one in compressed.items():
+            current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
+            result[name] = one._replace(dense=NOTHING)
+            bits = parts.nbytes(one.parts) * 8 / run.decision.plan.weights[name].numel
+            run.progress.weight(name, bits, one.error)
+    return result, current
+
+
+def group_moments(
+    run: Run, index: int, streams: ResidualStreams, original: Mapping[str, Tensor], current: Mapping[str, Tensor]
+) -> Iterator[tuple[Sequence[str], Moments | None]]:
+    """The resident block's fusion groups with the moments of their inputs, each observed when its turn comes.
+
+    Linears that no sample reaches come last, with no moments.
+    """
+    walk = run.walk
+    names = walk.skeleton.linears[index]
+    stream = streams.compressed if streams.original is None else streams.original
+    if not run.recipe.needs_moments or stream is None:
+        yield names, None
+        return
+    groups = fusion_groups(walk, index, stream.get(0, walk.device))
+    for group in groups:
+        if any(name in original for name in group.names):
+            yield group.names, observe(walk, index, group, streams, original, current)
+    reached = {name for group in groups for name in group.names}
+    yield [name for name in names if name not in reached], None

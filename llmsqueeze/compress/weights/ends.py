@@ -1,0 +1,62 @@
+"""Tensors outside the blocks: embeddings and head, coded if the plan says so, and all others unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from llmsqueeze import parts
+from llmsqueeze.compress.weights.blocks import Run
+from llmsqueeze.compress.weights.group import Compressed, compress_group, compressed_nbytes
+from llmsqueeze.formats import native
+from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.quantizers.curvature import factorize
+
+SHARD_BYTES = 1 << 30
+
+
+def compress_ends(run: Run) -> dict[str, Compressed]:
+    """Embeddings and head, if they are to be coded."""
+    compressed: dict[str, Compressed] = {}
+    skeleton, device = run.walk.skeleton, run.walk.device
+    for name, planned in run.decision.plan.weights.items():
+        if not planned.end:
+            continue
+        assert run.decision.coding is not None
+        assert run.pace is not None
+        weight = skeleton.read(f"{name}.weight").to(device).float()
+        curvature = factorize(run.decision.coding.moments[name].to(device).clone())
+        compress_at = partial(compress_group, {name: weight}, {name: weight}, curvature, run.decision, run.settings)
+        coded: dict[str, Compressed] = run.pace.within_budget([name], compress_at, compressed_nbytes)
+        compressed |= coded
+        bits = parts.nbytes(compressed[name].parts) * 8 / planned.numel
+        run.progress.weight(name, bits, compressed[name].error)
+    return compressed
+
+
+def outside_shard(skeleton: Skeleton, names: Sequence[str], ends: Mapping[str, Compressed]) -> dict[str, Tensor]:
+    """The named tensors outside the blocks as the file has them."""
+    shard: dict[str, Tensor] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        if module in ends:
+            shard |= native.stored_tensors(module, ends[module].parts)
+        else:
+            shard[name] = skeleton.checkpoint.read(skeleton.sources[name])
+    return shard
+
+
+def outside_shards(skeleton: Skeleton) -> list[list[str]]:
+    """The names of the tensors outside the blocks (embeddings, norms, head), in runs of about a gigabyte."""
+    shards: list[list[str]] = []
+    room = 0
+    for name in skeleton.names_outside_blocks():
+        size = skeleton.checkpoint.tensors[skeleton.sources[name]].nbytes
+        if size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    return shards

@@ -1,0 +1,61 @@
+"""Second moments of a linear's inputs, against plain hooks on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmsqueeze.measure.moments import FusionGroup, ResidualStreams, observe
+from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import build_skeleton
+from llmsqueeze.model.walk import Walk
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_moments_are_those_of_the_linears_inputs(
+    architecture: str, random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    """Against plain hooks on the whole model, with the first block's first linears already changed."""
+    folder = random_model(architecture)
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for _ in range(2)]
+    skeleton = build_skeleton(open_checkpoint(folder))
+    changed, probe = skeleton.linears[0][0], skeleton.linears[0][-1]
+    with torch.no_grad():
+        models[1].get_submodule(changed).weight *= 1.5
+    seen: list[list[Tensor]] = [[], []]
+    for model, inputs in zip(models, seen, strict=True):
+        model.get_submodule(probe).register_forward_pre_hook(
+            lambda _m, a, inputs=inputs: inputs.append(a[0].flatten(0, 1))
+        )
+        for tokens in rows:
+            with torch.no_grad():
+                model(tokens)
+    x, y = torch.cat(seen[0]), torch.cat(seen[1])
+    with Spill() as spill:
+        walk = Walk(skeleton, rows, spill, torch.float32, CPU)
+        start = walk.embed()
+        with walk.resident_block(0):
+            original = {name: skeleton.linear(name).weight.data for name in skeleton.linears[0]}
+            current = original | {changed: original[changed] * 1.5}
+            group = FusionGroup((probe,), 1)
+            both = observe(walk, 0, group, ResidualStreams(start, start), original, current)
+            only_y = observe(walk, 0, group, ResidualStreams(None, start), original, current)
+            only_x = observe(walk, 0, group, ResidualStreams(start, None), original, current)
+            same = observe(walk, 0, group, ResidualStreams(start, start), original, dict(original))
+    n = len(y)
+    assert torch.allclose(both.xtx, y.T @ y / n, atol=1e-4)
+    assert both.drift is not None
+    assert torch.allclose(both.drift, (x - y).T @ y / n, atol=1e-4)
+    assert torch.equal(only_y.xtx, both.xtx)
+    assert torch.allclose(only_x.xtx, x.T @ x / n, atol=1e-4)
+    assert only_y.drift is None
+    assert only_x.drift is None
+    assert same.drift is None, "before anything is compressed there is no drift"
