@@ -29,7 +29,7 @@ from llmsqueeze.publish.plots.frontier import (
     original_nbytes,
     points_of,
 )
-from llmsqueeze.publish.plots.heat_map import BITS, ERRORS, MISSING, heat_map, heat_map_text
+from llmsqueeze.publish.plots.heat_map import BITS, ERRORS, MISSING, colour_range, heat_map, heat_map_text
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes  # noqa: E402
@@ -176,8 +176,7 @@ def test_errors_are_coloured_by_order_of_magnitude() -> None:
     assert norm(0.02) == pytest.approx(math.log(0.02 / 0.0004) / math.log(30 / 0.0004))
     text = heat_map_text(dict(zip(blocks[0], percents, strict=True)), blocks, ERRORS)
     assert text == "4 linears in 1 blocks: from 0 (block 0, self_attn.q_proj) to 30 % error (block 0, mlp.down_proj)."
-    same = heat_map(dict.fromkeys(blocks[0], 0.0), blocks, scale=ERRORS)
-    assert mesh_of(same).norm(0.0) == 0
+    assert colour_range([0.0, 0.0], ERRORS)(0.0) == 0
 
 
 def test_the_curve_and_the_chosen_point() -> None:
@@ -226,10 +225,9 @@ def test_zeros_and_less_stand_on_the_edge_of_the_logarithmic_axis() -> None:
     ids=["none positive", "one point", "chosen only", "nothing", "chosen not finite", "tiny"],
 )
 def test_odd_curves_are_drawn(curve: list[tuple[float, float]], chosen: tuple[float, float] | None) -> None:
-    figure = cost_curve(curve, chosen, "t")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert render(figure, "png").endswith(b"IEND\xaeB`\x82")
+        figure = cost_curve(curve, chosen, "t")  # it is drawn, without a file
     positive = any(loss > 0 for _, loss in curve) or (chosen is not None and math.isfinite(chosen[0]))
     assert figure.axes[0].get_yscale() == ("log" if positive and chosen != (3.0, 0.0) else "linear")
 
@@ -242,19 +240,15 @@ def check_files(files: list[Path]) -> None:
 
 
 def test_files_are_sound_and_the_same_again(tmp_path: Path) -> None:
-    blocks = make_blocks(3)
-    bits = make_bits(blocks)
-    for name in ("a-2.7", "b-2.7"):
-        figure = heat_map(bits, blocks, "t")
-        files = write(figure, tmp_path / name)
-        assert files == [tmp_path / f"{name}.png", tmp_path / f"{name}.svg"]
-        check_files(files)
-    write(figure, tmp_path / "again")
-    for kind in ("png", "svg"):
-        first = (tmp_path / f"a-2.7.{kind}").read_bytes()
-        assert first == (tmp_path / f"b-2.7.{kind}").read_bytes()
-        assert first == (tmp_path / f"again.{kind}").read_bytes()
-        assert b"<dc:date>" not in first
+    blocks = make_blocks(2)
+    figure = heat_map(make_bits(blocks), blocks, "t")
+    files = write(figure, tmp_path / "a-2.7")
+    assert files == [tmp_path / "a-2.7.png", tmp_path / "a-2.7.svg"]
+    check_files(files)
+    for again in (figure, heat_map(make_bits(blocks), blocks, "t")):
+        assert files[1].read_bytes() == render(again, "svg")
+    assert files[0].read_bytes() == render(figure, "png")
+    assert b"<dc:date>" not in files[1].read_bytes()
 
 
 def test_a_title_is_text_whatever_is_in_it() -> None:

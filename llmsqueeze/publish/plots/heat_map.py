@@ -148,14 +148,14 @@ def _mesh(axes: Axes, table: Sequence[Sequence[float | None]], scale: Scale, lin
     numbers = [value for row in table for value in row if value is not None] or [0.0]
     colours = matplotlib.colormaps[scale.colours].with_extremes(bad=MISSING)
     mesh = axes.pcolormesh(
-        _values(table), cmap=colours, norm=_colour_range(numbers, scale), edgecolors="white", linewidth=lines
+        _values(table), cmap=colours, norm=colour_range(numbers, scale), edgecolors="white", linewidth=lines
     )
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     return mesh
 
 
-def _colour_range(numbers: Sequence[float], scale: Scale) -> Normalize:
+def colour_range(numbers: Sequence[float], scale: Scale) -> Normalize:
     """From the least number to the largest, or from the least positive one if the scale is logarithmic."""
     from matplotlib.colors import LogNorm, Normalize
 
