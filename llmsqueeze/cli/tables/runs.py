@@ -156,22 +156,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     for head in ("bits/weight", "bytes", "loss"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in plan["rows"]:
-        shares = (
-            "coded"
-            if not row["rows"]
-            else " ".join(
-                f"{100 * row['rows'][str(bits)]:3.0f}" if str(bits) in row["rows"] else "  ." for bits in range(1, 9)
-            )
-        )
-        kept = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
-        loss = row["predicted_loss_increase"]
-        table.add_row(
-            f"{row['pattern']} x{row['count']}",
-            shares + kept,
-            fixed(row["bits_per_weight"], 3),
-            size(row["nbytes"]),
-            "" if loss is None else f"{loss:.2e}",
-        )
+        table.add_row(*plan_cells(row))
     out, rows = console(), plan["rows"]
     out.print(table)
     out.print(
@@ -185,16 +170,34 @@ def print_plan(plan: dict[str, Any]) -> None:
             values = [f"{row['pattern'].split('.')[-1]} {row[key] * factor:.2g}" for row in rows]
             out.print(f"{unit}: {', '.join(values)}")
     if plan["predicted_loss_increase"] is not None:
-        before = math.exp(min(plan["loss"], 700.0))
-        after = math.exp(min(plan["loss"] + plan["predicted_loss_increase"], 700.0))
-        on_text = f"on the calibration text {perplexity(before)} -> {perplexity(after)}"
-        out.print(f"predicted: {predicted_increase(plan['predicted_loss_increase'])} ({on_text})")
+        out.print(f"predicted: {predicted_increase(plan['predicted_loss_increase'])} ({predicted_perplexity(plan)})")
     out.print(f"format: {format_and_why(plan)}")
     if plan["predicted_seconds"] is not None:
         memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
         out.print(f"predicted for quantize --plan: {plan['predicted_seconds']:.0f} s, peak memory {memory}")
     next_command = shlex.join(["llmsqueeze", "quantize", plan["given"], "--plan", f"{plan['out']}/plan.yaml"])
     out.print(f"written to {plan['out']}; next: {next_command}", soft_wrap=True)
+
+
+def plan_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of a kind of linear: the share of its rows on each width, and of its outliers."""
+    shares = [f"{100 * row['rows'][bits]:3.0f}" if bits in row["rows"] else "  ." for bits in map(str, range(1, 9))]
+    outliers = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
+    loss = row["predicted_loss_increase"]
+    return [
+        f"{row['pattern']} x{row['count']}",
+        (" ".join(shares) if row["rows"] else "coded") + outliers,
+        fixed(row["bits_per_weight"], 3),
+        size(row["nbytes"]),
+        "" if loss is None else f"{loss:.2e}",
+    ]
+
+
+def predicted_perplexity(plan: dict[str, Any]) -> str:
+    """The perplexity on the calibration text, before and after."""
+    losses = (plan["loss"], plan["loss"] + plan["predicted_loss_increase"])
+    before, after = (perplexity(math.exp(min(loss, 700.0))) for loss in losses)
+    return f"on the calibration text {before} -> {after}"
 
 
 def print_recipes(result: dict[str, Any]) -> None:
