@@ -4,8 +4,8 @@
 
 u is a row, a linear or a fusion group; o(u) its option (price.py): a grid, and a share of weights that stay as they
 are. For every unit the options on the lower convex hull of (bytes, cost) are kept; going up a hull, every further
-byte buys less. All steps up all hulls, sorted by what a byte buys, are taken in turn until the budget is spent: that
-is the Lagrangian solution, optimal for the bytes it takes. What is left of the budget goes to later steps that fit.
+byte buys less. All upgrades along all hulls, sorted by the gain per byte, are taken in turn until the budget is spent:
+that is the Lagrangian solution, optimal for its bytes. The rest of the budget goes to later upgrades that fit.
 
 Costs are all of one kind, nats per token, or the sum would mean nothing. Source: ours; the rule itself is Fox's
 marginal analysis (1966), known from rate-distortion theory. Memory: 16 bytes per row and step.
@@ -49,8 +49,8 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Steps up the hulls: which unit [n], from and to which option (counted by size), what a byte buys, how many.
+class Upgrades:
+    """Upgrades up the hulls: which unit [n], from and to which option (counted by size), what a byte buys, how many.
 
     `lowest` [units]: the option that each unit begins on.
     """
@@ -78,7 +78,7 @@ def allocate(
     """
     units = make_units(plan, costs, options, granularity, groups)
     counts = [unit.cost.shape[1] for unit in units]
-    steps = best_first([hull_steps(unit.cost, unit.nbytes) for unit in units], counts)
+    upgrades = best_first([hull_upgrades(unit.cost, unit.nbytes) for unit in units], counts)
 
     def plan_at(state: Tensor) -> Plan:
         grids = {}
@@ -89,8 +89,8 @@ def allocate(
         return plan.on(grids)
 
     def state_at(cut: int) -> Tensor:
-        state = steps.lowest.clone()
-        return state.scatter_reduce_(0, steps.unit[:cut], steps.to[:cut], "amax")
+        state = upgrades.lowest.clone()
+        return state.scatter_reduce_(0, upgrades.unit[:cut], upgrades.to[:cut], "amax")
 
     smallest = plan_at(state_at(0))
     if smallest.nbytes > target:
@@ -98,20 +98,20 @@ def allocate(
             f"the budget is {8 * target / plan.numel:.3f} bits per weight, {target} bytes; the smallest plan takes "
             f"{smallest.bits_per_weight:.3f}, {smallest.nbytes} bytes, everything counted"
         )
-    low, high = 0, len(steps.unit)
+    low, high = 0, len(upgrades.unit)
     while low < high:  # bytes grow with the cut, but for a word of row marks here and there
         middle = (low + high + 1) // 2
         low, high = (middle, high) if plan_at(state_at(middle)).nbytes <= target else (low, middle - 1)
-    return spend_rest(state_at(low), steps, low, plan_at, target)
+    return spend_rest(state_at(low), upgrades, low, plan_at, target)
 
 
-def spend_rest(state: Tensor, steps: Steps, cut: int, plan_at: Callable[[Tensor], Plan], target: int) -> Plan:
-    """What the steps from `cut` on can still buy: the first that fits, then the next, until none does.
+def spend_rest(state: Tensor, upgrades: Upgrades, cut: int, plan_at: Callable[[Tensor], Plan], target: int) -> Plan:
+    """What the upgrades from `cut` on can still buy: the first that fits, then the next, until none does.
 
     Gives up after some that turn out not to fit, for every try counts the whole plan.
     """
     plan = plan_at(state)
-    unit, start, to, nbytes = (column[cut:] for column in (steps.unit, steps.start, steps.to, steps.nbytes))
+    unit, start, to, nbytes = (column[cut:] for column in (upgrades.unit, upgrades.start, upgrades.to, upgrades.nbytes))
     refused = torch.zeros(len(unit), dtype=torch.bool)
     while refused.sum() < TRIES:
         fitting = ~refused & (nbytes <= target - plan.nbytes) & (start == state[unit])
@@ -142,18 +142,18 @@ def make_units(
         weight = plan.weights[name]
         return torch.tensor([row_nbytes(weight, option) for option in options], dtype=torch.float64)
 
-    known = [name for name in plan.weights if name in costs]
+    costed = [name for name in plan.weights if name in costs]
     if granularity == "row":
-        return [Units.of((name,), costs[name].double(), sizes(name)) for name in known]
+        return [Units.of((name,), costs[name].double(), sizes(name)) for name in costed]
     shared = [tuple(names) for names in groups] if granularity == "group" else []
-    alone = [(name,) for name in known if not any(name in names for names in shared)]
+    alone = [(name,) for name in costed if not any(name in names for names in shared)]
     result = []
     for names in [*shared, *alone]:
-        held = [name for name in names if name in costs and name in plan.weights]
-        if held:
-            cost = torch.stack([costs[name].double().sum(dim=1) for name in held]).sum(dim=0)
-            nbytes = torch.stack([sizes(name) * plan.weights[name].shape[0] for name in held]).sum(dim=0)
-            result.append(Units.of(tuple(held), cost[:, None], nbytes))
+        members = [name for name in names if name in costs and name in plan.weights]
+        if members:
+            cost = torch.stack([costs[name].double().sum(dim=1) for name in members]).sum(dim=0)
+            nbytes = torch.stack([sizes(name) * plan.weights[name].shape[0] for name in members]).sum(dim=0)
+            result.append(Units.of(tuple(members), cost[:, None], nbytes))
     return result
 
 
@@ -174,13 +174,13 @@ def row_counts(weight: WeightPlan, chosen: Tensor, options: Sequence[Option]) ->
     return tuple(Rows(options[i].grid, int(counts[i]), options[i].kept(weight.shape[1])) for i in used)
 
 
-def hull_steps(cost: Tensor, nbytes: Tensor) -> Steps:
-    """Steps up the lower convex hull of every unit, from the smallest option; cost [options, units], nbytes sorted."""
+def hull_upgrades(cost: Tensor, nbytes: Tensor) -> Upgrades:
+    """Upgrades along the lower hull of every unit, from the smallest option; cost [options, units], nbytes sorted."""
     options = len(cost)
     # of options with the same fewest bytes the cheapest
     lowest = cost[: int((nbytes == nbytes[0]).sum())].argmin(dim=0)
     current = lowest.clone()
-    found: list[tuple[Tensor, ...]] = []
+    upgrades: list[tuple[Tensor, ...]] = []
     for _ in range(options - 1):
         here = cost.gather(0, current[None])
         width = nbytes[:, None] - nbytes[current][None]
@@ -189,23 +189,24 @@ def hull_steps(cost: Tensor, nbytes: Tensor) -> Steps:
         going = (best > 0).nonzero()[:, 0]
         if not len(going):
             break
-        found.append((going, current[going], to[going], best[going], width.gather(0, to[None])[0, going]))
+        upgrades.append((going, current[going], to[going], best[going], width.gather(0, to[None])[0, going]))
         current[going] = to[going]
-    if not found:
+    if not upgrades:
         whole, real = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
-        return Steps(lowest, whole, whole, whole, real, real)
-    return Steps(lowest, *(torch.cat(column) for column in zip(*found, strict=True)))
+        return Upgrades(lowest, whole, whole, whole, real, real)
+    return Upgrades(lowest, *(torch.cat(column) for column in zip(*upgrades, strict=True)))
 
 
-def best_first(found: Sequence[Steps], counts: Sequence[int]) -> Steps:
+def best_first(upgrades: Sequence[Upgrades], counts: Sequence[int]) -> Upgrades:
     """All steps with their units numbered through, sorted by what a byte buys; the steps of a unit stay in turn."""
     first = [sum(counts[:i]) for i in range(len(counts))]
     columns = [
-        (one.unit + offset, one.start, one.to, one.slope, one.nbytes) for one, offset in zip(found, first, strict=True)
+        (one.unit + offset, one.start, one.to, one.slope, one.nbytes)
+        for one, offset in zip(upgrades, first, strict=True)
     ]
     together = [torch.cat(column) for column in zip(*columns, strict=True)]
     order = torch.sort(together[3], descending=True, stable=True).indices
-    return Steps(torch.cat([one.lowest for one in found]), *(column[order] for column in together))
+    return Upgrades(torch.cat([one.lowest for one in upgrades]), *(column[order] for column in together))
 
 
 def ladder(
@@ -217,12 +218,12 @@ def ladder(
 ) -> list[tuple[float, float]]:
     """Bytes and predicted cost after every step of the greedy, from the smallest plan on; row marks are not counted."""
     units = make_units(plan, costs, options, granularity, groups)
-    found = [hull_steps(unit.cost, unit.nbytes) for unit in units]
-    steps = best_first(found, [unit.cost.shape[1] for unit in units])
+    by_unit = [hull_upgrades(unit.cost, unit.nbytes) for unit in units]
+    ordered = best_first(by_unit, [unit.cost.shape[1] for unit in units])
     nbytes = sum(float(unit.nbytes[0]) * unit.cost.shape[1] for unit in units)
-    start = sum(float(unit.cost.gather(0, one.lowest[None]).sum()) for unit, one in zip(units, found, strict=True))
-    sizes = nbytes + torch.cat([torch.zeros(1, dtype=torch.float64), steps.nbytes.cumsum(0)])
-    falls = torch.cat([torch.zeros(1, dtype=torch.float64), (steps.slope * steps.nbytes).cumsum(0)])
+    start = sum(float(unit.cost.gather(0, one.lowest[None]).sum()) for unit, one in zip(units, by_unit, strict=True))
+    sizes = nbytes + torch.cat([torch.zeros(1, dtype=torch.float64), ordered.nbytes.cumsum(0)])
+    falls = torch.cat([torch.zeros(1, dtype=torch.float64), (ordered.slope * ordered.nbytes).cumsum(0)])
     return list(zip(sizes.tolist(), (start - falls).tolist(), strict=True))
 
 

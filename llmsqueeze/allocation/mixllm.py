@@ -51,9 +51,9 @@ def allocate_bytes(plan: Plan, scores: Mapping[str, Tensor], high: Grid, low: Gr
         )
     while fewest < most:
         middle = (fewest + most + 1) // 2
-        found = _cut(plan, scores, ranking, [(high, middle)], low)
-        if found.nbytes <= target:
-            fewest, plan_of[middle] = middle, found
+        candidate = _cut(plan, scores, ranking, [(high, middle)], low)
+        if candidate.nbytes <= target:
+            fewest, plan_of[middle] = middle, candidate
         else:
             most = middle - 1
     return plan_of[fewest]

@@ -250,8 +250,8 @@ def _end_plan(skeleton: Skeleton, name: str) -> WeightPlan:
 
 def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:
     """What the recipe makes of these linears that compressed-tensors has no place for, and why; None if nothing."""
-    found = next((f"{setting}: {why}" for setting, why in unportable(recipe)), None)
-    return found or unfit(recipe, skeleton, weights)
+    reason = next((f"{setting}: {why}" for setting, why in unportable(recipe)), None)
+    return reason or unfit(recipe, skeleton, weights)
 
 
 def unfit(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:

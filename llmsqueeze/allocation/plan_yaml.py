@@ -117,44 +117,44 @@ def read_plan(path: Path) -> PlanFile:
 def plan_of(file: PlanFile, base: Plan) -> Plan:
     """The plan for the linears of `base` that it names. Raises RecipeError, naming all that is wrong."""
     wrong: list[str] = []
-    made: dict[str, WeightPlan] = {}
+    weights: dict[str, WeightPlan] = {}
     for name in file.entries:
         if name not in base.weights:
             wrong.append(f"{file.path} names {name}, which the model does not have{nearest(name, base.weights)}")
     for name, weight in base.weights.items():
         if name in file.entries:
             try:
-                made[name] = _weight(weight, file.entries[name])
+                weights[name] = _weight(weight, file.entries[name])
             except RecipeError as error:
                 wrong.append(f"{file.path}, {name}: {error}")
     if wrong:
         more = f"\n       and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise RecipeError("\n       ".join(wrong[:5]) + more)
-    return base.only(made)
+    return base.only(weights)
 
 
-def _weight(weight: WeightPlan, found: Any) -> WeightPlan:
-    counts = {found: weight.shape[0]} if isinstance(found, str) else dict(found) if isinstance(found, dict) else None
+def _weight(weight: WeightPlan, entry: Any) -> WeightPlan:
+    counts = {entry: weight.shape[0]} if isinstance(entry, str) else dict(entry) if isinstance(entry, dict) else None
     if not counts:
-        raise RecipeError(f"{found!r} is neither a grid such as '3 bit g128' nor a mapping of grids to rows")
+        raise RecipeError(f"{entry!r} is neither a grid such as '3 bit g128' nor a mapping of grids to rows")
     outliers, rank = counts.pop("outliers", 0), counts.pop("rank", weight.rank)
     for what, count in (*counts.items(), ("outliers", outliers), ("rank", rank)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise RecipeError(f"{what}: {count!r} is no number of rows")
     coded = [CODED.fullmatch(str(text)) for text in counts]
     if weight.coded or any(coded):
-        made = _coded(weight, list(counts))
+        planned = _coded(weight, list(counts))
         if counts[next(iter(counts))] != weight.shape[0]:
             raise RecipeError(f"all of its {weight.shape[0]} rows are coded, not {counts[next(iter(counts))]}")
     else:
-        made = weight.on(*_grids(weight, counts))
-    if outliers and any(rows.grid.half for rows in made.grids):
+        planned = weight.on(*_grids(weight, counts))
+    if outliers and any(rows.grid.half for rows in planned.grids):
         raise RecipeError("outliers want grids with a level 0, which half ones lack")
-    if made.kept + outliers > weight.numel:
+    if planned.kept + outliers > weight.numel:
         raise RecipeError(f"{outliers} outliers are more than its {weight.numel} weights")
     if rank > min(weight.shape):
         raise RecipeError(f"rank {rank} is more than a weight of {weight.shape[0]} x {weight.shape[1]} has")
-    return replace(made, outliers=outliers, rank=rank)
+    return replace(planned, outliers=outliers, rank=rank)
 
 
 def _coded(weight: WeightPlan, texts: list[Any]) -> WeightPlan:

@@ -26,12 +26,12 @@ def rank_nbytes(weight: WeightPlan) -> int:
     return parts.layout_nbytes(weight.shape, [parts.lowrank_spec(1, weight.dtype)])
 
 
-def expected_gains(cost: Tensor, gain: Tensor, held: Tensor) -> Tensor:
-    """[ranks]: what each component is worth to a linear whose rows are on the options `held` [rows].
+def expected_gains(cost: Tensor, gain: Tensor, options: Tensor) -> Tensor:
+    """[ranks]: what each component is worth to a linear whose rows are on the options `options` [rows].
 
     cost [options, rows], gain [options, ranks].
     """
-    on = torch.zeros_like(cost).scatter_(0, held[None], 1.0)
+    on = torch.zeros_like(cost).scatter_(0, options[None], 1.0)
     shares = (cost * on).sum(dim=1) / cost.sum(dim=1).clamp(min=torch.finfo(cost.dtype).tiny)
     return shares.to(gain) @ gain
 

@@ -31,11 +31,11 @@ def by_cost(plan: Plan, costs: Mapping[str, Tensor | None], scores: Mapping[str,
         cost, weight = costs[name], plan.weights[name]
         if cost is None:
             continue
-        held = torch.full((weight.shape[0],), len(weight.grids) - 1)
+        grid_of = torch.full((weight.shape[0],), len(weight.grids) - 1)
         for i, rows in enumerate(weight.grids[:-1]):
-            gain = torch.where(held == len(weight.grids) - 1, (cost[i + 1] - cost[i]).double(), -torch.inf)
-            held[torch.sort(gain, descending=True, stable=True).indices[: rows.count]] = i
-        chosen[name] = held
+            gain = torch.where(grid_of == len(weight.grids) - 1, (cost[i + 1] - cost[i]).double(), -torch.inf)
+            grid_of[torch.sort(gain, descending=True, stable=True).indices[: rows.count]] = i
+        chosen[name] = grid_of
     return chosen
 
 
@@ -64,6 +64,6 @@ def random_scores(plan: Plan, seed: int) -> dict[str, Tensor]:
 
 def _deal(weight: WeightPlan, order: Tensor) -> Tensor:
     counts = torch.tensor([rows.count for rows in weight.grids])
-    held = torch.empty(weight.shape[0], dtype=torch.int64)
-    held[order] = torch.arange(len(counts)).repeat_interleave(counts)
-    return held
+    grid_of = torch.empty(weight.shape[0], dtype=torch.int64)
+    grid_of[order] = torch.arange(len(counts)).repeat_interleave(counts)
+    return grid_of

@@ -126,8 +126,8 @@ class _Search:
     def _measured(self) -> tuple[float, float]:
         """Rise of the loss, and mean KL, of the folder tried on the held-back text."""
         job, trust = self.job, self.job.source.trust_remote_code
-        found = evaluate_rows(str(self.tried), str(job.path), held_back(job), job.device, trust, self.progress)
-        return found.nll_difference, found.kl_mean
+        evaluation = evaluate_rows(str(self.tried), str(job.path), held_back(job), job.device, trust, self.progress)
+        return evaluation.nll_difference, evaluation.kl_mean
 
 
 def bisect(try_size: Callable[[float], Round], points: Sequence[tuple[float, float]], bound: float) -> list[Round]:

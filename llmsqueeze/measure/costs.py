@@ -66,8 +66,8 @@ def price(
     for option in options:
         error = output_errors(weight, curvature, option, stand_in, dtype, search)
         if quantizer != stand_in:
-            found = output_errors(weight[tried], curvature, option, quantizer, dtype, search)
-            error = error * (found.sum() / error[tried].sum().clamp(min=1e-30)).clamp(max=1.0)
+            exact = output_errors(weight[tried], curvature, option, quantizer, dtype, search)
+            error = error * (exact.sum() / error[tried].sum().clamp(min=1e-30)).clamp(max=1.0)
         costs.append((0.5 * row_gradient * error).cpu())
     return torch.stack(costs)
 
@@ -87,15 +87,15 @@ def low_rank_gains(
     With the error weighted by the inputs as U S V^T, component i takes off 1/2 * sum_r g[r] * (u[r, i] * s[i])^2. The
     errors are those of the quantizer itself, for those of its stand-in have more of a direction to take off.
     """
-    found = torch.zeros(len(options), RANKS)
+    gains = torch.zeros(len(options), RANKS)
     for i, option in enumerate(options):
         error = torch.cat(tuple(residuals(weight, curvature, option, quantizer, dtype, search)))
         weighted = torch.linalg.solve_triangular(curvature.upper, error, upper=True, left=False)
         left, _ = truncated_svd(weighted, min(RANKS, *weight.shape))
         # `left` has the roots of the singular values in it
         size = left.square().sum(dim=0)
-        found[i, : left.shape[1]] = (0.5 * row_gradient @ (left * size.sqrt()).square()).cpu()
-    return found
+        gains[i, : left.shape[1]] = (0.5 * row_gradient @ (left * size.sqrt()).square()).cpu()
+    return gains
 
 
 def output_errors(
@@ -130,15 +130,15 @@ def packed_rates(
     rows, cols = weight.shape
     tried = torch.linspace(0, rows - 1, min(CODED_ROWS, rows), device=weight.device).long()
     shared = STREAM_BYTES * -(-rows // rans.rows_per_stream(rows, cols))
-    found, stand_in = [], METHODS[quantizer].priced_by
+    rates, stand_in = [], METHODS[quantizer].priced_by
     for option in options:
         pinned = row_outliers(weight[tried], curvature, option.kept(cols)) if option.outliers else None
         rounded = rounder(stand_in)(weight[tried], option.grid, dtype, curvature, pinned, search)
         counted = rans.counts(rounded.codes.cpu().numpy(), one_context(len(tried), cols))
         tables = frequencies.choose(counted, symmetric=False)
         bits = frequencies.coded_bits(counted, tables, symmetric=False) / (len(tried) * cols)
-        found.append(min(bits + 8 * (shared + len(tables)) / (rows * cols), float(option.grid.bits)))
-    return torch.tensor(found, dtype=torch.float64)
+        rates.append(min(bits + 8 * (shared + len(tables)) / (rows * cols), float(option.grid.bits)))
+    return torch.tensor(rates, dtype=torch.float64)
 
 
 def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> Tensor:
@@ -154,12 +154,12 @@ def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> 
     steps = torch.cat([coded.row_steps(some, 2.0 ** float(one), gradient) for one in at])
     target = some.repeat(len(at), 1)
     chunk = max(1, CHUNK_BYTES[weight.device.type] // (4 * cols))
-    found = coded.round_to_steps(target, steps, curvature, None, chunk, matrices=len(at))
-    cost = 0.5 * gradient * curvature.output_error(target - found.dense()).view(len(at), -1)
+    rounded = coded.round_to_steps(target, steps, curvature, None, chunk, matrices=len(at))
+    cost = 0.5 * gradient * curvature.output_error(target - rounded.dense()).view(len(at), -1)
     streams = -(-rows // rans.rows_per_stream(rows, cols))
     nbytes = []
-    for values, exponent in zip(found.integers.chunk(len(at)), found.row_exponent.chunk(len(at)), strict=True):
-        bits, tables = code_length(values, exponent, found.col_exponent)
+    for values, exponent in zip(rounded.integers.chunk(len(at)), rounded.row_exponent.chunk(len(at)), strict=True):
+        bits, tables = code_length(values, exponent, rounded.col_exponent)
         nbytes.append(bits * share / 8 + tables + streams * STREAM_BYTES + rows + cols)
     return torch.stack([at, torch.tensor(nbytes, dtype=torch.float64), cost.sum(dim=1).double().cpu() * share])
 

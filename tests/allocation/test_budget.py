@@ -81,7 +81,7 @@ def all_outcomes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, floa
 def prefixes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
     """Bytes and cost after every step of the greedy, from its states."""
     counts = [cost.shape[1] for cost, _ in linears]
-    steps = budget.best_first([budget.hull_steps(cost, nbytes) for cost, nbytes in linears], counts)
+    steps = budget.best_first([budget.hull_upgrades(cost, nbytes) for cost, nbytes in linears], counts)
     found = []
     for cut in range(len(steps.unit) + 1):
         state = [0] * sum(counts)
@@ -108,7 +108,7 @@ def test_every_prefix_of_the_greedy_is_optimal_for_its_own_bytes(linears: list[t
 @given(cases())
 def test_steps_sort_by_what_a_byte_buys_and_end_at_the_least_cost(linears: list[tuple[Tensor, Tensor]]) -> None:
     counts = [cost.shape[1] for cost, _ in linears]
-    steps = budget.best_first([budget.hull_steps(cost, nbytes) for cost, nbytes in linears], counts)
+    steps = budget.best_first([budget.hull_upgrades(cost, nbytes) for cost, nbytes in linears], counts)
     assert (steps.slope > 0).all()
     assert (steps.slope[1:] <= steps.slope[:-1]).all()
     assert prefixes(linears)[-1][1] == min(c for _, c in all_outcomes(linears))
@@ -118,7 +118,7 @@ def test_steps_sort_by_what_a_byte_buys_and_end_at_the_least_cost(linears: list[
 @given(cases())
 def test_the_bytes_of_a_step_are_those_between_its_options(linears: list[tuple[Tensor, Tensor]]) -> None:
     for cost, nbytes in linears:
-        steps = budget.hull_steps(cost, nbytes)
+        steps = budget.hull_upgrades(cost, nbytes)
         assert torch.equal(steps.nbytes, nbytes[steps.to] - nbytes[steps.start])
         gain = cost[steps.start, steps.unit] - cost[steps.to, steps.unit]
         assert torch.allclose(steps.slope * steps.nbytes, gain)
@@ -126,7 +126,7 @@ def test_the_bytes_of_a_step_are_those_between_its_options(linears: list[tuple[T
 
 def test_a_width_above_the_hull_is_passed_over() -> None:
     """Three bits that cost nearly as much as two are skipped on the way to four."""
-    steps = budget.hull_steps(torch.tensor([[8.0], [7.5], [1.0]]), torch.tensor([2.0, 3.0, 4.0]))
+    steps = budget.hull_upgrades(torch.tensor([[8.0], [7.5], [1.0]]), torch.tensor([2.0, 3.0, 4.0]))
     assert (steps.start.tolist(), steps.to.tolist()) == ([0], [2])
     assert steps.slope.tolist() == [3.5]
 

@@ -29,13 +29,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "coded, outliers and factors": {"method": "coded", "bits": 3.5, "outliers": 0.01, "lorc_rank": 1},
     "budget, packed": FEW | {"row_outliers": [0.02], "lorc_rank": "auto", "pack": "rans", "quantizer": "gptq"},
     "budget, portable": FEW | {"portable": True, "quantizer": "rtn"},
-    "gwq": {"method": "gwq", "bits": 3},
-    "gwq over the whole model": {"method": "gwq", "bits": 3, "outlier_scope": "global", "quantizer": "gptq"},
+    "gwq": {"method": "gwq", "bits": 3, "outlier_scope": "global", "quantizer": "gptq"},
     "gwq at random": {"method": "gwq", "bits": 3, "outlier_ranking": "random", "quantizer": "rtn"},
     "layerwise, packed": {"method": "layerwise", "bits": 3.0, "pack": "rans", "quantizer": "gptq"},
     "mixllm": {"method": "mixllm", "bits": 4, "quantizer": "gptq"},
     "dbllm": {"method": "dbllm", "quantizer": "gptq"},
-    "rtn and factors": {"method": "rtn", "bits": 4, "lorc_rank": 2},
 }
 
 
