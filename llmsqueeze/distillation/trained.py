@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class TrainedWeight(nn.Module):
     ) -> None:
         """tensors: those of each part, in any float dtype. train: of scales, codes, lowrank; others are ignored."""
         super().__init__()
-        self.shape = shape
+        self.shape, self.count = shape, len(specs)
         self.fixed: dict[int, parts.Part] = {}
         self.trained: dict[int, TrainedCodes | TrainedCoded | TrainedLowRank] = {}
         for i, (spec, of_part) in enumerate(zip(specs, tensors, strict=True)):
@@ -51,16 +52,11 @@ class TrainedWeight(nn.Module):
 
     def dense(self) -> Tensor:
         """float32 [rows, cols]."""
-        total: Tensor | None = None
-        for i in range(len(self.fixed) + len(self.trained)):
-            part = self.trained[i] if i in self.trained else self.fixed[i]
-            if isinstance(part, Sparse):
-                assert total is not None, "outliers come last"
+        summands = [self.trained[i] if i in self.trained else self.fixed[i] for i in range(self.count)]
+        total: Tensor = reduce(torch.add, (part.dense() for part in summands if not isinstance(part, Sparse)))
+        for part in summands:
+            if isinstance(part, Sparse):  # outliers replace the sum of the other parts
                 part.put(total)
-            else:
-                dense: Tensor = part.dense()
-                total = dense if total is None else total + dense
-        assert total is not None, "a weight has parts"
         return total
 
     def stored(self) -> dict[str, Tensor]:
@@ -73,7 +69,7 @@ class TrainedWeight(nn.Module):
     def overlay(self, stored: Mapping[str, Tensor]) -> Tensor:
         """float32 [rows, cols]: the weight with the tensors of `stored` in place of those of the file."""
         summands = []
-        for i in range(len(self.fixed) + len(self.trained)):
+        for i in range(self.count):
             part = self.trained[i].part if i in self.trained else self.fixed[i]
             tensors, spec = part.tensors(), part.spec()
             prefix = f"parts.{i}."

@@ -30,7 +30,8 @@ from llmsqueeze.quantizers import dual_binary
 class TrainedCodes(nn.Module):
     """An `Affine` or `DualBinary` part whose scales (and zeros), codes, or both are trained.
 
-    reordered: how often the two alphas of a group had to be put in order again."""
+    reordered: how often the two alphas of a group had to be put in order again.
+    """
 
     codes: Tensor | None
     sign: Tensor
@@ -59,13 +60,13 @@ class TrainedCodes(nn.Module):
         grid, cols = self.part.grid, self.part.shape[1]
         codes = self.part.symbols() if self.codes is None else self.codes
         scale = grid.expand(self.scale.forward(), cols)
-        if isinstance(self.part, DualBinary):
-            assert self.zero is not None
+        if self.zero is None:
+            values = (codes.float() - grid.fixed_zero) * scale
+        elif grid.dual:
             first, second = planes_of(codes)
             values = first.float() * scale + second.float() * grid.expand(self.zero.forward(), cols)
         else:
-            zero = grid.fixed_zero if self.zero is None else grid.expand(self._rounded_zero(), cols)
-            values = (codes.float() - zero) * scale
+            values = (codes.float() - grid.expand(self._whole(self.zero), cols)) * scale
         if self.pending is not None:
             # the codes stay whole numbers; the pending change gets the gradient that they would have
             level = scale / 2 if grid.dual else scale
@@ -91,9 +92,7 @@ class TrainedCodes(nn.Module):
 
         rate: levels that a gradient as large as the root mean square adds. Returns the number of codes that moved.
         """
-        assert self.codes is not None
-        assert self.pending is not None
-        if self.pending.grad is None:
+        if self.codes is None or self.pending is None or self.pending.grad is None:
             return 0
         rms = self.pending.grad.square().mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         self.pending.sub_(self.pending.grad * (rate / rms))
@@ -116,7 +115,7 @@ class TrainedCodes(nn.Module):
         if self.zero is None:
             zero = torch.zeros_like(scale)
         else:
-            zero = self.zero.stored() if self.part.grid.dual else self._rounded_zero()
+            zero = self.zero.stored() if self.part.grid.dual else self._whole(self.zero)
         if self.codes is not None:
             part = parts.of_codes(self.codes, scale, zero, self.part.grid)
             tensors = (part if self.part.streams is None else part.packed()).tensors()
@@ -130,10 +129,9 @@ class TrainedCodes(nn.Module):
         tensors.pop("rows", None)
         return tensors
 
-    def _rounded_zero(self) -> Tensor:
-        """The zero as the file will hold it, with the gradient of the trained one."""
-        assert self.zero is not None
-        value = self.zero.forward()
+    def _whole(self, zero: Adjusted) -> Tensor:
+        """The zero as the file will hold it, a whole number on the grid, with the gradient of the trained one."""
+        value = zero.forward()
         return value + (value.detach().round().clamp(0, self.part.grid.max_code) - value.detach())
 
 
