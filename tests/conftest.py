@@ -110,10 +110,10 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(architecture, dtype) -> folder of a tiny random model without tokenizer; for coverage, never for quality."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
+    folders: dict[tuple[str, torch.dtype], Path] = {}
 
     def make(architecture: str, dtype: torch.dtype = torch.float32) -> Path:
-        if (architecture, dtype) not in made:
+        if (architecture, dtype) not in folders:
             from support import configs
             from transformers import AutoModelForCausalLM
 
@@ -121,8 +121,8 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
             folder = tmp_path_factory.mktemp(architecture)
             model = AutoModelForCausalLM.from_config(configs()[architecture]).to(dtype)
             model.save_pretrained(folder)
-            made[architecture, dtype] = folder
-        return made[architecture, dtype]
+            folders[architecture, dtype] = folder
+        return folders[architecture, dtype]
 
     return make
 
