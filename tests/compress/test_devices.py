@@ -25,8 +25,13 @@ TEXT = {"calibration": "demo", "samples": 1, "seq_len": 16}
 # every operation is looked at, so each run takes several paths at once, on few widths
 FEW = {"method": "budget", "bits": 3.0, "widths": [2, 4]}
 RUNS: dict[str, dict[str, Any]] = {
-    "coded, embeddings too": {"method": "coded", "bits": 3.0, "code_embeddings": True},
-    "coded, outliers and factors": {"method": "coded", "bits": 3.5, "outliers": 0.01, "lorc_rank": 1},
+    "coded, embeddings, outliers and factors too": {
+        "method": "coded",
+        "bits": 4.0,
+        "code_embeddings": True,
+        "outliers": 0.01,
+        "lorc_rank": 1,
+    },
     "budget, packed": FEW | {"row_outliers": [0.02], "lorc_rank": "auto", "pack": "rans", "quantizer": "gptq"},
     "budget, portable": FEW | {"portable": True, "quantizer": "rtn"},
     "gwq": {"method": "gwq", "bits": 3, "outlier_scope": "global", "quantizer": "gptq"},
