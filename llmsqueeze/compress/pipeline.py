@@ -73,7 +73,7 @@ def compress(
     shards = len(outside_shards(job.skeleton)) + len(job.skeleton.blocks)
     with output_folder(out, shards, bytes_needed(job, decision), overwrite) as output:
         decision = decision or measure_and_decide(job, target, profile, output.partial, progress)
-        decision = replace(decision, plan=compressed_tensors.settled(decision.plan, job.recipe.portable))
+        decision = replace(decision, plan=compressed_tensors.writable_plan(decision.plan, job.recipe.portable))
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
         write_rest(output, job, decision, by_weight)
         trust, compared = job.source.trust_remote_code, None

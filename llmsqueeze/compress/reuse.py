@@ -102,7 +102,7 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
         if not profile.curves:
             raise RecipeError(f"{file.path} names no profile that has costs of coded weights")
         return coded(plan, profile, job.target())
-    return with_rows(compressed_tensors.settled(plan, file.recipe.portable), profile, file.recipe)
+    return with_rows(compressed_tensors.writable_plan(plan, file.recipe.portable), profile, file.recipe)
 
 
 def open_plan(path: Path) -> PlanFile:

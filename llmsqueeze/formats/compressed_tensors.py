@@ -63,10 +63,10 @@ def barred(plan: Plan) -> str | None:
     return next((f"{name}: {why}" for name, why in reasons if why is not None), None)
 
 
-def settled(plan: Plan, portable: bool | None) -> Plan:
+def writable_plan(plan: Plan, portable: bool | None) -> Plan:
     """The plan, in the native format if this one cannot represent all of it. Raises RecipeError if `portable` asks for
     this one."""
-    if not plan.portable or (what := barred(plan)) is None:
+    if plan.format != METHOD or (what := barred(plan)) is None:
         return plan
     if portable:
         raise RecipeError(f"portable contradicts the plan: compressed-tensors cannot represent {what}")

@@ -11,7 +11,7 @@ import torch
 
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan import Plan
-from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats import native
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.recipe.recipe import Recipe
@@ -49,10 +49,11 @@ def outcome(
     by_weight: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     """The result: its format, sizes in bytes, and by_weight: kind of number -> linear -> number."""
+    is_native = plan.format == "native"
     return {
         "llmsqueeze_version": __version__,
-        "format": compressed_tensors.METHOD if plan.portable else native.METHOD,
-        "format_version": None if plan.portable else native.format_version(plan),
+        "format": native.METHOD if is_native else plan.format,
+        "format_version": native.format_version(plan) if is_native else None,
         "code_bits": plan.code_bits,
         "bits_per_weight": round(plan.bits_per_weight, 6),
         "predicted_loss_increase": predicted,
