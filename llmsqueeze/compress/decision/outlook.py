@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmsqueeze.allocation import budget, multiplier
+from llmsqueeze.allocation import greedy, multiplier
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.compress.decision.decide import Decision
@@ -74,7 +74,7 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
     options = options_of(recipe)
     at = [profile.options.index(option) for option in options]
     costs = {name: cost[at] for name, cost in profile.costs.items()}
-    ladder = budget.ladder(plan, costs, options, recipe.granularity, profile.groups)
+    ladder = greedy.ladder(plan, costs, options, recipe.granularity, profile.groups)
     sizes = torch.tensor([nbytes for nbytes, _ in ladder])
     points = torch.linspace(float(sizes[0]), float(sizes[-1]), POINTS, dtype=sizes.dtype)
     at = torch.searchsorted(sizes, points).clamp(max=len(ladder) - 1).unique().tolist()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from llmsqueeze.allocation import budget, ranks, rows
+from llmsqueeze.allocation import greedy, ranks, rows
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.allocation.prediction import option_of, options_of_rows, predicted
 from llmsqueeze.compress.decision.options import options_of, portable_twin
@@ -23,10 +23,10 @@ def within_bytes(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> P
     """The plan that promises most within `target` bytes."""
     options = options_of(recipe)
     if recipe.importance == "uniform":
-        return budget.uniform(plan, [option for option in options if not option.outliers], target)
+        return greedy.uniform(plan, [option for option in options if not option.outliers], target)
     at = [profile.options.index(option) for option in options]
     costs = {name: cost[at] for name, cost in profile.costs.items()}
-    best = budget.allocate(plan, costs, options, target, recipe.granularity, profile.groups)
+    best = greedy.allocate(plan, costs, options, target, recipe.granularity, profile.groups)
     return _with_ranks(best, profile, recipe, options, costs, target) if recipe.buys_ranks else best
 
 
@@ -42,7 +42,7 @@ def _with_ranks(
     least, current, scaled = predicted(profile, best, chosen_rows(best, profile)), best, costs
     for _ in range(ROUNDS):
         spent = sum(w.rank * ranks.rank_nbytes(w) for w in current.weights.values())
-        ladder = budget.ladder(current, scaled, options, recipe.granularity, profile.groups)
+        ladder = greedy.ladder(current, scaled, options, recipe.granularity, profile.groups)
         price, chosen = ranks.last_byte(ladder, target - spent), chosen_rows(current, profile)
         bought, scaled = {}, dict(costs)
         for name, weight in current.weights.items():
@@ -54,7 +54,7 @@ def _with_ranks(
                 scaled[name] = costs[name] * (1 - gain[: bought[name]].sum() / whole)
         ranked = current.having({name: replace(w, rank=bought.get(name, 0)) for name, w in current.weights.items()})
         try:
-            current = budget.allocate(ranked, scaled, options, target, recipe.granularity, profile.groups)
+            current = greedy.allocate(ranked, scaled, options, target, recipe.granularity, profile.groups)
         except RecipeError:
             break  # so many ranks leave too little for the rows
         promised = predicted(profile, current, chosen_rows(current, profile))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmsqueeze.allocation import budget, rows
+from llmsqueeze.allocation import greedy, rows
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.errors import RecipeError
@@ -81,7 +81,7 @@ def all_outcomes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, floa
 def prefixes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
     """Bytes and cost after every step of the greedy, from its states."""
     counts = [cost.shape[1] for cost, _ in linears]
-    steps = budget.best_first([budget.hull_upgrades(cost, nbytes) for cost, nbytes in linears], counts)
+    steps = greedy.best_first([greedy.hull_upgrades(cost, nbytes) for cost, nbytes in linears], counts)
     found = []
     for cut in range(len(steps.unit) + 1):
         state = [0] * sum(counts)
@@ -108,7 +108,7 @@ def test_every_prefix_of_the_greedy_is_optimal_for_its_own_bytes(linears: list[t
 @given(cases())
 def test_steps_sort_by_what_a_byte_buys_and_end_at_the_least_cost(linears: list[tuple[Tensor, Tensor]]) -> None:
     counts = [cost.shape[1] for cost, _ in linears]
-    steps = budget.best_first([budget.hull_upgrades(cost, nbytes) for cost, nbytes in linears], counts)
+    steps = greedy.best_first([greedy.hull_upgrades(cost, nbytes) for cost, nbytes in linears], counts)
     assert (steps.slope > 0).all()
     assert (steps.slope[1:] <= steps.slope[:-1]).all()
     assert prefixes(linears)[-1][1] == min(c for _, c in all_outcomes(linears))
@@ -118,7 +118,7 @@ def test_steps_sort_by_what_a_byte_buys_and_end_at_the_least_cost(linears: list[
 @given(cases())
 def test_the_bytes_of_a_step_are_those_between_its_options(linears: list[tuple[Tensor, Tensor]]) -> None:
     for cost, nbytes in linears:
-        steps = budget.hull_upgrades(cost, nbytes)
+        steps = greedy.hull_upgrades(cost, nbytes)
         assert torch.equal(steps.nbytes, nbytes[steps.to] - nbytes[steps.start])
         gain = cost[steps.start, steps.unit] - cost[steps.to, steps.unit]
         assert torch.allclose(steps.slope * steps.nbytes, gain)
@@ -126,7 +126,7 @@ def test_the_bytes_of_a_step_are_those_between_its_options(linears: list[tuple[T
 
 def test_a_width_above_the_hull_is_passed_over() -> None:
     """Three bits that cost nearly as much as two are skipped on the way to four."""
-    steps = budget.hull_upgrades(torch.tensor([[8.0], [7.5], [1.0]]), torch.tensor([2.0, 3.0, 4.0]))
+    steps = greedy.hull_upgrades(torch.tensor([[8.0], [7.5], [1.0]]), torch.tensor([2.0, 3.0, 4.0]))
     assert (steps.start.tolist(), steps.to.tolist()) == ([0], [2])
     assert steps.slope.tolist() == [3.5]
 
@@ -138,7 +138,7 @@ def test_of_equally_large_options_the_cheaper_is_taken() -> None:
     costs = {"w": torch.tensor([[3.0], [1.0], [0.9]]).expand(3, 8)}
     smallest = plan.on({"w": (Rows(options[1].grid, 8),)})
     for granularity in ("row", "linear"):
-        made = budget.allocate(plan, costs, options, smallest.nbytes, granularity, [])
+        made = greedy.allocate(plan, costs, options, smallest.nbytes, granularity, [])
         assert made.weights["w"].grid == options[1].grid
 
 
@@ -171,7 +171,7 @@ def test_no_remaining_step_fits_what_is_left(granularity: str) -> None:
     for seed in range(4):
         costs = falling_costs(seed, noise=2.0)
         for target in targets(plan, costs, 23):
-            made = budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS)
+            made = greedy.allocate(plan, costs, OPTIONS, target, granularity, GROUPS)
             assert made.nbytes <= target
             for names in units:
                 grids = {made.weights[n].grids[0].grid for n in names}
@@ -208,7 +208,7 @@ def test_no_row_that_fits_is_left_behind() -> None:
     for seed in range(3):
         costs = falling_costs(seed)
         for target in targets(plan, costs, 41):
-            made = budget.allocate(plan, costs, OPTIONS, target, "row", [])
+            made = greedy.allocate(plan, costs, OPTIONS, target, "row", [])
             assert made.nbytes <= target
             for step, further in next_steps(made):
                 assert made.nbytes + step > target or further.nbytes > target
@@ -222,7 +222,7 @@ def test_rows_that_share_words_of_zeros_are_counted_as_they_are_packed() -> None
     low, high = sizes(plan, costs, options)
     for i in range(40):
         target = low + (high - low) * i // 39
-        made = budget.allocate(plan, costs, options, target, "row", [])
+        made = greedy.allocate(plan, costs, options, target, "row", [])
         assert target - (128 * 4 // 8 + 16) < made.nbytes <= target
 
 
@@ -242,7 +242,7 @@ def test_more_bytes_are_never_predicted_worse(granularity: str) -> None:
     for seed in range(4):
         costs = falling_costs(seed)
         found = [
-            promised(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
+            promised(greedy.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
             for target in targets(plan, costs, 40)
         ]
         assert all(more <= less * (1 + 1e-9) for less, more in itertools.pairwise(found))
@@ -255,7 +255,7 @@ def test_a_finer_granularity_is_never_predicted_worse() -> None:
     costs = falling_costs(5)
     for target in targets(plan, costs, 12)[1:-1]:
         row, linear, group = (
-            promised(budget.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
+            promised(greedy.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
             for granularity in ("row", "linear", "group")
         )
         assert row < linear <= group * 1.3
@@ -277,7 +277,7 @@ def test_rows_are_dealt_as_well_as_any_that_make_the_same_counts(seed: int) -> N
     three = {name: cost[[2, 0, 3]] for name, cost in costs.items()}
     low, high = sizes(plan, costs, ladder)
     for target in range(low, high, 5):
-        made = budget.allocate(plan, three, ladder, target, "row", [])
+        made = greedy.allocate(plan, three, ladder, target, "row", [])
         best = 0.0
         for name, weight in made.weights.items():
             counts = [weight.by_grid.get(option.grid, 0) for option in ladder]
@@ -293,9 +293,9 @@ def test_a_target_below_the_smallest_plan_names_it() -> None:
     plan = make_plan()
     costs = falling_costs(0)
     low, _ = sizes(plan, costs)
-    assert budget.allocate(plan, costs, OPTIONS, low, "row", []).nbytes == low
+    assert greedy.allocate(plan, costs, OPTIONS, low, "row", []).nbytes == low
     with pytest.raises(RecipeError, match=rf"{low - 1} bytes; the smallest plan takes .*{low} bytes, everything"):
-        budget.allocate(plan, costs, OPTIONS, low - 1, "row", [])
+        greedy.allocate(plan, costs, OPTIONS, low - 1, "row", [])
 
 
 def test_linears_without_costs_keep_what_they_had_and_are_counted() -> None:
@@ -303,7 +303,7 @@ def test_linears_without_costs_keep_what_they_had_and_are_counted() -> None:
     costs = falling_costs(0)
     del costs["o"]
     low, high = sizes(plan, costs)
-    made = budget.allocate(plan, costs, OPTIONS, (low + high) // 2, "group", GROUPS)
+    made = greedy.allocate(plan, costs, OPTIONS, (low + high) // 2, "group", GROUPS)
     assert made.weights["o"] == plan.weights["o"]
     assert low < made.nbytes <= (low + high) // 2
 
@@ -312,7 +312,7 @@ def test_groups_with_skipped_members_are_what_is_left_of_them() -> None:
     plan = make_plan({name: SHAPES[name] for name in ("q", "v", "down")})
     costs = falling_costs(1, {name: SHAPES[name] for name in plan.weights})
     for target in targets(plan, costs, 9):
-        made = budget.allocate(plan, costs, OPTIONS, target, "group", GROUPS)
+        made = greedy.allocate(plan, costs, OPTIONS, target, "group", GROUPS)
         assert made.weights["q"].grid == made.weights["v"].grid
 
 
@@ -322,7 +322,7 @@ def test_outliers_are_bought_where_they_pay() -> None:
     options = [Option(Grid(2, 32, True)), Option(Grid(2, 32, True), 0.02), Option(Grid(3, 32, True))]
     cost = torch.tensor([[9.0] * 8, [8.0, 0.5] * 4, [7.9, 7.9] * 4])
     with_outliers = plan.on({"w": (Rows(options[1].grid, 4, 3), Rows(options[0].grid, 4))})
-    made = budget.allocate(plan, {"w": cost}, options, with_outliers.nbytes, "row", [])
+    made = greedy.allocate(plan, {"w": cost}, options, with_outliers.nbytes, "row", [])
     assert made.weights["w"].grids == (Rows(options[1].grid, 4, 3), Rows(options[0].grid, 4))
 
 
@@ -330,7 +330,7 @@ def test_the_bytes_of_a_row_are_its_share_of_the_linear() -> None:
     weight = make_plan({"w": (7, 100)}).weights["w"]
     for option in (Option(Grid(3, 32, True)), Option(Grid(8, -1, True, True)), Option(Grid(2, 16, True), 0.05)):
         on = weight.on(Rows(option.grid, 7, option.kept(100)))
-        assert budget.row_nbytes(weight, option) * 7 == pytest.approx(on.nbytes)
+        assert greedy.row_nbytes(weight, option) * 7 == pytest.approx(on.nbytes)
 
 
 # ---------------------------------------------------------------------------------------------------------- controls
@@ -349,7 +349,7 @@ def share_range(made: Plan) -> tuple[float, float]:
 def test_uniform_is_the_same_share_of_two_neighbouring_widths_everywhere() -> None:
     plan = make_plan()
     for target in targets(plan, falling_costs(0), 60):
-        made = budget.uniform(plan, OPTIONS, target)
+        made = greedy.uniform(plan, OPTIONS, target)
         assert made.nbytes <= target
         low, high = share_range(made)
         assert low < high, "one share explains every linear"
@@ -363,16 +363,16 @@ def test_uniform_spends_what_it_has() -> None:
     one_row_each = sum(cols * 4 / 8 for _, cols in SHAPES.values())
     marks = 2 * 4 * len(SHAPES)
     for target in targets(plan, falling_costs(0), 30):
-        assert budget.uniform(plan, OPTIONS, target).nbytes > target - one_row_each - marks
+        assert greedy.uniform(plan, OPTIONS, target).nbytes > target - one_row_each - marks
 
 
 def test_uniform_below_the_narrowest_width_is_refused() -> None:
     plan = make_plan()
     low, high = sizes(plan, falling_costs(0))
-    assert budget.uniform(plan, OPTIONS, low).nbytes == low
-    assert budget.uniform(plan, OPTIONS, high).nbytes == high
+    assert greedy.uniform(plan, OPTIONS, low).nbytes == low
+    assert greedy.uniform(plan, OPTIONS, high).nbytes == high
     with pytest.raises(RecipeError, match=r"every row at 1 bits it takes .*, everything counted"):
-        budget.uniform(plan, OPTIONS, low - 1)
+        greedy.uniform(plan, OPTIONS, low - 1)
 
 
 def test_uniform_over_several_group_sizes_begins_with_the_smallest_option() -> None:
@@ -380,15 +380,15 @@ def test_uniform_over_several_group_sizes_begins_with_the_smallest_option() -> N
     plan = make_plan()
     options = [Option(Grid(bits, size, True, True)) for size in (32, 64) for bits in (1, 2)]
     smallest = plan.on({n: (Rows(Grid(1, 64, True, True), w.shape[0]),) for n, w in plan.weights.items()})
-    assert budget.uniform(plan, options, smallest.nbytes).nbytes == smallest.nbytes
+    assert greedy.uniform(plan, options, smallest.nbytes).nbytes == smallest.nbytes
 
 
 def test_the_budget_beats_uniform_at_equal_bytes() -> None:
     plan = make_plan()
     costs = falling_costs(3)
     for target in targets(plan, costs, 9)[1:-1]:
-        bought = promised(budget.allocate(plan, costs, OPTIONS, target, "row", []), costs)
-        made = budget.uniform(plan, OPTIONS, target)
+        bought = promised(greedy.allocate(plan, costs, OPTIONS, target, "row", []), costs)
+        made = greedy.uniform(plan, OPTIONS, target)
         profile = Profile(options=tuple(OPTIONS), costs=costs)
         random = predicted(profile, made, rows.by_score(made, rows.random_scores(made, 0)))
         assert random is not None
@@ -436,7 +436,7 @@ def test_the_ladder_leads_from_the_smallest_plan_to_the_cheapest() -> None:
     plan = make_plan()
     costs = falling_costs(2, noise=1.0)
     for granularity in ("row", "linear", "group"):
-        ladder = budget.ladder(plan, costs, OPTIONS, granularity, GROUPS)
+        ladder = greedy.ladder(plan, costs, OPTIONS, granularity, GROUPS)
         low, high = sizes(plan, costs)
         assert (ladder[0][0], ladder[-1][0]) == pytest.approx((low, high))
         assert ladder[0][1] == pytest.approx(sum(float(cost[2].sum()) for cost in costs.values()))
