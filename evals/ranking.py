@@ -21,8 +21,8 @@ from methods import add_arguments
 from torch import Tensor
 
 import llmsqueeze
+from llmsqueeze.allocation.options import request_of, salience_grids
 from llmsqueeze.cli.terminal import hush
-from llmsqueeze.compress.decision.options import request_of, salience_grids
 from llmsqueeze.compress.job import open_job
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.perplexity import token_losses

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from llmsqueeze.allocation.multiplier import Curve
+from llmsqueeze.allocation.coded import Curve
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli.app import app
 from llmsqueeze.measure.costs import OCTAVES

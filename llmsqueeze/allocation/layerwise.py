@@ -14,9 +14,22 @@ from collections.abc import Sequence
 
 import torch
 
+from llmsqueeze.allocation.options import two_grids
 from llmsqueeze.allocation.plan import Plan, Rows
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts import Grid
+from llmsqueeze.recipe.recipe import Recipe
+
+
+def layerwise(
+    plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
+) -> Plan:
+    """The method: see `Allocator`."""
+    assert target is not None, "it always has a budget"
+    order = order_blocks(recipe.importance, len(blocks), profile.lim, profile.zd, recipe.seed)
+    high, low = two_grids(recipe)
+    return allocate(plan, blocks, order, high, low, target, profile.groups)
 
 
 def order_blocks(importance: str, count: int, lim: Sequence[float], zd: Sequence[float], seed: int) -> list[int]:

@@ -17,9 +17,22 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from llmsqueeze.allocation.options import high_grid, two_grids
 from llmsqueeze.allocation.plan import Grids, Plan, Rows
+from llmsqueeze.allocation.rows import row_scores
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts import Grid
+from llmsqueeze.recipe.recipe import Recipe
+
+
+def mixllm(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None) -> Plan:
+    """The method: see `Allocator`."""
+    scores = row_scores(plan, profile, recipe)
+    high, low = two_grids(recipe)
+    if target is not None:
+        return allocate_bytes(plan, scores, high, low, target)
+    return allocate(plan, scores, [(high_grid(recipe, width), share) for width, share in recipe.mix], low)
 
 
 def allocate(plan: Plan, scores: Mapping[str, Tensor], mix: Sequence[tuple[Grid, float]], rest: Grid) -> Plan:

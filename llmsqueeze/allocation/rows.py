@@ -9,6 +9,18 @@ from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.measure.profile import Profile
+from llmsqueeze.recipe.recipe import Recipe
+
+
+def row_scores(plan: Plan, profile: Profile, recipe: Recipe) -> dict[str, Tensor]:
+    """linear -> [rows]: how important the recipe takes each row to be, the same over the whole model."""
+    if recipe.importance == "cost":
+        return cost_scores(profile)
+    if recipe.importance == "salience":
+        return salience_scores(profile, recipe.code_bits)
+    if recipe.importance == "reverse":
+        return {name: -score for name, score in salience_scores(profile, recipe.code_bits).items()}
+    return random_scores(plan, recipe.seed)
 
 
 def by_score(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

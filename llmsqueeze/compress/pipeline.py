@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmsqueeze.allocation.options import request_of
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.compress.decision.decide import Decision, decide
-from llmsqueeze.compress.decision.options import request_of
 from llmsqueeze.compress.job import Job, measure_job, open_job
 from llmsqueeze.compress.summary import Summary, summarize
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_streams

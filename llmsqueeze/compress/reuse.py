@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze import __version__
+from llmsqueeze.allocation import allocator
+from llmsqueeze.allocation.options import options_of, priced, request_of, salience_grids
 from llmsqueeze.allocation.plan_yaml import PLAN, PlanFile, plan_of, read_plan
-from llmsqueeze.compress.decision.decide import Decision, coded, with_rows
-from llmsqueeze.compress.decision.options import options_of, priced, request_of, salience_grids
+from llmsqueeze.compress.decision.decide import Decision, completed
 from llmsqueeze.compress.job import Job, measure_job
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
@@ -23,10 +24,10 @@ SALIENCE_WIDTHS = (2, 3, 4)
 
 def rows_by(recipe: Recipe) -> str | None:
     """The ranking behind the counts of rows; None if linears are not mixed."""
-    if recipe.method == "mixllm":
+    if recipe.decides == "rows":
         return recipe.importance
-    if recipe.method == "budget":
-        return "cost" if recipe.importance == "cost" else "random"
+    if recipe.decides == "options":
+        return "cost" if recipe.needs_costs else "random"
     return None
 
 
@@ -52,7 +53,7 @@ def origin_of(job: Job, stored: Profile | None = None) -> dict[str, Any]:
 def stored_or_measured(job: Job, path: Path, progress: Progress) -> Profile:
     """The profile at `path` if it matches the job, else a new one, which is then written there."""
     recipe, request = job.recipe, request_of(job.recipe)
-    if recipe.method == "budget":
+    if recipe.decides == "options":
         request = replace(request, options=options_of(recipe))
     if path.exists():
         stored = load(path)
@@ -62,7 +63,7 @@ def stored_or_measured(job: Job, path: Path, progress: Progress) -> Profile:
         progress.note(f"{path} does not match this recipe ({reason}); it is measured again")
     widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *request.salience_widths)))
     request = replace(request, salience=salience_grids(recipe, widths), lim=True, zd=True)
-    if recipe.method == "budget":
+    if recipe.decides == "options":
         request = replace(request, options=priced(recipe))
     profile = replace(measure_job(job, request, path.parent, progress), source=origin_of(job))
     save(profile, path)
@@ -101,8 +102,10 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
     if file.recipe.needs_steps:
         if not profile.curves:
             raise RecipeError(f"{file.path} names no profile that has costs of coded weights")
-        return coded(plan, profile, job.target())
-    return with_rows(compressed_tensors.writable_plan(plan, file.recipe.portable), profile, file.recipe)
+        plan = allocator(file.recipe.method)(plan, profile, file.recipe, (), job.target())
+    else:
+        plan = compressed_tensors.writable_plan(plan, file.recipe.portable)
+    return completed(plan, profile, file.recipe, job.target())
 
 
 def open_plan(path: Path) -> PlanFile:

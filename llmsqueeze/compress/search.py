@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmsqueeze.compress.decision.options import request_of
+from llmsqueeze.allocation.options import request_of
 from llmsqueeze.compress.decision.outlook import curve
 from llmsqueeze.compress.job import Job, measure_job
 from llmsqueeze.compress.pipeline import compress

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocation import layerwise, rows
+from llmsqueeze.allocation.options import request_of
 from llmsqueeze.allocation.plan import base_plan
 from llmsqueeze.compress.decision.decide import Decision, decide
-from llmsqueeze.compress.decision.options import request_of
 from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.errors import RecipeError

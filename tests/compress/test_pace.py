@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import coded_curve, coded_plan
 
-from llmsqueeze.allocation.multiplier import allocate
+from llmsqueeze.allocation.coded import allocate
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.compress.weights import pace
 from llmsqueeze.compress.weights.pace import Pace

@@ -14,9 +14,9 @@ import torch
 from support import TEXT, command
 
 from llmsqueeze import parts
+from llmsqueeze.allocation.options import request_of
 from llmsqueeze.allocation.plan import Rows, why_native
 from llmsqueeze.compress.decision.decide import Decision, decide
-from llmsqueeze.compress.decision.options import request_of
 from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.compress.pipeline import compress_model as quantize

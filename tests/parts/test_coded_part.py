@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.allocation.multiplier import least_nbytes
+from llmsqueeze.allocation.coded import least_nbytes
 from llmsqueeze.errors import CheckpointError, VerificationError
 from llmsqueeze.parts import Coded, Integers
 from llmsqueeze.parts.coded import contexts_of

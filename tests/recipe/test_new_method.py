@@ -1,4 +1,4 @@
-"""A new rounding method is one file and one entry: this is the recipe of recipes/README.md, followed."""
+"""A new method is one file and one entry: this is the recipe of recipes/README.md, followed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import TEXT, command
 
-from llmsqueeze import quantizers
+from llmsqueeze import allocation, quantizers
 from llmsqueeze.recipe import methods
 from llmsqueeze.recipe.methods import ON_GRIDS, Method
 
@@ -71,3 +71,46 @@ def test_it_rounds_for_other_methods_and_is_priced(
 def test_an_unknown_quantizer_is_no_other_one_in_silence(toy: str) -> None:
     with pytest.raises(KeyError):
         methods.METHODS["toyy"].priced_by  # noqa: B018
+
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALTERNATE = '''
+"""ALTERNATE: every second linear gets the wide grid."""
+
+from llmsqueeze.allocation.options import two_grids
+from llmsqueeze.allocation.plan import Rows
+
+
+def alternate(plan, profile, recipe, blocks, target):
+    grids = two_grids(recipe)
+    return plan.on({name: (Rows(grids[i % 2], w.shape[0]),) for i, (name, w) in enumerate(plan.weights.items())})
+'''
+
+
+def test_a_method_that_decides_is_one_file_and_one_entry(
+    demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "allocation").mkdir()
+    (tmp_path / "allocation" / "alternate.py").write_text(ALTERNATE)
+    monkeypatch.setattr(allocation, "__path__", [*allocation.__path__, str(tmp_path / "allocation")])
+    entry = Method(
+        "alternate",
+        help="every second linear gets the high width",
+        report="every second linear gets more bits",
+        source="this test",
+        decides="blocks",
+        allows=(*ON_GRIDS, "quantizer", "high_bits", "low_bits"),
+        implies={"quantizer": "rtn"},
+    )
+    monkeypatch.setitem(methods.METHODS, "alternate", entry)
+    args = ("--method", "alternate", "--high-bits", "5", "--low-bits", "3")
+    code, _, stderr = command("quantize", demo_of(1), *args, "--out", tmp_path / "out", "--quiet")
+    assert code == 0, stderr
+    _, shown, _ = command("show", tmp_path / "out", "--json")
+    widths = {row["pattern"].rsplit(".", 1)[1]: row["parts"].split()[0] for row in json.loads(shown)["rows"]}
+    assert widths == dict(zip(LINEARS, "5353535", strict=True))
+
+
+def test_a_method_without_a_file_says_which_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"allocation/toyy\.py with a function toyy is needed"):
+        allocation.allocator("toyy")

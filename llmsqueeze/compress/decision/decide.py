@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from llmsqueeze.allocation import gwq, layerwise, mixllm, multiplier, rows
+from llmsqueeze.allocation import allocator, gwq, rows
+from llmsqueeze.allocation.budget import chosen_rows, predicted_portable
+from llmsqueeze.allocation.coded import Curve, curves_of, predicted_of_steps
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.allocation.prediction import predicted, taken_outliers
-from llmsqueeze.compress.decision.options import mixllm_grid, two_grids
-from llmsqueeze.compress.decision.rows_and_ranks import chosen_rows, predicted_portable, within_bytes
-from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.outliers import Candidates
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.quantizers.coded import shrunk_gradient
@@ -30,7 +29,7 @@ class Coding:
     """Of coded linears, beside the plan. curves: bytes and loss at other steps; row_gradient: linear -> [rows]; target:
     bytes that all linears may take; moments: of embeddings and head, [cols, cols]."""
 
-    curves: Mapping[str, multiplier.Curve]
+    curves: Mapping[str, Curve]
     row_gradient: Mapping[str, Tensor]
     target: int
     moments: Mapping[str, Tensor] = field(default_factory=dict)
@@ -59,20 +58,21 @@ def decide(
     """What every planned linear becomes. `target`: bytes that they may take, if the recipe has a budget."""
     if recipe.outliers:
         plan = gwq.allocate(plan, profile.candidates, recipe.outliers, recipe.outlier_scope)
-    if recipe.packs_to_size or (recipe.packs and recipe.method == "budget"):
+    undecided = plan
+    if recipe.packs_to_size or (recipe.packs and recipe.decides == "options"):
         assert target is not None, "there is a budget"
-        plan, target = packed(plan, profile), int(target * (1 - PACK_MARGIN))
-    if recipe.method == "layerwise":
-        plan = _layerwise(plan, profile, recipe, blocks, target)
-    elif recipe.method == "mixllm":
-        plan = _mixllm(plan, profile, recipe, target)
-    elif recipe.method == "budget":
-        assert target is not None, "method budget has a budget"
-        decision = with_rows(within_bytes(plan, profile, recipe, target), profile, recipe)
-        return replace(decision, predicted_portable=predicted_portable(plan, profile, recipe, target))
-    elif recipe.method == "coded":
-        return coded(plan, profile, target)
-    return with_rows(plan, profile, recipe)
+        undecided, target = packed(plan, profile), int(target * (1 - PACK_MARGIN))
+    if recipe.decides:
+        plan = allocator(recipe.method)(undecided, profile, recipe, blocks, target)
+    decision = completed(plan, profile, recipe, target)
+    if recipe.decides == "options" and target is not None:
+        return replace(decision, predicted_portable=predicted_portable(undecided, profile, recipe, target))
+    return decision
+
+
+def completed(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) -> Decision:
+    """The decision for a plan whose widths or steps are decided, by this run or in a plan file."""
+    return with_steps(plan, profile, target) if recipe.needs_steps else with_rows(plan, profile, recipe)
 
 
 def packed(plan: Plan, profile: Profile) -> Plan:
@@ -82,16 +82,12 @@ def packed(plan: Plan, profile: Profile) -> Plan:
     return plan.having({name: replace(weight, rates=rates.get(name, ())) for name, weight in plan.weights.items()})
 
 
-def coded(plan: Plan, profile: Profile, target: int | None) -> Decision:
-    """The decision to code the planned linears within `target` bytes."""
-    assert target is not None, "method coded has a budget"
-    curves = multiplier.curves_of(plan, profile.curves)
-    lacking = next((n for n, w in plan.weights.items() if w.end and n not in profile.moments), None)
-    if lacking is not None:
-        raise RecipeError(f"the profile does not know what {lacking} costs: it was measured without --code-embeddings")
-    plan = multiplier.allocate(plan, curves, target, profile.labels)
+def with_steps(plan: Plan, profile: Profile, target: int | None) -> Decision:
+    """The decision that a plan's steps stand for: how they are paced, and what the costs promise."""
+    assert target is not None, "steps are decided within a budget"
+    curves = curves_of(plan, profile.curves)
     gradient = {name: shrunk_gradient(profile.row_gradient[name], profile.labels) for name in curves}
-    promised = multiplier.predicted(plan, curves)
+    promised = predicted_of_steps(plan, curves)
     coding = Coding(curves, gradient, target, profile.moments)
     return Decision(plan, {}, taken_outliers(profile, plan), promised, coding=coding)
 
@@ -99,39 +95,9 @@ def coded(plan: Plan, profile: Profile, target: int | None) -> Decision:
 def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:
     """The decision that a plan's counts stand for: which rows, which outliers, and what the costs promise."""
     chosen: dict[str, Tensor] = {}
-    if plan.mixed and recipe.method == "budget" and recipe.importance == "cost":
+    if plan.mixed and recipe.decides == "options" and recipe.needs_costs:
         chosen = chosen_rows(plan, profile)
     elif plan.mixed:
-        chosen = rows.by_score(plan, row_scores(plan, profile, recipe))
+        chosen = rows.by_score(plan, rows.row_scores(plan, profile, recipe))
     promised = predicted(profile, plan, chosen) if profile.costs else None
     return Decision(plan, chosen, taken_outliers(profile, plan), promised)
-
-
-def row_scores(plan: Plan, profile: Profile, recipe: Recipe) -> dict[str, Tensor]:
-    """linear -> [rows]: how important the recipe takes each row to be, the same over the whole model."""
-    if recipe.importance == "cost":
-        return rows.cost_scores(profile)
-    if recipe.importance == "salience":
-        return rows.salience_scores(profile, recipe.code_bits)
-    if recipe.importance == "reverse":
-        return {name: -score for name, score in rows.salience_scores(profile, recipe.code_bits).items()}
-    return rows.random_scores(plan, recipe.seed)
-
-
-def _layerwise(
-    plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
-) -> Plan:
-    assert target is not None
-    order = layerwise.order_blocks(recipe.importance, len(blocks), profile.lim, profile.zd, recipe.seed)
-    high, low = two_grids(recipe)
-    return layerwise.allocate(plan, blocks, order, high, low, target, profile.groups)
-
-
-def _mixllm(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) -> Plan:
-    scores = row_scores(plan, profile, recipe)
-    high, low = two_grids(recipe)
-    if recipe.mix:
-        mix = [(mixllm_grid(recipe, width), share) for width, share in recipe.mix]
-        return mixllm.allocate(plan, scores, mix, low)
-    assert target is not None
-    return mixllm.allocate_bytes(plan, scores, high, low, target)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from llmsqueeze.allocation import greedy, multiplier
+from llmsqueeze.allocation import coded, greedy
+from llmsqueeze.allocation.options import options_of
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.compress.decision.decide import Decision
-from llmsqueeze.compress.decision.options import options_of
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.recipe.recipe import Recipe
@@ -61,7 +61,7 @@ def _row(
 def _predicted(part: Plan, decision: Decision, profile: Profile) -> float | None:
     if decision.coding is not None:
         curves = {name: curve for name, curve in decision.coding.curves.items() if name in part.weights}
-        return multiplier.predicted(part, curves)
+        return coded.predicted_of_steps(part, curves)
     return predicted(profile, part, decision.chosen) if profile.costs else None
 
 
@@ -69,7 +69,7 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
     """(bits per weight, predicted loss increase) from the smallest plan to the largest; [] without costs."""
     if recipe.needs_steps:
         return _coded_curve(plan, profile)
-    if recipe.method != "budget" or recipe.importance != "cost":
+    if recipe.decides != "options" or not recipe.needs_costs:
         return []
     options = options_of(recipe)
     at = [profile.options.index(option) for option in options]
@@ -83,12 +83,12 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
 
 def _coded_curve(plan: Plan, profile: Profile) -> list[tuple[float, float]]:
     """The same of coded weights, from half a bit to ten."""
-    curves = multiplier.curves_of(plan, profile.curves)
+    curves = coded.curves_of(plan, profile.curves)
     points = []
     for bits in torch.linspace(0.5, 10.0, POINTS).tolist():
         try:
-            sized = multiplier.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
+            sized = coded.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
         except RecipeError:
             continue  # steps and tables alone take more
-        points.append((sized.bits_per_weight, multiplier.predicted(sized, curves)))
+        points.append((sized.bits_per_weight, coded.predicted_of_steps(sized, curves)))
     return points

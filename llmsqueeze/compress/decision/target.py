@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmsqueeze.allocation import multiplier
+from llmsqueeze.allocation import coded
+from llmsqueeze.allocation.options import options_of
 from llmsqueeze.allocation.plan import Plan, Rows, recipe_grid
-from llmsqueeze.compress.decision.options import options_of
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.recipe import Recipe
 
@@ -29,7 +29,7 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
         raise RecipeError(f"{asked} is no less than the original's {nbytes_original}: there is nothing to do")
     smallest = narrowest(plan, recipe)
     if smallest.nbytes > target:
-        bare = "steps and tables alone" if recipe.method == "coded" else f"{smallest.code_bits:g}-bit codes everywhere"
+        bare = "steps and tables alone" if recipe.decides == "steps" else f"{smallest.code_bits:g}-bit codes everywhere"
         raise RecipeError(
             f"{asked} is too small: with {bare} the linears take "
             f"{smallest.bits_per_weight:.3f} bits per weight, everything counted, and all weights "
@@ -47,10 +47,10 @@ def uniform_nbytes(plan: Plan, recipe: Recipe, width: int) -> int:
 
 def narrowest(plan: Plan, recipe: Recipe) -> Plan:
     """The smallest plan that the recipe's method can make of the linears."""
-    if recipe.method == "coded":
+    if recipe.decides == "steps":
         weights = plan.weights.items()
-        return plan.having({n: replace(w, coded_nbytes=multiplier.least_nbytes(w.shape)) for n, w in weights})
-    if recipe.method != "budget":
+        return plan.having({n: replace(w, coded_nbytes=coded.least_nbytes(w.shape)) for n, w in weights})
+    if recipe.decides != "options":
         grids = [recipe_grid(recipe, recipe.code_bits)]
     else:
         grids = [option.grid for option in options_of(recipe) if not option.outliers]

@@ -4,7 +4,7 @@
 
 The bytes that the linears already written took give the ratio to the prediction, and the steps of those still to come
 make up for it. The last fusion group is coded again and again until the whole is just under the budget. The multiplier
-(allocation/multiplier.py) so moves by a few hundredths, which costs to second order only. Source: ours. Memory: one
+(allocation/coded.py) so moves by a few hundredths, which costs to second order only. Source: ours. Memory: one
 result of the last group besides the one in hand.
 """
 
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from llmsqueeze.allocation.multiplier import Curve
+from llmsqueeze.allocation.coded import Curve
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import BudgetError
 

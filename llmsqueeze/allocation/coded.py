@@ -13,18 +13,29 @@ Source: ours; equal slopes are Everett's theorem (1963). Memory: three numbers p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan
-from llmsqueeze.errors import BudgetError
+from llmsqueeze.errors import BudgetError, RecipeError
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.quantizers.coded import PRIOR
+from llmsqueeze.recipe.recipe import Recipe
 
 COARSEST, FINEST = -60.0, 60.0  # binary logarithms of multipliers
+
+
+def coded(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None) -> Plan:
+    """The method: see `Allocator`."""
+    assert target is not None, "it always has a budget"
+    lacking = next((n for n, w in plan.weights.items() if w.end and n not in profile.moments), None)
+    if lacking is not None:
+        raise RecipeError(f"the profile does not know what {lacking} costs: it was measured without --code-embeddings")
+    return allocate(plan, curves_of(plan, profile.curves), target, profile.labels)
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,6 @@ def at_multiplier(plan: Plan, curves: Mapping[str, Curve], log_multiplier: float
     return plan.having(weights)
 
 
-def predicted(plan: Plan, curves: Mapping[str, Curve]) -> float:
+def predicted_of_steps(plan: Plan, curves: Mapping[str, Curve]) -> float:
     """Loss increase (nats per token) of the plan's steps."""
     return sum(curve.cost_at(math.log2(plan.weights[name].step)) for name, curve in curves.items())

@@ -8,15 +8,21 @@ from dataclasses import replace
 from torch import Tensor
 
 from llmsqueeze.allocation import greedy, ranks, rows
+from llmsqueeze.allocation.options import options_of, portable_twin
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.allocation.prediction import option_of, options_of_rows, predicted
-from llmsqueeze.compress.decision.options import options_of, portable_twin
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.recipe.recipe import Recipe
 
 ROUNDS = 6  # of rows and ranks in turn
+
+
+def budget(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None) -> Plan:
+    """The method: see `Allocator`."""
+    assert target is not None, "it always has a budget"
+    return within_bytes(plan, profile, recipe, target)
 
 
 def within_bytes(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> Plan:

@@ -12,7 +12,7 @@ import torch
 from support import coded_curve, coded_plan
 
 from llmsqueeze import parts
-from llmsqueeze.allocation.multiplier import Curve, allocate, at_multiplier, curves_of, least_nbytes, predicted
+from llmsqueeze.allocation.coded import Curve, allocate, at_multiplier, curves_of, least_nbytes, predicted_of_steps
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Coded
@@ -159,7 +159,7 @@ def test_one_multiplier_is_the_best_use_of_the_bytes() -> None:
     octaves = np.arange(-8, 8, 0.02).tolist()
     curves = {name: coded_curve(shape, MIDDLES[name], octaves) for name, shape in SHAPES.items()}
     found = allocate(coded_plan(SHAPES), curves, bytes_of(3.0), PLENTY)
-    best = predicted(found, curves)
+    best = predicted_of_steps(found, curves)
     at = {name: curves[name].bytes_at(math.log2(weight.step)) for name, weight in found.weights.items()}
     for giver, taker in itertools.permutations(SHAPES, 2):
         for share in (0.02, 0.1, 0.2):
@@ -192,8 +192,8 @@ def test_a_target_below_the_smallest_is_refused() -> None:
 def test_predicted_is_the_sum_over_the_linears() -> None:
     plan = at_multiplier(coded_plan(SHAPES, {"k": 4.0}), CURVES, -2.0, PLENTY)
     expected = sum(CURVES[n].cost_at(0.0 if n == "k" else -2.0) for n in SHAPES)
-    assert predicted(plan, CURVES) == pytest.approx(expected)
-    assert predicted(plan, {"k": CURVES["k"]}) == pytest.approx(CURVES["k"].cost_at(0.0))
+    assert predicted_of_steps(plan, CURVES) == pytest.approx(expected)
+    assert predicted_of_steps(plan, {"k": CURVES["k"]}) == pytest.approx(CURVES["k"].cost_at(0.0))
 
 
 # ------------------------------------------------------------------------------------------------- thin calibrations

@@ -1,4 +1,4 @@
-"""What a recipe asks to measure, and the options that its allocator may give to a row."""
+"""What an allocation needs to know of the model, and the options that it may give to a row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def request_of(recipe: Recipe) -> Request:
         outliers=ranking if recipe.outliers else None,
         lim=recipe.needs_lim,
         zd=recipe.needs_zd,
-        groups=recipe.method == "layerwise",
+        groups=recipe.decides == "blocks",
         quantizer=recipe.quantizer,
         search=recipe.search,
         labels=recipe.labels,
@@ -36,16 +36,16 @@ def request_of(recipe: Recipe) -> Request:
 
 
 def salience_grids(recipe: Recipe, widths: Sequence[int]) -> tuple[Grid, ...]:
-    """The low grids of MixLLM at some widths: asymmetric, as in the paper."""
+    """The grids of the low rows at some widths, for their salience: asymmetric, as in the paper."""
     return tuple(Grid(width, recipe.group_size, symmetric=False) for width in widths)
 
 
 def options_of(recipe: Recipe) -> tuple[Option, ...]:
-    """The options that the allocator may give to a row: for `mixllm` ranked by cost the low one, and both widths if
-    codes are packed to a size."""
+    """The options that a row may get. A method of two widths needs the price of the low one only, to rank the rows; of
+    both if codes are packed to a size."""
     if recipe.packs_to_size:
         return tuple(Option(grid) for grid in two_grids(recipe))
-    if recipe.method != "budget":
+    if recipe.decides != "options":
         return (Option(recipe_grid(recipe, recipe.code_bits)),)
     sizes = recipe.group_sizes or (recipe.group_size,)
     grids = [replace(recipe_grid(recipe, width), group_size=size) for size in sizes for width in recipe.widths]
@@ -61,13 +61,13 @@ def options_of(recipe: Recipe) -> tuple[Option, ...]:
 def priced(recipe: Recipe) -> tuple[Option, ...]:
     """`options_of`, and the options of a portable twin, which price it beside a native result."""
     options = options_of(recipe)
-    if recipe.method == "budget" and recipe.portable is None:
+    if recipe.decides == "options" and recipe.portable is None:
         options += tuple(option for option in options_of(portable_twin(recipe)) if option not in options)
     return options
 
 
 def portable_twin(recipe: Recipe) -> Recipe:
-    """The same recipe of method budget with only those options that compressed-tensors can represent."""
+    """The same recipe with only those options that compressed-tensors can represent."""
     return replace(
         recipe,
         portable=True,
@@ -83,12 +83,13 @@ def portable_twin(recipe: Recipe) -> Recipe:
 
 
 def two_grids(recipe: Recipe) -> tuple[Grid, Grid]:
-    """The wide and the narrow grid of `layerwise` and `mixllm`."""
-    if recipe.method == "mixllm":
-        return mixllm_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.code_bits)
-    return recipe_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.low_bits)
+    """The grids of the high and the low width, of a method that has two."""
+    return high_grid(recipe, recipe.high_bits), recipe_grid(recipe, recipe.code_bits)
 
 
-def mixllm_grid(recipe: Recipe, width: int) -> Grid:
-    """Rows of 8 bits are symmetric in the paper; narrower ones as the recipe says."""
-    return Grid(width, recipe.group_size, symmetric=width == 8 or recipe.symmetric)
+def high_grid(recipe: Recipe, width: int) -> Grid:
+    """The grid of a high width. Rows of 8 bits are symmetric in the paper of the method; narrower ones as the recipe
+    says."""
+    if recipe.decides == "rows":
+        return Grid(width, recipe.group_size, symmetric=width == 8 or recipe.symmetric)
+    return recipe_grid(recipe, width)
