@@ -81,6 +81,7 @@ def with_error(text: str, error: float | None) -> str:
     return f"{text} ± {fixed(error, len(decimals))}"
 
 
-def code_width(bits: float) -> str:
-    """The mean width of the codes: '3', '2.21'."""
-    return f"{round(bits, 2):g}"
+def code_widths(bits: float) -> str:
+    """The width of the codes: 'codes of 3 bits'; of codes of several widths 'codes of 2.21 bits on average'."""
+    width = f"codes of {round(bits, 2):g} bits"
+    return width if float(bits).is_integer() else f"{width} on average"

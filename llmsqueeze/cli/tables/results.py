@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.runs import divergence
-from llmsqueeze.publish.numbers import code_width, fixed, size
+from llmsqueeze.publish.numbers import code_widths, fixed, size
 from llmsqueeze.publish.page.comparison import model_row, task_table
 from llmsqueeze.publish.scores import score_rows
 
@@ -100,7 +100,7 @@ def print_contents(contents: dict[str, Any]) -> None:
     out.print(table)
     out.print(
         f"quantized linears: {fixed(contents['bits_per_weight'], 3)} bits per weight, all data counted; "
-        f"codes of {code_width(contents['bits'])} bits on average"
+        f"{code_widths(contents['bits'])}"
     )
     if contents["plane_zeros"]:
         first, second = contents["plane_zeros"]

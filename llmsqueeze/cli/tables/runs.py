@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmsqueeze.cli.console import console
-from llmsqueeze.publish.numbers import code_width, fixed, perplexity, significant, size
+from llmsqueeze.publish.numbers import code_widths, fixed, perplexity, significant, size
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("written to", summary["out"])
     outliers = f", {summary['outliers']} outliers kept exactly" if summary["outliers"] else ""
-    table.add_row("method", f"{summary['method']}, codes of {code_width(summary['bits'])} bits on average{outliers}")
+    table.add_row("method", f"{summary['method']}, {code_widths(summary['bits'])}{outliers}")
     table.add_row("bits per weight", f"{fixed(summary['bits_per_weight'], 3)} (all data of the quantized linears)")
     ratio = summary["nbytes_original"] / summary["nbytes"]
     table.add_row(
@@ -161,7 +161,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     out.print(table)
     out.print(
         f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted, "
-        f"for codes of {code_width(plan['bits'])} bits on average; "
+        f"for {code_widths(plan['bits'])}; "
         f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
     )
     for key, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):

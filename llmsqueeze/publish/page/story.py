@@ -32,7 +32,7 @@ def figures(folder: Folder) -> list[tuple[str, str, str]]:
     """The numbers at the top: label, number, and its earlier value or its unit."""
     both = perplexities(folder.evaluation)
     codes, divergence = finite(folder.record.get("code_bits")), finite(folder.evaluation.get("kl_mean"))
-    width = f"codes of {significant(codes)} bits on average" if codes else ""
+    width = numbers.code_widths(codes) if codes else ""
     rows = [
         ("Size of all weights", numbers.size(folder.nbytes), f"was {numbers.size(folder.nbytes_original)}"),
         ("Bits per weight", fixed(folder.bits_per_weight, 2), width),
