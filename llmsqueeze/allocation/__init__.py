@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,17 +16,19 @@ from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.recipe.recipe import Recipe
 
+UNBOUNDED = sys.maxsize  # bytes
+
 
 class Allocator(Protocol):
     """The signature of every method that decides."""
 
     def __call__(
-        self, plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
+        self, plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int
     ) -> Plan:
         """`plan` with the grids or steps of every linear.
 
-        `blocks`: the linears of each decoder block. `target`: bytes that all linears may take, if the recipe has a
-        budget. Raises RecipeError if nothing fits.
+        `blocks`: the linears of each decoder block. `target`: bytes that all linears may take; UNBOUNDED if the recipe
+        has no budget. Raises RecipeError if nothing fits.
         """
         ...
 

@@ -19,9 +19,8 @@ from llmsqueeze.recipe.recipe import Recipe
 ROUNDS = 6  # of rows and ranks in turn
 
 
-def budget(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None) -> Plan:
+def budget(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int) -> Plan:
     """The method: see `Allocator`."""
-    assert target is not None, "it always has a budget"
     return within_bytes(plan, profile, recipe, target)
 
 

@@ -29,9 +29,8 @@ from llmsqueeze.recipe.recipe import Recipe
 COARSEST, FINEST = -60.0, 60.0  # binary logarithms of multipliers
 
 
-def coded(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None) -> Plan:
+def coded(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int) -> Plan:
     """The method: see `Allocator`."""
-    assert target is not None, "it always has a budget"
     lacking = next((n for n, w in plan.weights.items() if w.end and n not in profile.moments), None)
     if lacking is not None:
         raise RecipeError(f"the profile does not know what {lacking} costs: it was measured without --code-embeddings")

@@ -22,11 +22,8 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.recipe.recipe import Recipe
 
 
-def layerwise(
-    plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
-) -> Plan:
+def layerwise(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int) -> Plan:
     """The method: see `Allocator`."""
-    assert target is not None, "it always has a budget"
     order = order_blocks(recipe.importance, len(blocks), profile.lim, profile.zd, recipe.seed)
     high, low = two_grids(recipe)
     return allocate(plan, blocks, order, high, low, target, profile.groups)

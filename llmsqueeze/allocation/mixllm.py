@@ -26,13 +26,13 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.recipe.recipe import Recipe
 
 
-def mixllm(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None) -> Plan:
+def mixllm(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int) -> Plan:
     """The method: see `Allocator`."""
     scores = row_scores(plan, profile, recipe)
     high, low = two_grids(recipe)
-    if target is not None:
-        return allocate_bytes(plan, scores, high, low, target)
-    return allocate(plan, scores, [(high_grid(recipe, width), share) for width, share in recipe.mix], low)
+    if recipe.mix:
+        return allocate(plan, scores, [(high_grid(recipe, width), share) for width, share in recipe.mix], low)
+    return allocate_bytes(plan, scores, high, low, target)
 
 
 def allocate(plan: Plan, scores: Mapping[str, Tensor], mix: Sequence[tuple[Grid, float]], rest: Grid) -> Plan:

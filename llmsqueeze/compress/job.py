@@ -13,7 +13,7 @@ from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.original import Original, Source, open_original
@@ -67,8 +67,8 @@ class Job:
         names = (self.skeleton.sources[f"{name}.weight"] for name in self.plan.weights)
         return self.checkpoint.nbytes - sum(self.checkpoint.tensors[name].nbytes for name in names)
 
-    def target(self) -> int | None:
-        """Bytes that the linears may take; None without a budget. Raises RecipeError if no plan can meet it."""
+    def target(self) -> int:
+        """Bytes that the linears may take; UNBOUNDED without a budget. Raises RecipeError if no plan can meet it."""
         return target_nbytes(self.recipe, self.plan, self.kept_nbytes, self.checkpoint.nbytes)
 
     def asking(self, recipe: Recipe) -> Job:
@@ -118,5 +118,5 @@ def measure_job(job: Job, request: Request, folder: Path, progress: Progress) ->
     """The profile of the job's linears; activations are kept in `folder` meanwhile."""
     with Spill(parent=folder) as spill:
         walk = job.walk(spill)
-        inputs = walk.embed() if job.calibration is not None else None
+        inputs = walk.embed() if job.calibration is not None else Activations(spill)
         return measure(walk, inputs, job.plan.dtypes, request, progress)

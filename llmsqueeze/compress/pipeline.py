@@ -85,9 +85,7 @@ def compress(
     return summarize(job, decision, output, time.monotonic() - start, compared, opens)
 
 
-def measure_and_decide(
-    job: Job, target: int | None, profile: Profile | None, folder: Path, progress: Progress
-) -> Decision:
+def measure_and_decide(job: Job, target: int, profile: Profile | None, folder: Path, progress: Progress) -> Decision:
     """What every linear becomes within `target` bytes, from a profile that is there or measured now."""
     profile = profile or measure_job(job, request_of(job.recipe), folder, progress)
     return decide(job.plan, profile, job.recipe, job.skeleton.linears, target)

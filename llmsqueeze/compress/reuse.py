@@ -33,13 +33,12 @@ def rows_by(recipe: Recipe) -> str | None:
 
 def origin_of(job: Job, stored: Profile | None = None) -> dict[str, Any]:
     """The model, text and settings that a profile of this job is of; files that `stored` is of are not read again."""
-    assert job.calibration is not None
     recipe = job.recipe
     files = file_digests(job.checkpoint, stored.source.get("files") if stored else None)
     return {
         "files": files,
         "weights": weights_digest(files),
-        "calibration": job.calibration.sha256,
+        "calibration": job.calibration.sha256 if job.calibration is not None else None,
         "seed": recipe.seed,
         "labels": recipe.labels,
         "quantizer": recipe.quantizer,

@@ -94,27 +94,25 @@ def observe(
 
     `original` and `current` hold the block's weights as stored by the modules: before compression, and as they now are.
     """
-    x_run = None if streams.original is None else _Capture(walk, index, group, original)
-    y_run = None if streams.compressed is None else _Capture(walk, index, group, current)
+    x_of = None if streams.original is None else _Capture(walk, index, group, original, streams.original)
+    y_of = x_of if streams.compressed is None else _Capture(walk, index, group, current, streams.compressed)
+    if y_of is None:
+        raise ValueError("the moments need one stream at least")
     drifting = streams.original is not streams.compressed or any(
         current[name] is not original[name] for name in current
     )
-    both = x_run is not None and y_run is not None and drifting
-    xtx = drift = None
+    cols = walk.skeleton.shape(group.names[0])[1]
+    xtx = torch.zeros(cols, cols, dtype=walk.dtype, device=walk.device)
+    drift = torch.zeros_like(xtx) if x_of is not None and streams.compressed is not None and drifting else None
     tokens = 0
     for sample in range(len(walk.samples)):
-        y = _inputs(y_run or x_run, streams.compressed or streams.original, sample, walk.device)
-        if xtx is None:
-            xtx = torch.zeros(y.shape[1], y.shape[1], dtype=y.dtype, device=y.device)
-            drift = torch.zeros_like(xtx) if both else None
+        y = y_of(sample)
         if not len(y):
             continue  # nothing of this sample reaches the group
         xtx.addmm_(y.T, y)
         tokens += len(y)
-        if drift is not None:
-            x = _inputs(x_run, streams.original, sample, walk.device)
-            drift.addmm_((x - y).T, y)
-    assert xtx is not None, "there is at least one sample"
+        if drift is not None and x_of is not None:
+            drift.addmm_((x_of(sample) - y).T, y)
     return Moments(xtx.div_(tokens), None if drift is None else drift.div_(tokens))
 
 
@@ -138,8 +136,9 @@ class _Capture:
     index: int
     group: FusionGroup
     weights: Mapping[str, Tensor]
+    stream: Activations
 
-    def __call__(self, sample: int, hidden: Tensor) -> Tensor:
+    def __call__(self, sample: int) -> Tensor:
         """[tokens, cols]"""
         seen: list[Tensor] = []
 
@@ -151,16 +150,10 @@ class _Capture:
         handle = self.walk.skeleton.module(self.group.names[0]).register_forward_pre_hook(note)
         try:
             with suppress(_Enough), self.walk.skeleton.using(self.weights), torch.no_grad():
-                self.walk.run(self.index, sample, hidden)
+                self.walk.run(self.index, sample, self.stream.get(sample, self.walk.device))
         finally:
             handle.remove()
         return torch.cat(seen)
-
-
-def _inputs(run: _Capture | None, stream: Activations | None, sample: int, device: torch.device) -> Tensor:
-    assert run is not None
-    assert stream is not None
-    return run(sample, stream.get(sample, device))
 
 
 def _note_input(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

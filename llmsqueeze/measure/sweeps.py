@@ -27,17 +27,13 @@ from llmsqueeze.quantizers.curvature import factorize
 TOKENS = 32  # of a sample that shows the fusion groups
 
 
-def measure(
-    walk: Walk, first_inputs: Activations | None, linears: Linears, request: Request, progress: Progress
-) -> Profile:
-    """The profile of `linears`. `first_inputs`: the first block's, for every sample; they may be None if the request
-    needs no text."""
+def measure(walk: Walk, first_inputs: Activations, linears: Linears, request: Request, progress: Progress) -> Profile:
+    """The profile of `linears`. `first_inputs`: the first block's, for every sample; none if the request needs no
+    text."""
     if request.gradients:
-        assert first_inputs is not None
         return gradient_sweeps(walk, first_inputs, linears, request, progress)
     profiles = []
     if request.lim:
-        assert first_inputs is not None
         profiles.append(forward_profile(walk, first_inputs, progress))
     elif request.groups:
         profiles.append(groups_profile(walk, request.seed, progress))

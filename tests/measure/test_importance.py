@@ -18,7 +18,7 @@ from llmsqueeze.measure.importance import similarity, zd
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.original import Source, open_original
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
@@ -75,7 +75,7 @@ def measured(folder: Path, tokens: list[Tensor], request: Request) -> Profile:
     linears = {name: torch.bfloat16 for names in skeleton.linears for name in names}
     with Spill() as spill:
         walk = Walk(skeleton, tokens, spill, torch.float32, CPU)
-        return measure(walk, walk.embed() if tokens else None, linears, request, Progress())
+        return measure(walk, walk.embed() if tokens else Activations(walk.spill), linears, request, Progress())
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

@@ -52,25 +52,22 @@ class Decision:
     coding: Coding | None = None
 
 
-def decide(
-    plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int | None
-) -> Decision:
-    """What every planned linear becomes. `target`: bytes that they may take, if the recipe has a budget."""
+def decide(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int) -> Decision:
+    """What every planned linear becomes. `target`: bytes that they may take; UNBOUNDED if the recipe has no budget."""
     if recipe.outliers:
         plan = gwq.allocate(plan, profile.candidates, recipe.outliers, recipe.outlier_scope)
     undecided = plan
     if recipe.packs_to_size or (recipe.packs and recipe.decides == "options"):
-        assert target is not None, "there is a budget"
         undecided, target = packed(plan, profile), int(target * (1 - PACK_MARGIN))
     if recipe.decides:
         plan = allocator(recipe.method)(undecided, profile, recipe, blocks, target)
     decision = completed(plan, profile, recipe, target)
-    if recipe.decides == "options" and target is not None:
+    if recipe.decides == "options":
         return replace(decision, predicted_portable=predicted_portable(undecided, profile, recipe, target))
     return decision
 
 
-def completed(plan: Plan, profile: Profile, recipe: Recipe, target: int | None) -> Decision:
+def completed(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> Decision:
     """The decision for a plan whose widths or steps are decided, by this run or in a plan file."""
     return with_steps(plan, profile, target) if recipe.needs_steps else with_rows(plan, profile, recipe)
 
@@ -82,9 +79,8 @@ def packed(plan: Plan, profile: Profile) -> Plan:
     return plan.having({name: replace(weight, rates=rates.get(name, ())) for name, weight in plan.weights.items()})
 
 
-def with_steps(plan: Plan, profile: Profile, target: int | None) -> Decision:
+def with_steps(plan: Plan, profile: Profile, target: int) -> Decision:
     """The decision that a plan's steps stand for: how they are paced, and what the costs promise."""
-    assert target is not None, "steps are decided within a budget"
     curves = curves_of(plan, profile.curves)
     gradient = {name: shrunk_gradient(profile.row_gradient[name], profile.labels) for name in curves}
     promised = predicted_of_steps(plan, curves)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmsqueeze.allocation import coded
+from llmsqueeze.allocation import UNBOUNDED, coded
 from llmsqueeze.allocation.options import options_of
 from llmsqueeze.allocation.plan import Plan, Rows, recipe_grid
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.recipe import Recipe
 
 
-def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original: int) -> int | None:
-    """Bytes that the linears of `plan` may take; None if the recipe names no budget.
+def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original: int) -> int:
+    """Bytes that the linears of `plan` may take; UNBOUNDED if the recipe names no budget.
 
     `kept_nbytes`: all weights beside them. Raises RecipeError for a budget that no plan can meet, naming the smallest,
     before anything is measured.
@@ -24,7 +24,7 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
     elif recipe.budget_width is not None:
         target, asked = uniform_nbytes(plan, recipe, recipe.budget_width), f"--bits {recipe.budget_width}"
     else:
-        return None
+        return UNBOUNDED
     if recipe.size is not None and recipe.size >= nbytes_original:
         raise RecipeError(f"{asked} is no less than the original's {nbytes_original}: there is nothing to do")
     smallest = narrowest(plan, recipe)

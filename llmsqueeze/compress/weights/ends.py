@@ -20,12 +20,12 @@ SHARD_BYTES = 1 << 30
 def compress_ends(run: Run) -> dict[str, Compressed]:
     """Embeddings and head, if they are to be coded."""
     compressed: dict[str, Compressed] = {}
+    if run.pace is None or run.decision.coding is None:
+        return compressed
     skeleton, device = run.walk.skeleton, run.walk.device
     for name, planned in run.decision.plan.weights.items():
         if not planned.end:
             continue
-        assert run.decision.coding is not None
-        assert run.pace is not None
         weight = skeleton.read(f"{name}.weight").to(device).float()
         curvature = factorize(run.decision.coding.moments[name].to(device).clone())
         compress_at = partial(compress_group, {name: weight}, {name: weight}, curvature, run.decision, run.settings)
