@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,26 @@ from safetensors.torch import load_file, save_file
 from llmsqueeze.demo import MODEL_DIR
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def texts_are_tokenized_once() -> Iterator[None]:
+    """The same tokenizer gives the same text the same tokens: hundreds of runs read the same text."""
+    from llmsqueeze.model import text
+
+    tokenize, tokens = text.token_ids, dict[tuple[str, str], list[int]]()
+
+    def token_ids(content: str, tokenizer: Any) -> list[int]:
+        if not tokenizer.is_fast:
+            return tokenize(content, tokenizer)
+        key = tokenizer.backend_tokenizer.to_str(), content
+        if key not in tokens:
+            tokens[key] = tokenize(content, tokenizer)
+        return tokens[key].copy()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(text, "token_ids", token_ids)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,10 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_readme_runs(
+    demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmsqueeze.demo.MODEL_DIR", demo_of(1))
     monkeypatch.chdir(tmp_path)
     verbs = set()
     for _, verb, *arguments in commands(README):

@@ -8,6 +8,7 @@ have a blank that the story so far determines; a question is a story cut at a bl
 from __future__ import annotations
 
 import random
+from functools import cache
 
 from llmsqueeze.demo.world import Sentence, Story
 
@@ -36,11 +37,13 @@ def stories(seed: int, count: int) -> list[str]:
     return [_join(write(rng)) for _ in range(count)]
 
 
+@cache
 def calibration_text() -> str:
     """The built-in calibration text, stories separated by blank lines."""
     return "\n\n".join(stories(CALIBRATION_SEED, CALIBRATION_STORIES))
 
 
+@cache
 def evaluation_text() -> str:
     """The built-in evaluation text, stories separated by blank lines."""
     return "\n\n".join(stories(EVALUATION_SEED, EVALUATION_STORIES))

@@ -189,6 +189,12 @@ def hashed(source: str, rows: list[Tensor], requested: int, held_back: list[Tens
     return Calibration(source, rows, digest, requested, held_back)
 
 
+def token_ids(content: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text, without special ones."""
+    ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: bool = False) -> list[Tensor]:
     """Rows, int64 [1, length], over the whole text that do not overlap; BOS first if the tokenizer has one.
 
@@ -196,7 +202,7 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: b
     fill one row (with `tail`: if it has no token to predict).
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(text.content, tokenizer)
     step = length - len(bos)
     if len(ids) < (2 - len(bos) if tail else step):
         raise CalibrationError(
