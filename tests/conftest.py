@@ -32,7 +32,7 @@ def texts_are_tokenized_once() -> Iterator[None]:
     tokenize, tokens = text.token_ids, dict[tuple[str, str], list[int]]()
 
     def token_ids(content: str, tokenizer: Any) -> list[int]:
-        if not tokenizer.is_fast:
+        if not getattr(tokenizer, "is_fast", False):
             return tokenize(content, tokenizer)
         key = tokenizer.backend_tokenizer.to_str(), content
         if key not in tokens:
