@@ -70,12 +70,12 @@ def main() -> None:
                 if not wanted and not re.search(args.only, name):
                     continue
                 folder = Path(scratch) / "student"
-                made = compress(args, settings, folder)
-                results.append(report(args, bits, name, folder, made))
+                summary = compress(args, settings, folder)
+                results.append(report(args, bits, name, folder, summary))
                 for kind in wanted:
                     out = Path(scratch) / "distilled"
                     taught = teach(args, folder, out, Path(scratch) / "teacher", DISTILLED[kind])
-                    results.append(report(args, bits, f"{name} + {kind}", out, made, taught))
+                    results.append(report(args, bits, f"{name} + {kind}", out, summary, taught))
                 if args.out:
                     args.out.write_text(json.dumps(results, indent=1) + "\n")
 
@@ -96,20 +96,20 @@ def report(
     bits: float,
     name: str,
     folder: Path,
-    made: dict[str, Any],
+    summary: dict[str, Any],
     taught: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One row: what `eval` says of the folder."""
     text = evaluation_text(args.text, args.model)
-    found = evaluate(str(folder), baseline=args.model, text=text, limit=args.limit, window=args.window).as_dict()
+    scores = evaluate(str(folder), baseline=args.model, text=text, limit=args.limit, window=args.window).as_dict()
     row = {
         "model": Path(args.model).name,
         "size": bits,
         "name": name,
-        "bits_per_weight": made["bits_per_weight"],
-        "seconds": made["seconds"] + (taught["seconds"] if taught else 0.0),
+        "bits_per_weight": summary["bits_per_weight"],
+        "seconds": summary["seconds"] + (taught["seconds"] if taught else 0.0),
         "held_back": [taught["kl_before"], taught["kl_after"]] if taught else None,
-        **{key: found[key] for key in ("perplexity", "nll_difference", "nll_difference_stderr", "kl_mean", "kl_p99")},
+        **{key: scores[key] for key in ("perplexity", "nll_difference", "nll_difference_stderr", "kl_mean", "kl_p99")},
     }
     print(
         f"{bits:4} {name:44} {row['bits_per_weight']:6.3f} bpw  nll +{row['nll_difference']:.4f} "

@@ -4,7 +4,8 @@
 
 Every row is a real `quantize` and a real `eval` of the folder written. `--draws`: how many draws of the
 calibration text the rows named `coded` are repeated on (the seed of the draw is theirs). The rows that leave something
-out do so by replacing one function of quantizers/coded.py or parts/coded.py while they run:
+out do so by replacing functions of quantizers/coded.py, measure/costs.py or parts/coded.py while they run, the last two
+by the option `inputs`:
 
     equal rates       every row and linear gets the same rate: the row's size stands for its gradient
     no column steps   one step for a whole row

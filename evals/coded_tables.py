@@ -61,9 +61,9 @@ def section(file: Path) -> list[str]:
     lines += ["", "Without one of its ideas, at the same bytes: loss, and how many times that of coded.", ""]
     lines += ["| | " + " | ".join(f"{bits:g}" for bits in sizes) + " |", "|---|" + "---:|" * len(sizes)]
     for name in VARIANTS:
-        found = {row["bits"]: row for row in of(rows, name)}
-        if found:
-            lines.append(f"| {name} | " + " | ".join(against(rows, found.get(bits)) for bits in sizes) + " |")
+        by_bits = {row["bits"]: row for row in of(rows, name)}
+        if by_bits:
+            lines.append(f"| {name} | " + " | ".join(against(rows, by_bits.get(bits)) for bits in sizes) + " |")
     lines += ["", OTHER_HEAD, "|---|---:|---:|---:|---:|"]
     for row in sorted(others(file, rows), key=lambda row: float(row["bits_per_weight"])):
         ours = coded_at(rows, row["bits_per_weight"])
@@ -109,8 +109,8 @@ def against(rows: list[Row], row: Row | None) -> str:
 
 def coded_at(rows: list[Row], bits: float) -> float | None:
     """The loss of coded weights at so many bits; None outside what was measured."""
-    known = sorted((mean(drawn, "bits_per_weight"), mean(drawn, "nll_difference")) for drawn in sizes_of(rows))
-    at, losses = zip(*known, strict=True)
+    points = sorted((mean(drawn, "bits_per_weight"), mean(drawn, "nll_difference")) for drawn in sizes_of(rows))
+    at, losses = zip(*points, strict=True)
     if not at[0] - 0.02 <= bits <= at[-1] + 0.02:
         return None
     return math.exp(float(np.interp(bits, at, np.log(losses))))
@@ -136,13 +136,13 @@ def others(file: Path, rows: list[Row]) -> Iterator[Row]:
 def points_of(name: str, file: Path, rows: list[Row]) -> list[tuple[float, float]]:
     """Bits per weight and loss of everything whose name has this in it, distilled and portable ones left out."""
     if name == "coded":
-        found = {mean(of_size, "bits_per_weight"): mean(of_size, "nll_difference") for of_size in sizes_of(rows)}
+        losses = {mean(of_size, "bits_per_weight"): mean(of_size, "nll_difference") for of_size in sizes_of(rows)}
     else:
         mine = [
             row for row in others(file, rows) if name in row["shown"] and not re.search(r"\+|portable", row["shown"])
         ]
-        found = {row["bits_per_weight"]: row["nll_difference"] for row in mine}
-    return sorted((bits, loss) for bits, loss in found.items() if bits < 5 and loss > 0)
+        losses = {row["bits_per_weight"]: row["nll_difference"] for row in mine}
+    return sorted((bits, loss) for bits, loss in losses.items() if bits < 5 and loss > 0)
 
 
 def plot(files: list[Path], path: Path) -> None:

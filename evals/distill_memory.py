@@ -28,8 +28,8 @@ teacher, student = (AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torc
 tokens = torch.randint(0, 200, (1, 256))
 with torch.no_grad():
     wanted = teacher(input_ids=tokens).logits.float().softmax(-1)
-found = student(input_ids=tokens).logits.float().log_softmax(-1)
-(-(wanted * found).sum(-1).mean()).backward()
+log_probs = student(input_ids=tokens).logits.float().log_softmax(-1)
+(-(wanted * log_probs).sum(-1).mean()).backward()
 print(json.dumps({"peak_memory_mb": peak_memory_mb()}))
 """
 
@@ -57,21 +57,21 @@ def measure(args: argparse.Namespace, folder: Path, layers: int) -> dict[str, An
     model, student = make_model(folder, layers, args.hidden, args.ffn, args.vocab), folder / f"student-{layers}"
     command = [sys.executable, "-m", "llmsqueeze.cli"]
     run([*command, "quantize", str(model), "--method", "rtn", "--bits", "2", "--out", str(student), "--json", "-q"])
-    found = {"ordinary": json.loads(python(ORDINARY, str(model)))["peak_memory_mb"]}
+    peaks = {"ordinary": json.loads(python(ORDINARY, str(model)))["peak_memory_mb"]}
     for name, options in {"whole": [], "blockwise": ["--blockwise"]}.items():
         text = TEXT.split()
         out = ["--out", str(folder / "out"), "--overwrite", "--json", "-q"]
         done = run([*command, "distill", str(student), "--teacher", str(model), *text, *options, *out])
-        found[name] = json.loads(done)["peak_memory_mb"]
+        peaks[name] = json.loads(done)["peak_memory_mb"]
     sizes = [sum(file.stat().st_size for file in one.glob("*.safetensors")) / 1e6 for one in (model, student)]
     shutil.rmtree(model)
     return {
         "layers": layers,
         "model_mb": round(sizes[0], 1),
         "student_mb": round(sizes[1], 1),
-        **{f"{name}_mb": peak for name, peak in found.items()},
-        "ratio_whole": round(found["whole"] / found["ordinary"], 3),
-        "ratio_blockwise": round(found["blockwise"] / found["ordinary"], 3),
+        **{f"{name}_mb": peak for name, peak in peaks.items()},
+        "ratio_whole": round(peaks["whole"] / peaks["ordinary"], 3),
+        "ratio_blockwise": round(peaks["blockwise"] / peaks["ordinary"], 3),
     }
 
 

@@ -151,7 +151,7 @@ REAL_RECIPES: dict[str, dict[str, Any]] = {
 # argv: how to open, a file of jobs (key, folder, adapter or null, tokens), the file to write. One process for all.
 OPENER = """
 import json, sys
-how, jobs, made = sys.argv[1:]
+how, jobs, out = sys.argv[1:]
 if how == "stock":
     sys.modules["llmsqueeze"] = None
 import torch
@@ -160,7 +160,7 @@ if how != "stock":
     import llmsqueeze.hf
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-found = {}
+results = {}
 for key, folder, adapter, tokens in json.load(open(jobs)):
     try:
         if how == "load":
@@ -177,10 +177,10 @@ for key, folder, adapter, tokens in json.load(open(jobs)):
                 model(input_ids=torch.tensor(tokens))
             model = PeftModel.from_pretrained(model, adapter)
         with torch.no_grad():
-            found[key] = {"logits": model.eval()(input_ids=torch.tensor(tokens)).logits, "lost": lost}
+            results[key] = {"logits": model.eval()(input_ids=torch.tensor(tokens)).logits, "lost": lost}
     except Exception as error:
-        found[key] = {"error": f"{type(error).__name__}: {error}"}
-torch.save(found, made)
+        results[key] = {"error": f"{type(error).__name__}: {error}"}
+torch.save(results, out)
 """
 
 # argv: llama.cpp's sources, model, file to write, pre-tokenizer ("": no vocabulary at all). Its converter knows
@@ -247,13 +247,13 @@ class LlamaCpp:
 
     def convert(self, model: Path, out: Path, pre: str = "") -> str:
         """The model as GGUF in float16; returns what went wrong, if anything."""
-        code, said = call([sys.executable, "-c", CONVERTER, str(self.sources), str(model), str(out), pre], out.parent)
-        return "" if code == 0 else last_line(said)
+        code, log = call([sys.executable, "-c", CONVERTER, str(self.sources), str(model), str(out), pre], out.parent)
+        return "" if code == 0 else last_line(log)
 
     def run(self, command: str, folder: Path) -> tuple[int, str]:
         """A shell command with the programs on the path; its exit status and all that it printed."""
-        found = {"PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}"}
-        return call(["sh", "-c", command], folder, found)
+        environment = {"PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}"}
+        return call(["sh", "-c", command], folder, environment)
 
 
 def main() -> None:
@@ -272,40 +272,40 @@ def main() -> None:
     if args.llama_cpp:
         sources = args.llama_cpp.resolve()
         cpp = LlamaCpp(sources, (args.llama_bin or sources / "build" / "bin").resolve())
-    made: dict[str, Any] = {"formats": {}, "moved": {}, "cells": [], "llama.cpp": []}
+    results: dict[str, Any] = {"formats": {}, "moved": {}, "cells": [], "llama.cpp": []}
     if args.out and args.out.exists():
-        made = json.loads(args.out.read_text())
-    if cpp or "versions" not in made:
-        made["versions"] = versions(cpp)
+        results = json.loads(args.out.read_text())
+    if cpp or "versions" not in results:
+        results["versions"] = versions(cpp)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         models = make_models(work)
         for name in models if args.models is None else args.models:
             cells, rows = matrix_of(name, models[name], args.recipes, work / f"{name}-results", cpp)
-            made["cells"] = [cell for cell in made["cells"] if cell["model"] != name] + [asdict(c) for c in cells]
-            made["formats"][name] = {row.recipe: row.format for row in rows}
-            made["moved"][name] = {row.recipe: row.moved for row in rows}
-            write(made, args.out)
+            results["cells"] = [cell for cell in results["cells"] if cell["model"] != name] + [asdict(c) for c in cells]
+            results["formats"][name] = {row.recipe: row.format for row in rows}
+            results["moved"][name] = {row.recipe: row.moved for row in rows}
+            write(results, args.out)
         if cpp and args.real:
-            made["llama.cpp"] = real(cpp, args.real.resolve(), args.text, work / "real")
-            write(made, args.out)
-    print(table(made))
-    if made["llama.cpp"]:
-        print(real_table(made["llama.cpp"]))
+            results["llama.cpp"] = real(cpp, args.real.resolve(), args.text, work / "real")
+            write(results, args.out)
+    print(table(results))
+    if results["llama.cpp"]:
+        print(real_table(results["llama.cpp"]))
 
 
-def write(made: Mapping[str, Any], out: Path | None) -> None:
+def write(results: Mapping[str, Any], out: Path | None) -> None:
     if out:
-        out.write_text(json.dumps(made, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def versions(cpp: LlamaCpp | None) -> dict[str, str]:
     names = ("torch", "transformers", "compressed-tensors", "peft", "gguf", "safetensors")
-    found = {name: version(name) for name in names}
+    installed = {name: version(name) for name in names}
     if cpp is not None:
-        _, said = cpp.run("llama-perplexity --version", Path.cwd())
-        found["llama.cpp"] = next((line for line in said.splitlines() if line.startswith("version")), "unknown")
-    return found
+        _, log = cpp.run("llama-perplexity --version", Path.cwd())
+        installed["llama.cpp"] = next((line for line in log.splitlines() if line.startswith("version")), "unknown")
+    return installed
 
 
 def make_models(work: Path) -> dict[str, Path]:
@@ -332,7 +332,7 @@ def make_models(work: Path) -> dict[str, Path]:
         "gpt2": (gpt2, torch.float32),
         "qwen2": (Qwen2Config(**common, **rope, **ends), torch.float16),
     }
-    found = {"demo": MODEL_DIR}
+    folders = {"demo": MODEL_DIR}
     for name, (config, dtype) in configs.items():
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(config).to(dtype)
@@ -340,10 +340,10 @@ def make_models(work: Path) -> dict[str, Path]:
             for tensor in model.parameters():
                 if tensor.ndim == 1:
                     tensor += 0.2 * torch.randn_like(tensor)
-        found[name] = work / name
-        model.save_pretrained(found[name])
-        tokenizer().save_pretrained(found[name])
-    return found
+        folders[name] = work / name
+        model.save_pretrained(folders[name])
+        tokenizer().save_pretrained(folders[name])
+    return folders
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -408,20 +408,20 @@ def converted(row: Row) -> list[Cell]:
         row.opens[NATIVE] = ("stock", row.folder, None)
         portable = row.folder.with_name(f"{row.folder.name}-compressed-tensors")
     for target, out in (("compressed-tensors", portable), ("dense", None), ("peft", None)):
-        made = out or row.folder.with_name(f"{row.folder.name}-{target}")
+        folder = out or row.folder.with_name(f"{row.folder.name}-{target}")
         cells = ("stock", "library") if target == "compressed-tensors" else (target,)
         try:
-            if made != row.folder:
-                export(str(row.folder), target, made, dtype="fp32" if target == "dense" else None)
+            if folder != row.folder:
+                export(str(row.folder), target, folder, dtype="fp32" if target == "dense" else None)
         except SqueezeError as error:
             refusals += [row.cell(cell, "refuses", reason=first_line(error)) for cell in cells]
             continue
         if target == "peft":
-            row.opens |= dict.fromkeys(PEFT, ("stock", made / "base", made / "adapter"))
+            row.opens |= dict.fromkeys(PEFT, ("stock", folder / "base", folder / "adapter"))
         else:
-            row.opens[cells[0]] = ("stock", made, None)
+            row.opens[cells[0]] = ("stock", folder, None)
         if "library" in cells:
-            refusals.append(decoded(row, made))
+            refusals.append(decoded(row, folder))
     return refusals
 
 
@@ -433,9 +433,9 @@ def decoded(row: Row, portable: Path) -> Cell:
     for group in theirs.config["quantization_config"]["config_groups"].values():
         scheme = QuantizationScheme.model_validate({k: v for k, v in group.items() if k != "format"})
         for name in group["targets"]:
-            held = {k: theirs.read_raw(f"{name}.{k}") for k in ("weight_packed", "weight_scale", "weight_shape")}
-            held["weight_scale"] = held["weight_scale"].float()
-            weight = PackedQuantizationCompressor.decompress(held, scheme)["weight"]
+            packed = {k: theirs.read_raw(f"{name}.{k}") for k in ("weight_packed", "weight_scale", "weight_shape")}
+            packed["weight_scale"] = packed["weight_scale"].float()
+            weight = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
             expected = parts.sum_of_parts(read_parts(ours, entries[name]))
             seen += 1
             if not torch.equal(weight, expected):
@@ -451,18 +451,18 @@ def opened(rows: list[Row], how: str, tokens: Tensor, work: Path) -> list[Cell]:
     jobs = {key: (row, target) for key, (row, target) in jobs.items() if row.opens[target][0] == how}
     listed = [[key, *map(text, row.opens[target][1:]), tokens.tolist()] for key, (row, target) in jobs.items()]
     (work / f"{how}.json").write_text(json.dumps(listed))
-    made = work / f"{how}.pt"
-    code, said = call([sys.executable, "-c", OPENER, how, f"{how}.json", str(made)], work)
+    out = work / f"{how}.pt"
+    code, log = call([sys.executable, "-c", OPENER, how, f"{how}.json", str(out)], work)
     if code != 0:
-        raise SystemExit(f"the process that opens folders ({how}) broke:\n{said}")
-    found = torch.load(made)
+        raise SystemExit(f"the process that opens folders ({how}) broke:\n{log}")
+    results = torch.load(out)
     cells = []
     for key, (row, target) in jobs.items():
-        if "error" in found[key]:
-            cells.append(row.cell(target, "fails", reason=first_line(found[key]["error"])))
+        if "error" in results[key]:
+            cells.append(row.cell(target, "fails", reason=first_line(results[key]["error"])))
             continue
-        difference = float((found[key]["logits"] - row.expected).abs().max())
-        lost = f"{found[key]['lost']} weights missing" if found[key]["lost"] else ""
+        difference = float((results[key]["logits"] - row.expected).abs().max())
+        lost = f"{results[key]['lost']} weights missing" if results[key]["lost"] else ""
         cells.append(row.cell(target, "equal" if difference <= BAR and not lost else "differs", difference, lost))
     return cells
 
@@ -480,10 +480,10 @@ def mapped(row: Row, cpp: LlamaCpp | None, whole: Path, refused: str) -> Cell:
         return row.cell("gguf-map", "fails", reason=f"converter: {refused}")
     (out / "original.gguf").symlink_to(whole)
     write_even_matrix(whole, out / "imatrix.gguf")
-    code, said = cpp.run(commands[2], out)
+    code, log = cpp.run(commands[2], out)
     (out / "original.gguf").unlink()
     if code != 0:
-        return row.cell("gguf-map", "fails", reason=f"llama-quantize: {complaint(said)}")
+        return row.cell("gguf-map", "fails", reason=f"llama-quantize: {complaint(log)}")
     same, wanted, kinds, others = compared_types(out)
     counted = f"{same} of {wanted} types as named ({kinds})" + (f"; not named: {others}" if others else "")
     return row.cell("gguf-map", "equal" if same == wanted and not others else "differs", reason=counted)
@@ -523,16 +523,16 @@ def real(cpp: LlamaCpp, model: Path, words: Path, work: Path) -> list[dict[str, 
     """A real model through all three commands of quantize.sh, word by word, and llama-perplexity on what comes out."""
     work.mkdir()
     whole = work / "original.gguf"
-    plain, said = call([sys.executable, str(cpp.sources / "convert_hf_to_gguf.py"), str(model), "--outtype", "f16",
+    plain, log = call([sys.executable, str(cpp.sources / "convert_hf_to_gguf.py"), str(model), "--outtype", "f16",
                         "--outfile", str(whole)], work)  # fmt: skip
-    converter = "takes it" if plain == 0 else last_line(said)
+    converter = "takes it" if plain == 0 else last_line(log)
     if plain != 0 and (refused := cpp.convert(model, whole, "gpt-2")):
         return [{"recipe": "original", "quantize": f"converter: {refused}"}]
     read = words.read_text()
     (work / "calibration.txt").write_text(read[:30_000])
     (work / "held-back.txt").write_text(read[60_000:80_000])
     start = {"transformers": perplexity_here(model, work / "held-back.txt"), "converter": converter}
-    found = [{"recipe": "original", **start, "perplexity": perplexity(cpp, whole, work)}]
+    rows = [{"recipe": "original", **start, "perplexity": perplexity(cpp, whole, work)}]
     for index, (recipe, settings) in enumerate({**REAL_RECIPES, "every type that a map can name": {}}.items()):
         print(f"{model.name}: {recipe}", file=sys.stderr, flush=True)
         out = work / f"{index}-map"
@@ -542,8 +542,8 @@ def real(cpp: LlamaCpp, model: Path, words: Path, work: Path) -> list[dict[str, 
         if not settings:
             name_all_types(out)
             summary = {"commands": summary["commands"]}
-        found.append({"recipe": recipe, **by_commands(cpp, summary, out, whole)})
-    return found
+        rows.append({"recipe": recipe, **by_commands(cpp, summary, out, whole)})
+    return rows
 
 
 def by_commands(cpp: LlamaCpp, summary: Mapping[str, Any], out: Path, whole: Path) -> dict[str, Any]:
@@ -553,14 +553,14 @@ def by_commands(cpp: LlamaCpp, summary: Mapping[str, Any], out: Path, whole: Pat
     matrix, quantized = summary["commands"][1:]
     kept = whole.with_name("imatrix.gguf")
     if not kept.exists():
-        code, said = cpp.run(matrix, out)
+        code, log = cpp.run(matrix, out)
         if code != 0:
-            return {"quantize": f"llama-imatrix: {complaint(said)}"}
+            return {"quantize": f"llama-imatrix: {complaint(log)}"}
         (out / "imatrix.gguf").rename(kept)
     (out / "imatrix.gguf").symlink_to(kept)
-    code, said = cpp.run(quantized, out)
+    code, log = cpp.run(quantized, out)
     if code != 0:
-        return {"quantize": f"llama-quantize: {complaint(said)}"}
+        return {"quantize": f"llama-quantize: {complaint(log)}"}
     same, wanted, kinds, others = compared_types(out)
     told = {key: summary[key] for key in ("bits_per_weight", "bits_per_weight_before") if key in summary}
     sizes = [tensor.n_bytes for tensor in gguf.GGUFReader(out / "model.gguf").tensors if ".weight" in tensor.name]
@@ -585,18 +585,18 @@ def name_all_types(folder: Path) -> None:
 
 def perplexity(cpp: LlamaCpp, file: Path, work: Path) -> float | str:
     """What llama-perplexity says of the file on the text held back, or why it does not."""
-    held = next(folder for folder in (work, work.parent) if (folder / "held-back.txt").exists())
-    command = f"llama-perplexity -m {file} -f {held / 'held-back.txt'} -c 256 -t 1 --chunks 8 --no-warmup"
-    code, said = cpp.run(command, work)
-    estimate = re.search(r"PPL = ([\d.]+)", said)
-    return float(estimate[1]) if code == 0 and estimate else complaint(said)
+    text_folder = next(folder for folder in (work, work.parent) if (folder / "held-back.txt").exists())
+    command = f"llama-perplexity -m {file} -f {text_folder / 'held-back.txt'} -c 256 -t 1 --chunks 8 --no-warmup"
+    code, log = cpp.run(command, work)
+    estimate = re.search(r"PPL = ([\d.]+)", log)
+    return float(estimate[1]) if code == 0 and estimate else complaint(log)
 
 
-def perplexity_here(model: Path, held: Path) -> float:
+def perplexity_here(model: Path, file: Path) -> float:
     """The original's in transformers as llama-perplexity counts: windows of 256, of each the second half."""
     tokens = AutoTokenizer.from_pretrained(model)
     opened_here = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    ids = torch.tensor(tokens(held.read_text())["input_ids"])
+    ids = torch.tensor(tokens(file.read_text())["input_ids"])
     windows = ids[: 8 * 256].reshape(8, 256).clone()
     windows[:, 0] = tokens.bos_token_id
     with torch.no_grad():
@@ -620,25 +620,25 @@ def first_line(error: object) -> str:
     return re.sub(r"/\S*/\d+(-[a-z-]+)?\b", "FOLDER", str(error).splitlines()[0])
 
 
-def last_line(said: str) -> str:
-    return said.strip().splitlines()[-1] if said.strip() else "said nothing"
+def last_line(log: str) -> str:
+    return log.strip().splitlines()[-1] if log.strip() else "said nothing"
 
 
-def complaint(said: str) -> str:
+def complaint(log: str) -> str:
     """The first line that speaks of an error, or the last one."""
-    lines = [line.strip() for line in said.splitlines()]
-    return next((line for line in lines if re.search(r"error|failed|invalid|malformed", line, re.I)), last_line(said))
+    lines = [line.strip() for line in log.splitlines()]
+    return next((line for line in lines if re.search(r"error|failed|invalid|malformed", line, re.I)), last_line(log))
 
 
-def table(made: Mapping[str, Any]) -> str:
+def table(results: Mapping[str, Any]) -> str:
     """Rows recipes, columns targets; a model that differs from most is named. Reasons stand below, numbered."""
-    cells = [Cell(**cell) for cell in made["cells"]]
+    cells = [Cell(**cell) for cell in results["cells"]]
     recipes = list(dict.fromkeys(cell.recipe for cell in cells))
     notes: dict[str, int] = {}
     heads = ["recipe", "written as", *(HEADS[target] for target in TARGETS)]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for recipe in recipes:
-        formats = {model: made["formats"][model].get(recipe, "") for model in made["formats"]}
+        formats = {model: results["formats"][model].get(recipe, "") for model in results["formats"]}
         shown = [recipe, agreed(formats)]
         for target in TARGETS:
             names = PEFT if target == "peft" else (target,)
@@ -646,7 +646,7 @@ def table(made: Mapping[str, Any]) -> str:
             for cell in cells:
                 if cell.recipe == recipe and cell.target in names:
                     texts.setdefault(cell.model, []).append(cell_text(cell, notes))
-            shown.append(agreed({model: "; ".join(said) for model, said in texts.items()}))
+            shown.append(agreed({model: "; ".join(cell_texts) for model, cell_texts in texts.items()}))
         lines.append("| " + " | ".join(shown) + " |")
     largest = ["largest difference of those equal", "", *(largest_equal(cells, target) for target in TARGETS)]
     lines.append("| " + " | ".join(largest) + " |")
@@ -654,24 +654,26 @@ def table(made: Mapping[str, Any]) -> str:
     native = [cell.result for cell in cells if cell.target == NATIVE]
     differ = f"{native.count('differs')} of {len(native)} differ"
     lines += [f"Native folders opened by stock transformers as they are: {differ}", ""]
-    moved = [value for by in made["moved"].values() for value in by.values()]
+    moved = [value for by in results["moved"].values() for value in by.values()]
     lines.append(f"Largest change of a logit by the compression itself: {min(moved):.2g} to {max(moved):.2g}")
     return "\n".join(lines) + "\n"
 
 
 def largest_equal(cells: list[Cell], target: str) -> str:
     names = PEFT if target == "peft" else (target,)
-    held = [c.difference for c in cells if c.target in names and c.result == "equal" and c.difference is not None]
-    return f"{max(held):.1g}" if held else ""
+    differences = [
+        c.difference for c in cells if c.target in names and c.result == "equal" and c.difference is not None
+    ]
+    return f"{max(differences):.1g}" if differences else ""
 
 
 def agreed(texts: Mapping[str, str]) -> str:
     """What most models have, and then those that have something else."""
     groups: dict[str, list[str]] = {}
-    for model, said in texts.items():
-        groups.setdefault(said, []).append(model)
-    first, *others = sorted(groups, key=lambda said: -len(groups[said]))
-    return ". ".join([first, *(f"{', '.join(groups[said])}: {said}" for said in others)])
+    for model, content in texts.items():
+        groups.setdefault(content, []).append(model)
+    first, *others = sorted(groups, key=lambda content: -len(groups[content]))
+    return ". ".join([first, *(f"{', '.join(groups[content])}: {content}" for content in others)])
 
 
 def cell_text(cell: Cell, notes: dict[str, int]) -> str:
@@ -685,16 +687,16 @@ def cell_text(cell: Cell, notes: dict[str, int]) -> str:
     return f"{cell.target.removeprefix('peft, ')}: {shown}" if cell.target in PEFT[1:] else shown
 
 
-def real_table(found: list[dict[str, Any]]) -> str:
+def real_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| recipe | llama-quantize | types in the file | as named | bits here | bits there | perplexity |"]
     lines += ["|---|---|---|---:|---:|---:|---:|"]
-    for row in found:
+    for row in rows:
         named = f"{row['same']} of {row['named']}" if "named" in row else ""
         bits = [row.get("bits_per_weight_before", ""), row.get("bits_per_weight", "")]
         shown = [row["recipe"], row.get("quantize", ""), row.get("types", ""), named, *bits, row.get("perplexity", "")]
         lines.append("| " + " | ".join(map(str, shown)) + " |")
-    lines += ["", f"The original in transformers, the same windows: {found[0].get('transformers', '')}"]
-    lines += ["", f"The converter, unaltered: {found[0].get('converter', '')}"]
+    lines += ["", f"The original in transformers, the same windows: {rows[0].get('transformers', '')}"]
+    lines += ["", f"The converter, unaltered: {rows[0].get('converter', '')}"]
     return "\n".join(lines) + "\n"
 
 

@@ -95,7 +95,7 @@ class UnfitError(Exception):
 
 
 @dataclass
-class Made:
+class Quantized:
     """What a tool made: float32 linears by the checkpoint's names, the bytes that it stores for them, in its words."""
 
     dense: dict[str, Any]
@@ -177,10 +177,10 @@ def measured(args: argparse.Namespace, work: Path, common: Settings, settings: S
             return answer
     folder = dense_folder(args.model, work)
     text = evaluation_text(args.text, str(args.model))
-    found = evaluate(str(folder), baseline=str(args.model), text=text, limit=args.limit, window=args.window)
+    evaluation = evaluate(str(folder), baseline=str(args.model), text=text, limit=args.limit, window=args.window)
     names = ("nll_difference", "nll_difference_stderr", "kl_mean", "perplexity")
-    scores = {name: found.as_dict()[name] for name in names}
-    original = found.baseline.perplexity if found.baseline else None
+    scores = {name: evaluation.as_dict()[name] for name in names}
+    original = evaluation.baseline.perplexity if evaluation.baseline else None
     return answer | scores | {"perplexity_original": original}
 
 
@@ -208,11 +208,11 @@ def dense_folder(model: Path, work: Path) -> Path:
     for file in model.iterdir():
         if file.suffix == ".json" and "index" not in file.name:
             shutil.copy(file, folder)
-    made = load_file(work / "weights.safetensors") if (work / "weights.safetensors").exists() else {}
+    dequantized = load_file(work / "weights.safetensors") if (work / "weights.safetensors").exists() else {}
     tensors = {name: tensor.float().contiguous() for name, tensor in checkpoint(model).items()}
-    assert made.keys() <= tensors.keys()
-    assert all(made[name].shape == tensors[name].shape for name in made)
-    save_file(tensors | made, folder / "model.safetensors", metadata={"format": "pt"})
+    assert dequantized.keys() <= tensors.keys()
+    assert all(dequantized[name].shape == tensors[name].shape for name in dequantized)
+    save_file(tensors | dequantized, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
@@ -246,15 +246,15 @@ def child(work: Path) -> None:
 
     job = json.loads((work / "job.json").read_text())
     try:
-        made = TOOLS[job["tool"]][0](work, job)
-        weights = sum(tensor.numel() for tensor in made.dense.values())
-        save_file({name: tensor.contiguous() for name, tensor in made.dense.items()}, work / "weights.safetensors")
+        result = TOOLS[job["tool"]][0](work, job)
+        weights = sum(tensor.numel() for tensor in result.dense.values())
+        save_file({name: tensor.contiguous() for name, tensor in result.dense.items()}, work / "weights.safetensors")
         answer = {
-            "version": made.version,
-            "bits_per_weight": made.stored * 8 / weights,
-            "nbytes": made.stored,
-            "seconds": round(made.seconds, 3),
-            "note": made.note,
+            "version": result.version,
+            "bits_per_weight": result.stored * 8 / weights,
+            "nbytes": result.stored,
+            "seconds": round(result.seconds, 3),
+            "note": result.note,
         }
     except UnfitError as error:
         answer = {"unfit": str(error)}
@@ -267,12 +267,12 @@ def nbytes(*tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def by_hqq(_: Path, job: Settings) -> Made:
+def by_hqq(_: Path, job: Settings) -> Quantized:
     """HQQLinear of every linear. Dequantized in float32, from scales and zeros as they are stored, in float16."""
     import torch
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
 
-    made = Made({}, 0, 0.0, version("hqq"))
+    result = Quantized({}, 0, 0.0, version("hqq"))
     for name, weight in checkpoint(Path(job["model"])).items():
         if not LINEAR.fullmatch(name):
             continue
@@ -280,16 +280,16 @@ def by_hqq(_: Path, job: Settings) -> Made:
         linear.weight.data = weight.float()
         start = time.monotonic()
         layer = HQQLinear(linear, BaseQuantizeConfig(**job["settings"]), compute_dtype=torch.float16, device="cpu")
-        made.seconds += time.monotonic() - start
+        result.seconds += time.monotonic() - start
         scale, zero = layer.meta["scale"], layer.meta["zero"]
         assert scale.dtype == zero.dtype == torch.float16
-        made.stored += nbytes(layer.W_q, scale, zero)
+        result.stored += nbytes(layer.W_q, scale, zero)
         exact = {"compute_dtype": torch.float32, "scale": scale.float(), "zero": zero.float()}
-        made.dense[name] = Quantizer.dequantize(layer.W_q.data, layer.meta | exact)
-    return made
+        result.dense[name] = Quantizer.dequantize(layer.W_q.data, layer.meta | exact)
+    return result
 
 
-def by_autoround(work: Path, job: Settings) -> Made:
+def by_autoround(work: Path, job: Settings) -> Quantized:
     """AutoRound on the model in float32; its own dequantized weights, and the size of what it then packs."""
     import torch
     from auto_round import AutoRound
@@ -314,10 +314,10 @@ def by_autoround(work: Path, job: Settings) -> Made:
         **job["settings"],
     )
     quantized, _ = tool.quantize()
-    made = Made({}, 0, time.monotonic() - start, version("auto-round"))
+    result = Quantized({}, 0, time.monotonic() - start, version("auto-round"))
     for name, weight in quantized.state_dict().items():
         if LINEAR.fullmatch(name):
-            made.dense[name] = weight.detach().float().clone()
+            result.dense[name] = weight.detach().float().clone()
     packed = work / "packed"
     shutil.rmtree(packed, ignore_errors=True)
     tool.save_quantized(str(packed), format="auto_round", inplace=True)
@@ -325,15 +325,15 @@ def by_autoround(work: Path, job: Settings) -> Made:
     for file in packed.rglob("*.safetensors"):
         for name, tensor in load_file(file).items():
             if LINEAR.fullmatch(name):  # left as it was, and in float32 only because the model came so
-                made.stored += 2 * tensor.numel()
+                result.stored += 2 * tensor.numel()
                 left += 1
             elif "_proj." in name:
-                made.stored += nbytes(tensor)
-    made.note = f"{left} of {len(made.dense)} linears left as they were" if left else ""
-    return made
+                result.stored += nbytes(tensor)
+    result.note = f"{left} of {len(result.dense)} linears left as they were" if left else ""
+    return result
 
 
-def by_llamacpp(work: Path, job: Settings) -> Made:
+def by_llamacpp(work: Path, job: Settings) -> Quantized:
     """llama-quantize, and llama-quantize again to read its types back as float32."""
     import torch
     from gguf import GGUFReader
@@ -351,25 +351,25 @@ def by_llamacpp(work: Path, job: Settings) -> Made:
         options += ["--tensor-type", f"blk={settings['type'].lower()}"]
     small, back = work / "small.gguf", work / "back.gguf"
     # with a pattern for all linears the name of the whole decides nothing more
-    said = program(job, "llama-quantize", *options, str(whole), str(small), settings.get("mixture", "Q8_0"), "1")
+    log = program(job, "llama-quantize", *options, str(whole), str(small), settings.get("mixture", "Q8_0"), "1")
     seconds += time.monotonic() - start
     program(job, "llama-quantize", "--allow-requantize", str(small), str(back), "F32", "1")
     release = re.findall(r"version: (.*)", program(job, "llama-imatrix", "--version"))
-    made = Made({}, 0, seconds, " ".join(release))
+    result = Quantized({}, 0, seconds, " ".join(release))
     names = {gguf_name(name): name for name in checkpoint(Path(job["model"])) if LINEAR.fullmatch(name)}
     kinds = [(tensor.tensor_type.name, tensor.n_bytes) for tensor in GGUFReader(small).tensors if tensor.name in names]
     count = Counter(kind for kind, _ in kinds)
-    made.stored = int(sum(size for _, size in kinds))
-    made.note = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items()))
-    if not count[settings["type"]] if "type" in settings else "falling back" in said:
-        raise UnfitError(f"does not fit these widths, llama-quantize would make it {made.note}")
+    result.stored = int(sum(size for _, size in kinds))
+    result.note = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items()))
+    if not count[settings["type"]] if "type" in settings else "falling back" in log:
+        raise UnfitError(f"does not fit these widths, llama-quantize would make it {result.note}")
     for tensor in GGUFReader(back).tensors:
         if tensor.name in names:
             assert tensor.tensor_type.name == "F32"
             cols, rows = (int(size) for size in tensor.shape)
             weight = torch.from_numpy(tensor.data.copy()).view(rows, cols)
-            made.dense[names[tensor.name]] = turned(weight, heads_of(config, tensor.name), back=True)
-    return made
+            result.dense[names[tensor.name]] = turned(weight, heads_of(config, tensor.name), back=True)
+    return result
 
 
 def program(job: Settings, name: str, *arguments: str) -> str:
@@ -391,9 +391,9 @@ def importance(work: Path, job: Settings) -> float:
         start = time.monotonic()
         length = str(len(rows[0]))
         options = ["-m", str(work / "whole.gguf"), "-f", str(work / "rows.txt"), "-o", str(file), "-c", length]
-        said = program(job, "llama-imatrix", *options, "-t", "1")
+        log = program(job, "llama-imatrix", *options, "-t", "1")
         taken.write_text(str(time.monotonic() - start))
-        assert f"over {len(rows)} chunks" in said, said  # so every token became one token again
+        assert f"over {len(rows)} chunks" in log, log  # so every token became one token again
     return float(taken.read_text())
 
 
@@ -459,7 +459,7 @@ def write_gguf(config: dict[str, Any], tensors: dict[str, Any], file: Path) -> N
     writer.close()
 
 
-TOOLS: dict[str, tuple[Callable[[Path, Settings], Made], Callable[[], dict[str, Settings]]]] = {
+TOOLS: dict[str, tuple[Callable[[Path, Settings], Quantized], Callable[[], dict[str, Settings]]]] = {
     "autoround": (by_autoround, autoround_rows),
     "hqq": (by_hqq, hqq_rows),
     "llamacpp": (by_llamacpp, llamacpp_rows),

@@ -57,22 +57,22 @@ def promised(args: argparse.Namespace, folder: Path, bits: float) -> dict[str, A
     out = folder / f"out-{bits}"
     done = command("quantize", args.model, "--plan", str(folder / f"plan-{bits}"), "--out", str(out))
     text = evaluation_text(args.text, args.model)
-    found = evaluate(str(out), baseline=args.model, text=text, limit=args.limit, window=args.window)
+    evaluation = evaluate(str(out), baseline=args.model, text=text, limit=args.limit, window=args.window)
     return {
         "model": Path(args.model).name,
         "bits": bits,
         "nbytes": [foretold["nbytes"], done["nbytes"]],
         "peak_memory_mb": [foretold["predicted_peak_memory_mb"], done["peak_memory_mb"]],
         "seconds": [foretold["predicted_seconds"], done["seconds"]],
-        "loss_increase": [foretold["predicted_loss_increase"], found.nll_difference],
+        "loss_increase": [foretold["predicted_loss_increase"], evaluation.nll_difference],
     }
 
 
 def overlap(args: argparse.Namespace, folder: Path, bits: float) -> dict[str, Any]:
     """How near plans from 16 and from 128 samples are."""
     few, many = folder / "few", folder / "many"
-    for place, samples in ((few, 16), (many, 128)):
-        planned(args, place, bits, samples, "--no-trial")
+    for out, samples in ((few, 16), (many, 128)):
+        planned(args, out, bits, samples, "--no-trial")
     first, second = decided(args, few), decided(args, many)
     profile = load(many / "profile.safetensors")
     widths = [row_widths(decision) for decision in (first, second)]
@@ -100,11 +100,11 @@ def decided(args: argparse.Namespace, folder: Path) -> Decision:
 
 def row_widths(decision: Decision) -> torch.Tensor:
     """The width of every row of the model."""
-    found = []
+    widths = []
     for name, weight in decision.plan.weights.items():
         bits = torch.tensor([rows.grid.bits for rows in weight.grids])
-        found.append(bits[decision.chosen[name]] if weight.mixed else bits.repeat(weight.shape[0]))
-    return torch.cat(found)
+        widths.append(bits[decision.chosen[name]] if weight.mixed else bits.repeat(weight.shape[0]))
+    return torch.cat(widths)
 
 
 def planned(args: argparse.Namespace, folder: Path, bits: float, samples: int, *more: str) -> dict[str, Any]:

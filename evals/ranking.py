@@ -88,14 +88,14 @@ def perturbed(
     results = []
     for names in profile.groups:
         kept = {name: original.get_submodule(name).weight.data for name in names}
-        made = {name: rounded.get_submodule(name).weight.data.float() for name in names}
+        rounded_weights = {name: rounded.get_submodule(name).weight.data.float() for name in names}
         for name in names:
-            original.get_submodule(name).weight.data = made[name]
+            original.get_submodule(name).weight.data = rounded_weights[name]
         measured = loss(original, rows) - before
         for name in names:
             original.get_submodule(name).weight.data = kept[name]
         block = block_of[names[0]]
-        squared = sum(float((made[name] - kept[name]).square().sum()) for name in names)
+        squared = sum(float((rounded_weights[name] - kept[name]).square().sum()) for name in names)
         results.append(
             {
                 "bits": recipe.code_bits,

@@ -35,14 +35,14 @@ def main() -> None:
     real, results = args.calibration, []
     for name, settings in ROWS.items():
         for seed in args.seeds:
-            found = {}
+            scores = {}
             for kind, source in (("real", real), ("self", "self")):
                 args.calibration = source
-                found[kind] = measure(args, f"{name}, {kind}", {**settings, "seed": seed})
-                results.append(found[kind] | {"seed": seed})
-            losses = [found[kind]["nll_difference"] for kind in ("real", "self")]
+                scores[kind] = measure(args, f"{name}, {kind}", {**settings, "seed": seed})
+                results.append(scores[kind] | {"seed": seed})
+            losses = [scores[kind]["nll_difference"] for kind in ("real", "self")]
             print(
-                f"{name:20} seed {seed}  {found['real']['bits_per_weight']:6.3f} bpw  real +{losses[0]:.4f}  "
+                f"{name:20} seed {seed}  {scores['real']['bits_per_weight']:6.3f} bpw  real +{losses[0]:.4f}  "
                 f"self +{losses[1]:.4f}  ratio {losses[1] / losses[0]:.2f}",
                 flush=True,
             )

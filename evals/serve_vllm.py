@@ -76,15 +76,15 @@ def compare(args: argparse.Namespace, where: Path) -> None:
     for name, options in FOLDERS.items():
         if args.only and not re.search(args.only, name):
             continue
-        made = make(args, where, name, options)
+        entry = make(args, where, name, options)
         for kernels, dtype in [(OWN, dtype) for dtype in args.dtypes] + [(PLAIN, "float32")]:
-            served = serve(args, made["folder"], prompts, dtype, kernels)
+            served = serve(args, entry["folder"], prompts, dtype, kernels)
             results["versions"] |= served.pop("versions", {})
-            row = {"name": name, "kernels": kernels, "dtype": dtype, **made["about"]}
+            row = {"name": name, "kernels": kernels, "dtype": dtype, **entry["about"]}
             if "error" in served:
                 row["refused"] = served["error"]
             else:
-                row |= against(args.model, made["folder"], prompts, dtype, served)
+                row |= against(args.model, entry["folder"], prompts, dtype, served)
             results["rows"].append(row)
             print(line(row), flush=True)
             if args.out:
@@ -106,11 +106,11 @@ def make(args: argparse.Namespace, where: Path, name: str, options: str) -> dict
         return {"folder": args.model, "about": {}}
     folder = where / re.sub(r"\W+", "-", name)
     given = f"{options} --portable --calibration {args.calibration} --samples 16 --seq-len 256 --overwrite --quiet"
-    made = llmsqueeze("quantize", str(args.model), *given.split(), "--out", str(folder))
-    said = llmsqueeze("check", str(folder), "--target", "vllm")
-    notes = [note for note in said["notes"] if "vLLM" in note]
-    about = {"options": options, "bits_per_weight": made["bits_per_weight"]}
-    return {"folder": folder, "about": about | {"check": said["verdicts"]["vllm"] or "opens", "check_notes": notes}}
+    summary = llmsqueeze("quantize", str(args.model), *given.split(), "--out", str(folder))
+    report = llmsqueeze("check", str(folder), "--target", "vllm")
+    notes = [note for note in report["notes"] if "vLLM" in note]
+    about = {"options": options, "bits_per_weight": summary["bits_per_weight"]}
+    return {"folder": folder, "about": about | {"check": report["verdicts"]["vllm"] or "opens", "check_notes": notes}}
 
 
 def llmsqueeze(*command: str) -> dict[str, Any]:

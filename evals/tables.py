@@ -1,4 +1,4 @@
-"""Turns the JSON of `methods.py` and `allocation.py` into the Markdown tables of `results/`.
+"""Turns the JSON of `methods.py`, `allocation.py` and `below_three.py` into the Markdown tables of `results/`.
 
     python evals/tables.py evals/results/methods-*.json
 
@@ -61,13 +61,13 @@ def sizes(results: list[dict[str, Any]]) -> str:
         "|---|" + "---:|---:|---:|" * len(wanted),
     ]
     for name in names:
-        found = [cells.get((name, size)) for size in wanted]
+        rows = [cells.get((name, size)) for size in wanted]
         shown = [
             "| | "
             if row is None
             else f"{row['bits_per_weight']:.2f} | {row['nll_difference']:.4f} ± {row['nll_difference_stderr']:.4f} | "
             f"{row['kl_mean']:.4f}"
-            for row in found
+            for row in rows
         ]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"

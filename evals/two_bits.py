@@ -48,9 +48,9 @@ def main() -> None:
     for size, (name, extra) in itertools.product(args.groups, GRIDS.items()):
         settings = {"method": "descent", "bits": 2, "group_size": size, **extra}
         with mock.patch.object(grids, "storable", positive if name == "one-sided" else STORABLE):
-            found = measure(args, f"{name} g{size}", settings)
-        results.append(found | {"grid": name, "group_size": size})
-        print(f"{name:11} g{size:<4} {found['bits_per_weight']:6.3f} bpw  +{found['nll_difference']:.4f}", flush=True)
+            row = measure(args, f"{name} g{size}", settings)
+        results.append(row | {"grid": name, "group_size": size})
+        print(f"{name:11} g{size:<4} {row['bits_per_weight']:6.3f} bpw  +{row['nll_difference']:.4f}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -33,11 +33,11 @@ class Marks:
     def __init__(self) -> None:
         self._marked: dict[int, StorageWeakRef] = {}
 
-    def put(self, found: Any) -> Any:
-        for tensor in (each for each in _tensors(found) if not each.is_meta):
+    def put(self, value: Any) -> Any:
+        for tensor in (each for each in _tensors(value) if not each.is_meta):
             storage = tensor.untyped_storage()
             self._marked[storage._cdata] = StorageWeakRef(storage)
-        return found
+        return value
 
     def __contains__(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._marked
@@ -77,9 +77,9 @@ class Operations(TorchDispatchMode):
             raise RuntimeError(f"{MIXED} ({func} of {where})")
         if kwargs.get("generator") is not None:
             raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({func})")
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         # a copy into the CPU's memory leaves it there
-        return found if func is aten.copy_.default else self.marks.put(found)
+        return result if func is aten.copy_.default else self.marks.put(result)
 
 
 class Calls(TorchFunctionMode):
@@ -148,14 +148,14 @@ class Calls(TorchFunctionMode):
         return self.marks.put(func(*args, **kwargs | {"device": "cpu"}))
 
 
-def _tensors(found: Any) -> list[Tensor]:
-    if isinstance(found, Tensor):
-        return [found]
-    if isinstance(found, dict):
-        found = found.values()
-    elif not isinstance(found, (list, tuple)):
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
         return []
-    return [tensor for item in found for tensor in _tensors(item)]
+    return [tensor for item in value for tensor in _tensors(item)]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Reader:
     """Reads a story's sentences and remembers what they say; it knows nothing of how the story was made."""
 
     def __init__(self) -> None:
-        self.place: dict[str, str] = {}
+        self.location: dict[str, str] = {}
         self.holder: dict[str, str] = {}
         self.spot: dict[str, str] = {}
         self.asked = ""
@@ -56,26 +56,26 @@ class Reader:
         elif s.startswith("There"):
             self.spot[things[0]] = spots[0]
         elif re.search(rf"{NAME} the \w+ (was|had)", s):
-            self.place[names[0]] = spots[0]
+            self.location[names[0]] = spots[0]
             for thing in things:
                 self.get(thing, names[0])
         elif match := re.match(rf"{NAME} (went|walked|ran|hurried) to the (\w+)", s):
-            self.place[names[0]] = match[3]
+            self.location[names[0]] = match[3]
         elif re.match(rf"{NAME} (left|dropped|forgot) the", s):
             self.spot[things[0]] = spots[0]
             del self.holder[things[0]]
         elif re.match(rf"{NAME} found the", s):
-            self.place[names[0]] = spots[0]
+            self.location[names[0]] = spots[0]
             self.get(things[0], names[0])
         elif re.match(rf"{NAME} (met|visited) {NAME}", s):
-            assert self.place[names[1]] == spots[0]
-            self.place[names[0]] = spots[0]
+            assert self.location[names[1]] == spots[0]
+            self.location[names[0]] = spots[0]
         elif len(names) == 2 and things:
             self._changes_hands(names, things, taken=" from " in s)
 
     def _changes_hands(self, names: list[str], things: list[str], taken: bool) -> None:
         first, second = names
-        assert self.place[first] == self.place[second]
+        assert self.location[first] == self.location[second]
         assert self.holder[things[0]] == (second if taken else first)
         self.get(things[0], first if taken else second)
         if len(things) == 2:
@@ -102,7 +102,7 @@ class Reader:
         if last.startswith("The "):
             return choice == f"{WERE[things[0].split(' ')[1]]} {WHERE[self.spot[things[0]]]}"
         assert re.fullmatch(rf"{NAME} (was|(met|visited) {NAME}|(left|dropped|forgot) the .*)", last), last
-        return choice == WHERE[self.place[names[-1]]]
+        return choice == WHERE[self.location[names[-1]]]
 
 
 def test_the_same_seed_tells_the_same_stories() -> None:
@@ -171,7 +171,7 @@ def test_the_closing_agrees_with_the_story() -> None:
         reader.read(f"{told} .")
         for sentence in closing.removesuffix(".").replace("The ", "the ").split(". ")[:-1]:
             if match := re.fullmatch(rf"{NAME} was \w+ the (\w+)", sentence):
-                assert reader.place[match[1]] == match[2]
+                assert reader.location[match[1]] == match[2]
             elif match := re.fullmatch(rf"{NAME} had {THING}", sentence):
                 assert reader.holder[match[2]] == match[1]
             elif match := re.fullmatch(rf"{THING} (was|were) with {NAME}", sentence):

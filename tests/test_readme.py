@@ -53,8 +53,8 @@ def test_every_command_parses(page: str) -> None:
     """Names of verbs and options, and types of values."""
     for program, verb, *arguments in commands(PAGES[page]):
         assert program == "llmsqueeze"
-        known = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
-        with known.make_context(verb, arguments) as context:
+        subcommand = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+        with subcommand.make_context(verb, arguments) as context:
             assert context.params
 
 

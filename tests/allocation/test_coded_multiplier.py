@@ -39,13 +39,13 @@ SIMPLE = Curve(np.array([-2.0, 0.0, 1.0]), np.array([300.0, 100.0, 40.0]), np.ar
 
 
 def test_a_curve_goes_through_its_points_and_straight_between() -> None:
-    found = [SIMPLE.bytes_at(at) for at in (-2.0, 0.0, 1.0, -1.0, 0.25)]
-    assert found == pytest.approx([300.0, 100.0, 40.0, 200.0, 85.0])
+    nbytes = [SIMPLE.bytes_at(at) for at in (-2.0, 0.0, 1.0, -1.0, 0.25)]
+    assert nbytes == pytest.approx([300.0, 100.0, 40.0, 200.0, 85.0])
 
 
 def test_costs_are_straight_between_in_their_logarithms() -> None:
-    found = [SIMPLE.cost_at(at) for at in (-2.0, 0.0, 1.0, -1.0, 0.5)]
-    assert found == pytest.approx([1.0, 16.0, 32.0, 4.0, math.sqrt(512)])
+    costs = [SIMPLE.cost_at(at) for at in (-2.0, 0.0, 1.0, -1.0, 0.5)]
+    assert costs == pytest.approx([1.0, 16.0, 32.0, 4.0, math.sqrt(512)])
 
 
 def test_finer_than_measured_a_bit_an_octave_is_added_and_the_loss_quartered() -> None:
@@ -78,11 +78,11 @@ def test_of_multipliers_with_the_same_bytes_the_coarsest_counts() -> None:
 
 def test_what_was_measured_is_made_to_fall_and_rise() -> None:
     points = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [90.0, 50.0, 60.0, 40.0], [1.0, 3.0, 2.0, 5.0]])
-    found = Curve.of(points, 77)
-    assert found.log_multiplier.tolist() == [-1.0, 0.0, 1.0, 2.0]
-    assert found.nbytes.tolist() == [90.0, 50.0, 50.0, 40.0]
-    assert found.cost.tolist() == [1.0, 3.0, 3.0, 5.0]
-    assert found.numel == 77
+    curve = Curve.of(points, 77)
+    assert curve.log_multiplier.tolist() == [-1.0, 0.0, 1.0, 2.0]
+    assert curve.nbytes.tolist() == [90.0, 50.0, 50.0, 40.0]
+    assert curve.cost.tolist() == [1.0, 3.0, 3.0, 5.0]
+    assert curve.numel == 77
 
 
 def test_a_linear_that_costs_nothing_has_a_curve() -> None:
@@ -94,10 +94,10 @@ def test_a_linear_that_costs_nothing_has_a_curve() -> None:
 def test_curves_are_those_of_planned_linears_that_were_measured() -> None:
     plan = coded_plan({"a": (4, 8), "b": (2, 3)})
     points = {"a": torch.tensor([[0.0, 1.0], [9.0, 5.0], [1.0, 2.0]]), "c": torch.zeros(3, 2)}
-    found = curves_of(plan, points)
-    assert list(found) == ["a"]
-    assert found["a"].numel == 32
-    assert found["a"].nbytes.tolist() == [9.0, 5.0]
+    curves = curves_of(plan, points)
+    assert list(curves) == ["a"]
+    assert curves["a"].numel == 32
+    assert curves["a"].nbytes.tolist() == [9.0, 5.0]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5000), (100, 70), (700, 2)])
@@ -110,8 +110,8 @@ def test_the_least_bytes_are_those_of_a_part_of_zeros(shape: tuple[int, int]) ->
 
 
 def test_a_multiplier_is_every_linears_step() -> None:
-    found = at_multiplier(coded_plan(SHAPES), CURVES, -0.75, PLENTY)
-    for name, weight in found.weights.items():
+    allocated = at_multiplier(coded_plan(SHAPES), CURVES, -0.75, PLENTY)
+    for name, weight in allocated.weights.items():
         assert weight.step == pytest.approx(2**-0.75)
         assert weight.coded_nbytes == math.ceil(CURVES[name].bytes_at(-0.75))
 
@@ -119,8 +119,8 @@ def test_a_multiplier_is_every_linears_step() -> None:
 def test_the_users_factor_makes_a_linear_coarser_or_finer() -> None:
     factor = {"q": 2.0, "down": 0.25}
     plain = at_multiplier(coded_plan(SHAPES), CURVES, -1.0, PLENTY)
-    found = at_multiplier(coded_plan(SHAPES, factor), CURVES, -1.0, PLENTY)
-    for name, weight in found.weights.items():
+    allocated = at_multiplier(coded_plan(SHAPES, factor), CURVES, -1.0, PLENTY)
+    for name, weight in allocated.weights.items():
         moved = math.log2(factor.get(name, 1.0))
         assert weight.step == pytest.approx(plain.weights[name].step * 2**moved)
         assert weight.coded_nbytes == math.ceil(CURVES[name].bytes_at(-1.0 + moved))
@@ -129,8 +129,8 @@ def test_the_users_factor_makes_a_linear_coarser_or_finer() -> None:
 
 @pytest.mark.parametrize("bits", [0.7, 1.0, 2.0, 3.3, 5.0, 9.0, 20.0])
 def test_the_target_is_met_from_below(bits: float) -> None:
-    found = allocate(coded_plan(SHAPES), CURVES, bytes_of(bits), PLENTY)
-    assert 0.999 * bytes_of(bits) < found.nbytes <= bytes_of(bits)
+    allocated = allocate(coded_plan(SHAPES), CURVES, bytes_of(bits), PLENTY)
+    assert 0.999 * bytes_of(bits) < allocated.nbytes <= bytes_of(bits)
 
 
 @pytest.mark.parametrize("tokens", [16, 500, PLENTY])
@@ -147,20 +147,24 @@ def test_it_is_the_finest_multiplier_of_all_that_fit(bits: float, tokens: int) -
         if sum(math.ceil(max(own[n], least * CURVES[n].numel)) for n in SHAPES) <= bytes_of(bits):
             best = at
             break
-    found = allocate(plan, CURVES, bytes_of(bits), tokens)
-    free = [n for n in SHAPES if found.weights[n].coded_nbytes > 1.01 * weight * found.nbytes / NUMEL * CURVES[n].numel]
+    allocated = allocate(plan, CURVES, bytes_of(bits), tokens)
+    free = [
+        n
+        for n in SHAPES
+        if allocated.weights[n].coded_nbytes > 1.01 * weight * allocated.nbytes / NUMEL * CURVES[n].numel
+    ]
     assert free
     for name in free:
-        assert math.log2(found.weights[name].step / factor.get(name, 1.0)) == pytest.approx(best, abs=0.006)
+        assert math.log2(allocated.weights[name].step / factor.get(name, 1.0)) == pytest.approx(best, abs=0.006)
 
 
 def test_one_multiplier_is_the_best_use_of_the_bytes() -> None:
     """No bytes moved from one linear to another lower the predicted loss."""
     octaves = np.arange(-8, 8, 0.02).tolist()
     curves = {name: coded_curve(shape, MIDDLES[name], octaves) for name, shape in SHAPES.items()}
-    found = allocate(coded_plan(SHAPES), curves, bytes_of(3.0), PLENTY)
-    best = predicted_of_steps(found, curves)
-    at = {name: curves[name].bytes_at(math.log2(weight.step)) for name, weight in found.weights.items()}
+    allocated = allocate(coded_plan(SHAPES), curves, bytes_of(3.0), PLENTY)
+    best = predicted_of_steps(allocated, curves)
+    at = {name: curves[name].bytes_at(math.log2(weight.step)) for name, weight in allocated.weights.items()}
     for giver, taker in itertools.permutations(SHAPES, 2):
         for share in (0.02, 0.1, 0.2):
             nbytes = at | {giver: at[giver] * (1 - share), taker: at[taker] + at[giver] * share}
@@ -173,18 +177,18 @@ def test_what_is_stored_beside_and_what_was_not_measured_is_counted() -> None:
     beside = plan.weights["q"].nbytes - plan.weights["q"].coded_nbytes
     assert beside > 300
     target = bytes_of(3.0) + plan.weights["other"].nbytes + beside
-    found = allocate(plan, CURVES, target, PLENTY)
-    assert found.weights["other"] == plan.weights["other"]
-    assert found.weights["q"].outliers == 100
-    assert 0.999 * target < found.nbytes <= target
+    allocated = allocate(plan, CURVES, target, PLENTY)
+    assert allocated.weights["other"] == plan.weights["other"]
+    assert allocated.weights["q"].outliers == 100
+    assert 0.999 * target < allocated.nbytes <= target
     bare = allocate(coded_plan(SHAPES), CURVES, bytes_of(3.0), PLENTY)
-    assert found.weights["up"].step == pytest.approx(bare.weights["up"].step, rel=1e-2)
+    assert allocated.weights["up"].step == pytest.approx(bare.weights["up"].step, rel=1e-2)
 
 
 def test_a_target_below_the_smallest_is_refused() -> None:
     least = sum(math.ceil(float(one.nbytes[-1])) for one in CURVES.values())
-    found = allocate(coded_plan(SHAPES), CURVES, least, PLENTY)
-    assert found.nbytes == least
+    allocated = allocate(coded_plan(SHAPES), CURVES, least, PLENTY)
+    assert allocated.nbytes == least
     with pytest.raises(RecipeError, match=rf"{least - 1} bytes; steps and tables alone take [\d.]+, {least} bytes"):
         allocate(coded_plan(SHAPES), CURVES, least - 1, PLENTY)
 
@@ -201,42 +205,42 @@ def test_predicted_is_the_sum_over_the_linears() -> None:
 
 def test_without_tokens_no_linear_gets_less_than_the_average() -> None:
     """So that all get as much, but for those that ask for more."""
-    found = at_multiplier(coded_plan(SHAPES), CURVES, 0.0, 0)
+    allocated = at_multiplier(coded_plan(SHAPES), CURVES, 0.0, 0)
     free = {name: CURVES[name].bytes_at(0.0) * 8 / CURVES[name].numel for name in SHAPES}
     average = sum(one.bytes_at(0.0) for one in CURVES.values()) * 8 / NUMEL
     for name in SHAPES:
-        assert bits_of(found, name) == pytest.approx(max(free[name], average), abs=0.01)
-        assert math.log2(found.weights[name].step) <= 1e-9, "finer than the multiplier, not coarser"
-        at = math.log2(found.weights[name].step)
-        assert math.ceil(CURVES[name].bytes_at(at)) == pytest.approx(found.weights[name].coded_nbytes, abs=1)
+        assert bits_of(allocated, name) == pytest.approx(max(free[name], average), abs=0.01)
+        assert math.log2(allocated.weights[name].step) <= 1e-9, "finer than the multiplier, not coarser"
+        at = math.log2(allocated.weights[name].step)
+        assert math.ceil(CURVES[name].bytes_at(at)) == pytest.approx(allocated.weights[name].coded_nbytes, abs=1)
 
 
 def test_the_fewer_tokens_the_nearer_the_average() -> None:
     target = bytes_of(3.0)
     least = []
     for tokens in (0, 8, 64, 640, 6400, PLENTY):
-        found = allocate(coded_plan(SHAPES), CURVES, target, tokens)
-        bits = {name: bits_of(found, name) for name in SHAPES}
+        allocated = allocate(coded_plan(SHAPES), CURVES, target, tokens)
+        bits = {name: bits_of(allocated, name) for name in SHAPES}
         least.append(min(bits.values()))
-        assert 0.999 * target < found.nbytes <= target
+        assert 0.999 * target < allocated.nbytes <= target
     assert least == sorted(least, reverse=True)
     assert least[0] > 2 > 0.75 > least[-1]
 
 
 def test_a_linear_gets_a_share_of_the_average_by_its_tokens() -> None:
     """64 tokens count as much as what is believed without any."""
-    found = at_multiplier(coded_plan(SHAPES), CURVES, 0.0, 64)
+    allocated = at_multiplier(coded_plan(SHAPES), CURVES, 0.0, 64)
     average = sum(one.bytes_at(0.0) for one in CURVES.values()) * 8 / NUMEL
     capped = [n for n in SHAPES if CURVES[n].bytes_at(0.0) * 8 / CURVES[n].numel < average / 2]
     assert capped
     for name in SHAPES:
         if name in capped:
-            assert bits_of(found, name) == pytest.approx(average / 2, abs=0.01)
+            assert bits_of(allocated, name) == pytest.approx(average / 2, abs=0.01)
         else:
-            assert found.weights[name].step == pytest.approx(1.0)
+            assert allocated.weights[name].step == pytest.approx(1.0)
 
 
 def test_plenty_of_tokens_leave_the_multiplier_alone() -> None:
     for bits in (1.0, 3.0, 5.0):
-        found = allocate(coded_plan(SHAPES), CURVES, bytes_of(bits), 10**7)
-        assert len({weight.step for weight in found.weights.values()}) == 1
+        allocated = allocate(coded_plan(SHAPES), CURVES, bytes_of(bits), 10**7)
+        assert len({weight.step for weight in allocated.weights.values()}) == 1

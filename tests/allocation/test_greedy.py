@@ -34,19 +34,19 @@ def make_plan(shapes: Mapping[str, tuple[int, int]] = SHAPES) -> Plan:
 def falling_costs(seed: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, noise: float = 0.0) -> dict[str, Tensor]:
     """[options, rows]: about 4^-bits for all rows alike, times what each row matters; `noise` lets rows differ."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    costs = {}
     for name, (count, _) in shapes.items():
         row = torch.rand(count, generator=generator) ** 3
         fall = torch.tensor([4.0**-option.grid.bits for option in OPTIONS])
-        found[name] = fall[:, None] * row * (1 + noise * torch.rand(len(OPTIONS), count, generator=generator))
-    return found
+        costs[name] = fall[:, None] * row * (1 + noise * torch.rand(len(OPTIONS), count, generator=generator))
+    return costs
 
 
 def sizes(plan: Plan, costs: Mapping[str, Tensor], options: Sequence[Option] = OPTIONS) -> tuple[int, int]:
     """Bytes with everything on the smallest, and on the largest option."""
     by_size = sorted(options, key=lambda option: option.grid.bits)
-    made = [plan.on({n: (Rows(o.grid, plan.weights[n].shape[0]),) for n in costs}) for o in (by_size[0], by_size[-1])]
-    return made[0].nbytes, made[1].nbytes
+    plans = [plan.on({n: (Rows(o.grid, plan.weights[n].shape[0]),) for n in costs}) for o in (by_size[0], by_size[-1])]
+    return plans[0].nbytes, plans[1].nbytes
 
 
 def targets(plan: Plan, costs: Mapping[str, Tensor], count: int) -> list[int]:
@@ -60,14 +60,14 @@ def targets(plan: Plan, costs: Mapping[str, Tensor], count: int) -> list[int]:
 @st.composite
 def cases(draw: st.DrawFn) -> list[tuple[Tensor, Tensor]]:
     """Linears that have rows to choose for: costs [options, rows] and bytes [options], rising; costs often equal."""
-    found = []
+    linears = []
     options = draw(st.integers(2, 4))
     for _ in range(draw(st.integers(1, 2))):
         count = draw(st.integers(1, 3))
         cost = [draw(st.lists(st.integers(0, 12), min_size=count, max_size=count)) for _ in range(options)]
         nbytes = draw(st.lists(st.integers(1, 30), min_size=options, max_size=options, unique=True).map(sorted))
-        found.append((torch.tensor(cost, dtype=torch.float64), torch.tensor(nbytes, dtype=torch.float64)))
-    return found
+        linears.append((torch.tensor(cost, dtype=torch.float64), torch.tensor(nbytes, dtype=torch.float64)))
+    return linears
 
 
 def all_outcomes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
@@ -82,7 +82,7 @@ def prefixes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
     """Bytes and cost after every step of the greedy, from its states."""
     counts = [cost.shape[1] for cost, _ in linears]
     steps = greedy.best_first([greedy.hull_upgrades(cost, nbytes) for cost, nbytes in linears], counts)
-    found = []
+    totals = []
     for cut in range(len(steps.unit) + 1):
         state = [0] * sum(counts)
         for unit, start, to in zip(*(c[:cut].tolist() for c in (steps.unit, steps.start, steps.to)), strict=True):
@@ -92,8 +92,8 @@ def prefixes(linears: list[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
         for (cost, nbytes), part in zip(linears, torch.tensor(state).split(counts), strict=True):
             total_bytes += float(nbytes[part].sum())
             total_cost += float(cost.gather(0, part[None]).sum())
-        found.append((total_bytes, total_cost))
-    return found
+        totals.append((total_bytes, total_cost))
+    return totals
 
 
 @quick
@@ -138,8 +138,8 @@ def test_of_equally_large_options_the_cheaper_is_taken() -> None:
     costs = {"w": torch.tensor([[3.0], [1.0], [0.9]]).expand(3, 8)}
     smallest = plan.on({"w": (Rows(options[1].grid, 8),)})
     for granularity in ("row", "linear"):
-        made = greedy.allocate(plan, costs, options, smallest.nbytes, granularity, [])
-        assert made.weights["w"].grid == options[1].grid
+        allocated = greedy.allocate(plan, costs, options, smallest.nbytes, granularity, [])
+        assert allocated.weights["w"].grid == options[1].grid
 
 
 # --------------------------------------------------------------------------------------------------- on whole plans
@@ -147,15 +147,15 @@ def test_of_equally_large_options_the_cheaper_is_taken() -> None:
 
 def hull(points: list[tuple[float, float]]) -> list[int]:
     """Which (bytes, cost) lie on the lower hull, from the smallest to the cheapest: slowly, by trying all lines."""
-    found = []
+    indices = []
     for i, (b, c) in enumerate(points):
         below = any(
             c > c0 + (c1 - c0) * (b - b0) / (b1 - b0) for (b0, c0) in points for (b1, c1) in points if b0 < b < b1
         )
         dominated = any(b0 < b and c0 <= c for b0, c0 in points)
         if not below and not dominated:
-            found.append(i)
-    return sorted(found, key=lambda i: points[i][0])
+            indices.append(i)
+    return sorted(indices, key=lambda i: points[i][0])
 
 
 def option_cost(plan: Plan, costs: Mapping[str, Tensor], names: Sequence[str], option: int) -> tuple[int, float]:
@@ -171,25 +171,25 @@ def test_no_remaining_step_fits_what_is_left(granularity: str) -> None:
     for seed in range(4):
         costs = falling_costs(seed, noise=2.0)
         for target in targets(plan, costs, 23):
-            made = greedy.allocate(plan, costs, OPTIONS, target, granularity, GROUPS)
-            assert made.nbytes <= target
+            allocated = greedy.allocate(plan, costs, OPTIONS, target, granularity, GROUPS)
+            assert allocated.nbytes <= target
             for names in units:
-                grids = {made.weights[n].grids[0].grid for n in names}
+                grids = {allocated.weights[n].grids[0].grid for n in names}
                 assert len(grids) == 1, "what shares its input shares its grid"
-                assert not any(made.weights[n].mixed for n in names)
+                assert not any(allocated.weights[n].mixed for n in names)
                 points = [option_cost(plan, costs, names, i) for i in range(len(OPTIONS))]
                 ladder = hull(points)
                 at = next(k for k, i in enumerate(ladder) if OPTIONS[i].grid in grids)
                 for i in ladder[at + 1 : at + 2]:
-                    assert made.nbytes + points[i][0] - points[ladder[at]][0] > target
+                    assert allocated.nbytes + points[i][0] - points[ladder[at]][0] > target
 
 
-def next_steps(made: Plan) -> list[tuple[float, Plan]]:
+def next_steps(plan: Plan) -> list[tuple[float, Plan]]:
     """What one row on its next width takes by itself, and the plan it makes; all rows' costs fall alike, so that each
     width is on their hulls."""
     ladder = sorted(OPTIONS, key=lambda option: option.grid.bits)
-    found = []
-    for name, weight in made.weights.items():
+    steps = []
+    for name, weight in plan.weights.items():
         for grid, count in weight.by_grid.items():
             at = next(i for i, option in enumerate(ladder) if option.grid == grid)
             if at + 1 < len(ladder):
@@ -197,9 +197,9 @@ def next_steps(made: Plan) -> list[tuple[float, Plan]]:
                 counts = {**weight.by_grid, grid: count - 1}
                 counts[wider] = counts.get(wider, 0) + 1
                 order = sorted(counts.items(), key=lambda item: -item[0].bits)
-                further = made.on({name: tuple(Rows(g, n) for g, n in order)})
-                found.append((weight.shape[1] * (wider.bits - grid.bits) / 8, further))
-    return found
+                further = plan.on({name: tuple(Rows(g, n) for g, n in order)})
+                steps.append((weight.shape[1] * (wider.bits - grid.bits) / 8, further))
+    return steps
 
 
 def test_no_row_that_fits_is_left_behind() -> None:
@@ -208,10 +208,10 @@ def test_no_row_that_fits_is_left_behind() -> None:
     for seed in range(3):
         costs = falling_costs(seed)
         for target in targets(plan, costs, 41):
-            made = greedy.allocate(plan, costs, OPTIONS, target, "row", [])
-            assert made.nbytes <= target
-            for step, further in next_steps(made):
-                assert made.nbytes + step > target or further.nbytes > target
+            allocated = greedy.allocate(plan, costs, OPTIONS, target, "row", [])
+            assert allocated.nbytes <= target
+            for step, further in next_steps(allocated):
+                assert allocated.nbytes + step > target or further.nbytes > target
 
 
 def test_rows_that_share_words_of_zeros_are_counted_as_they_are_packed() -> None:
@@ -222,18 +222,18 @@ def test_rows_that_share_words_of_zeros_are_counted_as_they_are_packed() -> None
     low, high = sizes(plan, costs, options)
     for i in range(40):
         target = low + (high - low) * i // 39
-        made = greedy.allocate(plan, costs, options, target, "row", [])
-        assert target - (128 * 4 // 8 + 16) < made.nbytes <= target
+        allocated = greedy.allocate(plan, costs, options, target, "row", [])
+        assert target - (128 * 4 // 8 + 16) < allocated.nbytes <= target
 
 
-def promised(made: Plan, costs: dict[str, Tensor]) -> float:
+def promised(plan: Plan, costs: dict[str, Tensor]) -> float:
     """The cost of a plan whose rows are dealt by what they cost on its grids."""
     profile = Profile(options=tuple(OPTIONS), costs=costs)
     at = [option.grid for option in OPTIONS]
-    on_grids = {n: costs[n][[at.index(part.grid) for part in w.grids]] for n, w in made.weights.items() if n in costs}
-    found = predicted(profile, made, rows.by_cost(made, on_grids, rows.cost_scores(profile)))
-    assert found is not None
-    return found
+    on_grids = {n: costs[n][[at.index(part.grid) for part in w.grids]] for n, w in plan.weights.items() if n in costs}
+    cost = predicted(profile, plan, rows.by_cost(plan, on_grids, rows.cost_scores(profile)))
+    assert cost is not None
+    return cost
 
 
 @pytest.mark.parametrize("granularity", ["row", "linear", "group"])
@@ -241,12 +241,12 @@ def test_more_bytes_are_never_predicted_worse(granularity: str) -> None:
     plan = make_plan()
     for seed in range(4):
         costs = falling_costs(seed)
-        found = [
+        predictions = [
             promised(greedy.allocate(plan, costs, OPTIONS, target, granularity, GROUPS), costs)
             for target in targets(plan, costs, 40)
         ]
-        assert all(more <= less * (1 + 1e-9) for less, more in itertools.pairwise(found))
-        assert found[-1] < found[0] / 1000
+        assert all(more <= less * (1 + 1e-9) for less, more in itertools.pairwise(predictions))
+        assert predictions[-1] < predictions[0] / 1000
 
 
 def test_a_finer_granularity_is_never_predicted_worse() -> None:
@@ -277,16 +277,16 @@ def test_rows_are_dealt_as_well_as_any_that_make_the_same_counts(seed: int) -> N
     three = {name: cost[[2, 0, 3]] for name, cost in costs.items()}
     low, high = sizes(plan, costs, ladder)
     for target in range(low, high, 5):
-        made = greedy.allocate(plan, three, ladder, target, "row", [])
+        allocated = greedy.allocate(plan, three, ladder, target, "row", [])
         best = 0.0
-        for name, weight in made.weights.items():
+        for name, weight in allocated.weights.items():
             counts = [weight.by_grid.get(option.grid, 0) for option in ladder]
             best += min(
                 sum(float(three[name][option, r]) for r, option in enumerate(choice))
                 for choice in itertools.product(range(3), repeat=weight.shape[0])
                 if [choice.count(i) for i in range(3)] == counts
             )
-        assert promised(made, costs) == pytest.approx(best, rel=1e-6)
+        assert promised(allocated, costs) == pytest.approx(best, rel=1e-6)
 
 
 def test_a_target_below_the_smallest_plan_names_it() -> None:
@@ -303,17 +303,17 @@ def test_linears_without_costs_keep_what_they_had_and_are_counted() -> None:
     costs = falling_costs(0)
     del costs["o"]
     low, high = sizes(plan, costs)
-    made = greedy.allocate(plan, costs, OPTIONS, (low + high) // 2, "group", GROUPS)
-    assert made.weights["o"] == plan.weights["o"]
-    assert low < made.nbytes <= (low + high) // 2
+    allocated = greedy.allocate(plan, costs, OPTIONS, (low + high) // 2, "group", GROUPS)
+    assert allocated.weights["o"] == plan.weights["o"]
+    assert low < allocated.nbytes <= (low + high) // 2
 
 
 def test_groups_with_skipped_members_are_what_is_left_of_them() -> None:
     plan = make_plan({name: SHAPES[name] for name in ("q", "v", "down")})
     costs = falling_costs(1, {name: SHAPES[name] for name in plan.weights})
     for target in targets(plan, costs, 9):
-        made = greedy.allocate(plan, costs, OPTIONS, target, "group", GROUPS)
-        assert made.weights["q"].grid == made.weights["v"].grid
+        allocated = greedy.allocate(plan, costs, OPTIONS, target, "group", GROUPS)
+        assert allocated.weights["q"].grid == allocated.weights["v"].grid
 
 
 def test_outliers_are_bought_where_they_pay() -> None:
@@ -322,8 +322,8 @@ def test_outliers_are_bought_where_they_pay() -> None:
     options = [Option(Grid(2, 32, True)), Option(Grid(2, 32, True), 0.02), Option(Grid(3, 32, True))]
     cost = torch.tensor([[9.0] * 8, [8.0, 0.5] * 4, [7.9, 7.9] * 4])
     with_outliers = plan.on({"w": (Rows(options[1].grid, 4, 3), Rows(options[0].grid, 4))})
-    made = greedy.allocate(plan, {"w": cost}, options, with_outliers.nbytes, "row", [])
-    assert made.weights["w"].grids == (Rows(options[1].grid, 4, 3), Rows(options[0].grid, 4))
+    allocated = greedy.allocate(plan, {"w": cost}, options, with_outliers.nbytes, "row", [])
+    assert allocated.weights["w"].grids == (Rows(options[1].grid, 4, 3), Rows(options[0].grid, 4))
 
 
 def test_the_bytes_of_a_row_are_its_share_of_the_linear() -> None:
@@ -336,12 +336,12 @@ def test_the_bytes_of_a_row_are_its_share_of_the_linear() -> None:
 # ---------------------------------------------------------------------------------------------------------- controls
 
 
-def share_range(made: Plan) -> tuple[float, float]:
+def share_range(plan: Plan) -> tuple[float, float]:
     """The shares of wider rows that, rounded down, give the counts of every linear: from, and up to but without."""
-    bits = sorted({rows.grid.bits for weight in made.weights.values() for rows in weight.grids})
+    bits = sorted({rows.grid.bits for weight in plan.weights.values() for rows in weight.grids})
     assert len(bits) <= 2
-    wider = [sum(r.count for r in w.grids if r.grid.bits == bits[-1] and len(bits) == 2) for w in made.weights.values()]
-    total = [weight.shape[0] for weight in made.weights.values()]
+    wider = [sum(r.count for r in w.grids if r.grid.bits == bits[-1] and len(bits) == 2) for w in plan.weights.values()]
+    total = [weight.shape[0] for weight in plan.weights.values()]
     pairs = list(zip(wider, total, strict=True))
     return max(count / n for count, n in pairs), min((count + 1) / n for count, n in pairs)
 
@@ -349,11 +349,11 @@ def share_range(made: Plan) -> tuple[float, float]:
 def test_uniform_is_the_same_share_of_two_neighbouring_widths_everywhere() -> None:
     plan = make_plan()
     for target in targets(plan, falling_costs(0), 60):
-        made = greedy.uniform(plan, OPTIONS, target)
-        assert made.nbytes <= target
-        low, high = share_range(made)
+        allocated = greedy.uniform(plan, OPTIONS, target)
+        assert allocated.nbytes <= target
+        low, high = share_range(allocated)
         assert low < high, "one share explains every linear"
-        widths = sorted({rows.grid.bits for weight in made.weights.values() for rows in weight.grids})
+        widths = sorted({rows.grid.bits for weight in allocated.weights.values() for rows in weight.grids})
         assert tuple(widths) in [(1,), (2,), (3,), (4,), (8,), (1, 2), (2, 3), (3, 4), (4, 8)]
 
 
@@ -388,9 +388,9 @@ def test_the_budget_beats_uniform_at_equal_bytes() -> None:
     costs = falling_costs(3)
     for target in targets(plan, costs, 9)[1:-1]:
         bought = promised(greedy.allocate(plan, costs, OPTIONS, target, "row", []), costs)
-        made = greedy.uniform(plan, OPTIONS, target)
+        allocated = greedy.uniform(plan, OPTIONS, target)
         profile = Profile(options=tuple(OPTIONS), costs=costs)
-        random = predicted(profile, made, rows.by_score(made, rows.random_scores(made, 0)))
+        random = predicted(profile, allocated, rows.by_score(allocated, rows.random_scores(allocated, 0)))
         assert random is not None
         assert bought < 0.8 * random
 

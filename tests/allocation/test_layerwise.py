@@ -71,9 +71,9 @@ def test_the_most_important_blocks_get_the_high_width(plan: Plan, count: int) ->
     low = layerwise.allocate(plan, BLOCKS, [], HIGH, LOW, 10**9)
     step, smallest = 128 * 64 * 2 // 8, 32 * 64 * 2 // 8
     for room in (0, smallest - 1):
-        made = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, low.nbytes + count * step + room)
-        assert widths(made) == [{4} if i in ORDER[:count] else {2} for i in range(5)]
-        assert made.nbytes == low.nbytes + count * step
+        allocated = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, low.nbytes + count * step + room)
+        assert widths(allocated) == [{4} if i in ORDER[:count] else {2} for i in range(5)]
+        assert allocated.nbytes == low.nbytes + count * step
 
 
 def test_the_rest_goes_to_fusion_groups_of_the_next_blocks(plan: Plan) -> None:
@@ -98,15 +98,15 @@ def test_the_rest_goes_to_fusion_groups_of_the_next_blocks(plan: Plan) -> None:
 def test_a_smaller_block_may_still_fit_if_a_larger_one_does_not(plan: Plan) -> None:
     blocks = [[*BLOCKS[0], *BLOCKS[1]], *BLOCKS[2:]]
     low = layerwise.allocate(plan, blocks, [], HIGH, LOW, 10**9)
-    made = layerwise.allocate(plan, blocks, [0, 1, 2, 3], HIGH, LOW, low.nbytes + 128 * 64 * 2 // 8)
-    assert widths(made) == [{2}, {2}, {4}, {2}, {2}]
+    allocated = layerwise.allocate(plan, blocks, [0, 1, 2, 3], HIGH, LOW, low.nbytes + 128 * 64 * 2 // 8)
+    assert widths(allocated) == [{2}, {2}, {4}, {2}, {2}]
 
 
 def test_linears_that_are_skipped_stay_out(plan: Plan) -> None:
     plan = Plan({name: weight for name, weight in plan.weights.items() if name != "b3.mlp"})
-    made = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, 10**9)
-    assert set(made.weights) == set(plan.weights)
-    assert made.weights["b3.attn"].grid == HIGH
+    allocated = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, 10**9)
+    assert set(allocated.weights) == set(plan.weights)
+    assert allocated.weights["b3.attn"].grid == HIGH
 
 
 def test_a_budget_below_the_low_width_is_refused(plan: Plan) -> None:

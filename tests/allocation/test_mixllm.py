@@ -24,8 +24,8 @@ def plan() -> Plan:
 @pytest.fixture
 def scores(generator: torch.Generator) -> dict[str, Tensor]:
     """Those of "c" are twice as high as the others': it should get twice its share, not all."""
-    made = {name: torch.rand(rows, generator=generator) for name, (rows, _) in SHAPES.items()}
-    return made | {"c": made["c"] * 2}
+    base = {name: torch.rand(rows, generator=generator) for name, (rows, _) in SHAPES.items()}
+    return base | {"c": base["c"] * 2}
 
 
 def best(scores: dict[str, Tensor], count: int) -> list[tuple[str, int]]:
@@ -44,33 +44,33 @@ def test_the_best_rows_of_the_whole_model_get_the_high_width(
     share: float, plan: Plan, scores: dict[str, Tensor]
 ) -> None:
     """Exactly the share of all rows, rounded down, wherever they are."""
-    made = mixllm.allocate(plan, scores, [(HIGH, share)], LOW)
+    allocated = mixllm.allocate(plan, scores, [(HIGH, share)], LOW)
     count = {0.0: 0, 0.1: 10, 0.155: 15, 0.29: 29, 1.0: 100}[share]
     owners = [name for name, _ in best(scores, count)]
-    assert on(made, HIGH) == {name: owners.count(name) for name in SHAPES}
-    assert on(made, LOW) == {name: SHAPES[name][0] - owners.count(name) for name in SHAPES}
+    assert on(allocated, HIGH) == {name: owners.count(name) for name in SHAPES}
+    assert on(allocated, LOW) == {name: SHAPES[name][0] - owners.count(name) for name in SHAPES}
 
 
 def test_several_widths_take_their_share_in_turn(plan: Plan, scores: dict[str, Tensor]) -> None:
     """6 bits for the best 10 %, 4 for the next 55.5 %, 3 for the rest: ends, not shares, are rounded down."""
     grids = [Grid(6, 128, False), Grid(4, 128, False), Grid(3, 128, False)]
-    made = mixllm.allocate(plan, scores, [(grids[0], 0.1), (grids[1], 0.555)], grids[2])
+    allocated = mixllm.allocate(plan, scores, [(grids[0], 0.1), (grids[1], 0.555)], grids[2])
     ranked = [name for name, _ in best(scores, 100)]
     for grid, owners in zip(grids, (ranked[:10], ranked[10:65], ranked[65:]), strict=True):
-        assert on(made, grid) == {name: owners.count(name) for name in SHAPES}
-    assert [rows.grid for rows in made.weights["c"].grids] == grids, "the best-ranked rows first"
+        assert on(allocated, grid) == {name: owners.count(name) for name in SHAPES}
+    assert [rows.grid for rows in allocated.weights["c"].grids] == grids, "the best-ranked rows first"
 
 
 def test_of_equal_rows_the_first_are_taken(plan: Plan) -> None:
-    made = mixllm.allocate(plan, {n: torch.zeros(r) for n, (r, _) in SHAPES.items()}, [(HIGH, 0.4)], LOW)
-    assert on(made, HIGH) == {"a": 30, "b": 10, "c": 0}
+    allocated = mixllm.allocate(plan, {n: torch.zeros(r) for n, (r, _) in SHAPES.items()}, [(HIGH, 0.4)], LOW)
+    assert on(allocated, HIGH) == {"a": 30, "b": 10, "c": 0}
 
 
 def test_a_linear_that_no_sample_reached_stays_low(plan: Plan, scores: dict[str, Tensor]) -> None:
     del scores["b"]
-    made = mixllm.allocate(plan, scores, [(HIGH, 0.5)], LOW)
-    assert on(made, HIGH)["b"] == 0
-    assert sum(on(made, HIGH).values()) == 25, "half of the rows that have a score"
+    allocated = mixllm.allocate(plan, scores, [(HIGH, 0.5)], LOW)
+    assert on(allocated, HIGH)["b"] == 0
+    assert sum(on(allocated, HIGH).values()) == 25, "half of the rows that have a score"
 
 
 def by_share(plan: Plan, scores: dict[str, Tensor], rows: int) -> Plan:
@@ -80,10 +80,10 @@ def by_share(plan: Plan, scores: dict[str, Tensor], rows: int) -> Plan:
 def test_a_byte_budget_buys_as_many_rows_as_fit(plan: Plan, scores: dict[str, Tensor]) -> None:
     for rows in (0, 1, 17, 60, 99, 100):
         for target in (by_share(plan, scores, rows).nbytes, by_share(plan, scores, rows).nbytes + 20):
-            made = mixllm.allocate_bytes(plan, scores, HIGH, LOW, target)
-            taken = sum(on(made, HIGH).values())
-            assert made.nbytes <= target
-            assert made.weights == by_share(plan, scores, taken).weights, "the best-ranked ones"
+            allocated = mixllm.allocate_bytes(plan, scores, HIGH, LOW, target)
+            taken = sum(on(allocated, HIGH).values())
+            assert allocated.nbytes <= target
+            assert allocated.weights == by_share(plan, scores, taken).weights, "the best-ranked ones"
             if taken < 100:
                 assert by_share(plan, scores, taken + 1).nbytes > target
 

@@ -67,9 +67,9 @@ def test_a_matrix_of_less_rank_gains_nothing_beyond_it(gradient: Tensor, generat
 def test_rows_on_several_options_share_the_gains_by_cost() -> None:
     cost = torch.tensor([[4.0, 4.0, 1.0, 1.0], [2.0, 2.0, 0.5, 0.5]])
     gain = torch.tensor([[3.0, 1.0], [1.0, 0.5]])
-    held = torch.tensor([0, 1, 1, 1])
+    chosen = torch.tensor([0, 1, 1, 1])
     expected = (4 / 10) * gain[0] + (3 / 5) * gain[1]
-    assert torch.allclose(ranks.expected_gains(cost, gain, held), expected)
+    assert torch.allclose(ranks.expected_gains(cost, gain, chosen), expected)
     assert torch.allclose(ranks.expected_gains(cost, gain, torch.zeros(4, dtype=torch.int64)), gain[0])
 
 

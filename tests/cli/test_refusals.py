@@ -75,15 +75,15 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), BAD_OPTIONS, ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else ""
+    ("options", "expected"), BAD_OPTIONS, ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else ""
 )
-def test_bad_options(options: list[object], said: str, tmp_path: Path) -> None:
-    assert said in refused("quantize", "demo", "--out", tmp_path / "out", *options)
+def test_bad_options(options: list[object], expected: str, tmp_path: Path) -> None:
+    assert expected in refused("quantize", "demo", "--out", tmp_path / "out", *options)
     assert list(tmp_path.iterdir()) == [], "nothing was written"
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ("bit: 3", "unknown recipe key 'bit'; did you mean 'bits'?"),
         ("bits: x", "--bits is 'x'; it must be a number from 1 to 8"),
@@ -98,13 +98,13 @@ def test_bad_options(options: list[object], said: str, tmp_path: Path) -> None:
         ("calibration: 3", "must be the name of a file"),
     ],
 )
-def test_bad_recipes(content: str, said: str, tmp_path: Path) -> None:
+def test_bad_recipes(content: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(content)
-    assert said in refused("quantize", "demo", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    assert expected in refused("quantize", "demo", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "expected"),
     [
         ("empty.txt", b"  \n", "is empty"),
         ("short.txt", b"too short", "too few for one sample of 32"),
@@ -115,9 +115,9 @@ def test_bad_recipes(content: str, said: str, tmp_path: Path) -> None:
         ("broken.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
     ],
 )
-def test_bad_calibration_text(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+def test_bad_calibration_text(name: str, content: bytes, expected: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    assert said in refused("quantize", "demo", "--calibration", tmp_path / name, "--out", tmp_path / "out", *FAST)
+    assert expected in refused("quantize", "demo", "--calibration", tmp_path / name, "--out", tmp_path / "out", *FAST)
     assert not (tmp_path / "out").exists()
 
 
@@ -174,11 +174,11 @@ BAD_MODELS: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "said"), BAD_MODELS, ids=[said for _, said in BAD_MODELS])
-def test_bad_models(spoil: Callable[[Path], object], said: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spoil", "expected"), BAD_MODELS, ids=[expected for _, expected in BAD_MODELS])
+def test_bad_models(spoil: Callable[[Path], object], expected: str, model: Path, tmp_path: Path) -> None:
     spoil(model)
     message = refused("quantize", model, "--out", tmp_path / "out", "--calibration", "demo", "--quiet", *FAST)
-    assert said in message
+    assert expected in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"], "nothing was left behind"
 
 

@@ -128,8 +128,8 @@ def test_the_outliers_are_those_with_the_largest_gradient(gwq: Path, folder: Pat
         best = set(gradient.flatten().topk(count).indices.tolist())
         index = checkpoint.read_raw(f"{name}.parts.1.index").long()
         row = torch.arange(gradient.shape[0]).repeat_interleave(checkpoint.read_raw(f"{name}.parts.1.row_count").long())
-        found = set((row * gradient.shape[1] + index).tolist())
-        assert len(found & best) >= 0.99 * count
+        outliers = set((row * gradient.shape[1] + index).tolist())
+        assert len(outliers & best) >= 0.99 * count
 
 
 def test_logits_are_those_of_the_dense_sum_of_parts(gwq: Path, folder: Path) -> None:
@@ -271,10 +271,10 @@ class NoOutput(Output):
     """Takes shards without writing them."""
 
     def __init__(self) -> None:
-        self.held: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
 
     def write_shard(self, tensors: Any) -> None:
-        self.held |= tensors
+        self.tensors |= tensors
 
 
 def compress_random(folder: Path, rows: list[Tensor], recipe: Recipe) -> tuple[Walk, Plan, dict[str, Tensor]]:
@@ -285,7 +285,7 @@ def compress_random(folder: Path, rows: list[Tensor], recipe: Recipe) -> tuple[W
         inputs = walk.embed()
         run = Run.of(walk, Decision(plan), recipe, Progress())
         compress_blocks(run, ResidualStreams(inputs, inputs), output)
-    return walk, plan, output.held
+    return walk, plan, output.tensors
 
 
 @pytest.mark.parametrize(
@@ -298,13 +298,13 @@ def test_every_architecture_compresses_and_opens(
     """8 bits on random weights: logits stay close to the original's, biases and ties included."""
     folder = random_model(architecture)
     recipe = make_recipe({"method": "gptq", "bits": 8, "group_size": 16, "portable": portable})
-    walk, plan, held = compress_random(folder, rows, recipe)
+    walk, plan, compressed = compress_random(folder, rows, recipe)
     out = Output(tmp_path / "out", 1)
     out.partial.mkdir(parents=True)
     checkpoint = open_checkpoint(folder)
     skeleton = walk.skeleton
-    held |= {n: checkpoint.read(skeleton.sources[n]) for n in skeleton.names_outside_blocks()}
-    out.write_shard(held)
+    compressed |= {n: checkpoint.read(skeleton.sources[n]) for n in skeleton.names_outside_blocks()}
+    out.write_shard(compressed)
     config = checkpoint.config | {"quantization_config": quantization_config(skeleton, plan)}
     assert config["quantization_config"]["quant_method"] == ("compressed-tensors" if portable else "llmsqueeze")
     out.write_json("config.json", config)
@@ -338,11 +338,11 @@ def test_the_blocks_inputs_are_those_behind_the_compressed_blocks(
         return group_targets(group, moments)
 
     monkeypatch.setattr(blocks, "group_targets", watched)
-    _, plan, held = compress_random(folder, rows, make_recipe({"bits": 2, "portable": False}))
+    _, plan, compressed = compress_random(folder, rows, make_recipe({"bits": 2, "portable": False}))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, planned in plan.weights.items():
         if ".layers.0." in name:
-            tensors = {t: held[f"{name}.parts.0.{t}"] for t in parts.layout(planned.shape, planned.specs[0])}
+            tensors = {t: compressed[f"{name}.parts.0.{t}"] for t in parts.layout(planned.shape, planned.specs[0])}
             model.get_submodule(name).weight.data = parts.restore(planned.shape, planned.specs[0], tensors).dense()
     probe, inputs = "model.layers.1.self_attn.q_proj", []
     model.get_submodule(probe).register_forward_pre_hook(lambda _m, a: inputs.append(a[0].flatten(0, 1)))
@@ -370,11 +370,11 @@ def test_rows_are_rounded_independently(generator: torch.Generator, monkeypatch:
 
 def test_conv1d_is_handled_as_its_transpose(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
     folder = random_model("gpt2")
-    walk, plan, held = compress_random(folder, rows, make_recipe({"bits": 8, "group_size": 16}))
+    walk, plan, compressed = compress_random(folder, rows, make_recipe({"bits": 8, "group_size": 16}))
     name = walk.skeleton.linears[0][0]
     assert is_transposed(walk.skeleton.module(name))
     assert plan.weights[name].shape == (192, 64), "[out_features, in_features]"
-    tensors = {t: held[f"{name}.parts.0.{t}"] for t in parts.layout((192, 64), plan.weights[name].specs[0])}
+    tensors = {t: compressed[f"{name}.parts.0.{t}"] for t in parts.layout((192, 64), plan.weights[name].specs[0])}
     dense = parts.restore((192, 64), plan.weights[name].specs[0], tensors).dense()
     stored = open_checkpoint(folder).read(walk.skeleton.sources[f"{name}.weight"])
     assert (dense.T - stored).norm() < 0.01 * stored.norm()
@@ -386,7 +386,7 @@ def test_activations_are_released_as_the_blocks_pass(folder: Path, monkeypatch: 
     most = 0
     init, clear = Activations.__init__, Activations.clear
 
-    def made(self: Activations, spill: Spill) -> None:
+    def created(self: Activations, spill: Spill) -> None:
         nonlocal most
         init(self, spill)
         alive.add(id(self))
@@ -396,7 +396,7 @@ def test_activations_are_released_as_the_blocks_pass(folder: Path, monkeypatch: 
         clear(self)
         alive.discard(id(self))
 
-    monkeypatch.setattr(Activations, "__init__", made)
+    monkeypatch.setattr(Activations, "__init__", created)
     monkeypatch.setattr(Activations, "clear", cleared)
     compress_random(folder, [torch.randint(5, 300, (1, 20))], make_recipe({"bits": 3}))
     assert most <= 4

@@ -40,8 +40,8 @@ LINEAR = "model.layers.1.mlp.up_proj"
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=TOKENS).logits
-    return found
+        output: Tensor = model(input_ids=TOKENS).logits
+    return output
 
 
 def weight_of(folder: Path, linear: str) -> Tensor:
@@ -143,7 +143,7 @@ def test_an_edited_plan_gives_one_linear_finer_steps_within_the_same_budget(
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "expected"),
     [
         ("coded x0", "from 1/64 of the model's to 64 times"),
         ("coded x1000", "from 1/64 of the model's to 64 times"),
@@ -153,14 +153,14 @@ def test_an_edited_plan_gives_one_linear_finer_steps_within_the_same_budget(
     ],
     ids=str,
 )
-def test_bad_entries_are_named(demo: Source, entry: object, said: str, planned: Path, tmp_path: Path) -> None:
+def test_bad_entries_are_named(demo: Source, entry: object, expected: str, planned: Path, tmp_path: Path) -> None:
     shutil.copytree(planned, tmp_path / "plan")
     content = yaml.safe_load((tmp_path / "plan" / "plan.yaml").read_text())
     content["weights"][LINEAR] = entry
     (tmp_path / "plan" / "plan.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(RecipeError, match="up_proj") as caught:
         quantize(demo, {}, tmp_path / "out", plan=tmp_path / "plan")
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_profile_without_coded_costs_does_not_serve(demo: Source, tmp_path: Path) -> None:
@@ -291,9 +291,9 @@ def test_damage_is_named_by_check_and_load(name: str, coded: Path, tmp_path: Pat
     tensor = f"{LINEAR}.parts.0.{kind}"
     index = json.loads((tmp_path / "bad" / "model.safetensors.index.json").read_text())
     file = tmp_path / "bad" / index["weight_map"][tensor]
-    held = load_file(file)
-    held[tensor] = change(held[tensor].clone())
-    save_file(held, file, {"format": "pt"})
+    tensors = load_file(file)
+    tensors[tensor] = change(tensors[tensor].clone())
+    save_file(tensors, file, {"format": "pt"})
     with pytest.raises(CheckpointError, match=LINEAR):
         llmsqueeze.load(str(tmp_path / "bad"))
     code, stdout, stderr = command("check", tmp_path / "bad")
@@ -312,15 +312,15 @@ def test_outliers_keep_their_value_and_factors_help(demo: Source, folder: Path, 
     stored, original = open_checkpoint(tmp_path / "out"), open_checkpoint(folder)
     kinds = set()
     for name, entry in read_entries(stored).items():
-        held = read_parts(stored, entry)
-        kinds |= {part.kind for part in held}
-        for part in held:
+        stored_parts = read_parts(stored, entry)
+        kinds |= {part.kind for part in stored_parts}
+        for part in stored_parts:
             if isinstance(part, parts.Sparse):
                 mask = torch.zeros(entry.shape, dtype=torch.bool)
                 rows = torch.arange(entry.shape[0]).repeat_interleave(part.counts)
                 mask[rows, part.columns] = True
                 weight = original.read(f"{name}.weight").float()
-                assert torch.equal(parts.sum_of_parts(held)[mask], weight[mask])
+                assert torch.equal(parts.sum_of_parts(stored_parts)[mask], weight[mask])
     assert {"integers", "sparse"} <= kinds
 
 
@@ -352,12 +352,12 @@ def test_blocks_behind_coded_embeddings_are_distilled_as_the_opened_model_has_th
 ) -> None:
     """What is measured block by block is what the whole model gives, at both ends too."""
     options = {"calibration": "demo", "steps": 2, "samples": 6, "seq_len": 48, "held_back": 3, "lr": 1e-3}
-    found = [
+    summaries = [
         distill(str(ends), str(folder), make_distillation(options | {"blockwise": way}), out, device="cpu")
         for way, out in ((True, tmp_path / "blockwise"), (False, tmp_path / "whole"))
     ]
-    assert found[0]["kl_before"] == pytest.approx(found[1]["kl_before"], rel=1e-4)
-    assert found[0]["kl_after"] <= found[0]["kl_before"]
+    assert summaries[0]["kl_before"] == pytest.approx(summaries[1]["kl_before"], rel=1e-4)
+    assert summaries[0]["kl_after"] <= summaries[0]["kl_before"]
     assert command("check", tmp_path / "blockwise", "--target", "native")[0] == 0
 
 
@@ -423,8 +423,8 @@ def test_embeddings_are_exported_dense(ends: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(model))
     export(str(ends), "compressed-tensors", tmp_path / "rounded", bits=8)
     assert command("check", tmp_path / "rounded", "--target", "transformers")[0] == 0
-    held = open_checkpoint(tmp_path / "rounded").read("model.embed_tokens.weight")
-    assert torch.equal(held, weight_of(ends, "model.embed_tokens").to(held.dtype))
+    embedding = open_checkpoint(tmp_path / "rounded").read("model.embed_tokens.weight")
+    assert torch.equal(embedding, weight_of(ends, "model.embed_tokens").to(embedding.dtype))
 
 
 def test_untied_ends_are_coded_both(random_model: Callable[..., Path], demo_dir: Path, tmp_path: Path) -> None:

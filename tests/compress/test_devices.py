@@ -94,11 +94,11 @@ def coded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_coded_folder_opens_on_a_gpu(coded: Path, keep_codes: bool) -> None:
     def logits(device: str) -> Tensor:
         model = llmsqueeze.load(str(coded), keep_codes=keep_codes, device_map={"": torch.device(device)})
-        held = [*model.parameters(), *model.buffers()]
-        assert {tensor.device.type for tensor in held} == {device}
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {device}
         with torch.no_grad():
-            found: Tensor = model(input_ids=torch.arange(3, 20, device=device)[None]).logits
-        return found.cpu()
+            output: Tensor = model(input_ids=torch.arange(3, 20, device=device)[None]).logits
+        return output.cpu()
 
     with pretended_gpu():
         on_gpu = logits("cuda")
@@ -109,12 +109,12 @@ def test_a_coded_folder_opens_on_a_gpu(coded: Path, keep_codes: bool) -> None:
 def test_a_coded_folder_is_distilled_on_a_gpu(
     settings: dict[str, Any], coded: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = make_distillation(settings | {"calibration": "demo", "samples": 2, "seq_len": 16})
-    distill(str(coded), str(tiny), made, tmp_path / "cpu", device="cpu")
+    distillation = make_distillation(settings | {"calibration": "demo", "samples": 2, "seq_len": 16})
+    distill(str(coded), str(tiny), distillation, tmp_path / "cpu", device="cpu")
     again = student.checkpoint
     with pretended_gpu() as gpu:  # blocks are run again in the backward pass
         monkeypatch.setattr(student, "checkpoint", lambda forward, *args, **kw: again(gpu.within(forward), *args, **kw))
-        distill(str(coded), str(tiny), made, tmp_path / "cuda", device="cuda")
+        distill(str(coded), str(tiny), distillation, tmp_path / "cuda", device="cuda")
     weights = sorted(file.name for file in (tmp_path / "cpu").glob("*.safetensors"))
     assert weights
     for file in weights:

@@ -48,19 +48,19 @@ class Run:
         self.tried: list[tuple[str, float]] = []
 
     def sizes(self, names: Sequence[str], octaves: float) -> Sizes:
-        found = {}
+        sizes = {}
         for name in names:
             weight = self.plan.weights[name]
             own = self.curves[name].bytes_at(math.log2(weight.step) + octaves) * self.error(name, octaves)
-            found[name] = round(own) + weight.nbytes - weight.coded_nbytes
-        return found
+            sizes[name] = round(own) + weight.nbytes - weight.coded_nbytes
+        return sizes
 
     def compress(self, names: Sequence[str]) -> tuple[float, Sizes]:
         def compress_at(octaves: float) -> tuple[float, Sizes]:
             self.tried.append((names[0], octaves))
             return octaves, self.sizes(names, octaves)
 
-        return self.pace.within_budget(names, compress_at, lambda made: made[1])
+        return self.pace.within_budget(names, compress_at, lambda result: result[1])
 
     def total(self) -> int:
         return sum(sum(self.compress(names)[1].values()) for names in self.groups)
@@ -69,12 +69,12 @@ class Run:
 def blocks(count: int, seed: int) -> list[dict[str, tuple[int, int]]]:
     """So many fusion groups of one to three linears, of sizes that differ threefold; the last is a large one."""
     rng = np.random.default_rng(seed)
-    made = []
+    groups = []
     for i in range(count):
         linears = int(rng.integers(1, 4))
         cols = 1200 if i == count - 1 else int(rng.integers(400, 1200))
-        made.append({f"{i}.{j}": (1000 // linears, cols) for j in range(linears)})
-    return made
+        groups.append({f"{i}.{j}": (1000 // linears, cols) for j in range(linears)})
+    return groups
 
 
 def off_by(share: float) -> Callable[[str, float], float]:
@@ -198,7 +198,7 @@ def test_a_last_group_that_does_not_fit_is_refused() -> None:
         return {names[0]: room + 1, **dict.fromkeys(names[1:], 0)}
 
     with pytest.raises(RecipeError, match=rf"before {names[0]} leave {room} bytes of the budget, and it does not"):
-        run.pace.within_budget(names, compress_at, lambda made: made)
+        run.pace.within_budget(names, compress_at, lambda sizes: sizes)
     assert len(tried) <= pace.TRIES + 1
     assert max(tried) <= 4
 
@@ -215,7 +215,7 @@ def test_a_last_group_that_cannot_grow_is_taken_as_it_is() -> None:
         tried.append(octaves)
         return dict.fromkeys(names, 1)
 
-    assert run.pace.within_budget(names, compress_at, lambda made: made) == dict.fromkeys(names, 1)
+    assert run.pace.within_budget(names, compress_at, lambda sizes: sizes) == dict.fromkeys(names, 1)
     assert min(tried) == -pace.MOST_OCTAVES
     assert len(tried) < pace.TRIES
 
@@ -227,7 +227,7 @@ def test_sizes_that_do_not_fall_by_a_bit_an_octave_are_closed_in_on(slope: float
     def compress_at(octaves: float) -> Sizes:
         return {"w": round(1.2 * run.target - slope * 150_000 / 8 * octaves)}
 
-    assert 0.995 * run.target <= run.pace.within_budget(["w"], compress_at, lambda made: made)["w"] <= run.target
+    assert 0.995 * run.target <= run.pace.within_budget(["w"], compress_at, lambda sizes: sizes)["w"] <= run.target
 
 
 @pytest.mark.parametrize("slope", [0.08, 0.3])
@@ -238,7 +238,7 @@ def test_sizes_that_hardly_fall_are_closed_in_on_too(slope: float) -> None:
     def compress_at(octaves: float) -> Sizes:
         return {"w": round(1.02 * run.target - slope * 150_000 / 8 * (2 - 2 * 0.8**octaves))}
 
-    assert 0.995 * run.target <= run.pace.within_budget(["w"], compress_at, lambda made: made)["w"] <= run.target
+    assert 0.995 * run.target <= run.pace.within_budget(["w"], compress_at, lambda sizes: sizes)["w"] <= run.target
 
 
 def test_the_last_group_alone_is_fitted_from_far_away() -> None:

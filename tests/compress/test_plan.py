@@ -128,9 +128,9 @@ def test_an_edited_plan_is_followed(demo: Source, own: Path, folder: Path, tmp_p
     up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     file = edit(own, **{up: "8 bit g32", down: None})
     quantize(demo, {}, tmp_path / "out", plan=file)
-    held = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["weights"]
-    assert [(s["bits"], s["group_size"]) for s in held[up]["parts"]] == [(8, 32)]
-    assert down not in held
+    entries = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["weights"]
+    assert [(s["bits"], s["group_size"]) for s in entries[up]["parts"]] == [(8, 32)]
+    assert down not in entries
     stored, original = open_checkpoint(tmp_path / "out"), open_checkpoint(folder)
     assert torch.equal(stored.read(f"{down}.weight"), original.read(f"{down}.weight"))
 
@@ -187,7 +187,7 @@ def test_an_edit_without_a_place_in_compressed_tensors(
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "expected"),
     [
         ("9 bit g128", "no quantizer has that width"),
         ("1 bit g128", "no quantizer has that width"),
@@ -198,9 +198,9 @@ def test_an_edit_without_a_place_in_compressed_tensors(
         (3, "is neither a grid"),
     ],
 )
-def test_bad_entries_are_named(demo: Source, entry: object, said: str, own: Path, tmp_path: Path) -> None:
+def test_bad_entries_are_named(demo: Source, entry: object, expected: str, own: Path, tmp_path: Path) -> None:
     file = edit(own, **{"model.layers.0.mlp.up_proj": entry})
-    with pytest.raises(RecipeError, match=re.escape(said)) as error:
+    with pytest.raises(RecipeError, match=re.escape(expected)) as error:
         quantize(demo, {}, tmp_path / "out", plan=file)
     assert "model.layers.0.mlp.up_proj" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -257,10 +257,10 @@ def test_portable_wants_groups_without_a_rest(demo: Source, tmp_path: Path) -> N
     settings = {"bits": 4.5, "portable": True, **FAST, "widths": [2, 3, 4, 8]}
     with pytest.raises(RecipeError, match=r"group size 256: .* the 384 columns of .* take --group-size 128, or -1"):
         plan(demo, settings | {"group_size": 256}, tmp_path / "plan", weights=False)
-    found = plan(demo, settings, tmp_path / "plan", trial=False)
-    widths = {row["pattern"].split(".")[-1]: row["rows"] for row in found["rows"]}
+    summary = plan(demo, settings, tmp_path / "plan", trial=False)
+    widths = {row["pattern"].split(".")[-1]: row["rows"] for row in summary["rows"]}
     assert widths["q_proj"] == widths["k_proj"] == widths["v_proj"], "one width per fusion group"
-    assert 4.2 < found["bits_per_weight"] <= 4.5
+    assert 4.2 < summary["bits_per_weight"] <= 4.5
 
 
 def test_show_gives_the_recipe_that_makes_the_folder_again(demo: Source, planned: Path, tmp_path: Path) -> None:
@@ -275,10 +275,10 @@ def test_digests_follow_the_content(folder: Path, tmp_path: Path) -> None:
     first = file_digests(open_checkpoint(folder))
     second = file_digests(open_checkpoint(tmp_path / "copy"))
     assert weights_digest(first) == weights_digest(second)
-    known = {name: about | {"sha256": "as before"} for name, about in first.items()}
-    assert file_digests(open_checkpoint(folder), known) == known, "same size and time: not read again"
+    recorded = {name: about | {"sha256": "as before"} for name, about in first.items()}
+    assert file_digests(open_checkpoint(folder), recorded) == recorded, "same size and time: not read again"
     (tmp_path / "copy" / "model.safetensors").touch()
-    stale = file_digests(open_checkpoint(tmp_path / "copy"), known)
+    stale = file_digests(open_checkpoint(tmp_path / "copy"), recorded)
     assert weights_digest(stale) == weights_digest(first)
 
 

@@ -40,9 +40,9 @@ def test_the_search_finds_the_smallest_size_within_a_bound(bound: float, off: fl
         return Round(bits, predicted, measured, measured, measured, measured, measured <= bound)
 
     rounds = bisect(try_size, points, bound)
-    found = min(one.bits for one in rounds if one.kept)
+    smallest = min(one.bits for one in rounds if one.kept)
     exact = 1 + torch.tensor(off / bound).log2().item() / 2
-    assert exact - 1e-6 <= found <= exact + WIDTH
+    assert exact - 1e-6 <= smallest <= exact + WIDTH
     assert len(rounds) <= 8
 
 

@@ -547,10 +547,10 @@ def test_another_teacher_is_refused(
     assert "one of 626" in message
     assert "was made from demo-2" in message
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
-    held = load_file(other / "model.safetensors")
-    (name,) = (name for name in held if "embed_tokens" in name)
-    held[name][17, 5] += 1.0
-    save_file(held, other / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(other / "model.safetensors")
+    (name,) = (name for name in tensors if "embed_tokens" in name)
+    tensors[name][17, 5] += 1.0
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     message = refused(*arguments, other)
     assert "is another model: its embeddings are not those" in message
     assert str(other.name) in message

@@ -159,14 +159,14 @@ def prices(weight: Tensor, curvature: Curvature, quantizer: str, options: tuple[
 def test_what_stays_as_it_is_costs_nothing(weight: Tensor, moments: Tensor, curvature: Curvature) -> None:
     """Outliers leave both the range that is rounded and the error: against a slow loop."""
     option = Option(Grid(3, 32, True), 0.05)
-    found = costs.price(weight, torch.arange(60.0), curvature, [option], "rtn", torch.float32, False)[0]
+    priced = costs.price(weight, torch.arange(60.0), curvature, [option], "rtn", torch.float32, False)[0]
     assert option.kept(96) == 5
     kept = row_outliers(weight, curvature, 5)
     rounded = rtn(weight, option.grid, torch.float32, None, kept).dense()
     for r in range(0, 60, 9):
         d = [0.0 if kept[r, j] else float(weight[r, j] - rounded[r, j]) for j in range(96)]
         cost = sum(d[i] * float(moments[i, j]) * d[j] for i in range(96) for j in range(96))
-        assert float(found[r]) == pytest.approx(0.5 * r * cost, rel=1e-3, abs=1e-9)
+        assert float(priced[r]) == pytest.approx(0.5 * r * cost, rel=1e-3, abs=1e-9)
 
 
 def test_gptq_prices_are_its_own_errors(weight: Tensor, moments: Tensor, curvature: Curvature) -> None:
@@ -180,11 +180,11 @@ def test_descent_prices_are_gptqs_lowered_by_what_descent_saves_on_some_rows(
 ) -> None:
     """With no more rows than are tried their sum is that of descent itself."""
     few = weight[: costs.TRIED_ROWS]
-    found, start = prices(few, curvature, "descent"), prices(few, curvature, "gptq")
+    priced, start = prices(few, curvature, "descent"), prices(few, curvature, "gptq")
     for at in (0, 1):
         d = few - descent(few, PRICED[at].grid, torch.float32, curvature, None, True).dense()
-        assert float(found[at].sum()) == pytest.approx(float(0.5 * ((d @ moments) * d).sum()), rel=1e-3)
-        ratio = found[at] / start[at]
+        assert float(priced[at].sum()) == pytest.approx(float(0.5 * ((d @ moments) * d).sum()), rel=1e-3)
+        ratio = priced[at] / start[at]
         assert torch.allclose(ratio, ratio[0].expand(len(few)), rtol=1e-4), "one factor for all rows"
         assert 0.2 < float(ratio[0]) < 1
 

@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 def test_salience_is_what_rounding_a_row_costs_to_second_order(generator: torch.Generator) -> None:
     """|s + s^2 / 2| with s the change of the loss to first order, row by row and weight by weight."""
     gradient, error = (torch.randn(5, 7, generator=generator) for _ in range(2))
-    for r, found in enumerate(sample_salience(gradient, error).tolist()):
+    for r, salience in enumerate(sample_salience(gradient, error).tolist()):
         s = sum(float(gradient[r, j]) * float(error[r, j]) for j in range(7))
-        assert found == pytest.approx(abs(s + s * s / 2), rel=1e-5)
+        assert salience == pytest.approx(abs(s + s * s / 2), rel=1e-5)
 
 
 def test_the_rounding_error_is_to_nearest_on_the_range_of_each_group(generator: torch.Generator) -> None:

@@ -25,7 +25,7 @@ quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 @dataclass(frozen=True)
 class Case:
-    """Symbols [rows, cols], the tables by number, which place has which, and the rows of a stream."""
+    """Symbols [rows, cols], the tables by number, which position has which, and the rows of a stream."""
 
     symbols: Symbols
     tables: list[Ints]
@@ -50,8 +50,8 @@ class Case:
         number = (int(self.contexts.rows[row]) + int(self.contexts.cols[col])) >> self.contexts.shift
         return [int(f) for f in self.tables[number]]
 
-    def places(self, stream: int) -> list[tuple[int, int]]:
-        """The places of a stream in reading order."""
+    def positions(self, stream: int) -> list[tuple[int, int]]:
+        """The positions of a stream in reading order."""
         rows, cols = self.symbols.shape
         return [(r, c) for r in range(stream * self.per, min(rows, (stream + 1) * self.per)) for c in range(cols)]
 
@@ -93,10 +93,10 @@ def slow_encode(case: Case) -> list[list[int]]:
     """The words of every stream."""
     streams = []
     for stream in range(case.streams):
-        tables = [case.table(*place) for place in case.places(stream)]
+        tables = [case.table(*position) for position in case.positions(stream)]
         entries = [
-            int(case.symbols[place]) + (len(table) // 2 if case.signed else 0)
-            for place, table in zip(case.places(stream), tables, strict=True)
+            int(case.symbols[position]) + (len(table) // 2 if case.signed else 0)
+            for position, table in zip(case.positions(stream), tables, strict=True)
         ]
         streams.append(slow_stream(entries, tables))
     return streams
@@ -106,7 +106,7 @@ def slow_decode(case: Case, streams: Sequence[Sequence[int]]) -> list[int]:
     """All symbols in reading order."""
     symbols = []
     for stream, words in enumerate(streams):
-        tables = [case.table(*place) for place in case.places(stream)]
+        tables = [case.table(*position) for position in case.positions(stream)]
         entries = slow_entries(words, tables)
         symbols += [e - (len(t) // 2 if case.signed else 0) for e, t in zip(entries, tables, strict=True)]
     return symbols
@@ -296,9 +296,9 @@ def test_a_stream_is_as_long_as_its_ideal_code_and_one_to_two_words(case: Case) 
     _, lengths = case.encode()
     for stream, length in enumerate(lengths.tolist()):
         ideal = 0.0
-        for place in case.places(stream):
-            table = case.table(*place)
-            ideal += 12 - math.log2(table[int(case.symbols[place]) + (len(table) // 2 if case.signed else 0)])
+        for position in case.positions(stream):
+            table = case.table(*position)
+            ideal += 12 - math.log2(table[int(case.symbols[position]) + (len(table) // 2 if case.signed else 0)])
         assert ideal + 15.99 <= 16 * length <= ideal * 1.002 + 32.01
 
 

@@ -553,10 +553,10 @@ def large(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
-def column(page: Any, place: int, table: str = "#weights") -> list[str]:
+def column(page: Any, index: int, table: str = "#weights") -> list[str]:
     """The visible cells of a column."""
     script = f"""Array.from(document.querySelector('{table}').tBodies[0].rows).filter(row => !row.hidden)
-        .map(row => row.cells[{place}].dataset.value ?? row.cells[{place}].textContent)"""
+        .map(row => row.cells[{index}].dataset.value ?? row.cells[{index}].textContent)"""
     texts: list[str] = page.evaluate(script)
     return texts
 

@@ -52,6 +52,6 @@ def test_a_name_without_its_file_or_function_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", rounding_methods())
 def test_every_method_has_the_one_signature(name: str) -> None:
     expected = inspect.signature(Rounder.__call__).parameters
-    found = inspect.signature(rounder(name)).parameters
-    assert ["self", *found] == list(expected)
-    assert [found[p].default for p in ("pinned", "search")] == [expected[p].default for p in ("pinned", "search")]
+    parameters = inspect.signature(rounder(name)).parameters
+    assert ["self", *parameters] == list(expected)
+    assert [parameters[p].default for p in ("pinned", "search")] == [expected[p].default for p in ("pinned", "search")]

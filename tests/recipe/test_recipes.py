@@ -134,10 +134,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "said"), BAD, ids=str)
-def test_a_bad_value_is_refused_with_what_is_allowed(key: str, value: Any, said: str) -> None:
+@pytest.mark.parametrize(("key", "value", "expected"), BAD, ids=str)
+def test_a_bad_value_is_refused_with_what_is_allowed(key: str, value: Any, expected: str) -> None:
     text = message(**{key: value})
-    assert said in text
+    assert expected in text
     assert "--" + key.replace("_", "-") in text
 
 
@@ -150,11 +150,11 @@ def test_no_value_of_any_kind_crashes(key: str) -> None:
     """Whatever a YAML file may hold: a recipe comes of it, or a RecipeError that says why not."""
     for value in NASTY:
         try:
-            made = make_recipe({key: value})
+            recipe = make_recipe({key: value})
         except RecipeError as error:
             assert str(error)  # noqa: PT017 - either is right
         else:
-            assert isinstance(made, Recipe)
+            assert isinstance(recipe, Recipe)
 
 
 def test_a_width_named_twice_in_a_mix_is_refused() -> None:
@@ -190,8 +190,8 @@ def test_an_unknown_key_names_the_nearest_and_all_known() -> None:
 
 def test_all_wrong_values_are_said_at_once() -> None:
     text = message(method="gptqq", bits=11, grup_size=64, seed=-1, samples=4)
-    for said in ("'gptq'", "bits is 11", "'group_size'", "--seed is -1"):
-        assert said in text
+    for problem in ("'gptq'", "bits is 11", "'group_size'", "--seed is -1"):
+        assert problem in text
     assert len(text.splitlines()) == 4
 
 
@@ -414,8 +414,8 @@ FILLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("settings", "expected"), FILLED, ids=str)
 def test_what_is_open_is_filled_in(settings: dict[str, Any], expected: dict[str, Any]) -> None:
-    made = make_recipe(settings)
-    assert {key: getattr(made, key) for key in expected} == expected
+    recipe = make_recipe(settings)
+    assert {key: getattr(recipe, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("method", ["layerwise", "mixllm"])
@@ -424,11 +424,11 @@ def test_the_low_width_is_below_the_high_one_whichever_was_named(method: str, ke
     """The one that was left open makes room, or the width is refused; two equal ones would be no mix at all."""
     for width in range(2, 9):
         try:
-            made = make_recipe({"method": method, key: width})
+            recipe = make_recipe({"method": method, key: width})
         except RecipeError as error:
             assert f"bits {width}" in str(error)  # noqa: PT017 - either is right
         else:
-            assert made.low_bits < made.high_bits, f"{key} {width}"
+            assert recipe.low_bits < recipe.high_bits, f"{key} {width}"
 
 
 BUDGETS: list[tuple[dict[str, Any], float | None]] = [
@@ -485,8 +485,8 @@ NEEDS: list[tuple[dict[str, Any], bool, bool]] = [
 def test_text_and_gradients_are_wanted_only_where_something_needs_them(
     settings: dict[str, Any], text: bool, gradients: bool
 ) -> None:
-    made = make_recipe(settings)
-    assert (made.needs_text, made.needs_gradients) == (text, gradients)
+    recipe = make_recipe(settings)
+    assert (recipe.needs_text, recipe.needs_gradients) == (text, gradients)
 
 
 @pytest.mark.parametrize(
@@ -497,11 +497,11 @@ def test_text_and_gradients_are_wanted_only_where_something_needs_them(
 def test_one_bit_means_half_integer_levels_or_is_refused(settings: dict[str, Any]) -> None:
     """As `Grid` promises: a grid of one bit is always a half one."""
     try:
-        made = make_recipe(settings)
+        recipe = make_recipe(settings)
     except RecipeError as error:
         assert "low-bits 1" in str(error)  # noqa: PT017 - either is right
     else:
-        assert recipe_grid(made, 1).half
+        assert recipe_grid(recipe, 1).half
 
 
 # ---------------------------------------------------------------------------------------------------- round trips
@@ -527,11 +527,11 @@ SAMPLE += [
 @pytest.mark.parametrize("settings", SAMPLE, ids=str)
 def test_a_recipe_made_of_a_recipe_is_the_same(settings: dict[str, Any]) -> None:
     """Also by way of YAML and JSON, as plans and `llmsqueeze.json` keep it."""
-    made = make_recipe(settings)
-    values = made.as_dict()
-    assert make_recipe(values) == made
-    assert make_recipe(yaml.safe_load(yaml.safe_dump(values))) == made
-    assert make_recipe(json.loads(json.dumps(values))) == made
+    recipe = make_recipe(settings)
+    values = recipe.as_dict()
+    assert make_recipe(values) == recipe
+    assert make_recipe(yaml.safe_load(yaml.safe_dump(values))) == recipe
+    assert make_recipe(json.loads(json.dumps(values))) == recipe
 
 
 def test_every_quantizer_is_a_method() -> None:
@@ -555,8 +555,8 @@ def test_a_default_group_size_bends_to_the_model() -> None:
 
 @pytest.mark.parametrize("path", bundled_recipes(), ids=recipe_name)
 def test_every_bundled_recipe_is_sound(path: Path) -> None:
-    made = make_recipe(read_recipe(path))
-    assert make_recipe(made.as_dict()) == made
+    recipe = make_recipe(read_recipe(path))
+    assert make_recipe(recipe.as_dict()) == recipe
     assert find_recipe(recipe_name(path)) == path
 
 
@@ -596,13 +596,13 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [(b"- a\n- b\n", "map keys to values"), (b"3: 4\n", "map keys"), (b"", "map keys"), (b"a: [\n", "YAML")],
     ids=["list", "number", "empty", "broken"],
 )
-def test_a_file_that_is_no_recipe_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_recipe_is_refused(content: bytes, expected: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(content)
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=expected):
         read_recipe(tmp_path / "x.yaml")
 
 
