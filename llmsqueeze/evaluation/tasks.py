@@ -94,10 +94,10 @@ def find_tasks(
     if include_path is not None and names and not include_path.is_dir():
         raise RecipeError(f"--include-path {include_path} is not a folder of task definitions")
     if set(names) - {demo_task.TASK_NAME}:
-        known = {*_index(include_path).all_tasks, demo_task.TASK_NAME}
+        available = {*_index(include_path).all_tasks, demo_task.TASK_NAME}
         for name in names:
-            if name not in known:
-                raise RecipeError(f"unknown task {name!r}{nearest(name, known)}")
+            if name not in available:
+                raise RecipeError(f"unknown task {name!r}{nearest(name, available)}")
     specs = [demo_task.task_config() if name == demo_task.TASK_NAME else name for name in names]
     return Tasks(specs, include_path, limit, batch_size)
 

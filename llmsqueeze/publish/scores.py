@@ -63,8 +63,8 @@ def task_row(task: str, metric: str, after: Mapping[str, Any], before: Mapping[s
     """A row for a metric of an lm-eval task. The error of the difference counts both errors as independent."""
     new, old = finite(after.get(metric)), finite(before.get(metric))
     errors = [finite(scores.get(f"{metric}_stderr")) for scores in (before, after)]
-    known = [error for error in errors if error is not None]
-    both = sum(error**2 for error in known) ** 0.5 if len(known) == 2 else None
+    measured = [error for error in errors if error is not None]
+    both = sum(error**2 for error in measured) ** 0.5 if len(measured) == 2 else None
     difference = UNKNOWN if new is None or old is None else with_error(fixed(new - old, 4, sign=True), both)
     return Row(f"{task} {metric}", "", score(before, metric), score(after, metric), difference)
 

@@ -106,11 +106,11 @@ def _table(values: Mapping[str, float], blocks: Sequence[Sequence[str]]) -> tupl
     inside = [{name.split(".", depth)[-1]: name for name in names} for names in blocks]
     kinds: list[str] = []
     for block in inside:
-        place = min((kinds.index(kind) for kind in block if kind in kinds), default=len(kinds))
+        position = min((kinds.index(kind) for kind in block if kind in kinds), default=len(kinds))
         for kind in block:  # a new kind comes between its neighbours in the block
             if kind not in kinds:
-                kinds.insert(place, kind)
-            place = kinds.index(kind) + 1
+                kinds.insert(position, kind)
+            position = kinds.index(kind) + 1
 
     def value(block: Mapping[str, str], kind: str) -> float | None:
         number = values.get(block[kind]) if kind in block else None
