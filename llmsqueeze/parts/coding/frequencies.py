@@ -38,13 +38,20 @@ def frequencies(stored: Bytes, symmetric: bool) -> Ints:
 
 def stored_table(counts: Ints, symmetric: bool) -> Bytes:
     """The bytes of the table for symbols with these counts; of a symmetric table, for distances from the middle."""
-    used = max(len(np.trim_zeros(counts, "b")), 1)
-    share = counts[:used] / max(int(counts.sum()), 1)
+    padded = _stored_tables(counts[None], symmetric)[0]
+    stored: Bytes = padded[padded > 0]
+    return stored
+
+
+def _stored_tables(counts: Ints, symmetric: bool) -> Bytes:
+    """The same for each row of counts [tables, 256]: bytes [tables, 256], 0 behind the last symbol that occurs."""
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     if symmetric:
-        share[1:] /= 2  # for each sign
+        share[:, 1:] /= 2  # for each sign
     weight = np.maximum(share * SCALE - 1, 1e-9)
-    sixteenths = np.round(16 * np.log2(weight / weight.max()))
+    sixteenths = np.round(16 * np.log2(weight / weight.max(axis=1, keepdims=True)))
     stored: Bytes = np.clip(TOP + sixteenths, 1, TOP).astype(np.uint8)
+    stored[:, 1:][np.maximum.accumulate(counts[:, :0:-1], axis=1)[:, ::-1] == 0] = 0
     return stored
 
 
@@ -71,10 +78,12 @@ def choose(counts: Ints, symmetric: bool) -> Bytes:
 
     Consecutive tables share one if that takes fewer bits: dynamic programming over the last cut.
     """
+    counts = counts[:, : 1 + int(np.nonzero(counts)[1].max(initial=0))]
     best: list[tuple[float, int]] = [(0.0, 0)]
+    before = np.concatenate([np.zeros((1, counts.shape[1]), np.int64), counts.cumsum(axis=0)])
     for stop in range(1, len(counts) + 1):
-        sums = counts[:stop][::-1].cumsum(axis=0)
-        best.append(min((best[start][0] + _bits(sums[stop - 1 - start], symmetric), start) for start in range(stop)))
+        bits = _bits(before[stop] - before[:stop], symmetric)
+        best.append(min((best[start][0] + bits[start], start) for start in range(stop)))
     stored: list[Bytes] = []
     stop = len(counts)
     while stop:
@@ -85,11 +94,24 @@ def choose(counts: Ints, symmetric: bool) -> Bytes:
     return np.concatenate(stored)
 
 
-def _bits(counts: Ints, symmetric: bool) -> float:
-    """Bits of a table and of the symbols under it."""
-    stored = stored_table(counts, symmetric)
-    table = frequencies(stored, symmetric)[len(stored) - 1 if symmetric else 0 :]
-    return float((counts[: len(stored)] * (PROBABILITY_BITS - np.log2(table))).sum()) + 8.0 * len(stored)
+def _bits(counts: Ints, symmetric: bool) -> list[float]:
+    """For each row of counts [tables, 256], the bits of a table and of the symbols under it."""
+    stored = _stored_tables(counts, symmetric)
+    used = (stored > 0).sum(axis=1)
+    # as in `frequencies`, of the upper half of a symmetric table
+    k = np.maximum(stored.astype(np.int64) - 1, 0)
+    weight = np.where(stored > 0, MANTISSAS[k % 16] << (k // 16), 0)
+    sizes, sums = (2 * used - 1, 2 * weight.sum(axis=1) - weight[:, 0]) if symmetric else (used, weight.sum(axis=1))
+    table = 1 + weight * (SCALE - sizes)[:, None] // sums[:, None]
+    occurs = np.where(stored > 0, table, 0)
+    rest, every = SCALE - occurs.sum(axis=1), np.arange(len(table))
+    if symmetric:  # the first of the largest is the middle one only if no other is as large
+        rest -= occurs.sum(axis=1) - occurs[:, 0]
+        table[:, 0] += np.where(occurs[:, 1:].max(axis=1, initial=0) < occurs[:, 0], rest, 0)
+    else:
+        table[every, occurs.argmax(axis=1)] += rest
+    bits = counts * (PROBABILITY_BITS - np.log2(table))
+    return [float(row[:size].sum()) + 8.0 * size for row, size in zip(bits, used.tolist(), strict=True)]
 
 
 def coded_bits(counts: Ints, stored: Bytes, symmetric: bool) -> float:
