@@ -36,7 +36,8 @@ class Marks:
     def put(self, value: Any) -> Any:
         for tensor in (each for each in _tensors(value) if not each.is_meta):
             storage = tensor.untyped_storage()
-            self._marked[storage._cdata] = StorageWeakRef(storage)
+            if storage._cdata not in self._marked:
+                self._marked[storage._cdata] = StorageWeakRef(storage)
         return value
 
     def __contains__(self, tensor: Tensor) -> bool:
@@ -58,6 +59,10 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.marks, self.seen = marks, 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled, and to say so at every operation takes a third of the time
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -65,14 +70,13 @@ class Operations(TorchDispatchMode):
         self.seen += 1
         if self.seen % 10_000 == 0:
             self.marks.forget_the_dead()
-        given = [tensor for tensor in _tensors((args, kwargs)) if not tensor.is_meta]
-        on_gpu = [tensor in self.marks for tensor in given]
-        if not any(on_gpu):
+        given = [tensor for tensor in _tensors((args, kwargs) if kwargs else args) if not tensor.is_meta]
+        if not any(tensor in self.marks for tensor in given):
             return func(*args, **kwargs)
         bound = _tensors(args[: FREE[func]]) if func in FREE else given
         if func in (aten.index_put.default, aten.index_put_.default):
             bound = [args[0], args[2]]
-        if any(tensor.dim() and not tensor.is_meta and tensor not in self.marks for tensor in bound):
+        if any(tensor not in self.marks and tensor.dim() and not tensor.is_meta for tensor in bound):
             where = ", ".join(f"{tuple(each.shape)} {'cuda' if each in self.marks else each.device}" for each in given)
             raise RuntimeError(f"{MIXED} ({func} of {where})")
         if kwargs.get("generator") is not None:
@@ -151,11 +155,13 @@ class Calls(TorchFunctionMode):
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
+    tensors: list[Tensor] = []
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        if isinstance(item, Tensor):
+            tensors.append(item)
+        elif isinstance(item, list | tuple | dict):
+            tensors += _tensors(item)
+    return tensors
 
 
 @contextmanager
