@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import ARCHITECTURES
+from torch import nn
 
 import llmsqueeze
 from llmsqueeze.compress.pipeline import compress_model as quantize
@@ -34,13 +35,19 @@ def pair(
     return original, folder
 
 
-def opened(folder: Path, train: frozenset[str]) -> Student:
-    return Student(str(folder), open_checkpoint(folder), train, CPU, trust_remote_code=False)
+@pytest.fixture(scope="module")
+def student(pair: tuple[Path, Path]) -> Student:
+    return Student(str(pair[1]), open_checkpoint(pair[1]), EVERYTHING, CPU, trust_remote_code=False)
 
 
-def test_the_student_computes_what_the_folder_does(pair: tuple[Path, Path], rows: list[torch.Tensor]) -> None:
-    _, folder = pair
-    student, model = opened(folder, EVERYTHING), llmsqueeze.load(str(folder), dtype=torch.float32)
+@pytest.fixture(scope="module")
+def model(pair: tuple[Path, Path]) -> nn.Module:
+    return llmsqueeze.load(str(pair[1]), dtype=torch.float32)
+
+
+def test_the_student_computes_what_the_folder_does(
+    student: Student, model: nn.Module, rows: list[torch.Tensor]
+) -> None:
     tokens = torch.cat(rows)
     with torch.no_grad():
         expected = model(input_ids=tokens).logits[:, :-1].flatten(0, 1).float()
@@ -49,31 +56,34 @@ def test_the_student_computes_what_the_folder_does(pair: tuple[Path, Path], rows
         assert torch.allclose(student.logits(tokens), expected, atol=1e-4)
 
 
-def test_everything_that_is_trained_gets_a_gradient(pair: tuple[Path, Path], rows: list[torch.Tensor]) -> None:
+def test_everything_that_is_trained_gets_a_gradient(
+    student: Student, rows: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the checkpointed blocks, and equal to the gradient without checkpointing."""
-    _, folder = pair
-    student = opened(folder, EVERYTHING)
     parameters = [p for group in student.trained.parameter_groups(1e-3) for p in group["params"]]
     assert len(parameters) > 6
     student.logits(rows[0]).square().mean().backward()
     gradients = [p.grad.clone() if p.grad is not None else None for p in parameters]
     # a bias behind which the loss does not change may have none; of all others nothing may be missing
     assert sum(g is not None and bool(g.abs().sum() > 0) for g in gradients) > 0.9 * len(parameters)
-    plain = opened(folder, EVERYTHING)
-    for module in plain.model.modules():
-        if "forward" in module.__dict__:
-            del module.forward
-    plain.logits(rows[0]).square().mean().backward()
-    again = [p.grad for group in plain.trained.parameter_groups(1e-3) for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = None
+    checkpointed = [module for module in student.model.modules() if "forward" in module.__dict__]
+    assert checkpointed
+    for module in checkpointed:
+        monkeypatch.delattr(module, "forward")
+    student.logits(rows[0]).square().mean().backward()
+    again = [p.grad for p in parameters]
     for one, other in zip(gradients, again, strict=True):
         if one is not None and other is not None:
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-7 + 1e-5 * float(other.abs().max()))
 
 
-def test_blocks_one_by_one_are_the_model(pair: tuple[Path, Path], rows: list[torch.Tensor], tmp_path: Path) -> None:
+def test_blocks_one_by_one_are_the_model(
+    pair: tuple[Path, Path], model: nn.Module, rows: list[torch.Tensor], tmp_path: Path
+) -> None:
     original, folder = pair
     skeleton, student = build_skeleton(open_checkpoint(original)), open_checkpoint(folder)
-    model = llmsqueeze.load(str(folder), dtype=torch.float32)
     with Spill(parent=tmp_path) as spill, torch.no_grad():
         walk = Walk(skeleton, rows, spill, torch.float32, CPU)
         hidden = walk.embed()
