@@ -280,7 +280,8 @@ def test_the_draw_is_uniform_over_all_samples_not_the_same_for_each(skeleton: Sk
     assert all(torch.allclose(text_once[name], text_twice[name], rtol=1e-4) for name in once)
 
 
-def test_costs_fall_with_the_width_for_nearly_all_rows(skeleton: Skeleton, tokens: list[Tensor]) -> None:
+def test_costs_fall_with_the_width_for_nearly_all_rows(demo_of: Callable[[int], Path], tokens: list[Tensor]) -> None:
+    skeleton = open_original(Source(str(demo_of(1)))).skeleton
     options = tuple(Option(Grid(bits, 128, True, bits < 3)) for bits in (1, 2, 3, 4, 5, 6, 8))
     profile = measured(skeleton, tokens, options, quantizer="gptq", search=True, labels="model")
     costs = torch.cat(list(profile.costs.values()), dim=1)
