@@ -58,12 +58,31 @@ def read_yaml(path: Path, what: str) -> Any:
     """The value in the YAML file `path`. Raises RecipeError if it cannot be read; `what` names the file's kind."""
     import yaml
 
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a {what}")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_repeated_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text)
     except FileNotFoundError as error:
         raise RecipeError(f"there is no {what} {path}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise RecipeError(f"{path}{where} is not readable YAML: {error.problem or error.context}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_repeated_keys(path: Path, node: Any) -> None:
+    """YAML's loader takes the last of two equal keys in silence."""
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    seen: set[str] = set()
+    for key, value in pairs:
+        if key.id == "scalar" and key.value in seen:
+            raise RecipeError(f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice")
+        seen.add(key.value if key.id == "scalar" else "")
+        _refuse_repeated_keys(path, value)
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:

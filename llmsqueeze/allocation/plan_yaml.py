@@ -39,8 +39,11 @@ GRID = re.compile(
     r"(?P<bits>\d+) bit (?P<group>row|g\d+)(?P<kind> half| asymmetric| dual)?(?: \+ (?P<outliers>\d+) outliers)?"
 )
 CODED = re.compile(r"coded(?: x(?P<factor>\d+(?:\.\d+)?(?:e-?\d+)?))?")
+# of a plan of grids, and of one of steps
+GRIDS = "how many rows of each linear are on which grid, the most important rows first"
+STEPS = "the budget gives each linear its step; `coded x0.5` halves it, a linear without a line stays as it is"
 HEAD = """\
-# What llmsqueeze makes of every linear: how many of its rows are on which grid, the most important rows first.
+# {content}.
 # Edit it and run: llmsqueeze quantize {model} --plan {file}
 """
 
@@ -72,7 +75,8 @@ def write_plan(
         "weights": {name: entry(weight) for name, weight in plan.weights.items()},
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-    path.write_text(HEAD.format(model=about["model"], file=path.name) + text, encoding="utf-8")
+    subject = STEPS if any(weight.coded for weight in plan.weights.values()) else GRIDS
+    path.write_text(HEAD.format(content=subject, model=about["model"], file=path.name) + text, encoding="utf-8")
 
 
 def entry(weight: WeightPlan) -> Any:

@@ -41,8 +41,10 @@ def quantize(
     """Compresses as the command says; returns its summary."""
     start, progress = time.monotonic(), progress or Progress()
     keep_little()
-    if plan is not None and (other := next((key for key in (*settings, *(["profile"] if profile else []))), None)):
-        raise RecipeError(f"--plan contradicts --{other.replace('_', '-')}: the plan has its own recipe")
+    others = [*settings, *(["profile"] if profile else [])]
+    if plan is not None and others:
+        named = ", ".join(f"--{other.replace('_', '-')}" for other in others)
+        raise RecipeError(f"--plan contradicts {named}: the plan has its own recipe")
     file = open_plan(plan) if plan is not None else None
     recipe = file.recipe if file is not None else make_recipe(settings)
     folder = out or folder_name(source, recipe)
@@ -51,6 +53,8 @@ def quantize(
     recipe = job.recipe
     job.target()  # a budget that no plan can meet is refused before the text is read
     decision = given_plan(job, file) if file is not None else None
+    if decision is not None and (without := len(job.plan.weights) - len(decision.plan.weights)):
+        progress.note(f"{without} of {len(job.plan.weights)} linears are not in {plan}: they stay as they are")
     measured = None
     if recipe.needs_text or profile is not None:
         job = with_text(job, progress, HELD_BACK if recipe.bounded else 0)

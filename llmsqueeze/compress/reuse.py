@@ -9,7 +9,7 @@ from typing import Any
 from llmsqueeze import __version__
 from llmsqueeze.allocation import allocator
 from llmsqueeze.allocation.options import options_of, priced, request_of, salience_grids
-from llmsqueeze.allocation.plan_yaml import PLAN, PlanFile, plan_of, read_plan
+from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, PlanFile, plan_of, read_plan
 from llmsqueeze.compress.decision.decide import Decision, completed
 from llmsqueeze.compress.job import Job, measure_job
 from llmsqueeze.errors import RecipeError
@@ -70,7 +70,8 @@ def stored_or_measured(job: Job, path: Path, progress: Progress) -> Profile:
 
 
 def given_profile(job: Job, path: Path) -> Profile:
-    """The profile that the user names. Raises RecipeError if it does not match the job."""
+    """The profile at `path`, or in the folder of a plan. Raises RecipeError if it does not match the job."""
+    path = path / PROFILE if path.is_dir() else path
     profile, request = load(path), request_of(job.recipe)
     if job.recipe.needs_costs:
         request = replace(request, options=options_of(job.recipe))

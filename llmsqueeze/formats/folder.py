@@ -117,10 +117,10 @@ def flush(file: Path) -> None:
 
 def check_writable(path: Path, overwrite: bool) -> None:
     """Raises OutputError unless the run may write a new folder at `path`."""
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
     if path.is_file():
         raise OutputError(f"{path} is a file; --out names a folder")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another --out, or replace it with --overwrite")
     if path.exists() and any(path.iterdir()) and not (path / SIDECAR).exists():
         raise OutputError(f"{path} was not written by llmsqueeze, so --overwrite leaves it alone; choose another --out")
     parent = next(p for p in path.absolute().parents if p.exists())

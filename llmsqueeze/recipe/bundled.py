@@ -26,6 +26,8 @@ def find_recipe(name: str) -> Path:
     bundled = {recipe_name(file): file for file in bundled_recipes()}
     if name in bundled:
         return bundled[name]
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a recipe file")
     raise RecipeError(f"there is no recipe file {name}{nearest(name, bundled) or ';'} bundled: {', '.join(bundled)}")
 
 

@@ -112,7 +112,7 @@ ENTRIES = (
     ),
     Method(
         "layerwise",
-        help="important decoder blocks get the high width, the others the low width",
+        help="important decoder blocks get the high width, the others the low width; the rest buys groups",
         report="important decoder blocks get more bits, the others fewer",
         source="arXiv 2406.17415",
         decides="blocks",

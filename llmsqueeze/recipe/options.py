@@ -56,13 +56,20 @@ class Asked(Table):
     group_size: int | None = option(
         group_size, "Columns that share a scale; -1: whole rows", "128; 64 or 32 if 128 does not divide the columns"
     )
-    symmetric: bool | None = option(boolean, "Grid with a fixed zero", "symmetric", flag="--symmetric/--asymmetric")
+    symmetric: bool | None = option(
+        boolean,
+        "Symmetric grid; --asymmetric: each group has a zero point of its own",
+        "symmetric",
+        flag="--symmetric/--asymmetric",
+    )
     levels: str | None = one_of(
         ("integer", "half", "by-width", "dual"),
         "integer; half: half-integer, no 0; by-width: half up to 2 bits; dual: two scales, 2 bits",
         "integer; budget by-width",
     )
-    search: bool | None = option(boolean, "Search the scales", "only descent", flag="--search/--no-search")
+    search: bool | None = option(
+        boolean, "Search the scales that lower the error most", "on for descent, else off", flag="--search/--no-search"
+    )
     quantizer: str | None = one_of(rounding_methods, "How the weights are rounded", "descent")
     inputs: str | None = one_of(
         ("original", "sequential", "corrected"),

@@ -92,7 +92,8 @@ def test_bad_options(options: list[object], expected: str, tmp_path: Path) -> No
         ("method: [gwq]", "unknown --method"),
         ("symmetric: 1", "--symmetric must be true or false"),
         ("- bits", "is no recipe"),
-        ("bits: [", "not readable YAML"),
+        ("bits: 4\nskip: [", "line 2 is not readable YAML: expected the node content"),
+        ("bits: 3\nbits: 4", "line 2: bits is there twice"),
         ("", "is no recipe"),
         ("skip: 3", "--skip must be a list"),
         ("calibration: 3", "must be the name of a file"),
@@ -101,6 +102,13 @@ def test_bad_options(options: list[object], expected: str, tmp_path: Path) -> No
 def test_bad_recipes(content: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(content)
     assert expected in refused("quantize", "demo", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
+
+
+def test_a_folder_is_no_recipe_and_a_file_no_result(tmp_path: Path) -> None:
+    assert f"{tmp_path} is a folder; name a recipe" in refused("quantize", "demo", "--recipe", tmp_path)
+    assert f"{__file__} is a file; --out names a folder" in refused("quantize", "demo", "--out", __file__)
+    given = refused("quantize", "demo", "--plan", tmp_path, *FAST, "--out", tmp_path / "out")
+    assert "--plan contradicts --samples, --seq-len: the plan has its own recipe" in given
 
 
 @pytest.mark.parametrize(

@@ -124,10 +124,15 @@ def test_a_plan_followed_gives_what_the_command_gives(demo: Source, planned: Pat
     assert summary["predicted_loss_increase"] == pytest.approx(foretold["predicted_loss_increase"])
 
 
-def test_an_edited_plan_is_followed(demo: Source, own: Path, folder: Path, tmp_path: Path) -> None:
+def test_an_edited_plan_is_followed(
+    demo: Source, own: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     up, down = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     file = edit(own, **{up: "8 bit g32", down: None})
-    quantize(demo, {}, tmp_path / "out", plan=file)
+    progress, notes = Progress(), list[str]()
+    monkeypatch.setattr(progress, "note", notes.append)
+    quantize(demo, {}, tmp_path / "out", plan=file, progress=progress)
+    assert f"1 of 14 linears are not in {file}: they stay as they are" in notes
     entries = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["weights"]
     assert [(s["bits"], s["group_size"]) for s in entries[up]["parts"]] == [(8, 32)]
     assert down not in entries
@@ -264,7 +269,7 @@ def test_portable_wants_groups_without_a_rest(demo: Source, tmp_path: Path) -> N
 
 
 def test_show_gives_the_recipe_that_makes_the_folder_again(demo: Source, planned: Path, tmp_path: Path) -> None:
-    quantize(demo, {"bits": 2.5, **FAST}, tmp_path / "a", profile=planned / "profile.safetensors")
+    quantize(demo, {"bits": 2.5, **FAST}, tmp_path / "a", profile=planned)
     recipe = contents(str(tmp_path / "a")).recipe
     quantize(demo, recipe, tmp_path / "b")
     assert shards(tmp_path / "a") == shards(tmp_path / "b")

@@ -159,9 +159,9 @@ def print_plan(plan: dict[str, Any]) -> None:
         table.add_row(*plan_cells(row))
     out, rows = console(), plan["rows"]
     out.print(table)
+    widths = f", for {code_widths(plan['bits'])}" if any(row["rows"] for row in rows) else ""
     out.print(
-        f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted, "
-        f"for {code_widths(plan['bits'])}; "
+        f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted{widths}; "
         f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
     )
     for key, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):
