@@ -8,6 +8,9 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -363,19 +366,45 @@ def killed(module: Any, function: str, after: int, work: Path) -> Iterator[None]
     left.rename(work)
 
 
+# a process that kills itself, as the kernel does, where it would take its fourth step
+KILLS_ITSELF = """
+import itertools, os, signal
+from llmsqueeze.distillation import training
+from llmsqueeze.distillation.distill import distill
+from llmsqueeze.distillation.settings import make_distillation
+
+steps, step = itertools.count(), training.optimizer_step
+def dies(*arguments):
+    if next(steps) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+training.optimizer_step, training.CHECKS = dies, 3
+"""
+
+
 SAME_AT_THE_END = ("kl_before", "kl_after", "best_step", "steps", "codes_moved", "guarded")
 
 
 def test_a_killed_run_goes_on_to_the_same_end(
-    run: Run, squeezed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    squeezed: Callable[..., Path],
+    original_of: Callable[[Path], Path],
+    stories: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With codes, wishes, norms and both alphas in the state; behind its last measurement, not at the step that it had
     come to; and other settings do not go on with it."""
     out, work = tmp_path / "out", tmp_path / "out.distill"
+    (tmp_path / "text.txt").write_text(stories)
     settings = {"steps": 6, "train": "scales,norms,codes", "loss": "dad", "lr": 0.002, "batch_size": 1}
+    settings["calibration"] = str(tmp_path / "text.txt")
     monkeypatch.setattr(training, "CHECKS", 3)
-    with killed(training, "optimizer_step", 3, work):
-        run(squeezed("dbllm"), out, **settings)
+    folders = str(squeezed("dbllm")), str(original_of(squeezed("dbllm")))
+    call = f"distill(*{folders!r}, make_distillation({SHORT | settings!r}), Path({str(out)!r}), device='cpu')"
+    program = f"from pathlib import Path\n{KILLS_ITSELF}\n{call}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     for other, difference in (
         ({"lr": 0.01}, "lr 0.002, not 0.01"),

@@ -609,7 +609,7 @@ def test_a_file_that_is_no_recipe_is_refused(content: bytes, expected: str, tmp_
 def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no recipe file"):
         read_recipe(tmp_path / "none.yaml")
-    with pytest.raises(RecipeError, match="not readable"):
+    with pytest.raises(RecipeError, match="is a folder; name a recipe file"):
         read_recipe(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("# für\nbits: 3\n".encode("latin-1"))
     with pytest.raises(RecipeError, match="not readable"):
