@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
+import huggingface_hub.constants
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
@@ -211,6 +213,20 @@ def test_names_of_no_model(tmp_path: Path) -> None:
     assert "there is no folder ./nowhere" in refused("quantize", "./nowhere", "--out", tmp_path / "out")
     assert "name a local folder, a Hub id" in refused("show", "nowhere")
     assert "was not compressed by llmsqueeze" in refused("show", "demo")
+
+
+@pytest.mark.parametrize(
+    "call", [("quantize", "owner/model"), ("eval", "demo", "--text", "owner/dataset")], ids=["model", "data set"]
+)
+def test_a_hub_that_cannot_be_reached(call: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses connections."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # the command sets it; it is put back afterwards
+    message = refused(*call)
+    assert "Hub" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_eval_options(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
