@@ -173,6 +173,8 @@ def pretended_gpu() -> Iterator[Calls]:
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "device_count", return_value=1),
+        # a build of torch with CUDA would look for a driver, to see whether a graph is captured
+        mock.patch.object(torch.accelerator, "current_accelerator", return_value=None),
         mock.patch.object(torch.cuda, "max_memory_allocated", return_value=123_000_000),
         mock.patch("transformers.modeling_utils.caching_allocator_warmup"),  # takes what a GPU has of memory
         # these two belong to a thread, so transformers must not load with others
