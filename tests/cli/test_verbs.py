@@ -101,6 +101,19 @@ def test_a_default_group_size_bends_to_the_model(uneven: Path, tmp_path: Path) -
     assert json.loads(command("quantize", uneven, "--method", "rtn", "--bits", 4, *asked)[1])["format"] == "llmsqueeze"
 
 
+@pytest.mark.parametrize("method", ["layerwise", "budget", "coded"])
+def test_a_whole_number_of_bits_buys_what_codes_of_that_width_take(
+    method: str, tmp_path: Path, demo_of: Callable[[int], Path]
+) -> None:
+    options = ["--bits", 3, "--json", "--out"]
+    uniform = json.loads(command("quantize", demo_of(1), "--method", "rtn", *options, tmp_path / "rtn")[1])
+    widths = ["--widths", "2,4"] if method == "budget" else []
+    mixed = ["--method", method, *widths, *FAST, "--calibration", "demo", *options, tmp_path / "mixed"]
+    code, stdout, stderr = command("quantize", demo_of(1), *mixed)
+    assert code == 0, stderr
+    assert 0.9 * uniform["bits_per_weight"] < json.loads(stdout)["bits_per_weight"] <= uniform["bits_per_weight"]
+
+
 def test_a_whole_number_of_bits_is_a_width_also_of_a_portable_result(
     demo_of: Callable[[int], Path], tmp_path: Path
 ) -> None:
