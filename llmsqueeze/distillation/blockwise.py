@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -42,14 +42,7 @@ from llmsqueeze.progress import Progress
 
 CHECKS = 5  # measurements on held-back samples, per block
 
-
-@dataclass
-class BlockState:
-    """A trained block, as in `TrainingState`: codes that moved, reordered alphas, why it ended early."""
-
-    moved: int = 0
-    reordered: int = 0
-    stopped: str | None = None
+BlockLoss = Callable[[int, dict[str, Tensor]], Tensor]  # of a sample, by the block's tensors
 
 
 def train_blocks(
@@ -67,37 +60,9 @@ def train_blocks(
 
     Returns the final state, and the trained tensors by their names in the file: none if they are not better.
     """
-    state, best = TrainingState(), dict[str, Tensor]()
     with Spill(parent=work) as spill:
         walk = Walk(skeleton, [*rows, *held_back], spill, torch.float32, device)
-        original = compressed = walk.embed()
-        if any(f"{name}.weight" not in student.tensors for name in skeleton.ends):
-            with skeleton.overriding(outside_blocks(skeleton, student)):
-                compressed = walk.embed()
-        for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
-            block = StudentBlock(skeleton, student, index, frozenset(settings.train), device)
-            own_targets = Activations(spill)
-            with walk.resident_block(index):
-                next_original = walk.through(index, original)
-                if settings.targets == "inputs":
-                    own_targets = walk.through(index, compressed)
-            targets = own_targets if settings.targets == "inputs" else next_original
-            finished = load_block(work, index)
-            if finished is None:
-                finished = train_block(walk, index, block, compressed, targets, len(rows), settings, progress)
-                save_block(work, index, *finished)
-            stored, block_state = finished
-            state.moved += block_state.moved
-            state.reordered += block_state.reordered
-            state.stopped = state.stopped or block_state.stopped
-            next_compressed = walk.through(index, compressed, block.overlay(stored))
-            for stream in {id(s): s for s in (original, compressed, own_targets)}.values():
-                stream.clear()
-            original, compressed = next_original, next_compressed
-            best |= stored
-            state.step += settings.steps
-        original.clear()
-        compressed.clear()
+        state, best = train_in_turn(walk, student, len(rows), settings, work, progress)
     state.before, state.best = (
         blockwise_kl(skeleton, student, stored, held_back, answers, device, work) for stored in ({}, best)
     )
@@ -105,6 +70,40 @@ def train_blocks(
         state.best, best = state.before, {}
     else:
         state.best_step = state.step
+    return state, best
+
+
+def train_in_turn(
+    walk: Walk, student: Checkpoint, count: int, settings: Distillation, work: Path, progress: Progress
+) -> tuple[TrainingState, dict[str, Tensor]]:
+    """Every block on the walk's first `count` samples, from the outputs of the trained blocks before it.
+
+    Returns the sums of the blocks' states, and the tensors that are best on the walk's other samples.
+    """
+    skeleton, state, best = walk.skeleton, TrainingState(), dict[str, Tensor]()
+    original = compressed = walk.embed()
+    if any(f"{name}.weight" not in student.tensors for name in skeleton.ends):
+        with skeleton.overriding(outside_blocks(skeleton, student)):
+            compressed = walk.embed()
+    for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
+        block = StudentBlock(skeleton, student, index, frozenset(settings.train), walk.device)
+        with walk.resident_block(index):
+            next_original = walk.through(index, original)
+            targets = walk.through(index, compressed) if settings.targets == "inputs" else next_original
+        finished = load_block(work, index)
+        if finished is None:
+            finished = train_block(walk, index, block, compressed, targets, count, settings, progress)
+            save_block(work, index, *finished)
+        stored, of_block = finished
+        next_compressed = walk.through(index, compressed, block.overlay(stored))
+        for stream in {original, compressed, targets} - {next_original}:
+            stream.clear()
+        original, compressed = next_original, next_compressed
+        best |= stored
+        state.step += settings.steps
+        state.moved += of_block.moved
+        state.reordered += of_block.reordered
+        state.stopped = state.stopped or of_block.stopped
     return state, best
 
 
@@ -117,50 +116,66 @@ def train_block(
     count: int,
     settings: Distillation,
     progress: Progress,
-) -> tuple[dict[str, Tensor], BlockState]:
-    """Trains one block on the first `count` samples. Returns its tensors that are best on the other samples."""
-    trained, state = block.trained, BlockState()
-    groups = trained.parameter_groups(settings.lr)
+) -> tuple[dict[str, Tensor], TrainingState]:
+    """Trains one block on the first `count` samples. Returns its tensors that are best on the other samples, and its
+    state, with relative errors of its output in the place of divergences."""
+    state, groups = TrainingState(), block.trained.parameter_groups(settings.lr)
     if not groups:
         return {}, state
     optimizer = torch.optim.Adam(groups, betas=BETAS)
-    held_back = range(count, len(walk.samples))
-
-    def held_back_loss() -> float:
-        with trained.as_stored():
-            tensors = block.tensors()
-            return sum(float(block_loss(walk, index, i, inputs, targets, tensors)) for i in held_back) / len(held_back)
-
-    before = least = held_back_loss()
-    best, numbers = trained.stored(), [torch.tensor([i]) for i in range(count)]
-    every = max(1, settings.steps // CHECKS)
-    for step in range(1, settings.steps + 1):
-        set_rate(optimizer, settings.rate(step - 1))
-        optimizer.zero_grad()
-        batch = [int(i) for i in batch_of(numbers, settings, step - 1)]
-        tensors = block.tensors()
-        loss = sum((block_loss(walk, index, i, inputs, targets, tensors) for i in batch), torch.zeros(())) / len(batch)
-        if not bool(loss.isfinite()):
+    loss_of = partial(block_loss, walk, index, inputs, targets)
+    held_back, every = range(count, len(walk.samples)), max(1, settings.steps // CHECKS)
+    state.before = state.best = held_back_loss(block, loss_of, held_back)
+    best = block.trained.stored()
+    while state.step < settings.steps and state.stopped is None:
+        batch = batch_of(range(count), settings, state.step)
+        loss = block_step(block, optimizer, loss_of, batch, settings, state)
+        state.step += 1
+        if not math.isfinite(loss):
             state.stopped = (
-                f"the loss of block {index} became {float(loss.detach())} at step {step}; the result is the best "
-                "before it"
+                f"the loss of block {index} became {loss} at step {state.step}; the result is the best before it"
             )
             progress.note(state.stopped)
-            break
-        loss.backward()
-        optimizer.step()
-        state.moved += trained.after_step(settings.moves, settings.code_rate(step - 1))
-        if step % every == 0 or step == settings.steps:
-            measured = held_back_loss()
-            if measured < least:
-                least, best = measured, trained.stored()
-    state.reordered = trained.reordered
-    progress.note(f"block {index}: relative error of its output on held-back text {before:.3e} -> {least:.3e}")
+        elif state.step % every == 0 or state.step == settings.steps:
+            measured = held_back_loss(block, loss_of, held_back)
+            if measured < state.best:
+                state.best, state.best_step, best = measured, state.step, block.trained.stored()
+    progress.note(
+        f"block {index}: relative error of its output on held-back text {state.before:.3e} -> {state.best:.3e}"
+    )
     return best, state
 
 
+def block_step(
+    block: StudentBlock,
+    optimizer: torch.optim.Optimizer,
+    loss_of: BlockLoss,
+    batch: Sequence[int],
+    settings: Distillation,
+    state: TrainingState,
+) -> float:
+    """One optimizer step on the samples of a batch; returns its loss. A loss that is not finite changes nothing."""
+    set_rate(optimizer, settings.rate(state.step))
+    optimizer.zero_grad()
+    tensors = block.tensors()
+    loss = sum((loss_of(i, tensors) for i in batch), torch.zeros(())) / len(batch)
+    if bool(loss.isfinite()):
+        loss.backward()
+        optimizer.step()
+        state.moved += block.trained.after_step(settings.moves, settings.code_rate(state.step))
+        state.reordered = block.trained.reordered
+    return float(loss.detach())
+
+
+def held_back_loss(block: StudentBlock, loss_of: BlockLoss, samples: Sequence[int]) -> float:
+    """Mean loss of the samples, with the values that the file will hold."""
+    with block.trained.as_stored():
+        tensors = block.tensors()
+        return sum(float(loss_of(i, tensors)) for i in samples) / len(samples)
+
+
 def block_loss(
-    walk: Walk, index: int, sample: int, inputs: Activations, targets: Activations, tensors: dict[str, Tensor]
+    walk: Walk, index: int, inputs: Activations, targets: Activations, sample: int, tensors: dict[str, Tensor]
 ) -> Tensor:
     """The loss of a sample, relative to the change that the original block makes."""
     hidden, target = inputs.get(sample, walk.device), targets.get(sample, walk.device)
@@ -214,19 +229,19 @@ def block_file(work: Path, index: int) -> Path:
     return work / f"block-{index:05d}.safetensors"
 
 
-def save_block(work: Path, index: int, stored: dict[str, Tensor], state: BlockState) -> None:
+def save_block(work: Path, index: int, stored: dict[str, Tensor], state: TrainingState) -> None:
     """Writes the trained tensors of a finished block."""
     with whole_file(block_file(work, index)) as half:
         save_file({n: t.contiguous() for n, t in stored.items()}, half, {"state": json.dumps(asdict(state))})
 
 
-def load_block(work: Path, index: int) -> tuple[dict[str, Tensor], BlockState] | None:
+def load_block(work: Path, index: int) -> tuple[dict[str, Tensor], TrainingState] | None:
     """A block that a killed run finished. Raises CheckpointError if its file is damaged."""
     if not block_file(work, index).exists():
         return None
     try:
         with safe_open(block_file(work, index), framework="pt") as file:
-            state = BlockState(**json.loads(file.metadata()["state"]))
+            state = TrainingState(**json.loads(file.metadata()["state"]))
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{block_file(work, index)} is damaged ({error}); remove it") from error

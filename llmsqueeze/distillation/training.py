@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,8 @@ BATCH_TOKENS = 2048  # tokens that go through the student at once; a larger batc
 LOGITS_BYTES = 256 << 20  # likewise, by the size of their logits
 
 BETAS = (0.9, 0.95)  # of Adam
+
+Sample = TypeVar("Sample")
 
 
 @dataclass
@@ -102,7 +105,7 @@ def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["full_lr"] * share
 
 
-def batch_of(rows: Sequence[Tensor], settings: Distillation, step: int) -> list[Tensor]:
+def batch_of(rows: Sequence[Sample], settings: Distillation, step: int) -> list[Sample]:
     """The samples of a step: in every epoch all, in another order, by seed."""
     size = min(settings.batch_size, len(rows))
     epoch, batch = divmod(step, len(rows) // size)
