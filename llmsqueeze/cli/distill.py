@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import Debug, Device, Json, Overwrite, Quiet, Revision, TrustCode, takes
-from llmsqueeze.cli.terminal import friendly, hush, print_result
+from llmsqueeze.cli.options import Device, Overwrite, Revision, TrustCode, takes
+from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.distillation.options import DistillationOptions
 from llmsqueeze.distillation.settings import make_distillation
+from llmsqueeze.progress import Progress
 
 
+@verb
 @takes(DistillationOptions)
 def distill(
     folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
@@ -27,30 +29,26 @@ def distill(
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+    *,
+    progress: Progress,
+) -> Outcome:
     """Train the scales in a compressed FOLDER towards the answers of the original; the size stays."""
-    with friendly(debug):
-        settings = make_distillation(given)
+    settings = make_distillation(given)
 
-        from llmsqueeze.cli.console import TerminalProgress
-        from llmsqueeze.cli.tables.runs import print_distillation
-        from llmsqueeze.distillation.distill import distill as distill_folder
+    from llmsqueeze.cli.tables.runs import print_distillation
+    from llmsqueeze.distillation.distill import distill as distill_folder
 
-        hush()
-        with TerminalProgress(quiet) as progress:
-            summary = distill_folder(
-                folder,
-                teacher,
-                settings,
-                out,
-                teacher_cache=teacher_cache,
-                device=device,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        print_result(summary, as_json, print_distillation)
+    hush()
+    summary = distill_folder(
+        folder,
+        teacher,
+        settings,
+        out,
+        teacher_cache=teacher_cache,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return Outcome(summary, print_distillation)

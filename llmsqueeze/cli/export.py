@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from llmsqueeze.cli.options import Debug, Json, Overwrite, Quiet, TrustCode
-from llmsqueeze.cli.terminal import friendly, hush, print_result
+from llmsqueeze.cli.options import Overwrite, TrustCode
+from llmsqueeze.cli.terminal import Outcome, hush, verb
+from llmsqueeze.progress import Progress
 
 
+@verb
 def export(
     folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
     to: Annotated[
@@ -28,27 +30,23 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-<to>]")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+    *,
+    progress: Progress,
+) -> Outcome:
     """Write a compressed FOLDER in another format. Only coded weights are rounded again, for compressed-tensors."""
-    with friendly(debug):
-        from llmsqueeze.cli.console import TerminalProgress
-        from llmsqueeze.cli.tables.runs import print_export
-        from llmsqueeze.formats.export import export as export_folder
+    from llmsqueeze.cli.tables.runs import print_export
+    from llmsqueeze.formats.export import export as export_folder
 
-        hush()
-        with TerminalProgress(quiet) as progress:
-            summary = export_folder(
-                folder,
-                to,
-                out,
-                dtype=dtype,
-                bits=bits,
-                group_size=group_size,
-                overwrite=overwrite,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
-        print_result(summary, as_json, print_export)
+    hush()
+    summary = export_folder(
+        folder,
+        to,
+        out,
+        dtype=dtype,
+        bits=bits,
+        group_size=group_size,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    return Outcome(summary, print_export)

@@ -9,64 +9,41 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from llmsqueeze.cli.terminal import Outcome, keyword, with_parameters
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.methods import methods_of
 from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.table import Table
 
 MODEL_HELP = "Hub id, local folder, or 'demo' (the built-in model)"
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
-
-# `eval` and `compare` measure with these
-Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas; demo_stories is built in.")]
-EvaluationText = Annotated[
-    str | None, typer.Option(help="Text file or Hub data set for perplexity. [WikiText-2 test, unless --tasks]")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")]
-Window = Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")]
-IncludePath = Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task definitions.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Batch size for tasks.")]
-
-
-def task_names(tasks: str | None) -> list[str]:
-    """The names between the commas. Raises RecipeError for an option without any."""
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if tasks is not None and not names:
-        raise RecipeError("--tasks is empty; name lm-eval tasks separated by commas, such as piqa,arc_easy")
-    return names
-
-
 RECIPE = Annotated[
     str | None, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options replace its keys.")
 ]
 FEW = 4  # methods that the help of an option names; with more, it belongs to most
 
 
-def takes(table: type[Table]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(table: type[Table]) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
     """Gives a command the options of a table; it gets those that were asked for as the dict `given`."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
         options = [parameter for name in table.model_fields for parameter in parameters(table, name)]
         return _with_options(command, options, lambda arguments: asked(table, arguments))
 
     return decorate
 
 
-def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+def takes_recipe(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """Gives a command the options of a recipe and `--recipe`, whose keys they replace; it gets them as `given`."""
     options = [parameter for name in Asked.model_fields for parameter in parameters(Asked, name)]
-    recipe = inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RECIPE)
 
     def collect(arguments: dict[str, Any]) -> dict[str, Any]:
         return from_file(arguments.pop("recipe")) | asked(Asked, arguments)
 
-    return _with_options(command, [*options, recipe], collect)
+    return _with_options(command, [*options, keyword("recipe", RECIPE, None)], collect)
 
 
 def from_file(recipe: str | None) -> dict[str, Any]:
@@ -87,8 +64,7 @@ def parameters(table: type[Table], name: str) -> list[inspect.Parameter]:
 
 
 def _parameter(name: str, kind: Any, default: Any, text: str, flag: str) -> inspect.Parameter:
-    annotation = Annotated[kind, typer.Option(*([flag] if flag else []), help=text)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return keyword(name, Annotated[kind, typer.Option(*([flag] if flag else []), help=text)], default)
 
 
 def _kind(table: type[Table], name: str) -> Any:
@@ -128,23 +104,53 @@ def asked(table: type[Table], arguments: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def takes_measurement(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Gives a command the options of `eval` and `compare`; it gets them as `given`, by the names of `evaluate`."""
+    options = list(inspect.signature(_measurement, eval_str=True).parameters.values())
+    return _with_options(command, options, lambda arguments: _measurement(**arguments))
+
+
+def _measurement(
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, separated by commas; demo_stories is built in.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text file or Hub data set for perplexity. [WikiText-2 test, unless --tasks]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")] = None,
+    seq_len: Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task definitions.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for tasks.")] = 8,
+    device: Device = "auto",
+    trust_remote_code: TrustCode = False,
+) -> dict[str, Any]:
+    """Raises RecipeError for `--tasks` without any."""
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise RecipeError("--tasks is empty; name lm-eval tasks separated by commas, such as piqa,arc_easy")
+    return {
+        "tasks": names,
+        "text": text,
+        "limit": limit,
+        "window": seq_len,
+        "include_path": include_path,
+        "batch_size": batch_size,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
 def _with_options(
-    command: Callable[..., None], options: list[inspect.Parameter], collect: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Callable[..., None]:
-    """`command(first, given, ...)` with these options, which are collected into `given`."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
-    first, rest = own[0], [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own[1:]]
+    command: Callable[..., Outcome],
+    options: list[inspect.Parameter],
+    collect: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Callable[..., Outcome]:
+    """`command` with these options in the place of its parameter `given`, into which they are collected."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    at = [parameter.name for parameter in own].index("given")
 
-    def wrapped(**arguments: Any) -> None:
-        from llmsqueeze.cli.terminal import friendly
+    def wrapped(**arguments: Any) -> Outcome:
+        given = collect({option.name: arguments.pop(option.name) for option in options})
+        return command(given=given, **arguments)
 
-        mine = {p.name: arguments.pop(p.name) for p in options}
-        with friendly(arguments["debug"]):
-            given = collect(mine)
-        command(arguments.pop(first.name), given, **arguments)
-
-    signature = inspect.Signature([first, *options, *rest])
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    return wrapped
+    return with_parameters(wrapped, command, [*own[:at], *options, *own[at + 1 :]])

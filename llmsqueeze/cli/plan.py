@@ -7,11 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, Debug, Device, Json, Quiet, Revision, TrustCode, takes_recipe
-from llmsqueeze.cli.terminal import friendly, hush, print_result
+from llmsqueeze.cli.options import MODEL_HELP, Device, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.progress import Progress
 
 
+@verb
 @takes_recipe
 def plan(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
@@ -25,35 +27,31 @@ def plan(
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+    *,
+    progress: Progress,
+) -> Outcome:
     """Measure MODEL, decide the width of every weight within a budget, write plan.yaml; compress nothing."""
-    with friendly(debug):
-        if weights not in ("all", "none"):
-            raise RecipeError(f"unknown weights {weights!r}; choose all or none")
+    if weights not in ("all", "none"):
+        raise RecipeError(f"unknown weights {weights!r}; choose all or none")
 
-        from llmsqueeze.cli.console import TerminalProgress
-        from llmsqueeze.cli.tables.runs import print_plan
-        from llmsqueeze.compress.plan import plan as plan_model
-        from llmsqueeze.model.original import Source
-        from llmsqueeze.publish.plots.draw import draw_plan
-        from llmsqueeze.publish.plots.figure import available
+    from llmsqueeze.cli.tables.runs import print_plan
+    from llmsqueeze.compress.plan import plan as plan_model
+    from llmsqueeze.model.original import Source
+    from llmsqueeze.publish.plots.draw import draw_plan
+    from llmsqueeze.publish.plots.figure import available
 
-        hush()
-        with TerminalProgress(quiet) as progress:
-            result = plan_model(
-                Source(model, revision, trust_remote_code),
-                given,
-                out,
-                device=device,
-                weights=weights == "all",
-                trial=trial,
-                progress=progress,
-            )
-            if available():
-                draw_plan(result, Path(result["out"]))
-            else:
-                progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
-        print_result(result, as_json, print_plan)
+    hush()
+    result = plan_model(
+        Source(model, revision, trust_remote_code),
+        given,
+        out,
+        device=device,
+        weights=weights == "all",
+        trial=trial,
+        progress=progress,
+    )
+    if available():
+        draw_plan(result, Path(result["out"]))
+    else:
+        progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
+    return Outcome(result, print_plan)

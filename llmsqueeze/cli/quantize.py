@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, Debug, Device, Json, Overwrite, Quiet, Revision, TrustCode, takes_recipe
-from llmsqueeze.cli.terminal import friendly, hush, print_result
+from llmsqueeze.cli.options import MODEL_HELP, Device, Overwrite, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.terminal import Outcome, hush, verb
+from llmsqueeze.progress import Progress
 
 
+@verb
 @takes_recipe
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
@@ -28,28 +30,24 @@ def quantize(
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+    *,
+    progress: Progress,
+) -> Outcome:
     """Compress MODEL into a folder that transformers opens."""
-    with friendly(debug):
-        from llmsqueeze.cli.console import TerminalProgress
-        from llmsqueeze.cli.tables.runs import print_summary
-        from llmsqueeze.compress.quantize import quantize as quantize_model
-        from llmsqueeze.model.original import Source
+    from llmsqueeze.cli.tables.runs import print_summary
+    from llmsqueeze.compress.quantize import quantize as quantize_model
+    from llmsqueeze.model.original import Source
 
-        hush()
-        with TerminalProgress(quiet) as progress:
-            summary = quantize_model(
-                Source(model, revision, trust_remote_code),
-                given,
-                out,
-                plan=plan,
-                profile=profile,
-                device=device,
-                overwrite=overwrite,
-                verify=verify,
-                progress=progress,
-            )
-        print_result(summary, as_json, print_summary)
+    hush()
+    summary = quantize_model(
+        Source(model, revision, trust_remote_code),
+        given,
+        out,
+        plan=plan,
+        profile=profile,
+        device=device,
+        overwrite=overwrite,
+        verify=verify,
+        progress=progress,
+    )
+    return Outcome(summary, print_summary)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from llmsqueeze.cli.options import Debug, Json
-from llmsqueeze.cli.terminal import friendly, print_result
+from llmsqueeze.cli.terminal import Outcome, verb
 
 
-def recipes(as_json: Json = False, debug: Debug = False) -> None:
+@verb
+def recipes() -> Outcome:
     """List the bundled recipes; `--recipe NAME` uses one."""
-    with friendly(debug):
-        from llmsqueeze.cli.tables.runs import print_recipes
-        from llmsqueeze.recipe.bundled import describe_recipes
+    from llmsqueeze.cli.tables.runs import print_recipes
+    from llmsqueeze.recipe.bundled import describe_recipes
 
-        print_result({"recipes": describe_recipes()}, as_json, print_recipes)
+    return Outcome({"recipes": describe_recipes()}, print_recipes)

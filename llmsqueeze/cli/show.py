@@ -6,18 +6,15 @@ from typing import Annotated
 
 import typer
 
-from llmsqueeze.cli.options import Debug, Json
-from llmsqueeze.cli.terminal import friendly, print_result
+from llmsqueeze.cli.terminal import Outcome, verb
 
 
+@verb
 def show(
     folder: Annotated[str, typer.Argument(help="Folder or Hub id that llmsqueeze wrote")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+) -> Outcome:
     """Print the contents and the size of each weight of a compressed folder."""
-    with friendly(debug):
-        from llmsqueeze.cli.tables.results import print_contents
-        from llmsqueeze.publish.show import contents
+    from llmsqueeze.cli.tables.results import print_contents
+    from llmsqueeze.publish.show import contents
 
-        print_result(contents(folder).as_dict(), as_json, print_contents)
+    return Outcome(contents(folder).as_dict(), print_contents)

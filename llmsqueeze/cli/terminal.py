@@ -1,25 +1,75 @@
-"""The frame of every command: quiet libraries, errors as one line, results as a table or JSON.
+"""The frame of every verb: quiet libraries, errors as one line, results as a table or JSON.
 
 Exit codes: 0 done; 2 bad input (one line says what is wrong); 130 interrupted; 1 a defect of llmsqueeze.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
 from llmsqueeze.errors import SqueezeError, first_line
 
+JSON = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
+DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-def print_result(result: dict[str, Any], as_json: bool, printer: Any) -> None:
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        printer(result)
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb prints: its result, and how that is printed as text. Not `met`: the exit code is 2."""
+
+    result: dict[str, Any]
+    print_text: Callable[[dict[str, Any]], None]
+    met: bool = True
+
+
+def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
+    """A command with `--json` and `--debug`, which prints its outcome; with `--quiet`, if it takes `progress`."""
+    own = inspect.signature(command, eval_str=True).parameters
+    kinds = {"as_json": JSON, **({"quiet": QUIET} if "progress" in own else {}), "debug": DEBUG}
+    common = [keyword(name, kind, False) for name, kind in kinds.items()]
+
+    def wrapped(**arguments: Any) -> None:
+        as_json, quiet, debug = (arguments.pop(name, False) for name in ("as_json", "quiet", "debug"))
+        with friendly(debug):
+            if "progress" in own:
+                from llmsqueeze.cli.console import TerminalProgress
+
+                with TerminalProgress(quiet) as arguments["progress"]:
+                    outcome = command(**arguments)
+            else:
+                outcome = command(**arguments)
+            if as_json:
+                typer.echo(json.dumps(outcome.result))
+            else:
+                outcome.print_text(outcome.result)
+            if not outcome.met:
+                raise typer.Exit(2)
+
+    return with_parameters(wrapped, command, [*(p for p in own.values() if p.name != "progress"), *common])
+
+
+def keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    """A parameter that is given by its name."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def with_parameters(
+    wrapped: Callable[..., Any], command: Callable[..., Any], parameters: list[inspect.Parameter]
+) -> Callable[..., Any]:
+    """`wrapped` with the name and the help of `command`, and with these parameters, which typer reads."""
+    signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapped.__doc__, wrapped.__name__, wrapped.__module__ = command.__doc__, command.__name__, command.__module__
+    return wrapped
 
 
 def hush() -> None:
