@@ -18,15 +18,15 @@ from torch import Tensor
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.evaluation import bnb
 from llmsqueeze.evaluation.contenders import Contender, RoundedModel, StoredModel, find_contenders
-from llmsqueeze.evaluation.evaluate import choose_text
+from llmsqueeze.evaluation.evaluate import check_sizes, choose_text, text_rows
 from llmsqueeze.evaluation.models import OpenModel, open_model
-from llmsqueeze.evaluation.perplexity import choose_window, score_text
+from llmsqueeze.evaluation.perplexity import score_text
 from llmsqueeze.evaluation.scores import Evaluation, Scores, is_ours, save_scores
 from llmsqueeze.evaluation.tasks import Tasks, TaskScores, find_tasks, paired_differences
 from llmsqueeze.files import COMPARISON, write_json
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.original import pick_device
-from llmsqueeze.model.text import Text, windows
+from llmsqueeze.model.text import Text
 from llmsqueeze.progress import Progress
 
 
@@ -74,14 +74,12 @@ def compare(
     compared, before anything is measured.
     """
     progress, chosen_device = progress or Progress(), pick_device(str(device))
+    check_sizes(limit=limit, window=window, batch_size=batch_size)
     stored_original, others = find_contenders(original, folders, bnb_types, chosen_device, trust_remote_code)
     chosen_tasks = find_tasks(tasks, include_path, limit, batch_size)
     chosen_text = choose_text(original, text, required=not tasks)
     opened = open_model(original, chosen_device, trust_remote_code)
-    rows, length = [], None
-    if chosen_text is not None:
-        length = choose_window(opened, window)
-        rows = windows(chosen_text, opened.tokenizer, length, tail=True)[:limit]
+    rows, length = text_rows(opened, chosen_text, window, limit) if chosen_text is not None else ([], None)
     harness = Harness(opened, rows, length, chosen_tasks, progress)
     answers = chosen_tasks.run(opened, progress)
     measurements, left_out = measure_all(others, harness)

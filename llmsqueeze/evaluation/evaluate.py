@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmsqueeze.evaluation.models import open_model
+from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.evaluation.perplexity import PairedLosses, choose_window, paired_losses, score_text
 from llmsqueeze.evaluation.scores import Evaluation, Scores
 from llmsqueeze.evaluation.tasks import TaskScores, find_tasks
@@ -61,9 +61,7 @@ def evaluate(
     """
     progress = progress or Progress()
     chosen_device = pick_device(str(device))
-    for name, value in (("limit", limit), ("window", window), ("batch_size", batch_size)):
-        if value is not None:
-            whole(2 if name == "window" else 1)(name, value)
+    check_sizes(limit=limit, window=window, batch_size=batch_size)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     chosen_tasks = find_tasks(names, None if include_path is None else Path(include_path), limit, batch_size)
     chosen_text = choose_text(str(model), text, required=not names)
@@ -71,13 +69,25 @@ def evaluate(
     other = None if baseline is None else open_model(str(baseline), chosen_device, trust_remote_code)
     result = Evaluation(Scores(opened.name), None if other is None else Scores(other.name))
     if chosen_text is not None:
-        length = choose_window(opened, window)
-        rows = windows(chosen_text, opened.tokenizer, length, tail=True)[:limit]
+        rows, length = text_rows(opened, chosen_text, window, limit)
         result = replace(score_text(opened, other, rows, progress), text=chosen_text.source, window=length)
     result = replace(result, scores=with_tasks(result.scores, chosen_tasks.run(opened, progress)))
     if other is not None and result.baseline is not None:
         result = replace(result, baseline=with_tasks(result.baseline, chosen_tasks.run(other, progress)))
     return result
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raises RecipeError for a limit, window or batch size that is too small."""
+    for name, value in sizes.items():
+        if value is not None:
+            whole(2 if name == "window" else 1)(name, value)
+
+
+def text_rows(opened: OpenModel, text: Text, window: int | None, limit: int | None) -> tuple[list[Tensor], int]:
+    """Token rows [1, length] over the text, at most `limit`, and their length; the last row may be shorter."""
+    length = choose_window(opened, window)
+    return windows(text, opened.tokenizer, length, tail=True)[:limit], length
 
 
 def with_tasks(scores: Scores, tasks: dict[str, TaskScores]) -> Scores:
