@@ -30,9 +30,10 @@ from torch import Tensor
 
 from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
 from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.quantizers.descent import descend
+from llmsqueeze.quantizers.gptq import panels
 
 ROUNDS = 2
-PANEL = 128
 PRIOR = 64  # tokens
 GAIN_OCTAVES = 2  # the most that gains change a row's first step, up or down
 MAX_BITS = 29  # of an integer before gains and feedback change it; 32 are stored
@@ -132,10 +133,9 @@ def feedback(target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned
     rows, cols = target.shape
     upper, row, col = curvature.upper, powers(start.row_exponent), powers(start.col_exponent)
     w, integers = target.clone(), torch.empty_like(target)
-    for begin in range(0, cols, PANEL):
-        stop = min(begin + PANEL, cols)
-        error = torch.empty(rows, stop - begin, dtype=w.dtype, device=w.device)
-        for j in range(begin, stop):
+    for panel in panels(cols):
+        error = torch.empty(rows, panel.stop - panel.start, dtype=w.dtype, device=w.device)
+        for j in range(panel.start, panel.stop):
             step = row * col[j]
             integer = torch.round(w[:, j] / step)
             rounded = integer * step
@@ -144,9 +144,9 @@ def feedback(target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned
                 rounded = torch.where(pinned[:, j], target[:, j], rounded)
             integers[:, j] = integer
             e = (w[:, j] - rounded) / upper[j, j]
-            w[:, j + 1 : stop] -= torch.outer(e, upper[j, j + 1 : stop])
-            error[:, j - begin] = e
-        w[:, stop:] -= error @ upper[begin:stop, stop:]
+            w[:, j + 1 : panel.stop] -= torch.outer(e, upper[j, j + 1 : panel.stop])
+            error[:, j - panel.start] = e
+        w[:, panel.stop :] -= error @ upper[panel, panel.stop :]
     return replace(start, integers=integers)
 
 
@@ -165,21 +165,15 @@ def refit(rounded: RoundedToSteps, target: Tensor, H: Tensor) -> RoundedToSteps:
 
 def coordinate_descent(rounded: RoundedToSteps, target: Tensor, H: Tensor, pinned: Tensor | None) -> RoundedToSteps:
     """One pass over the integers, column by column: each becomes the one with the least error."""
-    cols = target.shape[1]
     row, col = powers(rounded.row_exponent), powers(rounded.col_exponent)
-    integers, dense = rounded.integers.clone(), rounded.dense()
-    residual = target - dense
-    for start in range(0, cols, PANEL):
-        panel = slice(start, min(start + PANEL, cols))
-        gradient = residual @ H[:, panel]
-        within = H[panel, panel]
-        for j in range(panel.start, panel.stop):
-            i, step = j - start, row * col[j]
-            integer = torch.round((dense[:, j] + gradient[:, i] / within[i, i]) / step)
-            if pinned is not None:
-                integer = integer.masked_fill(pinned[:, j], 0.0)
-            change = integer * step - dense[:, j]
-            gradient[:, i:] -= torch.outer(change, within[i, i:])
-            residual[:, j] -= change
-            integers[:, j] = integer
+    integers = rounded.integers.clone()
+
+    def nearest(best: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        step = row * col[j]
+        integer = torch.round(best / step)
+        if pinned is not None:
+            integer = integer.masked_fill(pinned[:, j], 0.0)
+        return integer, integer * step
+
+    descend(integers, rounded.dense(), target, H, nearest)
     return replace(rounded, integers=integers)

@@ -22,7 +22,7 @@ which goes half of the way to the least-squares solution of X W^T = Y T^T. The f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,11 +31,10 @@ from torch import Tensor
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import dual_binary
 from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.quantizers.gptq import gptq
+from llmsqueeze.quantizers.gptq import gptq, panels
 from llmsqueeze.quantizers.grids import Rounded, level_of, nearest_code, storable
 
 ROUNDS = 3
-PANEL = 128
 REFIT_BYTES = 1 << 27
 
 
@@ -121,23 +120,33 @@ def least_squares(A: Tensor, b: Tensor) -> Tensor:
 def coordinate_descent(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:
     """One pass over the codes, column by column: each becomes the one with the least error."""
     grid, cols = rounded.grid, target.shape[1]
-    scale = grid.expand(rounded.scale.float(), cols)
-    zero = grid.expand(rounded.zero, cols)
+    scale, zero = grid.expand(rounded.scale.float(), cols), grid.expand(rounded.zero, cols)
     codes = rounded.codes.float()
-    values = rounded.dense()
-    residual = target - values
-    for start in range(0, cols, PANEL):
-        panel = slice(start, min(start + PANEL, cols))
+
+    def nearest(best: Tensor, j: int) -> tuple[Tensor, Tensor]:
+        code = nearest_code(best, scale[:, j], zero[:, j], grid)
+        if pinned is not None:
+            code = torch.where(pinned[:, j], codes[:, j], code)
+        return code, level_of(code, scale[:, j], zero[:, j], grid)
+
+    descend(codes, rounded.dense(), target, H, nearest)
+    return replace(rounded, codes=codes.to(torch.uint8))
+
+
+def descend(
+    codes: Tensor, dense: Tensor, target: Tensor, H: Tensor, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> None:
+    """One pass over `codes` [rows, cols], in place; `dense` is their weight.
+
+    `nearest(best, j)`: the codes of column j whose levels are nearest to `best` [rows], and these levels.
+    """
+    residual = target - dense
+    for panel in panels(codes.shape[1]):
         gradient = residual @ H[:, panel]
         within = H[panel, panel]
-        for j in range(panel.start, panel.stop):
-            i = j - start
-            best = values[:, j] + gradient[:, i] / within[i, i]
-            code = nearest_code(best, scale[:, j], zero[:, j], grid)
-            if pinned is not None:
-                code = torch.where(pinned[:, j], codes[:, j], code)
-            change = level_of(code, scale[:, j], zero[:, j], grid) - values[:, j]
+        for i, j in enumerate(range(panel.start, panel.stop)):
+            code, level = nearest(dense[:, j] + gradient[:, i] / within[i, i], j)
+            change = level - dense[:, j]
             gradient[:, i:] -= torch.outer(change, within[i, i:])
             residual[:, j] -= change
-            codes[:, j] = code  # no column comes up twice, so `values` is not updated
-    return replace(rounded, codes=codes.to(torch.uint8))
+            codes[:, j] = code  # no column comes up twice, so `dense` is not updated

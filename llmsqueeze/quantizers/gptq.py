@@ -67,9 +67,9 @@ def gptq(
     return Rounded(codes, scale.to(dtype), zero, grid)
 
 
-def panels(cols: int, width: int) -> list[slice]:
-    """Panels of about 128 columns. A group starts at the first column of a panel, or ends in the panel where it starts:
-    no feedback to its columns is pending when it is fitted."""
+def panels(cols: int, width: int = 1) -> list[slice]:
+    """Panels of about 128 columns. A group of `width` columns starts at the first column of a panel, or ends in the
+    panel where it starts: no feedback to its columns is pending when it is fitted."""
     span = PANEL // width * width if width <= PANEL else width  # whole groups
     starts = [s for first in range(0, cols, span) for s in range(first, min(first + span, cols), PANEL)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], cols], strict=True)]
