@@ -6,14 +6,13 @@ The method NAME, if it decides anything, is the function NAME in the file NAME.p
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Protocol
 
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.measure.profile import Profile
+from llmsqueeze.recipe.methods import in_room
 from llmsqueeze.recipe.recipe import Recipe
 
 UNBOUNDED = sys.maxsize  # bytes
@@ -35,9 +34,5 @@ class Allocator(Protocol):
 
 def allocator(name: str) -> Allocator:
     """The method of this name. Raises ValueError if no file here has it."""
-    path = f"{__name__}.{name}"
-    module = importlib.import_module(path) if importlib.util.find_spec(path) else None
-    method: Allocator | None = getattr(module, name, None)
-    if method is None:
-        raise ValueError(f"no method {name} decides: allocation/{name}.py with a function {name} is needed")
+    method: Allocator = in_room(__name__, name, f"no method {name} decides")
     return method

@@ -6,8 +6,6 @@ method is one such file here, and one entry in the table of methods (recipe/).
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Protocol
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.grids import Rounded
+from llmsqueeze.recipe.methods import in_room
 
 
 class Rounder(Protocol):
@@ -40,9 +39,5 @@ class Rounder(Protocol):
 
 def rounder(name: str) -> Rounder:
     """The rounding method of this name. Raises ValueError if no file here has it."""
-    path = f"{__name__}.{name}"
-    module = importlib.import_module(path) if importlib.util.find_spec(path) else None
-    method: Rounder | None = getattr(module, name, None)
-    if method is None:
-        raise ValueError(f"no rounding method {name}: quantizers/{name}.py with a function {name} is needed")
+    method: Rounder = in_room(__name__, name, f"no rounding method {name}")
     return method

@@ -7,6 +7,8 @@ recipes, the prices, the pages and the tables of the documentation follow from t
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,6 +200,16 @@ DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
     "skip": (),
 }
+
+
+def in_room(package: str, name: str, fault: str) -> Any:
+    """The function NAME in the file NAME.py of a room. Raises ValueError, `fault` first, if there is none."""
+    path = f"{package}.{name}"
+    module = importlib.import_module(path) if importlib.util.find_spec(path) else None
+    if not hasattr(module, name):
+        room = package.rpartition(".")[2]
+        raise ValueError(f"{fault}: {room}/{name}.py with a function {name} is needed")
+    return getattr(module, name)
 
 
 def method_names() -> tuple[str, ...]:
