@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.measure import importance, outliers
-from llmsqueeze.measure.costs import coded_points, low_rank_gains, packed_rates, price
+from llmsqueeze.measure.costs import Rounding, coded_points, low_rank_gains, packed_rates, price
 from llmsqueeze.measure.moments import FusionGroup, fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
@@ -171,7 +171,7 @@ def priced(
 ) -> Profile:
     """The prices of `weight` [rows, cols] that are requested, from the mean squared `gradient` [rows] of its outputs
     over so many labels."""
-    about = curvature, request.options, request.quantizer, dtype, request.search
+    about = curvature, request.options, Rounding(request.quantizer, dtype, request.search)
     return Profile(
         row_gradient={name: gradient.cpu()},
         curves={name: coded_points(weight, shrunk_gradient(gradient, labels), curvature)} if request.coded else {},

@@ -14,6 +14,7 @@ Stand-in: the errors are those of GPTQ with searched scales, times the ratio by 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.parts.coded import code_length
 from llmsqueeze.parts.coding import frequencies, rans
 from llmsqueeze.parts.coding.streams import one_context
-from llmsqueeze.quantizers import coded, rounder
+from llmsqueeze.quantizers import coded, rounder, rows_at_a_time
 from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.quantizers.grids import Rounded
 from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.quantizers.outliers import row_outliers
 from llmsqueeze.recipe.methods import METHODS
@@ -34,7 +36,6 @@ RANKS = 16  # components that are priced
 CODED_ROWS = 128
 OCTAVES = (-7.0, -6.0, -5.0, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 STREAM_BYTES = 4.5  # its length, and what its last state wastes
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 
 class Option(NamedTuple):
@@ -51,35 +52,42 @@ class Option(NamedTuple):
         return round(self.outliers * cols)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded: the quantizer, the dtype of the scales in the file, whether the scales are searched."""
+
+    quantizer: str
+    dtype: torch.dtype
+    search: bool
+
+    @property
+    def stand_in(self) -> Rounding:
+        """The rounding whose errors are computed for all rows."""
+        return replace(self, quantizer=METHODS[self.quantizer].priced_by)
+
+    def of(self, weight: Tensor, option: Option, curvature: Curvature) -> tuple[Rounded, Tensor | None]:
+        """`weight` [rows, cols] on the option's grid, and its outliers (bool [rows, cols]) if it has any."""
+        count = option.kept(weight.shape[1])
+        pinned = row_outliers(weight, curvature, count) if count else None
+        return rounder(self.quantizer)(weight, option.grid, self.dtype, curvature, pinned, self.search), pinned
+
+
 def price(
-    weight: Tensor,
-    row_gradient: Tensor,
-    curvature: Curvature,
-    options: Sequence[Option],
-    quantizer: str,
-    dtype: torch.dtype,
-    search: bool,
+    weight: Tensor, row_gradient: Tensor, curvature: Curvature, options: Sequence[Option], rounding: Rounding
 ) -> Tensor:
     """float32 [options, rows] on the CPU: the cost of each row of `weight` [rows, cols] as each option rounds it."""
-    tried = torch.linspace(0, len(weight) - 1, min(TRIED_ROWS, len(weight)), device=weight.device).long()
-    costs, stand_in = [], METHODS[quantizer].priced_by
+    some, costs = some_rows(weight, TRIED_ROWS), []
     for option in options:
-        error = output_errors(weight, curvature, option, stand_in, dtype, search)
-        if quantizer != stand_in:
-            exact = output_errors(weight[tried], curvature, option, quantizer, dtype, search)
-            error = error * (exact.sum() / error[tried].sum().clamp(min=1e-30)).clamp(max=1.0)
+        error = output_errors(weight, curvature, option, rounding.stand_in)
+        if rounding != rounding.stand_in:
+            exact = output_errors(weight[some], curvature, option, rounding)
+            error = error * (exact.sum() / error[some].sum().clamp(min=1e-30)).clamp(max=1.0)
         costs.append((0.5 * row_gradient * error).cpu())
     return torch.stack(costs)
 
 
 def low_rank_gains(
-    weight: Tensor,
-    row_gradient: Tensor,
-    curvature: Curvature,
-    options: Sequence[Option],
-    quantizer: str,
-    dtype: torch.dtype,
-    search: bool,
+    weight: Tensor, row_gradient: Tensor, curvature: Curvature, options: Sequence[Option], rounding: Rounding
 ) -> Tensor:
     """float32 [options, `RANKS`] on the CPU: what each component of an input-weighted compensation (lorc.py) takes off
     the cost of `weight` [rows, cols] as each option rounds it; zeros beyond its rank.
@@ -89,7 +97,7 @@ def low_rank_gains(
     """
     gains = torch.zeros(len(options), RANKS)
     for i, option in enumerate(options):
-        error = torch.cat(tuple(residuals(weight, curvature, option, quantizer, dtype, search)))
+        error = torch.cat(tuple(residuals(weight, curvature, option, rounding)))
         weighted = torch.linalg.solve_triangular(curvature.upper, error, upper=True, left=False)
         left, _ = truncated_svd(weighted, min(RANKS, *weight.shape))
         # `left` has the roots of the singular values in it
@@ -98,47 +106,40 @@ def low_rank_gains(
     return gains
 
 
-def output_errors(
-    weight: Tensor, curvature: Curvature, option: Option, quantizer: str, dtype: torch.dtype, search: bool
-) -> Tensor:
+def output_errors(weight: Tensor, curvature: Curvature, option: Option, rounding: Rounding) -> Tensor:
     """float32 [rows]: d H d^T of every row."""
-    return torch.cat(
-        [curvature.output_error(left) for left in residuals(weight, curvature, option, quantizer, dtype, search)]
-    )
+    return torch.cat([curvature.output_error(left) for left in residuals(weight, curvature, option, rounding)])
 
 
-def residuals(
-    weight: Tensor, curvature: Curvature, option: Option, quantizer: str, dtype: torch.dtype, search: bool
-) -> Iterator[Tensor]:
+def residuals(weight: Tensor, curvature: Curvature, option: Option, rounding: Rounding) -> Iterator[Tensor]:
     """weight - rounded, some rows at a time [some, cols]; outliers leave nothing."""
-    step = max(1, CHUNK_BYTES[weight.device.type] // (4 * weight.shape[1]))
-    for rows in weight.split(step):
-        count = option.kept(weight.shape[1])
-        pinned = row_outliers(rows, curvature, count) if count else None
-        dense = rounder(quantizer)(rows, option.grid, dtype, curvature, pinned, search).dense()
-        residual = rows - dense
+    for rows in weight.split(rows_at_a_time(weight)):
+        rounded, pinned = rounding.of(rows, option, curvature)
+        residual = rows - rounded.dense()
         if pinned is not None:
             residual.masked_fill_(pinned, 0.0)
         yield residual
 
 
-def packed_rates(
-    weight: Tensor, curvature: Curvature, options: Sequence[Option], quantizer: str, dtype: torch.dtype, search: bool
-) -> Tensor:
+def packed_rates(weight: Tensor, curvature: Curvature, options: Sequence[Option], rounding: Rounding) -> Tensor:
     """float64 [options] on the CPU: bits that a code of `weight` [rows, cols] takes when it is stored entropy-coded,
     the tables and streams among them; some rows stand for all."""
     rows, cols = weight.shape
-    tried = torch.linspace(0, rows - 1, min(CODED_ROWS, rows), device=weight.device).long()
+    some = weight[some_rows(weight, CODED_ROWS)]
     shared = STREAM_BYTES * -(-rows // rans.rows_per_stream(rows, cols))
-    rates, stand_in = [], METHODS[quantizer].priced_by
+    rates = []
     for option in options:
-        pinned = row_outliers(weight[tried], curvature, option.kept(cols)) if option.outliers else None
-        rounded = rounder(stand_in)(weight[tried], option.grid, dtype, curvature, pinned, search)
-        counted = rans.counts(rounded.codes.cpu().numpy(), one_context(len(tried), cols))
+        rounded, _ = rounding.stand_in.of(some, option, curvature)
+        counted = rans.counts(rounded.codes.cpu().numpy(), one_context(*some.shape))
         tables = frequencies.choose(counted, symmetric=False)
-        bits = frequencies.coded_bits(counted, tables, symmetric=False) / (len(tried) * cols)
+        bits = frequencies.coded_bits(counted, tables, symmetric=False) / some.numel()
         rates.append(min(bits + 8 * (shared + len(tables)) / (rows * cols), float(option.grid.bits)))
     return torch.tensor(rates, dtype=torch.float64)
+
+
+def some_rows(weight: Tensor, count: int) -> Tensor:
+    """The numbers of `count` rows of `weight`, evenly spread; of all, if it has no more."""
+    return torch.linspace(0, len(weight) - 1, min(count, len(weight)), device=weight.device).long()
 
 
 def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> Tensor:
@@ -148,13 +149,12 @@ def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> 
     Some rows are coded with every multiplier, and stand for all. Memory: those rows once per multiplier.
     """
     rows, cols = weight.shape
-    tried = torch.linspace(0, rows - 1, min(CODED_ROWS, rows), device=weight.device).long()
+    tried = some_rows(weight, CODED_ROWS)
     some, gradient, share = weight[tried], row_gradient[tried], rows / len(tried)
     at = _zero_bits(weight, row_gradient, curvature) + torch.tensor(OCTAVES, dtype=torch.float64)
     steps = torch.cat([coded.row_steps(some, 2.0 ** float(one), gradient) for one in at])
     target = some.repeat(len(at), 1)
-    chunk = max(1, CHUNK_BYTES[weight.device.type] // (4 * cols))
-    rounded = coded.round_to_steps(target, steps, curvature, None, chunk, matrices=len(at))
+    rounded = coded.round_to_steps(target, steps, curvature, None, rows_at_a_time(weight), matrices=len(at))
     cost = 0.5 * gradient * curvature.output_error(target - rounded.dense()).view(len(at), -1)
     streams = -(-rows // rans.rows_per_stream(rows, cols))
     nbytes = []

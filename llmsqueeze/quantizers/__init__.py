@@ -16,6 +16,9 @@ from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.grids import Rounded
 from llmsqueeze.recipe.methods import in_room
 
+# rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
+ROUNDING_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
+
 
 class Rounder(Protocol):
     """The signature of every rounding method."""
@@ -41,3 +44,8 @@ def rounder(name: str) -> Rounder:
     """The rounding method of this name. Raises ValueError if no file here has it."""
     method: Rounder = in_room(__name__, name, f"no rounding method {name}")
     return method
+
+
+def rows_at_a_time(weight: Tensor) -> int:
+    """How many rows of `weight` [rows, cols] are rounded at once."""
+    return max(1, ROUNDING_BYTES[weight.device.type] // (4 * weight.shape[1]))

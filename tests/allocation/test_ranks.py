@@ -9,13 +9,14 @@ from torch import Tensor
 from llmsqueeze.allocation import ranks
 from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.measure.costs import RANKS, Option, low_rank_gains, price, residuals
+from llmsqueeze.measure.costs import RANKS, Option, Rounding, low_rank_gains, price, residuals
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 from llmsqueeze.quantizers.lorc import truncated_svd
 from llmsqueeze.recipe.resolve import make_recipe
 
 OPTIONS = (Option(Grid(2, 16, True)), Option(Grid(3, 16, True)))
+NEAREST = Rounding("rtn", torch.float32, True)
 
 
 @pytest.fixture
@@ -37,10 +38,10 @@ def curvature(generator: torch.Generator) -> Curvature:
 @pytest.mark.parametrize("quantizer", ["rtn", "descent"])
 def test_gains_are_what_each_component_takes_off(quantizer: str, weight: Tensor, gradient, curvature) -> None:
     """The slow twin: subtract the first m components, price what is left."""
-    gains = low_rank_gains(weight, gradient, curvature, OPTIONS, quantizer, torch.float32, True)
+    gains = low_rank_gains(weight, gradient, curvature, OPTIONS, Rounding(quantizer, torch.float32, True))
     assert gains.shape == (2, RANKS)
     for i, option in enumerate(OPTIONS):
-        error = torch.cat(list(residuals(weight, curvature, option, quantizer, torch.float32, True)))
+        error = torch.cat(list(residuals(weight, curvature, option, Rounding(quantizer, torch.float32, True))))
         weighted = torch.linalg.solve_triangular(curvature.upper, error, upper=True, left=False).double()
         before = 0.5 * float(gradient.double() @ weighted.square().sum(dim=1))
         for m in (1, 3, RANKS):
@@ -50,16 +51,16 @@ def test_gains_are_what_each_component_takes_off(quantizer: str, weight: Tensor,
 
 
 def test_gains_never_exceed_the_cost(weight: Tensor, gradient: Tensor, curvature: Curvature) -> None:
-    gains = low_rank_gains(weight, gradient, curvature, OPTIONS, "rtn", torch.float32, True)
+    gains = low_rank_gains(weight, gradient, curvature, OPTIONS, NEAREST)
     # damping counts in the weighted error and not in the cost
-    costs = price(weight, gradient, curvature, OPTIONS, "rtn", torch.float32, True).sum(dim=1)
+    costs = price(weight, gradient, curvature, OPTIONS, NEAREST).sum(dim=1)
     assert (gains >= 0).all()
     assert (gains.sum(dim=1) < 1.1 * costs).all()
 
 
 def test_a_matrix_of_less_rank_gains_nothing_beyond_it(gradient: Tensor, generator: torch.Generator) -> None:
     weight = torch.randn(24, 5, generator=generator)
-    gains = low_rank_gains(weight, gradient, Curvature.flat(5, weight), OPTIONS, "rtn", torch.float32, True)
+    gains = low_rank_gains(weight, gradient, Curvature.flat(5, weight), OPTIONS, NEAREST)
     assert (gains[:, :5] > 0).all()
     assert (gains[:, 5:] == 0).all()
 

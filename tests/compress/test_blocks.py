@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmsqueeze
-from llmsqueeze import parts
+from llmsqueeze import parts, quantizers
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan, base_plan
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.pipeline import compress_model, quantization_config
 from llmsqueeze.compress.summary import Summary
 from llmsqueeze.compress.weights import blocks, group
-from llmsqueeze.compress.weights import weight as weights
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks
 from llmsqueeze.compress.weights.weight import WeightSettings, compress_weight
 from llmsqueeze.errors import RecipeError
@@ -364,7 +363,7 @@ def test_rows_are_rounded_independently(generator: torch.Generator, monkeypatch:
     mask = torch.rand(10, 48, generator=generator) < 0.05
     dense = []
     for limit in (1 << 30, 3 * 4 * 48):
-        monkeypatch.setitem(weights.ROUNDING_BYTES, "cpu", limit)
+        monkeypatch.setitem(quantizers.ROUNDING_BYTES, "cpu", limit)
         dense.append(compress_weight(weight, weight, planned, curvature, mask, None, WeightSettings(search=True))[1])
     assert torch.equal(*dense)
 

@@ -13,8 +13,9 @@ from support import correlated_moments
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from llmsqueeze import quantizers
 from llmsqueeze.measure import costs
-from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.costs import Option, Rounding
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
@@ -153,13 +154,13 @@ def curvature(moments: Tensor) -> Curvature:
 
 
 def prices(weight: Tensor, curvature: Curvature, quantizer: str, options: tuple[Option, ...] = PRICED) -> Tensor:
-    return costs.price(weight, torch.ones(len(weight)), curvature, options, quantizer, torch.float32, True)
+    return costs.price(weight, torch.ones(len(weight)), curvature, options, Rounding(quantizer, torch.float32, True))
 
 
 def test_what_stays_as_it_is_costs_nothing(weight: Tensor, moments: Tensor, curvature: Curvature) -> None:
     """Outliers leave both the range that is rounded and the error: against a slow loop."""
     option = Option(Grid(3, 32, True), 0.05)
-    priced = costs.price(weight, torch.arange(60.0), curvature, [option], "rtn", torch.float32, False)[0]
+    priced = costs.price(weight, torch.arange(60.0), curvature, [option], Rounding("rtn", torch.float32, False))[0]
     assert option.kept(96) == 5
     kept = row_outliers(weight, curvature, 5)
     rounded = rtn(weight, option.grid, torch.float32, None, kept).dense()
@@ -199,7 +200,7 @@ def test_pricing_some_rows_at_a_time_changes_nothing(
     weight: Tensor, curvature: Curvature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = prices(weight, curvature, "descent")
-    monkeypatch.setitem(costs.CHUNK_BYTES, "cpu", 7 * 4 * 96)
+    monkeypatch.setitem(quantizers.ROUNDING_BYTES, "cpu", 7 * 4 * 96)
     assert torch.allclose(prices(weight, curvature, "descent"), whole, rtol=1e-5)
 
 

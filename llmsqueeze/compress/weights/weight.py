@@ -13,15 +13,12 @@ from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.parts import Coded, Grid, Part, Sparse
-from llmsqueeze.quantizers import coded, lorc, rounder
+from llmsqueeze.quantizers import coded, lorc, rounder, rows_at_a_time
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import corrected_target
 from llmsqueeze.quantizers.grids import Rounded
 from llmsqueeze.quantizers.outliers import row_outliers
 from llmsqueeze.recipe.recipe import Recipe
-
-# rows are independent, so a weight is rounded some rows at a time; a GPU is kept busy only by many
-ROUNDING_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -141,17 +138,13 @@ def _all_outliers(
     return mask
 
 
-def _rows_at_a_time(target: Tensor) -> int:
-    return max(1, ROUNDING_BYTES[target.device.type] // (4 * target.shape[1]))
-
-
 def _code(
     target: Tensor, planned: WeightPlan, curvature: Curvature, mask: Tensor | None, row_gradient: Tensor | None
 ) -> tuple[Coded, Part]:
     """`target` in whole numbers of the plan's steps: as it is stored, and decoded again."""
     gradient = None if row_gradient is None else row_gradient.to(target.device)
     steps = coded.row_steps(target, planned.step, gradient)
-    rounded = coded.round_to_steps(target, steps, curvature, mask, _rows_at_a_time(target))
+    rounded = coded.round_to_steps(target, steps, curvature, mask, rows_at_a_time(target))
     part = Coded.from_integers(rounded.integers, rounded.row_exponent, rounded.col_exponent, planned.dtype)
     decoded = part.decoded(target.device)
     if not torch.equal(decoded.dense(), rounded.dense()):
@@ -173,7 +166,7 @@ def _round(
         target, mask = target[on], None if mask is None else mask[on]
     if mask is not None and not mask.any():
         mask = None  # rows on a grid without a level 0 have none
-    round_rows, count = rounder(planned.quantizer), _rows_at_a_time(target)
+    round_rows, count = rounder(planned.quantizer), rows_at_a_time(target)
     rounded = [
         round_rows(target[rows], grid, planned.dtype, curvature, None if mask is None else mask[rows], search)
         for rows in (slice(start, start + count) for start in range(0, len(target), count))
