@@ -24,9 +24,9 @@ from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.rtn import rtn
+from llmsqueeze.recipe.recipe import NEEDS_GRADIENTS
 
 CANDIDATES = 0.02
-NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")
 
 
 @dataclass(frozen=True)

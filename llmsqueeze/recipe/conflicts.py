@@ -10,8 +10,9 @@ from typing import Any
 
 from llmsqueeze.errors import nearest
 from llmsqueeze.recipe.methods import BUDGETS, METHODS, Method, methods_of
-from llmsqueeze.recipe.options import flag_and_value
+from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.values import flag
 
 
 def conflicts(given: Mapping[str, Any], entry: Method) -> Iterator[str]:
@@ -143,8 +144,16 @@ def _about_two_widths(given: Mapping[str, Any], recipe: Recipe) -> Iterator[str]
 
 
 def phrase(given: Mapping[str, Any], name: str) -> str:
-    """An asked option with its value, as the command line has it."""
-    return flag_and_value(name, given[name])
+    """An asked option with its value, as the command line has it: '--bits 3', '--asymmetric', '--per-row'."""
+    option, value = Asked.option(name), given[name]
+    if option.choice_flags:
+        return option.choice_flags[value][0]
+    if isinstance(value, bool):
+        on, _, off = (option.flag or flag(name)).partition("/")
+        return on if value or not off else off
+    if isinstance(value, tuple):
+        value = ",".join(f"{one[0]}:{one[1]:g}" if isinstance(one, tuple) else str(one) for one in value)
+    return f"{flag(name)} {value}"
 
 
 def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmsqueeze.recipe.methods import METHODS, methods_of
 from llmsqueeze.recipe.options import Asked
+from llmsqueeze.recipe.values import flag
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,14 +33,14 @@ def options_table() -> str:
     rows = []
     for name in Asked.model_fields:
         option = Asked.option(name)
-        flags = [flag for flag, _ in option.choice_flags.values()] or [option.flag or "--" + name.replace("_", "-")]
+        flags = [one for one, _ in option.choice_flags.values()] or [option.flag or flag(name)]
         unnamed = [choice for choice in option.allowed if choice not in option.text]
         choices = f" ({', '.join(option.allowed)})" if unnamed else ""
         owners = methods_of(name)
         barred = [method for method in METHODS if method not in owners and method != "auto"]
         few = ", ".join(owners) if len(owners) <= len(barred) else f"all but {', '.join(barred)}"
         rows.append(
-            (" ".join(f"`{flag}`" for flag in flags), option.text + choices, option.default, few if owners else "all")
+            (" ".join(f"`{one}`" for one in flags), option.text + choices, option.default, few if owners else "all")
         )
     return table(("option", "meaning", "default", "methods"), rows)
 

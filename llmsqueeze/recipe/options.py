@@ -133,21 +133,3 @@ class Asked(Table):
     seq_len: int | None = option(whole(2), "Tokens in a sample, at most the context", "2048")
     seed: int | None = option(whole(0, 2**63 - 1), "Seed of everything random", "0")
     skip: Any = option(patterns, "Name pattern of linears to leave alone; repeatable", repeatable=True)
-
-
-def flag_and_value(name: str, value: Any) -> str:
-    """An asked option as the command line has it: '--bits 3', '--asymmetric', '--per-row'."""
-    flags = {
-        ("symmetric", False): "--asymmetric",
-        ("search", False): "--no-search",
-        ("portable", False): "--native",
-    }
-    flag = "--" + name.replace("_", "-")
-    if name == "granularity":
-        return f"--per-{value}"
-    if isinstance(value, bool):
-        return flags.get((name, value), flag)
-    if isinstance(value, tuple):
-        pairs = [f"{one[0]}:{one[1]:g}" if isinstance(one, tuple) else str(one) for one in value]
-        return f"{flag} {','.join(pairs)}"
-    return f"{flag} {value}"

@@ -24,7 +24,7 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
 def resolve(asked: Asked) -> Recipe:
     """`asked` with every open setting decided. Raises RecipeError for options that cannot be followed together."""
     given = asked.asked
-    entry = METHODS[method_of(given)]
+    entry = METHODS[chosen_method(given)]
     refuse(conflicts(given, entry))
     recipe = filled(given, entry)
     refuse(unfollowed(given, recipe))
@@ -37,7 +37,7 @@ def refuse(wrong: Iterator[str]) -> None:
         raise RecipeError("\n       ".join(sentences))
 
 
-def method_of(given: Mapping[str, Any]) -> str:
+def chosen_method(given: Mapping[str, Any]) -> str:
     """The method: the one asked for; else the default, or `auto` if a budget is asked for. `auto` is decided."""
     method: str = given.get("method") or (DEFAULT if not wants_budget(given) else "auto")
     if method != "auto":

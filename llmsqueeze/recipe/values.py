@@ -154,9 +154,8 @@ def mix(key: str, value: Any) -> tuple[tuple[int, float], ...]:
 
 def widths(key: str, value: Any) -> tuple[int, ...]:
     """Widths as a list or as '2,3,4'."""
-    items = value.split(",") if isinstance(value, str) else value
     try:
-        integers = sorted({_integer(item) for item in items})
+        integers = sorted({_integer(item) for item in _items(value)})
     except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{flag(key)} is {value!r}; write widths from 1 to 8, such as 2,3,4") from error
     if not integers or integers[0] < 1 or integers[-1] > 8:
@@ -166,18 +165,16 @@ def widths(key: str, value: Any) -> tuple[int, ...]:
 
 def group_sizes(key: str, value: Any) -> tuple[int, ...]:
     """Group sizes as a list or as '64,128'."""
-    items = value.split(",") if isinstance(value, str) else value
     try:
-        return tuple(sorted({group_size(key, _integer(item)) for item in items}))
+        return tuple(sorted({group_size(key, _integer(item)) for item in _items(value)}))
     except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{flag(key)} is {value!r}; write numbers of columns, such as 64,128") from error
 
 
 def shares(key: str, value: Any) -> tuple[float, ...]:
     """Fractions as a list or as '0.005,0.01'."""
-    items = value.split(",") if isinstance(value, str) else value
     try:
-        return tuple(sorted({fraction(0.5)(key, float(item)) for item in items} - {0.0}))
+        return tuple(sorted({fraction(0.5)(key, float(item)) for item in _items(value)} - {0.0}))
     except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{flag(key)} is {value!r}; write fractions, such as 0.005,0.01") from error
 
@@ -199,6 +196,10 @@ def patterns(key: str, value: Any) -> tuple[str, ...]:
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
         raise RecipeError(f"{flag(key)} must be a list of name patterns such as '*.o_proj', not {value!r}")
     return tuple(items)
+
+
+def _items(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
 
 
 def _integer(value: Any) -> int:
