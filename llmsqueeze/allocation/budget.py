@@ -10,7 +10,7 @@ from torch import Tensor
 from llmsqueeze.allocation import greedy, ranks, rows
 from llmsqueeze.allocation.options import options_of, portable_twin
 from llmsqueeze.allocation.plan import Plan
-from llmsqueeze.allocation.prediction import option_of, options_of_rows, predicted
+from llmsqueeze.allocation.prediction import costs_of, option_of, options_of_rows, predicted
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
@@ -29,8 +29,7 @@ def within_bytes(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> P
     options = options_of(recipe)
     if recipe.importance == "uniform":
         return greedy.uniform(plan, [option for option in options if not option.outliers], target)
-    at = [profile.options.index(option) for option in options]
-    costs = {name: cost[at] for name, cost in profile.costs.items()}
+    costs = costs_of(profile, options)
     best = greedy.allocate(plan, costs, options, target, recipe.granularity, profile.groups)
     return _with_ranks(best, profile, recipe, options, costs, target) if recipe.buys_ranks else best
 

@@ -88,7 +88,7 @@ def allocate(plan: Plan, curves: Mapping[str, Curve], target: int, tokens: int) 
     """`plan` with the steps of one multiplier for `target` bytes in all. Raises BudgetError if even the coarsest steps
     take more."""
     low, high = COARSEST, FINEST
-    smallest = sum(w.nbytes for w in at_multiplier(plan, curves, FINEST, tokens).weights.values())
+    smallest = at_multiplier(plan, curves, FINEST, tokens).nbytes
     if smallest > target:
         raise BudgetError(
             f"the budget is {8 * target / plan.numel:.3f} bits per weight, {target} bytes; steps and tables alone take "

@@ -2,8 +2,8 @@
 
     minimise  sum_u cost[u, o(u)]   subject to   sum_u bytes[u, o(u)] <= budget
 
-u is a row, a linear or a fusion group; o(u) its option (price.py): a grid, and a share of weights that stay as they
-are. For every unit the options on the lower convex hull of (bytes, cost) are kept; going up a hull, every further
+u is a row, a linear or a fusion group; o(u) its option (measure/costs.py): a grid, and a share of weights that stay as
+they are. For every unit the options on the lower convex hull of (bytes, cost) are kept; going up a hull, every further
 byte buys less. All upgrades along all hulls, sorted by the gain per byte, are taken in turn until the budget is spent:
 that is the Lagrangian solution, optimal for its bytes. The rest of the budget goes to later upgrades that fit.
 
@@ -56,7 +56,6 @@ class Upgrades:
     """
 
     lowest: Tensor
-
     unit: Tensor
     start: Tensor
     to: Tensor
@@ -236,7 +235,7 @@ def uniform(plan: Plan, options: Sequence[Option], target: int) -> Plan:
     smallest: dict[int, Option] = {}
     for option in sorted(options, key=lambda option: row_nbytes(first, option)):
         smallest.setdefault(option.grid.bits, option)
-    ladder = [smallest[bits] for bits in sorted(smallest)]
+    by_width = [smallest[bits] for bits in sorted(smallest)]
 
     def mixed(lower: Option, upper: Option, share: float) -> Plan:
         def split(weight: WeightPlan) -> tuple[Rows, ...]:
@@ -246,13 +245,13 @@ def uniform(plan: Plan, options: Sequence[Option], target: int) -> Plan:
 
         return plan.on({name: split(weight) for name, weight in plan.weights.items()})
 
-    best = mixed(ladder[0], ladder[0], 0.0)
+    best = mixed(by_width[0], by_width[0], 0.0)
     if best.nbytes > target:
         raise RecipeError(
-            f"the budget is {8 * target / plan.numel:.3f} bits per weight; with every row at {ladder[0].grid.bits} "
+            f"the budget is {8 * target / plan.numel:.3f} bits per weight; with every row at {by_width[0].grid.bits} "
             f"bits it takes {best.bits_per_weight:.3f}, everything counted"
         )
-    for lower, upper in itertools.pairwise(ladder):
+    for lower, upper in itertools.pairwise(by_width):
         shares = [i / 4096 for i in range(4097)]
         fitting = bisect.bisect_right(shares, target, key=lambda share: mixed(lower, upper, share).nbytes)
         if fitting:

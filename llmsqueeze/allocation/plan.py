@@ -218,21 +218,11 @@ def planned_linears(skeleton: Skeleton, skip: Sequence[str]) -> list[str]:
 
 def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
-    grid = recipe_grid(recipe, recipe.code_bits)
-    coded = recipe.quantizer == "coded"
-    weights = {}
-    for name in planned_linears(skeleton, recipe.skip):
-        shape = skeleton.shape(name)
-        if recipe.rank > min(shape):
-            raise RecipeError(f"--lorc-rank {recipe.rank} is more than {name} has: it is {shape[0]} x {shape[1]}")
-        grids = () if coded else (Rows(grid, shape[0]),)
-        expected = shape[0] * shape[1] * UNMEASURED_BITS // 8 if coded else 0
-        weight = WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, grids, coded_nbytes=expected)
-        weights[name] = replace(weight, rank=recipe.rank)
+    weights = {name: _base_weight(skeleton, name, recipe) for name in planned_linears(skeleton, recipe.skip)}
     if not weights:
         raise RecipeError("--skip leaves no linear to compress")
     if recipe.code_embeddings:
-        weights = {name: _end_plan(skeleton, name) for name in skeleton.ends} | weights
+        weights = {name: _to_be_coded(skeleton, name, end=True) for name in skeleton.ends} | weights
     why = why_native(recipe, skeleton, weights)
     if why and recipe.portable:
         raise RecipeError(f"--portable contradicts {why}")
@@ -241,11 +231,20 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     return Plan(weights, "compressed-tensors")
 
 
-def _end_plan(skeleton: Skeleton, name: str) -> WeightPlan:
-    """Embeddings or head, to be coded."""
-    rows, cols = skeleton.shape(name)
+def _base_weight(skeleton: Skeleton, name: str, recipe: Recipe) -> WeightPlan:
+    rows, cols = shape = skeleton.shape(name)
+    if recipe.rank > min(shape):
+        raise RecipeError(f"--lorc-rank {recipe.rank} is more than {name} has: it is {rows} x {cols}")
+    if recipe.quantizer == "coded":
+        return replace(_to_be_coded(skeleton, name), rank=recipe.rank)
+    grids = (Rows(recipe_grid(recipe, recipe.code_bits), rows),)
+    return WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, grids, rank=recipe.rank)
+
+
+def _to_be_coded(skeleton: Skeleton, name: str, end: bool = False) -> WeightPlan:
+    rows, cols = shape = skeleton.shape(name)
     expected = rows * cols * UNMEASURED_BITS // 8
-    return WeightPlan(name, (rows, cols), skeleton.dtype(name), "coded", coded_nbytes=expected, end=True)
+    return WeightPlan(name, shape, skeleton.dtype(name), "coded", coded_nbytes=expected, end=end)
 
 
 def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:

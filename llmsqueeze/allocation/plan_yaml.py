@@ -10,7 +10,6 @@
       model.layers.0.mlp.up_proj: 3 bit g128
       model.layers.0.self_attn.q_proj: {4 bit g128 half: 20, 3 bit g128 half: 108}
       model.layers.0.mlp.down_proj: {3 bit g128 + 2 outliers: 128, outliers: 512}
-
       model.layers.0.self_attn.o_proj: coded x0.5
 
 `+ 2 outliers` are those of every row, `outliers` those of the linear by GWQ's ranking. `coded` weights have the steps
@@ -65,13 +64,12 @@ def write_plan(
     """Writes the plan; `about` holds what is said of it besides (model, fingerprint, predictions)."""
     import yaml
 
-    settings = {key: value for key, value in recipe.as_dict().items() if value is not None and value != []}
     content = {
         "llmsqueeze_plan": VERSION,
         **about,
         "rows_by": rows_by,
         "profile": profile,
-        "recipe": settings,
+        "recipe": recipe.as_dict(),
         "weights": {name: entry(weight) for name, weight in plan.weights.items()},
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.allocation.ranks import expected_gains
+from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.outliers import Candidates
 from llmsqueeze.measure.profile import Profile
 
@@ -49,6 +50,12 @@ def option_of(profile: Profile, rows: Rows, cols: int) -> int | None:
         if option.grid == rows.grid and option.kept(cols) == rows.outliers:
             return i
     return None
+
+
+def costs_of(profile: Profile, options: Sequence[Option]) -> dict[str, Tensor]:
+    """The profile's costs [options, rows] of these options alone."""
+    at = [profile.options.index(option) for option in options]
+    return {name: cost[at] for name, cost in profile.costs.items()}
 
 
 def taken_outliers(profile: Profile, plan: Plan) -> dict[str, Candidates]:

@@ -4,7 +4,7 @@
 
 gain_i: predicted fall of the loss (nats per token) by the i-th component of the rounding error, where the linear is on
 one option; for rows on several, each option's gains count by the share of its cost that its rows have. lambda: what
-the last byte buys that the rows get. Rows and ranks are decided in turn (decide.py), for either changes what the other
+the last byte buys that the rows get. Rows and ranks are decided in turn (budget.py), for either changes what the other
 is worth. Source: ours. Memory: one number per linear, option and rank.
 """
 
@@ -42,7 +42,7 @@ def worthwhile(gain: Tensor, price: float) -> int:
 
 
 def last_byte(ladder: Sequence[tuple[float, float]], nbytes: float) -> float:
-    """What a byte buys where `nbytes` have been spent; `ladder`: bytes and cost after every step (budget.py)."""
+    """What a byte buys where `nbytes` have been spent; `ladder`: bytes and cost after every step (greedy.py)."""
     sizes = torch.tensor([size for size, _ in ladder], dtype=torch.float64)
     costs = torch.tensor([cost for _, cost in ladder], dtype=torch.float64)
     last = len(ladder) - 1

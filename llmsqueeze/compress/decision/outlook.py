@@ -11,7 +11,7 @@ import torch
 from llmsqueeze.allocation import coded, greedy
 from llmsqueeze.allocation.options import options_of
 from llmsqueeze.allocation.plan import Plan, WeightPlan
-from llmsqueeze.allocation.prediction import predicted
+from llmsqueeze.allocation.prediction import costs_of, predicted
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
@@ -72,9 +72,7 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
     if recipe.decides != "options" or not recipe.needs_costs:
         return []
     options = options_of(recipe)
-    at = [profile.options.index(option) for option in options]
-    costs = {name: cost[at] for name, cost in profile.costs.items()}
-    ladder = greedy.ladder(plan, costs, options, recipe.granularity, profile.groups)
+    ladder = greedy.ladder(plan, costs_of(profile, options), options, recipe.granularity, profile.groups)
     sizes = torch.tensor([nbytes for nbytes, _ in ladder])
     points = torch.linspace(float(sizes[0]), float(sizes[-1]), POINTS, dtype=sizes.dtype)
     at = torch.searchsorted(sizes, points).clamp(max=len(ladder) - 1).unique().tolist()
