@@ -33,9 +33,9 @@ from llmsqueeze.distillation.teacher import Answers
 from llmsqueeze.distillation.training import BETAS, TrainingState, batch_of, set_rate
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
-from llmsqueeze.formats.entries import read_entries, read_parts
+from llmsqueeze.formats.entries import read_parts
+from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.activations import Activations, Spill
-from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
@@ -47,7 +47,7 @@ BlockLoss = Callable[[int, dict[str, Tensor]], Tensor]  # of a sample, by the bl
 
 def train_blocks(
     skeleton: Skeleton,
-    student: Checkpoint,
+    student: Folder,
     rows: Sequence[Tensor],
     held_back: Sequence[Tensor],
     settings: Distillation,
@@ -74,7 +74,7 @@ def train_blocks(
 
 
 def train_in_turn(
-    walk: Walk, student: Checkpoint, count: int, settings: Distillation, work: Path, progress: Progress
+    walk: Walk, student: Folder, count: int, settings: Distillation, work: Path, progress: Progress
 ) -> tuple[TrainingState, dict[str, Tensor]]:
     """Every block on the walk's first `count` samples, from the outputs of the trained blocks before it.
 
@@ -82,7 +82,7 @@ def train_in_turn(
     """
     skeleton, state, best = walk.skeleton, TrainingState(), dict[str, Tensor]()
     original = compressed = walk.embed()
-    if any(f"{name}.weight" not in student.tensors for name in skeleton.ends):
+    if any(f"{name}.weight" not in student.checkpoint.tensors for name in skeleton.ends):
         with skeleton.overriding(outside_blocks(skeleton, student)):
             compressed = walk.embed()
     for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
@@ -185,7 +185,7 @@ def block_loss(
 
 def blockwise_kl(
     skeleton: Skeleton,
-    student: Checkpoint,
+    student: Folder,
     stored: Mapping[str, Tensor],
     rows: Sequence[Tensor],
     answers: Answers,
@@ -212,14 +212,13 @@ def blockwise_kl(
     return total / tokens if math.isfinite(total) else math.inf
 
 
-def outside_blocks(skeleton: Skeleton, student: Checkpoint) -> dict[str, Callable[[], Tensor]]:
+def outside_blocks(skeleton: Skeleton, student: Folder) -> dict[str, Callable[[], Tensor]]:
     """name -> reader of the student's embeddings, head and last norm, which may be coded, or trained before."""
-    entries = read_entries(student)
 
     def read(name: str) -> Tensor:
-        if name in student.tensors:
-            return student.read(name)
-        return parts.sum_of_parts(read_parts(student, entries[name.removesuffix(".weight")]))
+        if name in student.checkpoint.tensors:
+            return student.checkpoint.read(name)
+        return parts.sum_of_parts(read_parts(student.checkpoint, student.entries[name.removesuffix(".weight")]))
 
     return {name: partial(read, name) for name in skeleton.names_outside_blocks()}
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from llmsqueeze.distillation.blockwise import train_blocks
-from llmsqueeze.distillation.folder import check_teacher, check_trainable, open_student, original_of, write_folder
+from llmsqueeze.distillation.folder import check_teacher, check_trainable, original_of, write_folder
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
 from llmsqueeze.distillation.teacher import ask
@@ -25,6 +25,7 @@ from llmsqueeze.distillation.training import TrainingState, train
 from llmsqueeze.errors import CalibrationError, OutputError
 from llmsqueeze.files import read_json, whole_file
 from llmsqueeze.formats.folder import check_writable
+from llmsqueeze.formats.opened import open_compressed
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoint, weights_digest
@@ -53,33 +54,32 @@ def distill(
     divergences are in nats per token. Raises RecipeError, UnsupportedError, CalibrationError, OutputError or
     CheckpointError."""
     start, progress, chosen_device = time.monotonic(), progress or Progress(), pick_device(device)
-    source = Path(folder)
-    student = open_student(source)
-    out = out or source.with_name(source.resolve().name + "-distilled")
+    student = open_compressed(folder, "distill needs one that `llmsqueeze quantize` wrote", trust_remote_code)
+    out = out or student.path.with_name(student.path.resolve().name + "-distilled")
     check_writable(out, overwrite)
     check_trainable(student, settings)
-    original = open_original(Source(teacher or original_of(source), revision, trust_remote_code))
+    original = open_original(Source(teacher or original_of(student), revision, trust_remote_code))
     skeleton = original.skeleton
-    check_teacher(skeleton, student, source, original.source.model)
+    check_teacher(skeleton, student, original.source.model)
     text = read_calibration(original, settings.text, progress, settings.held_back, chosen_device)
     rows, held_back = split(text.rows, text.held_back, settings.held_back)
-    work = working_folder(out, student, skeleton, settings, text.sha256)
+    work = working_folder(out, student.checkpoint, skeleton, settings, text.sha256)
     cache = teacher_cache or work / "teacher"
     needed = held_back if settings.blockwise else [*rows, *held_back]
     answers = ask(skeleton, needed, cache, settings.top_k, chosen_device, progress, work)
     if settings.blockwise:
         state, best = train_blocks(skeleton, student, rows, held_back, settings, answers, work, chosen_device, progress)
     else:
-        opened = Student(folder, student, frozenset(settings.train), chosen_device, trust_remote_code)
+        opened = Student(folder, student.checkpoint, frozenset(settings.train), chosen_device, trust_remote_code)
         state, best = train(opened, rows, held_back, settings, answers, work, progress)
     if not best:
         progress.note("no step made it better on held-back text: the result is the same folder again")
     entry = record_of(original.source.model, text, settings, state)
-    write_folder(student, best, entry, out, overwrite, trust_remote_code)
+    write_folder(student, best, entry, out, overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return summary_of(original.source.model, text, settings, state, folder, out) | {
         "nbytes": open_checkpoint(out).nbytes,
-        "nbytes_before": student.nbytes,
+        "nbytes_before": student.checkpoint.nbytes,
         "seconds": round(time.monotonic() - start, 3),
         "peak_memory_mb": peak_memory_mb(),
         "peak_device_memory_mb": peak_device_memory_mb(str(chosen_device)),

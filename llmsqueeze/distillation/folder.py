@@ -1,4 +1,4 @@
-"""The student's folder: opened and checked against its teacher, and written again with trained tensors."""
+"""The student's folder: checked against its teacher, and written again with trained tensors."""
 
 from __future__ import annotations
 
@@ -12,51 +12,40 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.distillation.settings import Distillation
-from llmsqueeze.errors import RecipeError, UnsupportedError
-from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native, verify
-from llmsqueeze.formats.entries import is_compressed, own_names, read_entries
+from llmsqueeze.formats.entries import own_names
 from llmsqueeze.formats.folder import Output, rewrite
-from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import LowRank
 
 
-def open_student(source: Path) -> Checkpoint:
-    """The files of a compressed folder. Raises RecipeError if there is none, UnsupportedError if it is not ours."""
-    if not source.is_dir():
-        raise RecipeError(f"{source} is no folder; distill needs one that `llmsqueeze quantize` wrote")
-    checkpoint = open_checkpoint(source)
-    if not is_compressed(checkpoint):
-        raise UnsupportedError(f"{source} was not compressed by llmsqueeze, so there is nothing to distil")
-    read_entries(checkpoint)
-    return checkpoint
-
-
-def check_trainable(student: Checkpoint, settings: Distillation) -> None:
+def check_trainable(student: Folder, settings: Distillation) -> None:
     """Raises RecipeError if the folder has no numbers of the kinds in `train`."""
-    kinds = {spec["part"] for entry in read_entries(student).values() for spec in entry.specs}
+    kinds = {spec["part"] for entry in student.entries.values() for spec in entry.specs}
     if set(settings.train) == {"lowrank"} and LowRank.kind not in kinds:
         raise RecipeError(f"train lowrank: {student.path} holds no low-rank parts; choose scales, norms or codes too")
 
 
-def original_of(source: Path) -> str:
+def original_of(student: Folder) -> str:
     """The original that the folder's record names. Raises RecipeError if it names none, or a local folder."""
-    name = read_json_if_there(source / SIDECAR).get("model")
+    name, path = student.record.get("model"), student.path
     if not name:
-        raise RecipeError(f"{source / SIDECAR} does not name the original of {source}; name it with --teacher")
+        raise RecipeError(f"{path / SIDECAR} does not name the original of {path}; name it with --teacher")
     if "/" not in name and name != "demo" and not Path(name).is_dir():
-        raise RecipeError(f"{source} was made from a local folder {name}; give its path with --teacher")
+        raise RecipeError(f"{path} was made from a local folder {name}; give its path with --teacher")
     return str(name)
 
 
-def check_teacher(skeleton: Skeleton, student: Checkpoint, source: Path, teacher: str) -> None:
+def check_teacher(skeleton: Skeleton, student: Folder, teacher: str) -> None:
     """Raises RecipeError unless the student was made from this teacher."""
-    made_from = read_json_if_there(source / SIDECAR).get("model")
+    source, made_from = student.path, student.record.get("model")
     rows, _ = skeleton.embedding_shape
     embeddings: Any = skeleton.model.get_input_embeddings()
     name = next(name for name, p in skeleton.model.named_parameters() if p is embeddings.weight)
-    stored = student.tensors.get(name)
+    stored = student.checkpoint.tensors.get(name)
     if stored is not None and stored.shape[0] != rows:
         raise RecipeError(
             f"teacher {teacher} has a vocabulary of {rows} tokens, {source} one of {stored.shape[0]}: "
@@ -64,37 +53,36 @@ def check_teacher(skeleton: Skeleton, student: Checkpoint, source: Path, teacher
         )
     wrong = f"{source} was made from {made_from}, and {teacher} is another model: "
     linears = {name for block in skeleton.linears for name in block}
-    for linear, entry in read_entries(student).items():
+    for linear, entry in student.entries.items():
         if linear not in {*linears, *skeleton.ends} or skeleton.shape(linear) != entry.shape:
             raise RecipeError(f"{wrong}it has no {linear} of {entry.shape[0]} x {entry.shape[1]}")
-    if name.removesuffix(".weight") in read_entries(student):
+    if name.removesuffix(".weight") in student.entries:
         return  # coded embeddings differ from the original's
-    if stored is None or not torch.equal(student.read(name), skeleton.checkpoint.read(skeleton.sources[name])):
+    if stored is None or not torch.equal(student.checkpoint.read(name), skeleton.read(name)):
         raise RecipeError(f"{wrong}its embeddings are not those of {source}")
 
 
 def write_folder(
-    student: Checkpoint,
+    student: Folder,
     best: Mapping[str, Tensor],
     entry: Mapping[str, Any],
     out: Path,
     overwrite: bool,
-    trust_remote_code: bool,
 ) -> None:
     """Writes the student's folder to `out` with the `best` tensors in place of its own, and `entry` in its record."""
-    record = read_json_if_there(student.path / SIDECAR)
-    record = record | {"distillation": [*record.get("distillation", []), dict(entry)]}
-    stored_as = own_names(read_entries(student))
+    checkpoint, trust = student.checkpoint, student.trust_remote_code
+    record = student.record | {"distillation": [*student.record.get("distillation", []), dict(entry)]}
+    stored_as = own_names(student.entries)
     best = {stored_as.get(name, name): tensor for name, tensor in best.items()}
 
     def shard_of(names: list[str]) -> dict[str, Tensor]:
-        return {name: best[name] if name in best else student.read_raw(name) for name in names}
+        return {name: best[name] if name in best else checkpoint.read_raw(name) for name in names}
 
     def inspect(output: Output) -> None:
-        verify.verify(output, verify.Computed(weights=None), trust_remote_code=trust_remote_code)
+        verify.verify(output, verify.Computed(weights=None), trust_remote_code=trust)
 
-    config = refitted(student.config, best)
-    rewrite(student, out, student.nbytes, overwrite, shard_of, config, partial(sized, record), inspect)
+    config = refitted(checkpoint.config, best)
+    rewrite(checkpoint, out, checkpoint.nbytes, overwrite, shard_of, config, partial(sized, record), inspect)
 
 
 def sized(record: Mapping[str, Any], nbytes: int) -> dict[str, Any]:

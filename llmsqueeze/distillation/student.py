@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from llmsqueeze.distillation.trained import Trained, TrainedWeight, norm_names
 from llmsqueeze.formats import load
-from llmsqueeze.formats.entries import read_entries
+from llmsqueeze.formats.entries import read_tensors
 from llmsqueeze.formats.hf.layer import SumOfParts
+from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.linears import as_rows, find_blocks
 from llmsqueeze.model.skeleton import Skeleton
@@ -96,18 +97,17 @@ class StudentBlock:
     """One block. trained: its trained numbers. untrained: its other tensors, by name, float32 if they are real."""
 
     def __init__(
-        self, skeleton: Skeleton, student: Checkpoint, index: int, train: frozenset[str], device: torch.device
+        self, skeleton: Skeleton, student: Folder, index: int, train: frozenset[str], device: torch.device
     ) -> None:
         self.skeleton, self.prefix = skeleton, skeleton.blocks[index] + "."
-        entries = read_entries(student)
-        weights = {}
+        checkpoint, entries, weights = student.checkpoint, student.entries, {}
         for name in (name for name in skeleton.linears[index] if name in entries):
             entry = entries[name]
-            tensors = [{kind: student.read_raw(n).to(device) for kind, n in names.items()} for names in entry.names]
+            tensors = read_tensors(checkpoint, entry, device)
             weights[name] = TrainedWeight(entry.shape, entry.specs, tensors, train)
         compressed = {f"{name}.weight" for name in weights}
         names = [name for name in skeleton.names_in(skeleton.blocks[index]) if name not in compressed]
-        stored = {name: student.read_raw(name).to(device) for name in names}
+        stored = {name: checkpoint.read_raw(name).to(device) for name in names}
         self.untrained = {name: t.float() if t.is_floating_point() else t for name, t in stored.items()}
         of_norms = norm_names(skeleton.module(skeleton.blocks[index]), skeleton.blocks[index])
         norms = {n: nn.Parameter(self.untrained[n]) for n in of_norms if n in names and "norms" in train}

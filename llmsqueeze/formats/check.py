@@ -15,8 +15,9 @@ from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import DENSE, Entry, format_of
 from llmsqueeze.formats.exports import gguf, peft
-from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Folder, Reading, open_folder
+from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Reading
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
+from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.recipe.values import choice
 
@@ -91,7 +92,7 @@ def examine(folder: Folder, findings: Findings) -> None:
 
 def form_errors(folder: Folder) -> list[str]:
     """The errors that headers and config show: names, shapes, dtypes, sizes."""
-    return [*name_errors(folder), *size_errors(folder.checkpoint)]
+    return [*name_errors(folder), *size_errors(folder)]
 
 
 def name_errors(folder: Folder) -> Iterator[str]:
@@ -131,14 +132,14 @@ def layout_errors(checkpoint: Checkpoint, entry: Entry) -> Iterator[str]:
                 )
 
 
-def size_errors(checkpoint: Checkpoint) -> Iterator[str]:
+def size_errors(folder: Folder) -> Iterator[str]:
     """Counted bytes are the bytes on disk: of every file, and of the folder's record of itself."""
+    checkpoint, recorded = folder.checkpoint, folder.record.get("nbytes")
     for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
         counted = sum(stored.nbytes for stored in checkpoint.tensors.values() if stored.file == file)
         with file.open("rb") as stream:
             header = 8 + int.from_bytes(stream.read(8), "little")
         if file.stat().st_size != header + counted:
             yield f"{file.name} has {file.stat().st_size} bytes; its tensors and header take {header + counted}"
-    recorded = read_json_if_there(checkpoint.path / SIDECAR).get("nbytes")
     if recorded is not None and recorded != checkpoint.nbytes:
         yield f"{SIDECAR} says {recorded} bytes of weights; there are {checkpoint.nbytes}"

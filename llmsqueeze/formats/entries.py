@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError, UnsupportedError
@@ -55,12 +56,14 @@ def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     raise UnsupportedError(f"{checkpoint.path} was not compressed by llmsqueeze (its format is {method})")
 
 
+def read_tensors(checkpoint: Checkpoint, entry: Entry, device: torch.device | str = "cpu") -> list[dict[str, Tensor]]:
+    """For each part of a linear: tensor of the part -> its value in the file."""
+    return [{kind: checkpoint.read_raw(name).to(device) for kind, name in names.items()} for names in entry.names]
+
+
 def read_parts(checkpoint: Checkpoint, entry: Entry, device: torch.device | str = "cpu") -> list[Part]:
     """A linear's parts from the file, decoded. Raises CheckpointError for damaged streams."""
-    stored = [
-        (spec, {kind: checkpoint.read_raw(name).to(device) for kind, name in names.items()})
-        for spec, names in zip(entry.specs, entry.names, strict=True)
-    ]
+    stored = zip(entry.specs, read_tensors(checkpoint, entry, device), strict=True)
     try:
         return [parts.decoded(parts.restore(entry.shape, spec, tensors)) for spec, tensors in stored]
     except CheckpointError as error:

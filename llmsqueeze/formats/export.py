@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze.errors import RecipeError, UnsupportedError
-from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
+from llmsqueeze.files import SIDECAR, write_json
 from llmsqueeze.formats import compressed_tensors, verify
 from llmsqueeze.formats.entries import DENSE
 from llmsqueeze.formats.exports import gguf, peft
@@ -25,11 +25,11 @@ from llmsqueeze.formats.exports.conversion import (
     Conversion,
     Converted,
     conversion,
-    open_compressed,
     write_folder,
 )
 from llmsqueeze.formats.exports.reround import grid_for, predicted_cost
 from llmsqueeze.formats.folder import check_writable, partial_folder, publish
+from llmsqueeze.formats.opened import open_compressed
 from llmsqueeze.model.linears import find_blocks, find_linears
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
@@ -58,10 +58,10 @@ def export(
     compressed-tensors. Raises UnsupportedError if a part would be lost, and names the first; RecipeError.
     """
     check_request(to, dtype)
-    opened = open_compressed(folder, trust_remote_code)
+    opened = open_compressed(folder, "export converts one that llmsqueeze wrote", trust_remote_code)
     grid = grid_for(opened.entries, to == compressed_tensors.METHOD, bits, group_size)
     plan = conversion(opened, to, DTYPES[dtype] if dtype else None, grid)
-    out = out or plan.path.with_name(f"{plan.path.resolve().name}-{to}")
+    out = out or opened.path.with_name(f"{opened.path.resolve().name}-{to}")
     check_writable(out, overwrite)
     notes, progress = Converted(), progress or Progress()
     if to == gguf.FORMAT:
@@ -70,9 +70,9 @@ def export(
         result = write_adapted(plan, out, overwrite, notes, progress)
     else:
         result = {"nbytes": write_folder(plan, out, overwrite, notes, progress)}
-    summary: dict[str, Any] = {"out": str(out), "model": folder, "target": to, "linears": len(plan.entries)}
+    summary: dict[str, Any] = {"out": str(out), "model": folder, "target": to, "linears": len(opened.entries)}
     if grid is not None:
-        summary |= {"rerounded": str(grid), "predicted_loss_increase": predicted_cost(plan.path, notes.squares)}
+        summary |= {"rerounded": str(grid), "predicted_loss_increase": predicted_cost(opened.record, notes.squares)}
     return summary | {"nbytes_before": opened.checkpoint.nbytes, "opens": notes.opens} | result
 
 
@@ -95,16 +95,15 @@ def write_adapted(plan: Conversion, out: Path, overwrite: bool, notes: Converted
     }
     if not ranks:
         raise UnsupportedError(
-            f"{plan.path} holds no low-rank parts, so there is nothing to adapt; export --to compressed-tensors, or "
-            "quantize with --lorc-rank"
+            f"{plan.folder.path} holds no low-rank parts, so there is nothing to adapt; export --to "
+            "compressed-tensors, or quantize with --lorc-rank"
         )
     rank = peft.adapter_rank(ranks)
     with partial_folder(out) as folder:
         nbytes = write_folder(plan, folder / peft.BASE, overwrite, notes, progress)
         adapter_nbytes = write_adapter(folder / peft.ADAPTER, f"{out.name}/{peft.BASE}", notes, rank, plan.dtype)
         nbytes += adapter_nbytes
-        record = read_json_if_there(plan.path / SIDECAR)
-        write_json(folder / SIDECAR, record | {"format": peft.FORMAT, "nbytes": nbytes})
+        write_json(folder / SIDECAR, plan.folder.record | {"format": peft.FORMAT, "nbytes": nbytes})
         publish(folder, out, overwrite)
     base, adapter = f"{out}/{peft.BASE}", f"{out}/{peft.ADAPTER}"
     serve = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"lorc={adapter}"]
@@ -143,12 +142,11 @@ def write_map(plan: Conversion, out: Path, overwrite: bool) -> dict[str, Any]:
         nbytes = sum(plan.folder.checkpoint.tensors[name].nbytes for name in entry.tensors)
         types[names[linear]], bits = gguf.nearest_type(8 * nbytes / (rows * cols), cols)
         mapped, stored = mapped + bits * rows * cols, stored + 8 * nbytes
-    record = read_json_if_there(plan.path / SIDECAR)
-    commands = gguf.commands(str(record.get("model") or "original"))
+    commands = gguf.commands(str(plan.folder.record.get("model") or "original"))
     with partial_folder(out) as folder:
         (folder / gguf.MAP).write_text(gguf.tensor_type_file(types), encoding="utf-8")
         (folder / "quantize.sh").write_text(gguf.script(commands), encoding="utf-8")
-        write_json(folder / SIDECAR, record | {"format": gguf.FORMAT})
+        write_json(folder / SIDECAR, plan.folder.record | {"format": gguf.FORMAT})
         publish(folder, out, overwrite)
     return {
         "nbytes": 0,

@@ -24,13 +24,12 @@ from llmsqueeze.formats.folder import Output, digest, flush
 from llmsqueeze.formats.inspection.reading import (
     Expected,
     Findings,
-    Folder,
     Reading,
     compare_names,
     failed_check,
-    open_folder,
 )
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
+from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import as_rows, find_blocks

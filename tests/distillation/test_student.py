@@ -14,6 +14,7 @@ import llmsqueeze
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.distillation.student import Student, StudentBlock
 from llmsqueeze.distillation.training import chunks
+from llmsqueeze.formats.opened import open_folder
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
@@ -83,7 +84,7 @@ def test_blocks_one_by_one_are_the_model(
     pair: tuple[Path, Path], model: nn.Module, rows: list[torch.Tensor], tmp_path: Path
 ) -> None:
     original, folder = pair
-    skeleton, student = build_skeleton(open_checkpoint(original)), open_checkpoint(folder)
+    skeleton, student = build_skeleton(open_checkpoint(original)), open_folder(open_checkpoint(folder), False)
     with Spill(parent=tmp_path) as spill, torch.no_grad():
         walk = Walk(skeleton, rows, spill, torch.float32, CPU)
         hidden = walk.embed()

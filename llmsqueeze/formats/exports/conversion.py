@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.errors import RecipeError, UnsupportedError
-from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.formats import compressed_tensors, verify
-from llmsqueeze.formats.entries import DENSE, Entry, format_of, is_compressed, read_parts
+from llmsqueeze.formats.entries import DENSE, Entry, read_parts
 from llmsqueeze.formats.exports import peft
 from llmsqueeze.formats.exports.reround import reround
 from llmsqueeze.formats.folder import Output, digest, rewrite
-from llmsqueeze.formats.inspection.reading import Folder, open_folder
-from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.linears import all_linears, is_transposed
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.progress import Progress
@@ -42,10 +40,6 @@ class Conversion:
     grid: Grid | None
     transposed: frozenset[str]
     ends: frozenset[str]
-
-    @property
-    def path(self) -> Path:
-        return self.folder.checkpoint.path
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -80,17 +74,6 @@ class Converted:
     opens: dict[str, str] = field(default_factory=dict)
 
 
-def open_compressed(folder: str, trust_remote_code: bool) -> Folder:
-    """Raises RecipeError, CheckpointError or UnsupportedError for a folder that llmsqueeze did not compress."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise RecipeError(f"{path} is no folder; export converts one that llmsqueeze wrote")
-    checkpoint = open_checkpoint(path)
-    if not is_compressed(checkpoint):
-        raise UnsupportedError(f"{path} was not compressed by llmsqueeze (its format is {format_of(checkpoint)})")
-    return open_folder(checkpoint, trust_remote_code)
-
-
 def conversion(folder: Folder, to: str, dtype: torch.dtype | None, grid: Grid | None) -> Conversion:
     model = folder.model
     transposed = frozenset(name for name in folder.entries if is_transposed(model.get_submodule(name)))
@@ -103,12 +86,11 @@ def write_folder(plan: Conversion, out: Path, overwrite: bool, notes: Converted,
     """Writes a model folder (of peft: the base) and verifies it; returns the bytes of its tensors."""
     checkpoint = plan.folder.checkpoint
     config = converted_config(plan)
-    record = read_json_if_there(plan.path / SIDECAR)
 
     def sidecar(nbytes: int) -> Mapping[str, Any]:
         bits = round((nbytes - plan.kept_nbytes) * 8 / plan.numel, 6)
         written_as = DENSE if plan.format == DENSE else compressed_tensors.METHOD
-        return record | {"nbytes": nbytes, "bits_per_weight": bits, "format": written_as}
+        return plan.folder.record | {"nbytes": nbytes, "bits_per_weight": bits, "format": written_as}
 
     def inspect(output: Output) -> None:
         trust = plan.folder.trust_remote_code
@@ -184,8 +166,8 @@ def refuse_loss(plan: Conversion, entries: Mapping[str, Entry]) -> None:
         if what is not None:
             adapted = " or --to peft" if what == "a low-rank part" else ""
             raise UnsupportedError(
-                f"{linear} in {plan.path} holds {what}, which compressed-tensors cannot represent; export --to dense"
-                f"{adapted}"
+                f"{linear} in {plan.folder.path} holds {what}, which compressed-tensors cannot represent; "
+                f"export --to dense{adapted}"
             )
 
 

@@ -11,12 +11,11 @@ the coded folder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import short_groups
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry
 from llmsqueeze.parts import Affine, Coded, Grid, Integers, Part
 from llmsqueeze.parts.coding.logsteps import powers
@@ -51,9 +50,9 @@ def grid_for(entries: Mapping[str, Entry], portable: bool, bits: int | None, gro
     return Grid(width, group_size, symmetric=True)
 
 
-def predicted_cost(path: Path, squares: Mapping[str, float]) -> float | None:
-    """Predicted loss (nats per token) of squared errors in steps; None if the folder does not record sensitivities."""
-    sensitivities = read_json_if_there(path / SIDECAR).get("sensitivities", {})
+def predicted_cost(record: Mapping[str, Any], squares: Mapping[str, float]) -> float | None:
+    """Predicted loss (nats per token) of squared errors in steps; None if the folder's record has no sensitivities."""
+    sensitivities = record.get("sensitivities", {})
     if any(name not in sensitivities for name in squares):
         return None
     return float(sum(sensitivities[name] * square for name, square in squares.items()))

@@ -13,33 +13,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError, VerificationError
-from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
 from llmsqueeze.formats.folder import digest
 from llmsqueeze.formats.inspection.integrity import kept_errors, part_errors
-from llmsqueeze.model.checkpoint import Checkpoint
-from llmsqueeze.model.skeleton import empty_model, load_config
+from llmsqueeze.formats.opened import Folder
 from llmsqueeze.parts import Integers, Part
 
 RUNTIMES = ("native", "transformers", "vllm")
-
-
-@dataclass(frozen=True)
-class Folder:
-    """An opened model folder: its tensors, its compressed linears (none if it is dense), and its model without
-    weights."""
-
-    checkpoint: Checkpoint
-    entries: Mapping[str, Entry]
-    model: PreTrainedModel
-    trust_remote_code: bool
-
-    @property
-    def format(self) -> str:
-        return format_of(self.checkpoint)
 
 
 @dataclass
@@ -62,14 +44,6 @@ class Expected:
 
     tensors: Mapping[str, bytes]
     weights: Mapping[str, bytes] | None
-
-
-def open_folder(checkpoint: Checkpoint, trust_remote_code: bool) -> Folder:
-    """Reads the config and, of compressed-tensors, the shapes. Raises CheckpointError or UnsupportedError."""
-    entries = read_entries(checkpoint) if is_compressed(checkpoint) else {}
-    path = checkpoint.path
-    model = empty_model(path, load_config(path, trust_remote_code), trust_remote_code)
-    return Folder(checkpoint, entries, model, trust_remote_code)
 
 
 def compare_names(folder: Folder, expected: Expected) -> None:

@@ -9,7 +9,8 @@ from torch import nn
 
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import Entry
-from llmsqueeze.formats.inspection.reading import Findings, Folder
+from llmsqueeze.formats.inspection.reading import Findings
+from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.linears import all_linears
 from llmsqueeze.parts import spec_grid
 

@@ -1,0 +1,61 @@
+"""A model folder that is opened: its tensors, its compressed linears, its record, and its model without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
+from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.skeleton import empty_model, load_config
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`entries`: its compressed linears, none if it is dense. `model`: on the meta device."""
+
+    checkpoint: Checkpoint
+    entries: Mapping[str, Entry]
+    model: PreTrainedModel
+    trust_remote_code: bool
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def format(self) -> str:
+        return format_of(self.checkpoint)
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Its `llmsqueeze.json`, empty if there is none."""
+        return read_json_if_there(self.path / SIDECAR)
+
+
+def open_folder(checkpoint: Checkpoint, trust_remote_code: bool) -> Folder:
+    """Reads the config and, of compressed-tensors, the shapes. Raises CheckpointError or UnsupportedError."""
+    entries = read_entries(checkpoint) if is_compressed(checkpoint) else {}
+    return _with_model(checkpoint, entries, trust_remote_code)
+
+
+def open_compressed(folder: str, purpose: str, trust_remote_code: bool) -> Folder:
+    """A folder that llmsqueeze compressed. Raises RecipeError if there is no folder; `purpose` says what it was for.
+    Raises CheckpointError, or UnsupportedError if llmsqueeze did not compress it."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise RecipeError(f"{path} is no folder; {purpose}")
+    checkpoint = open_checkpoint(path)
+    return _with_model(checkpoint, read_entries(checkpoint), trust_remote_code)
+
+
+def _with_model(checkpoint: Checkpoint, entries: Mapping[str, Entry], trust_remote_code: bool) -> Folder:
+    config = load_config(checkpoint.path, trust_remote_code)
+    return Folder(checkpoint, entries, empty_model(checkpoint.path, config, trust_remote_code), trust_remote_code)
