@@ -7,6 +7,8 @@ renames tensors and does not pack them again.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,18 @@ def words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
+def _cycle(bits: int) -> tuple[int, int]:
+    """The least number of codes that fills whole words, and the number of these words."""
+    codes = 32 // math.gcd(bits, 32)
+    return codes, words(codes, bits)
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes [rows, cols] in 0 .. 2**bits - 1 (any integer dtype, bits 1 to 8) -> int32 [rows, words(cols, bits)]."""
-    rows, cols = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -cols % 32)).reshape(rows, -1, 32)
-    packed = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
-    for i in range(32):
+    (rows, cols), (cycle, per) = codes.shape, _cycle(bits)
+    padded = torch.nn.functional.pad(codes, (0, -cols % cycle)).reshape(rows, -1, cycle)
+    packed = torch.zeros(rows, padded.shape[1], per, dtype=torch.int64, device=codes.device)
+    for i in range(cycle):
         word, offset = divmod(i * bits, 32)
         value = padded[..., i].to(torch.int64)
         packed[..., word] |= value << offset & 0xFFFFFFFF
@@ -33,10 +41,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     """The inverse of `pack`: int32 [rows, words(cols, bits)] -> uint8 [rows, cols]."""
-    rows = packed.shape[0]
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).reshape(rows, -1, bits)
-    codes = torch.empty(rows, packed.shape[1], 32, dtype=torch.uint8, device=packed.device)
-    for i in range(32):
+    rows, (cycle, per) = packed.shape[0], _cycle(bits)
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % per)).reshape(rows, -1, per)
+    codes = torch.empty(rows, packed.shape[1], cycle, dtype=torch.uint8, device=packed.device)
+    for i in range(cycle):
         word, offset = divmod(i * bits, 32)
         value = packed[..., word] >> offset
         if offset + bits > 32:
