@@ -22,11 +22,6 @@ EVALUATION_STORIES = 200
 KINDS = ("holder", "number", "verb", "use")
 
 
-def write(rng: random.Random) -> list[Sentence]:
-    """The sentences of one story."""
-    return Story(rng).sentences
-
-
 def _join(sentences: list[Sentence]) -> str:
     return " ".join(sentence.text for sentence in sentences)
 
@@ -34,7 +29,7 @@ def _join(sentences: list[Sentence]) -> str:
 def stories(seed: int, count: int) -> list[str]:
     """`count` stories; the same seed gives the same stories."""
     rng = random.Random(seed)
-    return [_join(write(rng)) for _ in range(count)]
+    return [_join(Story(rng).sentences) for _ in range(count)]
 
 
 @cache
@@ -57,7 +52,7 @@ def questions(seed: int, count: int) -> list[dict[str, str | int | list[str]]]:
     rng = random.Random(seed)
     asked: list[dict[str, str | int | list[str]]] = []
     while len(asked) < count:
-        sentences = write(rng)
+        sentences = Story(rng).sentences
         kind = KINDS[len(asked) % len(KINDS)]
         cuts = [index for index, sentence in enumerate(sentences) if sentence.kind == kind]
         if not cuts:

@@ -40,7 +40,7 @@ def read_calibration(
     if text is None:
         count, device = settings.samples + held_back, device or torch.device("cpu")
         rows = sample_rows(original.path, tokenizer, count, seq_len, settings.seed, device, trust, progress)
-        return hashed(SAMPLED, rows[: settings.samples], settings.samples, rows[settings.samples :])
+        return hashed(SAMPLED, rows[: settings.samples], rows[settings.samples :])
     calibration = calibration_rows(text, tokenizer, settings.samples, seq_len, settings.seed, held_back)
     vocabulary, _ = skeleton.embedding_shape
     if max(int(row.max()) for row in calibration.rows) >= vocabulary:

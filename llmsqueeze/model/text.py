@@ -39,7 +39,6 @@ class Calibration:
     source: str
     rows: list[Tensor]
     sha256: str
-    requested: int
     held_back: list[Tensor]
 
     @property
@@ -183,10 +182,10 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     return tokenizer
 
 
-def hashed(source: str, rows: list[Tensor], requested: int, held_back: list[Tensor]) -> Calibration:
+def hashed(source: str, rows: list[Tensor], held_back: list[Tensor]) -> Calibration:
     """A calibration with the SHA-256 of the tokens in `rows`."""
     digest = hashlib.sha256(b"".join(row.numpy().astype("<i8").tobytes() for row in rows)).hexdigest()
-    return Calibration(source, rows, digest, requested, held_back)
+    return Calibration(source, rows, digest, held_back)
 
 
 def token_ids(content: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -226,4 +225,4 @@ def calibration_rows(
     rows = windows(text, tokenizer, seq_len)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [rows[i] for i in order[:samples]]
-    return hashed(text.source, chosen, samples, [rows[i] for i in order[samples : samples + held_back]])
+    return hashed(text.source, chosen, [rows[i] for i in order[samples : samples + held_back]])

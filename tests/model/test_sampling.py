@@ -160,7 +160,7 @@ def test_self_is_hashed_and_repeats(small: str) -> None:
     assert [row.tolist() for row in first.rows] == [row.tolist() for row in again.rows]
     assert first.as_dict()["samples"] == 4
     assert first.as_dict()["seq_len"] == 16
-    assert first.sha256 == hashed("x", drawn(small, 4, 16), 4, []).sha256
+    assert first.sha256 == hashed("x", drawn(small, 4, 16), []).sha256
 
 
 def test_rows_are_held_back_beside_the_others(small: str) -> None:
@@ -271,7 +271,7 @@ def test_the_summary_and_the_sidecar_name_the_source(by_itself: tuple[Path, dict
     assert about == summary["calibration"]
     assert about["source"] == sampling.SOURCE
     assert (about["samples"], about["seq_len"], about["tokens"]) == (3, 16, 48)
-    assert about["sha256"] == hashed("x", drawn(small, 3, 16), 3, []).sha256
+    assert about["sha256"] == hashed("x", drawn(small, 3, 16), []).sha256
     assert sidecar(out)["recipe"]["calibration"] == "self"
 
 
@@ -317,5 +317,5 @@ def test_without_a_network_the_command_succeeds(small: str, tmp_path: Path, monk
     assert json.loads(stdout)["calibration"]["source"] == sampling.SOURCE
     about = sidecar(tmp_path / "out")
     assert about["calibration"]["source"] == sampling.SOURCE
-    assert about["calibration"]["sha256"] == hashed("x", drawn(small, 3, 16), 3, []).sha256
+    assert about["calibration"]["sha256"] == hashed("x", drawn(small, 3, 16), []).sha256
     assert "calibration" not in about["recipe"]

@@ -321,7 +321,7 @@ def test_the_coder_takes_the_bits_that_were_counted(symmetric: bool) -> None:
     """Streams of symbols under the chosen tables, against `coded_bits` and 16 to 32 bits a stream."""
     rng = np.random.default_rng(4)
     contexts = Contexts(rng.integers(0, 8, 40), rng.integers(0, 8, 300), 2)
-    width = 2.0 ** (contexts.numbers() / 2)
+    width = 2.0 ** ((contexts.rows[:, None] + contexts.cols >> 2) / 2)
     signed = np.round(rng.normal(0, width)).astype(np.int8)
     symbols = signed if symmetric else np.abs(signed).view(np.uint8)
     counts = rans.counts(np.abs(signed).view(np.uint8), contexts)

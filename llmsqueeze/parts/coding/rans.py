@@ -56,10 +56,6 @@ class Contexts:
         """The number of tables."""
         return int(self.rows.max() + self.cols.max() >> self.shift) + 1
 
-    def numbers(self) -> Ints:
-        """[rows, cols]: the table number of every place."""
-        return self.rows[:, None] + self.cols >> self.shift
-
 
 def rows_per_stream(rows: int, cols: int) -> int:
     """The rows of a matrix in one stream: the least power of two that gives `MIN_STREAM` symbols or all rows."""
