@@ -35,6 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """As `read_json`, but empty if the file does not exist."""
+    return read_json(path) if path.exists() else {}
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes the JSON object `value`. Raises OutputError if the file cannot be written."""
     try:
@@ -83,8 +88,3 @@ def _refuse_repeated_keys(path: Path, node: Any) -> None:
             raise RecipeError(f"{path}, line {key.start_mark.line + 1}: {key.value} is there twice")
         seen.add(key.value if key.id == "scalar" else "")
         _refuse_repeated_keys(path, value)
-
-
-def read_json_if_there(path: Path) -> dict[str, Any]:
-    """As `read_json`, but empty if the file does not exist."""
-    return read_json(path) if path.exists() else {}

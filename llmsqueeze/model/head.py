@@ -7,7 +7,7 @@ head. A slice of logits has at most `LOGITS_BYTES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,10 @@ class Head:
         embeddings = f"{self._name_of(self.skeleton.model.get_input_embeddings())}.weight"
         stored = self.skeleton.tied.get(self.weight_name, self.weight_name)
         others = set(self.skeleton.names_outside_blocks()) - {stored, embeddings}
-        with ExitStack() as stack:
-            # the head keeps its stored dtype; each slice is cast for its use
-            stack.enter_context(self.skeleton.resident([stored], None, self.device))
-            stack.enter_context(self.skeleton.resident(others, self.dtype, self.device))
+        with (
+            self.skeleton.resident([stored], None, self.device),  # each slice is cast for its use
+            self.skeleton.resident(others, self.dtype, self.device),
+        ):
             yield
 
     def gradient(

@@ -72,7 +72,7 @@ def locate(model: str, revision: str | None = None, weights: bool = True) -> Pat
     Without `weights` everything else is downloaded. Raises CheckpointError if there is no such folder or it has only
     pickled weights, HubError if the Hub cannot be reached or refuses.
     """
-    if model == "demo":
+    if model == DEMO:
         from llmsqueeze.demo import MODEL_DIR
 
         return MODEL_DIR
@@ -83,7 +83,7 @@ def locate(model: str, revision: str | None = None, weights: bool = True) -> Pat
         raise CheckpointError(f"{model} is a file; name the model's folder, a Hub id such as owner/name, or 'demo'")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         siblings = [folder.name for folder in path.parent.glob("*/")] if path.parent.is_dir() else []
-        hint = nearest(path.name, [*siblings, "demo"])
+        hint = nearest(path.name, [*siblings, DEMO])
         raise CheckpointError(
             f"there is no folder {model}; name a local folder, a Hub id (owner/name), or 'demo'{hint}"
         )

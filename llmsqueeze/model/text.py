@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 DEMO = "demo"
+SELF = "self"  # the calibration source that means: the model generates the text (sampling.py)
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,6 @@ class Calibration:
             "tokens": sum(row.numel() for row in self.rows),
             "sha256": self.sha256,
         }
-
-
-SELF = "self"  # the calibration source that means: the model generates the text (sampling.py)
 
 
 def calibration_text(source: str | None, model: str) -> Text:
@@ -203,12 +201,12 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: b
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = token_ids(text.content, tokenizer)
     step = length - len(bos)
-    if len(ids) < (2 - len(bos) if tail else step):
+    shortest = 2 - len(bos) if tail else step
+    if len(ids) < shortest:
         raise CalibrationError(
             f"{text.source} has {len(ids)} tokens, too few for one sample of {length}; take a longer text or a "
             "smaller --seq-len"
         )
-    shortest = 2 - len(bos) if tail else step
     return [torch.tensor([bos + ids[i : i + step]]) for i in range(0, len(ids) - shortest + 1, step)]
 
 

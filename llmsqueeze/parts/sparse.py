@@ -33,7 +33,7 @@ class Sparse:
         rows, cols = weight.shape
         dtype = _index_dtype(cols)
         index, row_count = mask.nonzero()[:, 1], mask.sum(dim=1)
-        return cls(_wrap(index, dtype), _wrap(row_count, dtype), weight[mask], (rows, cols))
+        return cls(index.to(dtype), row_count.to(dtype), weight[mask], (rows, cols))
 
     def dense(self) -> Tensor:
         dense = torch.zeros(self.shape, dtype=torch.float32, device=self.value.device)
@@ -80,10 +80,6 @@ def sparse_spec(count: int, dtype: torch.dtype) -> Spec:
 
 def _index_dtype(cols: int) -> torch.dtype:
     return torch.int16 if cols < 1 << 16 else torch.int32
-
-
-def _wrap(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(torch.int32).to(dtype) if dtype == torch.int16 else values.to(dtype)
 
 
 def _unwrap(stored: Tensor) -> Tensor:

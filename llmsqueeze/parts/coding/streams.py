@@ -42,10 +42,9 @@ class Streams:
         per = rans.rows_per_stream(rows, cols)
         parsed = frequencies.parse(tables, contexts.count, symbols.dtype == np.int8)
         words, lengths = rans.encode(symbols, parsed, contexts, per)
-        kind = np.int16 if lengths_dtype(per, cols) == torch.int16 else np.int32
         stored = (
             torch.from_numpy(words.view(np.int16)),
-            torch.from_numpy(lengths.astype(np.uint16 if kind == np.int16 else np.int32).view(kind)),
+            torch.from_numpy(lengths).to(lengths_dtype(per, cols)),
             torch.from_numpy(tables),
         )
         return cls(*stored, checksum_of((*stored, *side)), per)
