@@ -1,4 +1,4 @@
-"""What test files of several rooms need: the command line run in this process, compressed folders, curvatures."""
+"""What several test files need: the command line run in this process, compressed folders, parts, curvatures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from llmsqueeze.allocation.coded import Curve
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli.app import app
 from llmsqueeze.measure.costs import OCTAVES
+from llmsqueeze.parts import Affine, Grid
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 
 TEXT: dict[str, Any] = {
@@ -80,6 +81,25 @@ def correlated_moments(cols: int, generator: torch.Generator, tokens: int = 400)
 def correlated_curvature(cols: int, generator: torch.Generator) -> Curvature:
     """The curvature of `correlated_moments`."""
     return factorize(correlated_moments(cols, generator))
+
+
+def random_affine(
+    grid: Grid, rows: int, cols: int, generator: torch.Generator, on: Tensor | None = None
+) -> tuple[Affine, Tensor]:
+    """A random part on all rows, or on those of `on` bool [rows], and its dense form, computed entry by entry."""
+    chosen = list(range(rows)) if on is None else on.nonzero()[:, 0].tolist()
+    codes = torch.randint(0, grid.max_code + 1, (len(chosen), cols), generator=generator, dtype=torch.uint8)
+    scale = torch.randn(len(chosen), grid.groups(cols), generator=generator).to(torch.bfloat16)
+    zero = torch.randint(0, grid.max_code + 1, scale.shape, generator=generator, dtype=torch.uint8)
+    dense = torch.zeros(rows, cols)
+    width = cols if grid.group_size == -1 else grid.group_size
+    for i, r in enumerate(chosen):
+        for j in range(cols):
+            origin = float(zero[i, j // width])
+            if grid.symmetric:
+                origin = (2**grid.bits - 1) / 2 if grid.half else 2 ** (grid.bits - 1)
+            dense[r, j] = float(scale[i, j // width]) * (int(codes[i, j]) - origin)
+    return Affine.from_codes(codes, scale, zero, grid, on), dense
 
 
 def configs() -> dict[str, Any]:

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import random_affine
 
 from llmsqueeze import parts
-from llmsqueeze.parts import Affine, Grid, LowRank, Sparse
-
-
-def make_affine(grid: Grid, rows: int, cols: int, generator: torch.Generator) -> tuple[Affine, torch.Tensor]:
-    """A random part and its dense form, computed entry by entry."""
-    codes = torch.randint(0, grid.max_code + 1, (rows, cols), generator=generator, dtype=torch.uint8)
-    scale = torch.randn(rows, grid.groups(cols), generator=generator).to(torch.bfloat16)
-    zero = torch.randint(0, grid.max_code + 1, scale.shape, generator=generator, dtype=torch.uint8)
-    dense = torch.empty(rows, cols)
-    width = cols if grid.group_size == -1 else grid.group_size
-    for r in range(rows):
-        for j in range(cols):
-            origin = 2 ** (grid.bits - 1) if grid.symmetric else int(zero[r, j // width])
-            dense[r, j] = float(scale[r, j // width]) * (int(codes[r, j]) - origin)
-    return Affine.from_codes(codes, scale, zero, grid), dense
+from llmsqueeze.parts import Grid, LowRank, Sparse
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -30,7 +17,7 @@ def test_affine_is_scale_times_code_minus_zero(
     bits: int, group_size: int, symmetric: bool, generator: torch.Generator
 ) -> None:
     grid = Grid(bits, group_size, symmetric)
-    part, dense = make_affine(grid, 5, 40, generator)
+    part, dense = random_affine(grid, 5, 40, generator)
     assert torch.equal(part.dense(), dense)
 
 
@@ -60,7 +47,7 @@ def test_a_row_of_nothing_but_outliers() -> None:
 
 @pytest.mark.parametrize("grid", [Grid(3, 16, True), Grid(2, 24, False), Grid(5, -1, False)], ids=str)
 def test_bytes_are_known_before_the_tensors_exist(grid: Grid, generator: torch.Generator) -> None:
-    part, _ = make_affine(grid, 33, 70, generator)
+    part, _ = random_affine(grid, 33, 70, generator)
     sparse = Sparse.from_mask(torch.rand(33, 70, generator=generator) < 0.05, torch.randn(33, 70).half())
     both = [part, sparse]
     specs = [p.spec() for p in both]
@@ -72,7 +59,7 @@ def test_bytes_are_known_before_the_tensors_exist(grid: Grid, generator: torch.G
 
 
 def test_a_weight_is_the_sum_of_its_parts(generator: torch.Generator) -> None:
-    part, dense = make_affine(Grid(3, 16, True), 5, 40, generator)
+    part, dense = random_affine(Grid(3, 16, True), 5, 40, generator)
     low = LowRank.from_factors(
         torch.randn(5, 2, generator=generator), torch.randn(2, 40, generator=generator), torch.float16
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import correlated_curvature
+from support import correlated_curvature, random_affine
 from torch import Tensor
 
 from llmsqueeze import parts
@@ -35,34 +35,17 @@ GRIDS = [
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
-def some_rows(generator: torch.Generator, rows: int = ROWS) -> Tensor:
+def some_rows(generator: torch.Generator) -> Tensor:
     """bool [rows]: about half of them, neither none nor all."""
-    chosen = torch.rand(rows, generator=generator) < 0.5
+    chosen = torch.rand(ROWS, generator=generator) < 0.5
     chosen[0], chosen[-1] = True, False
     return chosen
-
-
-def random_part(grid: Grid, rows: Tensor, generator: torch.Generator) -> tuple[Affine, Tensor]:
-    """A part on these rows and its dense form, computed entry by entry."""
-    count = int(rows.sum())
-    codes = torch.randint(0, grid.max_code + 1, (count, PART_COLS), generator=generator, dtype=torch.uint8)
-    scale = torch.randn(count, grid.groups(PART_COLS), generator=generator).to(torch.bfloat16)
-    zero = torch.randint(0, grid.max_code + 1, scale.shape, generator=generator, dtype=torch.uint8)
-    dense = torch.zeros(len(rows), PART_COLS)
-    width = PART_COLS if grid.group_size == -1 else grid.group_size
-    for i, r in enumerate(rows.nonzero()[:, 0].tolist()):
-        for j in range(PART_COLS):
-            origin = float(zero[i, j // width])
-            if grid.symmetric:
-                origin = (2**grid.bits - 1) / 2 if grid.half else 2 ** (grid.bits - 1)
-            dense[r, j] = float(scale[i, j // width]) * (int(codes[i, j]) - origin)
-    return Affine.from_codes(codes, scale, zero, grid, rows), dense
 
 
 @every_grid
 def test_a_part_of_some_rows_is_zero_on_the_others_and_comes_back(grid: Grid, generator: torch.Generator) -> None:
     """And its layout is that of its tensors, to the byte."""
-    part, dense = random_part(grid, some_rows(generator), generator)
+    part, dense = random_affine(grid, ROWS, PART_COLS, generator, some_rows(generator))
     shape = ROWS, PART_COLS
     assert part.shape == shape
     assert torch.equal(part.dense(), dense)
@@ -75,7 +58,7 @@ def test_a_part_of_some_rows_is_zero_on_the_others_and_comes_back(grid: Grid, ge
 
 
 def test_marking_rows_costs_one_bit_each(generator: torch.Generator) -> None:
-    part, _ = random_part(Grid(3, 16, True), some_rows(generator), generator)
+    part, _ = random_affine(Grid(3, 16, True), ROWS, PART_COLS, generator, some_rows(generator))
     assert part.rows is not None
     assert part.rows.nbytes == 4 * 2, "37 rows, two words"
 
@@ -84,7 +67,8 @@ def test_marking_rows_costs_one_bit_each(generator: torch.Generator) -> None:
 def test_parts_on_disjoint_rows_sum_to_the_weight(pair: tuple[Grid, Grid], generator: torch.Generator) -> None:
     chosen = some_rows(generator)
     (first, dense), (second, other) = (
-        random_part(grid, rows, generator) for grid, rows in zip(pair, (chosen, ~chosen), strict=True)
+        random_affine(grid, ROWS, PART_COLS, generator, rows)
+        for grid, rows in zip(pair, (chosen, ~chosen), strict=True)
     )
     total = parts.sum_of_parts([first, second])
     assert torch.equal(total[chosen], dense[chosen])
