@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llmsqueeze.errors import HubError
+from llmsqueeze.errors import HubError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -39,13 +39,13 @@ def _explain(api: HfApi, repo: str, error: BaseException) -> str:
     for cause in causes:
         if isinstance(cause, HfHubHTTPError):
             # a server may quote the request, and with it the token
-            answer = _first_line(cause.server_message).replace(str(api.token), "...")
+            answer = (cause.server_message or "").strip().partition("\n")[0].replace(str(api.token), "...")
             return _refusal(api, repo, cause.response.status_code, answer)
         if isinstance(cause, OfflineModeIsEnabled):
             return "offline mode is on: nothing can be uploaded; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
         if isinstance(cause, HTTPError):
-            return f"cannot reach the Hub at {api.endpoint}: {_first_line(cause)}; check the network and HF_ENDPOINT"
-    line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", _first_line(error)).replace(str(api.token), "...")
+            return f"cannot reach the Hub at {api.endpoint}: {first_line(cause)}; check the network and HF_ENDPOINT"
+    line = re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", first_line(error)).replace(str(api.token), "...")
     status = XET_STATUS.search(line)
     return _refusal(api, repo, int(status[1]), line) if status else f"the upload to '{repo}' failed: {line}"
 
@@ -77,7 +77,3 @@ def _where_allowed(api: HfApi, repo: str) -> str:
         return "use a token with write access to it (https://huggingface.co/settings/tokens)"
     own = f"'{user}/{name}'" if user else "a repository of your own"
     return f"push to {own}, or use a token with write access to '{owner}'"
-
-
-def _first_line(text: object) -> str:
-    return next((line.strip() for line in str(text or "").splitlines() if line.strip()), "")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmsqueeze.publish.plots.figure import BLUE, RED, finish, log_axis, plain_axes, style
+from llmsqueeze.publish.plots.figure import BLUE, RED, finish, legend, log_axis, plain_axes, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +34,7 @@ def cost_curve(curve: Sequence[tuple[float, float]], chosen: tuple[float, float]
             _draw_chosen(axes, mark, logarithmic=bool(positive))
         if not points and not mark:
             axes.text(0.5, 0.5, "no points", transform=axes.transAxes, ha="center")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+        legend(axes)
         finish(figure, title)
     return figure
 

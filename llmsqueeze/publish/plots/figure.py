@@ -74,6 +74,12 @@ def log_ticks(axis: Axis, decades: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def legend(axes: Axes) -> None:
+    """A legend at the top right, if a part of the plot has a label."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+
+
 def finish(figure: Figure, title: str) -> None:
     """Adds the title, broken to the figure's width, and fixes the layout, because each drawing would move it."""
     if title:

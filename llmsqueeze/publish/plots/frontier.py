@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.publish import numbers
 from llmsqueeze.publish.numbers import finite, significant
-from llmsqueeze.publish.plots.figure import BLUE, GREY, RED, finish, log_axis, log_ticks, plain_axes, style
+from llmsqueeze.publish.plots.figure import BLUE, GREY, RED, finish, legend, log_axis, log_ticks, plain_axes, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,8 +81,7 @@ def frontier(points: Sequence[Point], original: float | None, title: str) -> Fig
             _draw_point(axes, point, floor)
         if original:
             axes.axvline(original, color=RED, linewidth=0.9, linestyle=":", label="size of the original")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+        legend(axes)
         finish(figure, title)
         named = [p for p in points if len(points) <= MOST_NAMED or p.on_frontier or p.this]
         _name_points(figure, axes, points, named, floor)
