@@ -7,6 +7,7 @@ the salience of rows and the statistic of outliers. No gradient of a whole block
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,14 +32,13 @@ def reduce_block(
     walk: Walk, index: int, inputs: Activations, gradients: Activations, linears: Linears, request: Request
 ) -> Profile:
     """A resident block's backward pass over all samples; `gradients` go from its output to its input."""
-    groups = fusion_groups(walk, index, inputs.get(0, walk.device))
+    groups, labels = fusion_groups(walk, index, inputs.get(0, walk.device)), label_counts(walk)
     moments = _InputMoments(groups, linears) if request.prices else None
     sums = _GradientSums(walk.skeleton, index, linears, request) if request.weight_gradients else None
-    for sample in range(len(walk.samples)):
+    for sample, count in enumerate(labels):
         hidden, upstream = inputs.get(sample, walk.device), gradients.get(sample, walk.device)
-        labels = walk.samples[sample].shape[1] - 1
         on_gradient = sums.add if sums is not None else None
-        on_linear = moments.watching(labels) if moments is not None else None
+        on_linear = partial(moments.add, count) if moments is not None else None
         gradients.replace(sample, walk.block_gradient(index, sample, hidden, upstream, on_gradient, on_linear))
     measured = [Profile(groups=tuple(group.names for group in groups))]
     if sums is not None:
@@ -48,8 +48,13 @@ def reduce_block(
     statistics = sums.statistics if sums is not None else {}
     measured.append(reduce_weights(walk.skeleton, index, statistics, linears, request))
     if moments is not None:
-        measured.append(moments.priced(walk.skeleton, linears, request))
+        measured.append(moments.priced(walk.skeleton, request, sum(labels)))
     return joined(measured)
+
+
+def label_counts(walk: Walk) -> list[int]:
+    """How many labels the loss of each sample is over."""
+    return [tokens.shape[1] - 1 for tokens in walk.samples]
 
 
 def reduce_weights(
@@ -123,15 +128,9 @@ class _InputMoments:
         self.xtx: dict[int, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.tokens: dict[int, int] = {}
-        self.labels = 0
 
-    def watching(self, labels: int) -> _InputMoments:
-        """Prepares for a sample whose mean loss is over this many labels."""
-        self.sample_labels = labels
-        self.labels += labels
-        return self
-
-    def __call__(self, name: str, x: Tensor, gradient: Tensor) -> None:
+    def add(self, labels: int, name: str, x: Tensor, gradient: Tensor) -> None:
+        """Takes a linear's input and output gradient, of a sample whose mean loss is over this many labels."""
         group = self.leaders.get(name)
         if group is not None:
             x = x.reshape(-1, x.shape[-1])
@@ -141,22 +140,23 @@ class _InputMoments:
             self.tokens[group] = self.tokens.get(group, 0) + len(x)
         if name in self.linears:
             # of the summed loss, not of the mean one
-            square = (gradient.reshape(-1, gradient.shape[-1]) * self.sample_labels).square_().sum(dim=0)
+            square = (gradient.reshape(-1, gradient.shape[-1]) * labels).square_().sum(dim=0)
             self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
 
-    def priced(self, skeleton: Skeleton, linears: Linears, request: Request) -> Profile:
-        """The prices of the linears, group by group; uses up the moments. A linear that no sample reached has none."""
+    def priced(self, skeleton: Skeleton, request: Request, labels: int) -> Profile:
+        """The prices of the linears, group by group, from the gradients of so many labels; uses up the moments. A
+        linear that no sample reached has none."""
         profiles = []
         for i, group in enumerate(self.groups):
             if i not in self.xtx:
                 continue
             curvature = factorize(self.xtx.pop(i).div_(self.tokens[i]))
             for name in group.names:
-                if name in linears and name in self.squares:
+                if name in self.squares:
                     module = skeleton.linear(name)
                     weight = as_rows(module, module.weight.detach())
-                    gradient = self.squares[name] / self.labels
-                    profiles.append(priced(name, weight, gradient, self.labels, curvature, linears[name], request))
+                    gradient = self.squares[name] / labels
+                    profiles.append(priced(name, weight, gradient, labels, curvature, self.linears[name], request))
         return joined(profiles)
 
 

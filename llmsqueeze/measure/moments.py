@@ -62,13 +62,13 @@ class ResidualStreams:
 
 def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
     """The linears of a resident block in the order they are first called with `hidden` [1, length, width]."""
-    seen: dict[str, list[Tensor]] = {}
-    handles = [
-        walk.skeleton.module(name).register_forward_pre_hook(_note_input(seen.setdefault(name, [])))
-        for name in walk.skeleton.linears[index]
-    ]
-    order: list[str] = []
-    handles += [walk.skeleton.module(name).register_forward_pre_hook(_note_order(order, name)) for name in list(seen)]
+    seen: dict[str, list[Tensor]] = {}  # in the order of the first calls
+
+    def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: seen.setdefault(name, []).append(args[0])
+
+    names = walk.skeleton.linears[index]
+    handles = [walk.skeleton.module(name).register_forward_pre_hook(noting(name)) for name in names]
     try:
         with torch.no_grad():
             walk.run(index, 0, hidden)
@@ -76,9 +76,9 @@ def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
         for handle in handles:
             handle.remove()
     groups: dict[tuple[int, ...], list[str]] = {}
-    for name in dict.fromkeys(order):
+    for name, inputs in seen.items():
         # the inputs are still referenced by `seen`, so equal ids mean one and the same tensor
-        groups.setdefault(tuple(id(tensor) for tensor in seen[name]), []).append(name)
+        groups.setdefault(tuple(map(id, inputs)), []).append(name)
     return [FusionGroup(tuple(names), len(key)) for key, names in groups.items()]
 
 
@@ -154,11 +154,3 @@ class _Capture:
         finally:
             handle.remove()
         return torch.cat(seen)
-
-
-def _note_input(seen: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda _module, args: seen.append(args[0])
-
-
-def _note_order(order: list[str], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda _module, _args: order.append(name)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.measure.block import Linears, reduce_block, reduce_weights
+from llmsqueeze.measure.block import Linears, label_counts, reduce_block, reduce_weights
 from llmsqueeze.measure.costs import coded_points
 from llmsqueeze.measure.ends import Ends
 from llmsqueeze.measure.importance import similarity
@@ -60,13 +60,12 @@ def gradient_sweeps(
         if index:  # the first block's inputs belong to the caller
             inputs[index].clear()
         progress.advance()
-    labels = sum(tokens.shape[1] - 1 for tokens in walk.samples) if request.prices else 0
     profile = joined([*reversed(blocks), *([price_ends(ends, first_inputs, gradients)] if ends is not None else [])])
     gradients.clear()
     return replace(
         profile,
         loss=loss,
-        labels=labels,
+        labels=sum(label_counts(walk)) if request.prices else 0,
         options=request.options,
         salience_widths=request.salience_widths,
         lim=tuple(lim),
