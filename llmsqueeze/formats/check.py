@@ -12,16 +12,13 @@ from typing import Any
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
-from llmsqueeze.formats import compressed_tensors, native
-from llmsqueeze.formats.entries import DENSE, Entry, format_of
+from llmsqueeze.formats.entries import DENSE, FORMATS, Entry, format_of
 from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Reading
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.recipe.values import choice
-
-FORMATS = (native.METHOD, compressed_tensors.METHOD)
 
 
 def check(folder: str, runtime: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -35,11 +32,16 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
     if not path.is_dir():
         raise RecipeError(f"{path} is no folder; check looks at one that llmsqueeze wrote")
     findings, form = Findings(), "unknown"
-    if recorded_format(path) == peft.FORMAT:
+    recorded = read_json_if_there(path / SIDECAR).get("format")
+    if recorded == peft.FORMAT:
         findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
         path = path / peft.BASE
     try:
-        checkpoint = open_weights(path)
+        if recorded == gguf.FORMAT:
+            raise UnsupportedError(
+                f"{path} holds a plan for llama.cpp and no weights; quantize.sh in it makes the model"
+            )
+        checkpoint = open_checkpoint(path)
         form = format_of(checkpoint)
         refuse_other_tools(checkpoint)
         examine(open_folder(checkpoint, trust_remote_code), findings)
@@ -56,19 +58,6 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
         "verdicts": {runtime: verdicts[runtime]} if runtime else verdicts,
         "notes": findings.notes,
     }
-
-
-def recorded_format(path: Path) -> str | None:
-    """The format in the folder's record, if it has one."""
-    name: str | None = read_json_if_there(path / SIDECAR).get("format")
-    return name
-
-
-def open_weights(path: Path) -> Checkpoint:
-    """Raises UnsupportedError for a plan for llama.cpp, CheckpointError for a folder that cannot be opened."""
-    if recorded_format(path) == gguf.FORMAT:
-        raise UnsupportedError(f"{path} holds a plan for llama.cpp and no weights; quantize.sh in it makes the model")
-    return open_checkpoint(path)
 
 
 def refuse_other_tools(checkpoint: Checkpoint) -> None:

@@ -15,7 +15,8 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.parts import Grid, Part, Spec
 
-DENSE = "dense"  # the name of the format without quantization_config
+FORMATS = (native.METHOD, compressed_tensors.METHOD)  # with quantization_config
+DENSE = "dense"  # the name of the format without
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Entry:
     beside: tuple[str, ...] = ()
 
     @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
     def tensors(self) -> list[str]:
         """The names of all its tensors in the file."""
         return [name for names in self.names for name in names.values()] + list(self.beside)
@@ -36,7 +41,7 @@ class Entry:
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
     """Whether the folder is in one of our formats."""
-    return format_of(checkpoint) in (native.METHOD, compressed_tensors.METHOD)
+    return format_of(checkpoint) in FORMATS
 
 
 def format_of(checkpoint: Checkpoint) -> str:

@@ -138,10 +138,9 @@ def write_map(plan: Conversion, out: Path, overwrite: bool) -> dict[str, Any]:
     types = {names[linear]: gguf.WHOLE for linear in linears}  # llama.cpp rounds what the map does not name
     mapped = stored = 0.0  # bits
     for linear, entry in plan.entries.items():
-        rows, cols = entry.shape
         nbytes = sum(plan.folder.checkpoint.tensors[name].nbytes for name in entry.tensors)
-        types[names[linear]], bits = gguf.nearest_type(8 * nbytes / (rows * cols), cols)
-        mapped, stored = mapped + bits * rows * cols, stored + 8 * nbytes
+        types[names[linear]], bits = gguf.nearest_type(8 * nbytes / entry.numel, entry.shape[1])
+        mapped, stored = mapped + bits * entry.numel, stored + 8 * nbytes
     commands = gguf.commands(str(plan.folder.record.get("model") or "original"))
     with partial_folder(out) as folder:
         (folder / gguf.MAP).write_text(gguf.tensor_type_file(types), encoding="utf-8")

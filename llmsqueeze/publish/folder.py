@@ -205,7 +205,7 @@ def compressed_linears(
     """In the order of their compression if the record has it."""
     order = {name: i for i, name in enumerate(errors)}
     return [
-        Linear(name, describe([entry]), numel(entry), stored_nbytes(checkpoint, entry), errors.get(name))
+        Linear(name, describe([entry]), entry.numel, stored_nbytes(checkpoint, entry), errors.get(name))
         for name, entry in sorted(entries.items(), key=lambda item: order.get(item[0], len(order)))
     ]
 
@@ -221,11 +221,6 @@ def dense_linears(checkpoint: Checkpoint, errors: Mapping[str, float | None]) ->
             weights = stored.nbytes // stored.dtype.itemsize
             linears.append(Linear(name, parts.dtype_name(stored.dtype), weights, stored.nbytes, error))
     return linears
-
-
-def numel(entry: Entry) -> int:
-    rows, cols = entry.shape
-    return rows * cols
 
 
 def stored_nbytes(checkpoint: Checkpoint, entry: Entry) -> int:
@@ -247,7 +242,7 @@ def describe(entries: Sequence[Entry]) -> str:
     """The parts of similar linears in words: '12 % 4 bit, 88 % 3 bit, g128 + rank 4 to 8 + 0.5 % outliers'."""
     ranks = [sum(s["rank"] for s in entry.specs if s["part"] == parts.LowRank.kind) for entry in entries]
     shares = [
-        100 * sum(s["count"] for s in entry.specs if s["part"] == parts.Sparse.kind) / numel(entry) for entry in entries
+        100 * sum(s["count"] for s in entry.specs if s["part"] == parts.Sparse.kind) / entry.numel for entry in entries
     ]
     texts = [
         "coded" if any(spec["part"] == parts.Coded.kind for entry in entries for spec in entry.specs) else "",

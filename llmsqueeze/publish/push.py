@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError
 from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json
+from llmsqueeze.formats.entries import DENSE, FORMATS
 from llmsqueeze.formats.public import shown
 from llmsqueeze.progress import Progress
 from llmsqueeze.publish.card import MARK, model_card
@@ -198,7 +199,7 @@ def check_folder(directory: Path) -> list[str]:
         raise CheckpointError(f"'{directory}' has no config.json; run `llmsqueeze quantize` again to write it")
     quantization = read_json(config).get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in ("llmsqueeze", "compressed-tensors", None) or (method or "dense") != form:
+    if method not in (*FORMATS, None) or (method or DENSE) != form:
         raise UnsupportedError(
             f"'{config}' has quant_method {method!r}, but {SIDECAR} has {form!r}; push uploads only folders that "
             "llmsqueeze wrote (`hf upload` uploads other folders)"

@@ -12,7 +12,7 @@ from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.formats.entries import Entry
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.original import locate
-from llmsqueeze.publish.folder import Folder, describe, numel, read_folder
+from llmsqueeze.publish.folder import Folder, describe, read_folder
 from llmsqueeze.publish.provenance import chosen
 
 
@@ -90,7 +90,7 @@ def _code_bits(entries: Mapping[str, Entry]) -> float:
         rows, cols = entry.shape
         total += sum(parts.spec_grid(s).bits * s.get("rows", rows) * cols for s in parts.with_grid(entry.specs))
         total += sum(16 * s["words"] for s in entry.specs if s["part"] == parts.Coded.kind)
-    return total / sum(map(numel, entries.values()))
+    return total / sum(entry.numel for entry in entries.values())
 
 
 def _fold(folder: Folder) -> list[Row]:
@@ -107,7 +107,7 @@ def _fold(folder: Folder) -> list[Row]:
             pattern,
             len(names),
             describe([folder.entries[name] for name in names]),
-            sum(numel(folder.entries[name]) for name in names),
+            sum(folder.entries[name].numel for name in names),
             sum(nbytes[name] for name in names),
         )
         for (pattern, _), names in groups.items()

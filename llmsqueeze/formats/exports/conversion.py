@@ -48,7 +48,7 @@ class Conversion:
     @property
     def numel(self) -> int:
         """How many weights the compressed linears have."""
-        return sum(rows * cols for rows, cols in (entry.shape for entry in self.entries.values()))
+        return sum(entry.numel for entry in self.entries.values())
 
     @property
     def kept_nbytes(self) -> int:
@@ -185,6 +185,4 @@ def without_factors(entry: Entry) -> Entry:
 
 def dense_nbytes(plan: Conversion) -> int:
     """Bytes of the linears' dense weights."""
-    return sum(
-        entry.shape[0] * entry.shape[1] * plan.stored_dtype(name).itemsize for name, entry in plan.entries.items()
-    )
+    return sum(entry.numel * plan.stored_dtype(name).itemsize for name, entry in plan.entries.items())
