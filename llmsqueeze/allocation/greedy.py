@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan, fused
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.costs import Option
 
@@ -135,7 +135,7 @@ def make_units(
     granularity: str,
     groups: Sequence[Sequence[str]],
 ) -> list[Units]:
-    """The units of the planned linears that have costs. Linears that no fusion group names stand alone."""
+    """The units of the planned linears that have costs."""
 
     def sizes(name: str) -> Tensor:
         weight = plan.weights[name]
@@ -144,15 +144,11 @@ def make_units(
     costed = [name for name in plan.weights if name in costs]
     if granularity == "row":
         return [Units.of((name,), costs[name].double(), sizes(name)) for name in costed]
-    shared = [tuple(names) for names in groups] if granularity == "group" else []
-    alone = [(name,) for name in costed if not any(name in names for names in shared)]
     result = []
-    for names in [*shared, *alone]:
-        members = [name for name in names if name in costs and name in plan.weights]
-        if members:
-            cost = torch.stack([costs[name].double().sum(dim=1) for name in members]).sum(dim=0)
-            nbytes = torch.stack([sizes(name) * plan.weights[name].shape[0] for name in members]).sum(dim=0)
-            result.append(Units.of(tuple(members), cost[:, None], nbytes))
+    for names in fused(costed, groups if granularity == "group" else ()):
+        cost = torch.stack([costs[name].double().sum(dim=1) for name in names]).sum(dim=0)
+        nbytes = torch.stack([sizes(name) * plan.weights[name].shape[0] for name in names]).sum(dim=0)
+        result.append(Units.of(names, cost[:, None], nbytes))
     return result
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from llmsqueeze.allocation.options import two_grids
-from llmsqueeze.allocation.plan import Plan, Rows
+from llmsqueeze.allocation.plan import Plan, Rows, fused
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts import Grid
@@ -73,15 +73,8 @@ def allocate(
             f"takes {plan.bits_per_weight:.3f}, everything counted: choose more, or a smaller --low-bits"
         )
     whole = [blocks[index] for index in order]
-    parts = [part for names in whole for part in _groups_within(names, groups)]
-    for names in [*whole, *parts]:
+    for names in [*whole, *(part for block in whole for part in fused(block, groups))]:
         candidate = on(names, high, plan)
         if candidate.nbytes <= target:
             plan = candidate
     return plan
-
-
-def _groups_within(block: Sequence[str], groups: Sequence[Sequence[str]]) -> list[Sequence[str]]:
-    """The fusion groups of a block, and its linears that are in none."""
-    inside = [names for names in groups if names[0] in block]
-    return [*inside, *([name] for name in block if not any(name in names for names in inside))]

@@ -216,6 +216,13 @@ def planned_linears(skeleton: Skeleton, skip: Sequence[str]) -> list[str]:
     return [name for name in names if name not in skipped]
 
 
+def fused(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The linears `names` as fusion groups; those that are in none of `groups` come last, each alone."""
+    together = [tuple(name for name in group if name in names) for group in groups]
+    grouped = {name for group in together for name in group}
+    return [*filter(None, together), *((name,) for name in names if name not in grouped)]
+
+
 def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
     weights = {name: _base_weight(skeleton, name, recipe) for name in planned_linears(skeleton, recipe.skip)}
