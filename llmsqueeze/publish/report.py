@@ -11,7 +11,8 @@ from typing import Any
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
 from llmsqueeze.publish import provenance
-from llmsqueeze.publish.folder import Folder, Linear, read_public
+from llmsqueeze.publish.folder import Folder, read_public
+from llmsqueeze.publish.linears import Linear
 from llmsqueeze.publish.page import story
 from llmsqueeze.publish.page.comparison import view_of
 from llmsqueeze.publish.page.pictures import NUMBERED, blocks_of, heat_map_picture

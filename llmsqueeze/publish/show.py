@@ -12,7 +12,8 @@ from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.formats.entries import Entry
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.original import locate
-from llmsqueeze.publish.folder import Folder, describe, read_folder
+from llmsqueeze.publish.folder import Folder, read_folder
+from llmsqueeze.publish.linears import describe
 from llmsqueeze.publish.provenance import chosen
 
 
