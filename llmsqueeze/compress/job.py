@@ -80,25 +80,29 @@ class Job:
         return Walk(self.skeleton, self.samples, spill, torch.float32, self.device)
 
 
+def model_name(source: Source) -> str:
+    """The model's name without its owner or folder; folders of results begin with it."""
+    return Path(source.model).expanduser().resolve().name
+
+
 def open_job(
     source: Source,
     recipe: Recipe,
     progress: Progress,
     text: bool | None = None,
     weights: bool = True,
-    held_back: int = 0,
     device: torch.device = CPU,
 ) -> Job:
     """Finds and lays out the model and fits the recipe to it; reads the text if one is needed, or as `text` says.
 
-    Without `weights` only the model's configuration has to be there. `held_back`: samples to keep for measuring.
+    Without `weights` only the model's configuration has to be there.
     """
     original = open_original(source, weights)
     recipe, note = fitted(recipe, columns(original.skeleton, recipe))
     if note is not None:
         progress.note(note)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
-    return with_text(job, progress, held_back) if (recipe.needs_text if text is None else text) else job
+    return with_text(job, progress) if (recipe.needs_text if text is None else text) else job
 
 
 def columns(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
@@ -109,7 +113,10 @@ def columns(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
 
 
 def with_text(job: Job, progress: Progress, held_back: int = 0) -> Job:
-    """The job with its calibration text; a model that generates it does so on the job's device."""
+    """The job with its calibration text; a model that generates it does so on the job's device.
+
+    `held_back`: samples to keep for measuring.
+    """
     calibration = read_calibration(job.original, job.recipe.text, progress, held_back, job.device)
     return replace(job, calibration=calibration)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
-from llmsqueeze.compress.decision.decide import decide
+from llmsqueeze.compress.decision.decide import Decision, decide
 from llmsqueeze.compress.decision.outlook import curve, table
-from llmsqueeze.compress.job import open_job
+from llmsqueeze.compress.job import Job, model_name, open_job
 from llmsqueeze.compress.reuse import rows_by, stored_or_measured
 from llmsqueeze.compress.summary import portability
 from llmsqueeze.compress.trial import run_trial
@@ -18,6 +18,7 @@ from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
 
 
@@ -37,6 +38,27 @@ def plan(
     Returns what the command prints.
     """
     progress = progress or Progress()
+    recipe = plannable(settings, weights)
+    folder = make_folder(out or Path(f"{model_name(source)}-plan"))
+    job = open_job(source, recipe, progress, text=weights, weights=weights, device=pick_device(device))
+    if not weights:
+        job = replace(job, recipe=replace(job.recipe, importance="uniform", granularity="", portable=None))
+    target = job.target()
+    profile = stored_or_measured(job, folder / PROFILE, progress) if weights else Profile()
+    decision = decide(job.plan, profile, job.recipe, job.skeleton.linears, target)
+    about = in_short(job, profile, decision)
+    write_plan(folder / PLAN, decision.plan, job.recipe, about, rows_by(job.recipe), PROFILE if weights else None)
+    needed = run_trial(job, folder / PLAN, progress) if trial and weights else {}
+    return (
+        about
+        | {"given": source.model, "out": str(folder)}
+        | at_length(job, profile, decision)
+        | {f"predicted_{key}": needed.get(key) for key in ("seconds", "peak_memory_mb")}
+    )
+
+
+def plannable(settings: Mapping[str, Any], weights: bool) -> Recipe:
+    """The recipe of a plan. Raises RecipeError for one that cannot be planned, with or without `weights`."""
     recipe = make_recipe({"method": "auto" if weights else "budget", **settings})
     if recipe.needs_steps and not weights:
         raise RecipeError(
@@ -44,38 +66,34 @@ def plan(
         )
     if recipe.bounded:
         raise RecipeError("a bound on quality needs compressed weights to measure: use it with `llmsqueeze quantize`")
-    folder = make_folder(out or Path(f"{Path(source.model).expanduser().resolve().name}-plan"))
-    job = open_job(source, recipe, progress, text=weights, weights=weights, device=pick_device(device))
-    if not weights:
-        job = replace(job, recipe=replace(job.recipe, importance="uniform", granularity="", portable=None))
-    recipe = job.recipe
-    target = job.target()
-    profile = stored_or_measured(job, folder / PROFILE, progress) if weights else Profile()
-    decision = decide(job.plan, profile, recipe, job.skeleton.linears, target)
-    about = {
-        "model": Path(source.model).name if Path(source.model).is_dir() else source.model,
+    return recipe
+
+
+def in_short(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
+    """What the plan file says beside the plan: the model, sizes, the promise."""
+    model = job.source.model
+    return {
+        "model": Path(model).name if Path(model).is_dir() else model,
         "weights_sha256": profile.source.get("weights"),
         "bits_per_weight": round(decision.plan.bits_per_weight, 6),
         "nbytes": job.kept_nbytes + decision.plan.nbytes,
         "predicted_loss_increase": decision.predicted,
     }
-    write_plan(folder / PLAN, decision.plan, recipe, about, rows_by(recipe), PROFILE if weights else None)
-    points = curve(job.plan, recipe, profile)
-    trial_run = run_trial(job, folder / PLAN, progress) if trial and weights else {}
-    return about | {
-        "given": source.model,
-        "out": str(folder),
-        "method": recipe.method,
-        "bits": decision.plan.code_bits,
+
+
+def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
+    """What the command prints beside that."""
+    plan = decision.plan
+    return {
+        "method": job.recipe.method,
+        "bits": plan.code_bits,
         "nbytes_original": job.checkpoint.nbytes,
         "loss": profile.loss,
         "rows": table(decision, job.skeleton.linears, profile),
         **portability(job, decision),
-        "curve": points,
+        "curve": curve(job.plan, job.recipe, profile),
         "blocks": job.skeleton.linears,
-        "weights": {name: 8 * decision.plan.nbytes_of(name) / w.numel for name, w in decision.plan.weights.items()},
-        "predicted_seconds": trial_run.get("seconds"),
-        "predicted_peak_memory_mb": trial_run.get("peak_memory_mb"),
+        "weights": {name: 8 * plan.nbytes_of(name) / weight.numel for name, weight in plan.weights.items()},
     }
 
 

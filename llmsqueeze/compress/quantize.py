@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.compress.decision.decide import Decision
-from llmsqueeze.compress.job import Job, open_job, with_text
+from llmsqueeze.compress.job import Job, model_name, open_job, with_text
 from llmsqueeze.compress.pipeline import compress
 from llmsqueeze.compress.reuse import given_plan, given_profile, open_plan
 from llmsqueeze.compress.search import HELD_BACK, smallest_within
@@ -22,6 +22,7 @@ from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.recipe.values import flag
 
 MOST_SAMPLES = 1024  # of text that distillation reads
 
@@ -41,10 +42,9 @@ def quantize(
     """Compresses as the command says; returns its summary."""
     start, progress = time.monotonic(), progress or Progress()
     keep_little()
-    others = [*settings, *(["profile"] if profile else [])]
+    others = [flag(name) for name in (*settings, *(["profile"] if profile else []))]
     if plan is not None and others:
-        named = ", ".join(f"--{other.replace('_', '-')}" for other in others)
-        raise RecipeError(f"--plan contradicts {named}: the plan has its own recipe")
+        raise RecipeError(f"--plan contradicts {', '.join(others)}: the plan has its own recipe")
     file = open_plan(plan) if plan is not None else None
     recipe = file.recipe if file is not None else make_recipe(settings)
     folder = out or folder_name(source, recipe)
@@ -120,7 +120,7 @@ def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progr
 
 def folder_name(source: Source, recipe: Recipe) -> Path:
     """`<model>-3bit`, or what else the budget is called."""
-    name = Path(source.model).expanduser().resolve().name
+    name = model_name(source)
     if recipe.size is not None:
         unit, label = next((u, s) for u, s in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if recipe.size >= u)
         return Path(f"{name}-{recipe.size / unit:.4g}{label}")

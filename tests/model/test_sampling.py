@@ -13,7 +13,7 @@ import torch
 from support import command
 from torch import Tensor
 
-from llmsqueeze.compress.job import open_job
+from llmsqueeze.compress.job import open_job, with_text
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError
 from llmsqueeze.formats import load
@@ -62,7 +62,8 @@ def drawn(folder: str | Path, count: int = 5, length: int = 12, seed: int = 0) -
 def text_of(model: str, progress: Progress | None = None, held_back: int = 0, **settings: Any) -> Calibration:
     """The calibration that a run on `model` reads."""
     recipe = make_recipe({"method": "gptq", "samples": 4, "seq_len": 16, **settings})
-    job = open_job(Source(model), recipe, progress or Progress(), text=True, held_back=held_back)
+    progress = progress or Progress()
+    job = with_text(open_job(Source(model), recipe, progress, text=False), progress, held_back)
     assert job.calibration is not None
     return job.calibration
 
