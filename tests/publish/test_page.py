@@ -19,7 +19,7 @@ import torch
 import typer
 import yaml
 from safetensors.torch import save_file
-from typer.testing import CliRunner
+from support import command, refused
 
 from llmsqueeze import parts
 from llmsqueeze.cli.app import app
@@ -425,42 +425,40 @@ def test_the_policy_allows_our_script_and_data_and_nothing_else(folder: Path) ->
 )
 def test_a_folder_that_is_not_ours_is_one_line(folder: Path, argument: str, message: str) -> None:
     (folder.parent / "empty").mkdir()
-    result = CliRunner().invoke(app, ["report", str(folder.parent / argument)])
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    code, _, stderr = command("report", folder.parent / argument)
+    assert code == 2
+    assert message in stderr
+    assert len(stderr.strip().splitlines()) == 1
     if argument != "empty":
-        assert "small'?" in result.stderr
+        assert "small'?" in stderr
 
 
 def test_damaged_folders_are_refused(folder: Path, tmp_path: Path) -> None:
-    def refused(message: str) -> None:
-        result = CliRunner().invoke(app, ["report", str(folder)])
-        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    def is_refused(message: str) -> None:
+        code, _, stderr = command("report", folder)
+        assert (code, message in stderr) == (2, True), stderr
         assert not (folder / "report.html").exists()
 
     (folder / COMPARISON).write_text("{")
-    refused("is not readable JSON")
+    is_refused("is not readable JSON")
     (folder / COMPARISON).unlink()
     config = json.loads((folder / "config.json").read_text())
     weights = config["quantization_config"]["weights"]
     weights["model.layers.9.mlp.up_proj"] = weights["model.layers.0.mlp.up_proj"]
     (folder / "config.json").write_text(json.dumps(config))
-    refused("lacks model.layers.9.mlp.up_proj.parts.0")
+    is_refused("lacks model.layers.9.mlp.up_proj.parts.0")
     (folder / "model.safetensors").unlink()
-    refused("safetensors")
+    is_refused("safetensors")
 
 
 def test_the_page_is_written_to_out(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    result = CliRunner().invoke(app, ["report", str(folder), "--out", str(out), "--json"])
-    assert result.exit_code == 0
-    assert json.loads(result.stdout)["nbytes"] == out.stat().st_size
+    code, stdout, _ = command("report", folder, "--out", out, "--json")
+    assert code == 0
+    assert json.loads(stdout)["nbytes"] == out.stat().st_size
     assert not (folder / "report.html").exists()
     for bad in (tmp_path, tmp_path / "none" / "page.html"):
-        result = CliRunner().invoke(app, ["report", str(folder), "--out", str(bad)])
-        assert result.exit_code == 2
-        assert "folder" in result.stderr
+        assert "folder" in refused("report", folder, "--out", bad)
 
 
 # pieces
