@@ -40,13 +40,12 @@ def compress_model(
     overwrite: bool = False,
     decision: Decision | None = None,
     verify: bool = True,
-    progress: Progress | None = None,
 ) -> Summary:
     """`compress` for a model that is not open yet."""
     keep_little()
-    progress, chosen = progress or Progress(), pick_device(device)
     check_writable(out, overwrite)
-    job = open_job(Source(source) if isinstance(source, str) else source, recipe, progress, device=chosen)
+    source, progress = Source(source) if isinstance(source, str) else source, Progress()
+    job = open_job(source, recipe, progress, device=pick_device(device))
     return compress(job, out, overwrite=overwrite, decision=decision, verify=verify, progress=progress)
 
 
@@ -54,11 +53,11 @@ def compress(
     job: Job,
     out: Path,
     *,
-    overwrite: bool = False,
+    overwrite: bool,
     decision: Decision | None = None,
     profile: Profile | None = None,
-    verify: bool = True,
-    progress: Progress | None = None,
+    verify: bool,
+    progress: Progress,
 ) -> Summary:
     """Compresses a model into the folder `out`, which appears when all is written, checked and, with `verify`, read
     back and compared with the weights that were computed with.
@@ -66,8 +65,7 @@ def compress(
     `decision`, or the `profile` that it is made from: from an earlier run; without them they are made here. Raises
     VerificationError for a result that differs, which stays in `<out>.partial`.
     """
-    start, progress = time.monotonic(), progress or Progress()
-    keep_little()
+    start = time.monotonic()
     check_writable(out, overwrite)
     target = job.target()
     shards = len(outside_shards(job.skeleton)) + len(job.skeleton.blocks)

@@ -143,8 +143,8 @@ def test_every_order_spends_the_same_budget(importance: str, job: Job) -> None:
 
 
 SIZED: dict[str, dict[str, Any]] = {
-    "auto": {"method": "budget", "importance": "uniform"},
-    "auto with 3 bits at least": {"method": "budget", "importance": "uniform", "widths": "3,4"},
+    "budget": {"method": "budget", "importance": "uniform"},
+    "budget with 3 bits at least": {"method": "budget", "importance": "uniform", "widths": "3,4"},
     "layerwise": {"method": "layerwise", "importance": "first"},
     "mixllm": {"method": "mixllm", "importance": "random"},
 }

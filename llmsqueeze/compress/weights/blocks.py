@@ -28,6 +28,7 @@ from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
+from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe
 
 NOTHING = torch.empty(0)
@@ -49,9 +50,20 @@ class Run:
         pace = Pace(decision.plan, coding.curves, coding.target) if coding is not None else None
         return cls(walk, decision, recipe, progress, pace)
 
-    @property
-    def settings(self) -> WeightSettings:
-        return WeightSettings.of(self.recipe)
+    def compress(
+        self, group: Mapping[str, Tensor], targets: Mapping[str, Tensor], curvature: Curvature | None
+    ) -> dict[str, Compressed]:
+        """The linears of a fusion group, weights and targets [rows, cols], at the run's pace."""
+        settings = WeightSettings.of(self.recipe)
+        compress_at = partial(compress_group, group, targets, curvature, self.decision, settings)
+        if self.pace is None:
+            compressed = compress_at(0.0)
+        else:
+            compressed = self.pace.within_budget(list(targets), compress_at, compressed_nbytes)
+        for name, one in compressed.items():
+            bits = parts.nbytes(one.parts) * 8 / self.decision.plan.weights[name].numel
+            self.progress.weight(name, bits, one.error)
+        return compressed
 
 
 @dataclass(frozen=True)
@@ -142,16 +154,9 @@ def compress_groups(
     for names, moments in group_moments(run, index, streams, original, current):
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
         targets, curvature = group_targets(group, moments)
-        compress_at = partial(compress_group, group, targets, curvature, run.decision, run.settings)
-        if run.pace is None:
-            compressed = compress_at(0.0)
-        else:
-            compressed = run.pace.within_budget(list(targets), compress_at, compressed_nbytes)
-        for name, one in compressed.items():
+        for name, one in run.compress(group, targets, curvature).items():
             current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
             result[name] = one._replace(dense=NOTHING)
-            bits = parts.nbytes(one.parts) * 8 / run.decision.plan.weights[name].numel
-            run.progress.weight(name, bits, one.error)
     return result, current
 
 

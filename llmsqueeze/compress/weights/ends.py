@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from torch import Tensor
 
-from llmsqueeze import parts
 from llmsqueeze.compress.weights.blocks import Run
-from llmsqueeze.compress.weights.group import Compressed, compress_group, compressed_nbytes
+from llmsqueeze.compress.weights.group import Compressed
 from llmsqueeze.formats import native
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.quantizers.curvature import factorize
@@ -20,19 +18,11 @@ SHARD_BYTES = 1 << 30
 def compress_ends(run: Run) -> dict[str, Compressed]:
     """Embeddings and head, if they are to be coded."""
     compressed: dict[str, Compressed] = {}
-    if run.pace is None or run.decision.coding is None:
-        return compressed
-    skeleton, device = run.walk.skeleton, run.walk.device
+    coding, device = run.decision.coding, run.walk.device
     for name, planned in run.decision.plan.weights.items():
-        if not planned.end:
-            continue
-        weight = skeleton.read(f"{name}.weight").to(device).float()
-        curvature = factorize(run.decision.coding.moments[name].to(device).clone())
-        compress_at = partial(compress_group, {name: weight}, {name: weight}, curvature, run.decision, run.settings)
-        coded: dict[str, Compressed] = run.pace.within_budget([name], compress_at, compressed_nbytes)
-        compressed |= coded
-        bits = parts.nbytes(compressed[name].parts) * 8 / planned.numel
-        run.progress.weight(name, bits, compressed[name].error)
+        if planned.end and coding is not None:
+            group = {name: run.walk.skeleton.read(f"{name}.weight").to(device).float()}
+            compressed |= run.compress(group, group, factorize(coding.moments[name].to(device).clone()))
     return compressed
 
 
