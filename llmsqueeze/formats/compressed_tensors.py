@@ -26,6 +26,7 @@ from torch import Tensor
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parts import Affine, Grid, Part, Spec, spec_grid
+from llmsqueeze.progress.stopwatch import timed
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -73,6 +74,7 @@ def writable_plan(plan: Plan, portable: bool | None) -> Plan:
     return replace(plan, format="native")
 
 
+@timed("pack")
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
     """The tensors of a linear's one part under the names they have in the file."""
     (part,) = weight_parts

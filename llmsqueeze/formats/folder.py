@@ -34,6 +34,7 @@ from llmsqueeze.files import (
 )
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.stopwatch import timed
 
 OWNER = ".owner"  # in a .partial: the process that writes it
 NOT_COPIED = (
@@ -65,6 +66,7 @@ class Output:
         self.digests: dict[str, bytes] = {}  # of every tensor before it is written
         self._written = 0
 
+    @timed("write")
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes the next of the announced number of shards."""
         self._written += 1
@@ -76,9 +78,11 @@ class Output:
         self.weight_map.update(dict.fromkeys(stored, name))
         self.nbytes += sum(tensor.nbytes for tensor in stored.values())
 
+    @timed("write")
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.partial / name, value)
 
+    @timed("write")
     def copy_rest(self, source: Path) -> None:
         """Tokenizer, generation config, licence, code: every file of the model that is not weights or config."""
         for file in sorted(source.iterdir()):

@@ -31,6 +31,7 @@ from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.parts import Part
+from llmsqueeze.progress.stopwatch import timed
 
 METHOD = "llmsqueeze"
 FORMAT_VERSIONS = (1, 2, 3, 5)
@@ -65,6 +66,7 @@ def format_version(plan: Plan) -> int:
     return 2 if any(NEW_IN_2 & set(spec) or spec["part"] == "lowrank" for spec in specs) else 1
 
 
+@timed("pack")
 def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
     """Name in the file -> tensor, for the parts of a linear."""
     return {

@@ -36,6 +36,7 @@ from llmsqueeze.model.linears import as_rows, find_blocks
 from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.stopwatch import timed
 
 TOKENS = 32  # of the sample
 TOLERANCE = 1e-4  # of a block's largest output; the same operations on the same device give the same bits
@@ -64,6 +65,7 @@ class Verified:
 class Witness:
     """Sees every block while it is compressed: notes its weights, and its output for a short sample."""
 
+    @timed("verify")
     def __init__(self, walk: Walk, seed: int, progress: Progress) -> None:
         """`walk`: that of the run; the sample is the beginning of its first, or random tokens if it has none."""
         self.computed = Computed()
@@ -80,10 +82,12 @@ class Witness:
         except UnsupportedError as error:  # rounding alone needs no walk
             progress.note(f"no forward pass in the verification: {error}")
 
+    @timed("verify")
     def see_ends(self, weights: Mapping[str, Tensor]) -> None:
         """Compressed embeddings and head, by the names of their modules."""
         self._weights |= {name: digest(weight) for name, weight in weights.items()}
 
+    @timed("verify")
     def see(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Block `index` is resident and computes with `weights`, given as the modules store them."""
         for name, weight in weights.items():
@@ -94,6 +98,7 @@ class Witness:
             self.computed.outputs.append(self._hidden.cpu())
 
 
+@timed("verify")
 def verify(
     output: Output,
     computed: Computed,
@@ -127,6 +132,7 @@ def verify(
     return Verified(compared, findings.verdicts())
 
 
+@timed("verify")
 def inspected(output: Output, trust_remote_code: bool = False) -> dict[str, str]:
     """The verdicts of `check` on the finished folder: runtime -> why it does not open it, "" if it does.
 

@@ -22,6 +22,7 @@ from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.walk import Walk
+from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 
@@ -67,6 +68,7 @@ def reduce_weights(
     return Profile(zd=zd, candidates=rank_block(skeleton, index, statistics, linears, request.outliers))
 
 
+@timed("round")
 def rank_block(
     skeleton: Skeleton,
     index: int,
@@ -108,6 +110,7 @@ class _GradientSums:
                 ]
                 self.salience[name] = torch.zeros(len(request.salience), weight.shape[0])
 
+    @timed("moments")
     def add(self, name: str, gradient: Tensor) -> None:
         """Takes one sample's gradient, as the module stores its weight."""
         if name not in self.linears:
@@ -129,6 +132,7 @@ class _InputMoments:
         self.squares: dict[str, Tensor] = {}
         self.tokens: dict[int, int] = {}
 
+    @timed("moments")
     def add(self, labels: int, name: str, x: Tensor, gradient: Tensor) -> None:
         """Takes a linear's input and output gradient, of a sample whose mean loss is over this many labels."""
         group = self.leaders.get(name)
@@ -143,6 +147,7 @@ class _InputMoments:
             square = (gradient.reshape(-1, gradient.shape[-1]) * labels).square_().sum(dim=0)
             self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
 
+    @timed("round")
     def priced(self, skeleton: Skeleton, request: Request, labels: int) -> Profile:
         """The prices of the linears, group by group, from the gradients of so many labels; uses up the moments. A
         linear that no sample reached has none."""

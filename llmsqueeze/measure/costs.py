@@ -24,6 +24,7 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.parts.coded import code_length
 from llmsqueeze.parts.coding import frequencies, rans
 from llmsqueeze.parts.coding.streams import one_context
+from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers import coded, rounder, rows_at_a_time
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.grids import Rounded
@@ -142,6 +143,7 @@ def some_rows(weight: Tensor, count: int) -> Tensor:
     return torch.linspace(0, len(weight) - 1, min(count, len(weight)), device=weight.device).long()
 
 
+@timed("round")
 def coded_points(weight: Tensor, row_gradient: Tensor, curvature: Curvature) -> Tensor:
     """float64 [3, points] on the CPU: binary logarithms of multipliers (quantizers/coded.py), rising; bytes of `weight`
     [rows, cols] coded with each; the predicted loss.

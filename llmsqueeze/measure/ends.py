@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.model.walk import Walk
+from llmsqueeze.progress.stopwatch import timed
 
 UNSEEN = 0.5  # occurrences that every token has beforehand
 
@@ -37,6 +38,7 @@ class Ends:
         self.positions = self.labels = 0
         self.scale = 0.0
 
+    @timed("moments")
     def see_head(self, part: slice, probability: Tensor, x: Tensor) -> None:
         """Probabilities [labels, part] and head inputs [labels, width] of a sample."""
         self.logits[part] += (probability * (1 - probability)).sum(dim=0)
@@ -44,6 +46,7 @@ class Ends:
             self.inputs.addmm_(x.T, x)
             self.labels += len(x)
 
+    @timed("moments")
     def see_embeddings(self, sample: int, hidden: Tensor, gradient: Tensor) -> None:
         """The first block's input [1, length, width] and the gradient there of the sample's mean loss."""
         tokens = self.walk.samples[sample][0].to(self.device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.walk import Walk
+from llmsqueeze.progress.stopwatch import timed
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ResidualStreams:
             stream.clear()
 
 
+@timed("forward")
 def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
     """The linears of a resident block in the order they are first called with `hidden` [1, length, width]."""
     seen: dict[str, list[Tensor]] = {}  # in the order of the first calls
@@ -82,6 +84,7 @@ def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
     return [FusionGroup(tuple(names), len(key)) for key, names in groups.items()]
 
 
+@timed("moments")
 def observe(
     walk: Walk,
     index: int,

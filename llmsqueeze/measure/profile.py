@@ -20,6 +20,7 @@ from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.outliers import Candidates
 from llmsqueeze.measure.request import Request
 from llmsqueeze.parts import Grid
+from llmsqueeze.progress.stopwatch import timed
 
 VERSION = 1
 
@@ -102,6 +103,7 @@ def joined(profiles: Sequence[Profile]) -> Profile:
     return Profile(**values)
 
 
+@timed("write")
 def save(profile: Profile, path: Path) -> None:
     """Writes the profile as safetensors."""
     from safetensors.torch import save_file
@@ -117,6 +119,7 @@ def save(profile: Profile, path: Path) -> None:
     save_file(tensors, path, metadata={"llmsqueeze_profile": json.dumps({"version": VERSION, **about})})
 
 
+@timed("read")
 def load(path: Path) -> Profile:
     """Reads a profile. Raises CheckpointError for a file that is none, or of another version."""
     from safetensors import SafetensorError, safe_open

@@ -21,6 +21,7 @@ from llmsqueeze.measure.request import Request
 from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.quantizers.curvature import factorize
 
@@ -108,6 +109,7 @@ def groups_profile(walk: Walk, seed: int, progress: Progress) -> Profile:
         return Profile()
 
 
+@timed("forward")
 def forward_block(
     walk: Walk, index: int, inputs: Activations, groups: list[tuple[str, ...]] | None = None
 ) -> tuple[Activations, float]:

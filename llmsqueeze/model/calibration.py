@@ -18,9 +18,11 @@ from llmsqueeze.model.text import (
     load_tokenizer,
 )
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.recipe.recipe import TextSettings
 
 
+@timed("read")
 def read_calibration(
     original: Original,
     settings: TextSettings,

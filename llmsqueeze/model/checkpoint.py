@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
+from llmsqueeze.progress.stopwatch import timed
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Checkpoint:
         """Bytes of all tensors, without the headers of the files."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
+    @timed("read")
     def read(self, name: str) -> Tensor:
         """The tensor in its stored shape and dtype. Raises CheckpointError if it contains NaN or Inf."""
         tensor = self.read_raw(name)
@@ -57,6 +59,7 @@ class Checkpoint:
             )
         return tensor
 
+    @timed("read")
     def read_raw(self, name: str) -> Tensor:
         """The tensor in its stored shape and dtype; its values are not checked. Raises CheckpointError."""
         if name not in self.tensors:
@@ -154,6 +157,7 @@ def all_finite(values: Tensor) -> bool:
     return bool(low.isfinite()) and bool(high.isfinite())
 
 
+@timed("read")
 def file_digests(checkpoint: Checkpoint, previous: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """File name -> its size, modification time and SHA-256.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.recorder import replaced
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.progress.stopwatch import timed
 
 LOGITS_BYTES = 64 << 20
 
@@ -46,6 +47,7 @@ class Head:
         ):
             yield
 
+    @timed("backward")
     def gradient(
         self, hidden: Tensor, tokens: Tensor, draw: Tensor | None = None, on_head: OnHead | None = None
     ) -> tuple[float, Tensor]:
@@ -84,6 +86,7 @@ class Head:
         for part in self._slices(x.shape[1]):
             yield part, self._logits(x, part)[0]
 
+    @timed("forward")
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The head's input [1, length, width] if the last block gives `hidden`."""
         inputs: list[Tensor] = []
@@ -108,6 +111,7 @@ class Head:
         return f"{self._name_of(self.module)}.weight"
 
     @torch.no_grad()
+    @timed("forward")
     def _normaliser(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The log of the softmax's denominator and the logit of each label, both [length - 1]."""
         log_z = torch.full(labels.shape, -torch.inf, dtype=self.dtype, device=self.device)

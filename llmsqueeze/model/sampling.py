@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.stopwatch import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ SOURCE = "text sampled from the model itself"
 BATCH = 16
 
 
+@timed("forward")
 def sample_rows(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,

@@ -20,6 +20,7 @@ from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.linears import find_blocks, find_linears, is_transposed
+from llmsqueeze.progress.stopwatch import timed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -122,11 +123,12 @@ class Skeleton:
         """
         names = list(names)
         try:
-            for name in names:
-                tensor = self.read(name)
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                self._place(name, tensor.to(device))
+            with timed("read"):
+                for name in names:
+                    tensor = self.read(name)
+                    if dtype is not None and tensor.is_floating_point():
+                        tensor = tensor.to(dtype)
+                    self._place(name, tensor.to(device))
             yield
         finally:
             for name in names:

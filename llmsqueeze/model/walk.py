@@ -23,6 +23,7 @@ from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.head import Head
 from llmsqueeze.model.recorder import BlockCall, Recorder, replaced
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.progress.stopwatch import timed
 
 OnGradient = Callable[[str, Tensor], None]
 OnLinear = Callable[[str, Tensor, Tensor], None]
@@ -55,6 +56,7 @@ class Walk:
         names = self.skeleton.names_in(self.skeleton.blocks[index])
         return self.skeleton.resident(names, self.dtype, self.device)
 
+    @timed("forward")
     def embed(self) -> Activations:
         """The first block's input for every sample; records the arguments of every block."""
         self._calls.clear()
@@ -70,6 +72,7 @@ class Walk:
                 self._calls.append([new.sharing(old) for old, new in zip(first, recorder.calls, strict=True)])
         return inputs
 
+    @timed("forward")
     def run(self, index: int, sample: int, hidden: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """The output of block `index` for `hidden`, both [1, length, width].
 
@@ -83,6 +86,7 @@ class Walk:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    @timed("forward")
     def through(self, index: int, inputs: Activations, tensors: dict[str, Tensor] | None = None) -> Activations:
         """The outputs of block `index` for every sample, as `run` gives them, without gradients; `inputs` stay."""
         outputs = Activations(self.spill)
@@ -91,6 +95,7 @@ class Walk:
                 outputs.append(self.run(index, sample, hidden, tensors))
         return outputs
 
+    @timed("backward")
     def block_gradient(
         self,
         index: int,

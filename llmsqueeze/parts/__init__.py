@@ -23,6 +23,7 @@ from llmsqueeze.parts.grid import Grid, Layout, Spec, dtype_name
 from llmsqueeze.parts.integers import Integers
 from llmsqueeze.parts.lowrank import LowRank, lowrank_spec
 from llmsqueeze.parts.sparse import Sparse, sparse_spec
+from llmsqueeze.progress.stopwatch import timed
 
 __all__ = [
     "PARTS",
@@ -93,6 +94,7 @@ def with_grid(specs: Sequence[Spec]) -> list[Spec]:
     return [spec for spec in specs if spec["part"] in (Affine.kind, DualBinary.kind)]
 
 
+@timed("pack")
 def of_codes(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, rows: Tensor | None = None) -> Affine | DualBinary:
     """The part with `codes` [n, cols]; scale and zero [n, groups], for a dual grid alpha1 and alpha2.
 
@@ -128,6 +130,7 @@ def is_coded(spec: Spec) -> bool:
     return spec["part"] == Coded.kind or "streams" in spec
 
 
+@timed("pack")
 def decoded(part: Part) -> Part:
     """The part without entropy coding. Raises CheckpointError for damaged streams."""
     if isinstance(part, Coded):
@@ -135,6 +138,7 @@ def decoded(part: Part) -> Part:
     return part.plain() if isinstance(part, (Affine, DualBinary)) else part
 
 
+@timed("pack")
 def packed(part: Part) -> Part:
     """The part with entropy-coded codes, if it has codes on a grid and takes fewer bytes with them."""
     return part.packed() if isinstance(part, (Affine, DualBinary)) else part

@@ -26,6 +26,7 @@ from llmsqueeze.parts.coding import frequencies, rans
 from llmsqueeze.parts.coding.streams import Streams
 from llmsqueeze.parts.grid import Layout, Spec, dtype_name
 from llmsqueeze.parts.integers import SIDE_TENSORS, Integers, side_layout
+from llmsqueeze.progress.stopwatch import timed
 
 CONTEXT_SHIFT = 3
 LIMIT = 127
@@ -50,6 +51,7 @@ class Coded:
     dtype: torch.dtype
 
     @classmethod
+    @timed("pack")
     def from_integers(cls, integers: Tensor, row_exponent: Tensor, col_exponent: Tensor, dtype: torch.dtype) -> Coded:
         """integers [rows, cols] of any integer or float dtype; row_exponent int64 [rows] and col_exponent int64 [cols],
         each with a span of at most 255, for the steps 2^((row_exponent + col_exponent) / 16). Raises VerificationError
@@ -78,6 +80,7 @@ class Coded:
         streams = Streams.encode(symbols, tables, contexts, tuple(side.values()))
         return cls(streams, **side, shape=(len(row_step), len(col_step)), dtype=dtype)
 
+    @timed("pack")
     def decoded(self, device: torch.device | None = None) -> Integers:
         """The integers and their steps, on `device` or on the device of the part. Raises CheckpointError for damaged
         streams."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.checkpoint import all_finite
+from llmsqueeze.progress.stopwatch import timed
 
 DAMP = 0.01
 
@@ -52,6 +53,7 @@ class Curvature:
         return (row_error(residual, self.H) - residual.square() @ self.damping).clamp_(min=0)
 
 
+@timed("factorise")
 def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
     """Damps the second moments `xtx` [cols, cols] in place and factors them; more damping is added until that succeeds.
 

@@ -13,6 +13,7 @@ from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.parts import Coded, Grid, Part, Sparse
+from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers import coded, lorc, rounder, rows_at_a_time
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
 from llmsqueeze.quantizers.descent import corrected_target
@@ -36,6 +37,7 @@ class WeightSettings:
         return cls(recipe.search, recipe.lorc, recipe.packs, recipe.seed)
 
 
+@timed("compensate")
 def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[dict[str, Tensor], Curvature | None]:
     """The target [rows, cols] of each linear of a fusion group, and the curvature that it is rounded under.
 
@@ -54,6 +56,7 @@ def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[di
     return targets, curvature
 
 
+@timed("round")
 def compress_weight(
     weight: Tensor,
     target: Tensor,
@@ -95,6 +98,7 @@ def compress_weight(
     return stored, dense, float(error)
 
 
+@timed("compensate")
 def compensation(
     target: Tensor,
     decoded: list[Part],
