@@ -22,7 +22,7 @@ from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.folder import Output, check_writable, output_folder
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.memory import keep_little
+from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.linears import all_linears
 from llmsqueeze.model.original import Source, pick_device
@@ -42,7 +42,7 @@ def compress_model(
     verify: bool = True,
 ) -> Summary:
     """`compress` for a model that is not open yet."""
-    keep_little()
+    keep_within_block()
     check_writable(out, overwrite)
     source, progress = Source(source) if isinstance(source, str) else source, Progress()
     job = open_job(source, recipe, progress, device=pick_device(device))

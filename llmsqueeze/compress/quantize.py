@@ -17,7 +17,7 @@ from llmsqueeze.compress.search import HELD_BACK, smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.formats.folder import check_writable
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.memory import keep_little
+from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
@@ -41,7 +41,7 @@ def quantize(
 ) -> dict[str, Any]:
     """Compresses as the command says; returns its summary."""
     start, progress = time.monotonic(), progress or Progress()
-    keep_little()
+    keep_within_block()
     others = [flag(name) for name in (*settings, *(["profile"] if profile else []))]
     if plan is not None and others:
         raise RecipeError(f"--plan contradicts {', '.join(others)}: the plan has its own recipe")

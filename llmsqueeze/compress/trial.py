@@ -22,7 +22,7 @@ from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_streams
 from llmsqueeze.compress.weights.ends import outside_shard, outside_shards
 from llmsqueeze.formats.folder import Output
-from llmsqueeze.memory import keep_little, peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.memory import keep_within_block, peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.original import Source
 from llmsqueeze.progress import Progress
@@ -59,7 +59,7 @@ def main(task: dict[str, Any]) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - a run's clock begins after that too
 
     start = time.monotonic()
-    keep_little()
+    keep_within_block()
     file = open_plan(Path(task["plan"]))
     job = open_job(Source(*task["source"]), file.recipe, Progress(), device=torch.device(task["device"]))
     decision = given_plan(job, file)

@@ -1,6 +1,7 @@
-"""Activations that must outlive a block: in memory up to a limit, on disk beyond it.
+"""Activations that must outlive a block: in memory up to a limit, in one file on disk beyond it.
 
-Spilled tensors are written and read with plain file calls, not mapped, so that they do not count as memory.
+Spilled tensors are written and read with plain file calls, not mapped, so that they do not count as memory. The place
+of one that is released is taken by the next of its size: the system then has no new pages to find.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,23 +20,49 @@ DEFAULT_LIMIT = 128 << 20  # bytes
 
 
 class Spill:
-    """The memory limit, in bytes, of all activation lists of a run, and the folder for the rest."""
+    """The memory limit, in bytes, of all activation lists of a run, and the file for the rest."""
 
     def __init__(self, limit: int = DEFAULT_LIMIT, parent: Path | None = None) -> None:
         self.limit = limit
         self.nbytes = 0  # in memory
+        self.on_disk = 0  # bytes of the file
         self._folder = Path(tempfile.mkdtemp(prefix="llmsqueeze-", dir=parent))
-        self._count = 0
+        self._file = (self._folder / "activations.bin").open("w+b", buffering=0)
+        self._free: dict[int, list[int]] = {}  # size -> places in the file
 
     def __enter__(self) -> Spill:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def new_file(self) -> Path:
-        self._count += 1
-        return self._folder / f"{self._count}.bin"
+    def write(self, data: memoryview) -> int:
+        """Writes bytes to a free place, and returns it. Raises OSError if the disk is full."""
+        places = self._free.get(data.nbytes)
+        if places:
+            place = places.pop()
+        else:
+            place, self.on_disk = self.on_disk, self.on_disk + data.nbytes
+        self._file.seek(place)
+        written = 0
+        while written < data.nbytes:
+            written += self._file.write(data[written:])
+        return place
+
+    def read(self, data: memoryview, place: int) -> None:
+        """Fills `data` with the bytes at a place."""
+        self._file.seek(place)
+        done = 0
+        while done < data.nbytes:
+            count = self._file.readinto(data[done:])
+            if not count:
+                raise OSError("the file of spilled activations is shorter than what was written to it")
+            done += count
+
+    def free(self, place: int, nbytes: int) -> None:
+        """The next bytes of this size may be written there."""
+        self._free.setdefault(nbytes, []).append(place)
 
 
 class Activations:
@@ -43,7 +70,7 @@ class Activations:
 
     def __init__(self, spill: Spill) -> None:
         self._spill = spill
-        self._items: list[Tensor | _OnDisk] = []
+        self._items: list[Tensor | _OnDisk | None] = []
 
     def __len__(self) -> int:
         return len(self._items)
@@ -52,40 +79,51 @@ class Activations:
         self._items.append(self._keep(tensor))
 
     def replace(self, index: int, tensor: Tensor) -> None:
-        self._release(self._items[index])
+        self.release(index)
         self._items[index] = self._keep(tensor)
 
     def get(self, index: int, device: torch.device) -> Tensor:
         item = self._items[index]
-        return (item.load() if isinstance(item, _OnDisk) else item).to(device)
+        assert item is not None, "a released activation is not used again"
+        return (item.load(self._spill) if isinstance(item, _OnDisk) else item).to(device)
 
     def each(self, device: torch.device) -> Iterator[Tensor]:
         return (self.get(index, device) for index in range(len(self)))
 
+    def release(self, index: int) -> None:
+        """Gives the memory of one tensor back; it cannot be read again."""
+        item, self._items[index] = self._items[index], None
+        if isinstance(item, _OnDisk):
+            self._spill.free(item.place, item.nbytes)
+        elif item is not None:
+            self._spill.nbytes -= item.nbytes
+
     def clear(self) -> None:
-        for item in self._items:
-            self._release(item)
+        for index in range(len(self)):
+            self.release(index)
         self._items.clear()
 
     def _keep(self, tensor: Tensor) -> Tensor | _OnDisk:
         tensor = tensor.detach().to("cpu")
         if self._spill.nbytes + tensor.nbytes > self._spill.limit:
-            return _OnDisk(tensor, self._spill.new_file())
+            return _OnDisk(tensor, self._spill)
         self._spill.nbytes += tensor.nbytes
         # a view would keep its whole base in memory, uncounted
         return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
-    def _release(self, item: Tensor | _OnDisk) -> None:
-        if isinstance(item, _OnDisk):
-            item.file.unlink(missing_ok=True)
-        else:
-            self._spill.nbytes -= item.nbytes
-
 
 class _OnDisk:
-    def __init__(self, tensor: Tensor, file: Path) -> None:
-        self.shape, self.dtype, self.file = tensor.shape, tensor.dtype, file
-        tensor.contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
+    def __init__(self, tensor: Tensor, spill: Spill) -> None:
+        self.shape, self.dtype, self.nbytes = tensor.shape, tensor.dtype, tensor.nbytes
+        self.place = spill.write(_bytes_of(tensor.contiguous()))
 
-    def load(self) -> Tensor:
-        return torch.from_numpy(np.fromfile(self.file, dtype=np.uint8)).view(self.dtype).view(self.shape)
+    def load(self, spill: Spill) -> Tensor:
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        spill.read(_bytes_of(tensor), self.place)
+        return tensor
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

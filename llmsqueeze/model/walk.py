@@ -23,10 +23,12 @@ from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.head import Head
 from llmsqueeze.model.recorder import BlockCall, Recorder, replaced
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.trace import BlockTrace, given_tensors, structure_of, trace_block
 from llmsqueeze.progress.stopwatch import timed
 
 OnGradient = Callable[[str, Tensor], None]
 OnLinear = Callable[[str, Tensor, Tensor], None]
+TRACE_TOLERANCE = 1e-4  # of a block's largest output: the trace may have chosen another kernel for attention
 
 
 class Walk:
@@ -46,6 +48,7 @@ class Walk:
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
         self._calls: list[list[BlockCall]] = []  # [sample][block]
         self._returns_tuple = False
+        self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
         for module in skeleton.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:  # computed when the model was built, such as rotary frequencies
@@ -73,6 +76,31 @@ class Walk:
         return inputs
 
     @timed("forward")
+    def call(self, index: int, sample: int) -> BlockCall:
+        """The arguments of block `index` for a sample."""
+        return self._calls[sample][index]
+
+    def trace(self, index: int, inputs: Activations) -> BlockTrace | None:
+        """The operations of the resident block `index`, the same for all samples; None if there is no such list.
+
+        `inputs`: of the block, for every sample.
+        """
+        calls, hidden = [calls[index] for calls in self._calls], inputs.get(0, self.device)
+        first = structure_of(calls[0])
+        if len({tokens.shape for tokens in self.samples}) > 1 or any(structure_of(call) != first for call in calls):
+            return None
+        linears = {name: self.skeleton.linear(name) for name in self.skeleton.linears[index]}
+        trace = trace_block(self.modules[index], linears, calls[0], hidden)
+        if trace is None or trace.graph.code in self._compared:
+            return trace
+        with torch.no_grad():
+            computed = trace.run(hidden, given_tensors(calls[0]), lambda name, x: self.skeleton.module(name)(x))
+            expected = self.run(index, 0, hidden)
+        if not float((computed - expected).abs().max()) <= TRACE_TOLERANCE * float(expected.abs().max()):
+            return None
+        self._compared.add(trace.graph.code)
+        return trace
+
     def run(self, index: int, sample: int, hidden: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """The output of block `index` for `hidden`, both [1, length, width].
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze.measure.moments import FusionGroup, ResidualStreams, observe
+from llmsqueeze.measure.moments import FusionGroup
+from llmsqueeze.measure.passage import ResidualStreams, Restarted
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
@@ -46,10 +47,10 @@ def test_moments_are_those_of_the_linears_inputs(
             original = {name: skeleton.linear(name).weight.data for name in skeleton.linears[0]}
             current = original | {changed: original[changed] * 1.5}
             group = FusionGroup((probe,), 1)
-            both = observe(walk, 0, group, ResidualStreams(start, start), original, current)
-            only_y = observe(walk, 0, group, ResidualStreams(None, start), original, current)
-            only_x = observe(walk, 0, group, ResidualStreams(start, None), original, current)
-            same = observe(walk, 0, group, ResidualStreams(start, start), original, dict(original))
+            both = Restarted(walk, 0, ResidualStreams(start, start), original, current).observe(group)
+            only_y = Restarted(walk, 0, ResidualStreams(None, start), original, current).observe(group)
+            only_x = Restarted(walk, 0, ResidualStreams(start, None), original, current).observe(group)
+            same = Restarted(walk, 0, ResidualStreams(start, start), original, dict(original)).observe(group)
     n = len(y)
     assert torch.allclose(both.xtx, y.T @ y / n, atol=1e-4)
     assert both.drift is not None

@@ -22,7 +22,8 @@ from llmsqueeze.compress.weights.weight import WeightSettings, group_targets
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.verify import Witness
-from llmsqueeze.measure.moments import Moments, ResidualStreams, fusion_groups, observe
+from llmsqueeze.measure.moments import Moments
+from llmsqueeze.measure.passage import Passage, ResidualStreams, passage
 from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
@@ -124,11 +125,13 @@ def compress_block(
     with run.walk.resident_block(index):
         names = [name for name in skeleton.linears[index] if name in run.decision.plan.weights]
         original = {name: skeleton.linear(name).weight.data for name in names}
-        compressed, current = compress_groups(run, index, streams, original)
+        current = dict(original)
+        through = passage(run.walk, index, streams, original, current)
+        compressed = compress_groups(run, index, through, original, current)
         if witness is not None:
             witness.see(index, current)
         if index + 1 < len(skeleton.blocks):
-            ahead = streams.advanced(run.walk, index, original, current)
+            ahead = through.ahead()
     streams.clear()
     return compressed, ahead
 
@@ -143,39 +146,31 @@ def block_shard(skeleton: Skeleton, index: int, plan: Plan, compressed: Mapping[
 
 
 def compress_groups(
-    run: Run, index: int, streams: ResidualStreams, original: Mapping[str, Tensor]
-) -> tuple[dict[str, Compressed], dict[str, Tensor]]:
-    """A resident block's linears, fusion group by fusion group: their parts, and the weights that they now have.
+    run: Run, index: int, through: Passage, original: Mapping[str, Tensor], current: dict[str, Tensor]
+) -> dict[str, Compressed]:
+    """The parts of a resident block's linears, fusion group by fusion group; `current` becomes their weights.
 
-    `original` holds the weights as the modules store them, and so do the weights returned.
+    `original` and `current` hold the weights as the modules store them.
     """
-    skeleton, current = run.walk.skeleton, dict(original)
+    skeleton = run.walk.skeleton
     result: dict[str, Compressed] = {}
-    for names, moments in group_moments(run, index, streams, original, current):
+    for names, moments in group_moments(run, index, through):
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
         targets, curvature = group_targets(group, moments)
         for name, one in run.compress(group, targets, curvature).items():
             current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
             result[name] = one._replace(dense=NOTHING)
-    return result, current
+    return result
 
 
-def group_moments(
-    run: Run, index: int, streams: ResidualStreams, original: Mapping[str, Tensor], current: Mapping[str, Tensor]
-) -> Iterator[tuple[Sequence[str], Moments | None]]:
+def group_moments(run: Run, index: int, through: Passage) -> Iterator[tuple[Sequence[str], Moments | None]]:
     """The resident block's fusion groups with the moments of their inputs, each observed when its turn comes.
 
     Linears that no sample reaches come last, with no moments.
     """
-    walk = run.walk
-    names = walk.skeleton.linears[index]
-    stream = streams.compressed if streams.original is None else streams.original
-    if not run.recipe.needs_moments or stream is None:
-        yield names, None
-        return
-    groups = fusion_groups(walk, index, stream.get(0, walk.device))
-    for group in groups:
-        if any(name in original for name in group.names):
-            yield group.names, observe(walk, index, group, streams, original, current)
-    reached = {name for group in groups for name in group.names}
-    yield [name for name in names if name not in reached], None
+    reached: set[str] = set()
+    if run.recipe.needs_moments:
+        for names, moments in through.groups():
+            reached |= set(names)
+            yield names, moments
+    yield [name for name in run.walk.skeleton.linears[index] if name not in reached], None

@@ -1,0 +1,257 @@
+"""The passage of the residual streams through a block whose fusion groups are compressed one after the other.
+
+Each group sees the inputs behind the groups that were compressed before it. `Paused` runs a block once: all samples
+stop before a group's first linear, and go on from there when the group is compressed; what lies between is kept, or
+spilled, like other activations. A block that cannot stop (trace.py says which) is run from its beginning for every
+group (`Restarted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from llmsqueeze.measure.moments import FusionGroup, Moments, SecondMoments, fusion_groups, grouped
+from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.trace import BlockTrace, Segment, given_tensors
+from llmsqueeze.model.walk import Walk
+from llmsqueeze.progress.stopwatch import timed
+
+Weights = Mapping[str, Tensor]  # linear -> its weight, as the module stores it
+
+
+@dataclass(frozen=True)
+class ResidualStreams:
+    """The residual streams at a block's input: the original model's and the compressed model's.
+
+    A stream that nobody needs is None; before the first block both may be the same object.
+    """
+
+    original: Activations | None = None
+    compressed: Activations | None = None
+
+    @property
+    def all(self) -> list[Activations]:
+        """Each stream once."""
+        return list({id(s): s for s in (self.original, self.compressed) if s is not None}.values())
+
+    def clear(self) -> None:
+        """Gives the memory of both back."""
+        for stream in self.all:
+            stream.clear()
+
+
+class Passage(Protocol):
+    """The passage through one resident block, with its weights as they were (`original`) and as they are (`current`,
+    which changes from group to group)."""
+
+    def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
+        """The fusion groups to be compressed in the order of their calls, with the moments of their inputs."""
+        ...
+
+    def ahead(self) -> ResidualStreams:
+        """The streams behind the block; call it after the last group."""
+        ...
+
+
+def passage(walk: Walk, index: int, streams: ResidualStreams, original: Weights, current: Weights) -> Passage:
+    """The best passage that the block allows. It uses up the streams."""
+    trace = walk.trace(index, streams.all[0]) if streams.all else None
+    if trace is None:
+        return Restarted(walk, index, streams, original, current)
+    groups = [group for group in grouped(trace.calls) if any(name in original for name in group.names)]
+    if any(group.calls > 1 for group in groups):
+        return Restarted(walk, index, streams, original, current)
+    return Paused(walk, index, streams, original, current, trace, groups)
+
+
+class _Moments:
+    """The moments of a group's inputs, sample by sample."""
+
+    def __init__(self, cols: int, walk: Walk, drifting: bool) -> None:
+        self.xtx = SecondMoments(cols, walk.dtype, walk.device)
+        self.drift = torch.zeros_like(self.xtx.sum) if drifting else None
+
+    @timed("moments")
+    def add(self, x: Tensor | None, y: Tensor) -> None:
+        """Inputs [tokens, cols] of the original and the compressed model for the same tokens."""
+        self.xtx.add(y)
+        if self.drift is not None and x is not None:
+            self.drift.addmm_((x - y).T, y)
+
+    def mean(self) -> Moments:
+        tokens = self.xtx.tokens
+        return Moments(self.xtx.mean(), None if self.drift is None else self.drift.div_(tokens))
+
+
+def _drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:
+    """Whether the two streams differ before the next group."""
+    if streams.original is None or streams.compressed is None:
+        return False
+    return streams.original is not streams.compressed or any(current[name] is not original[name] for name in current)
+
+
+class Paused:
+    """A passage in which the block runs once."""
+
+    def __init__(
+        self,
+        walk: Walk,
+        index: int,
+        streams: ResidualStreams,
+        original: Weights,
+        current: Weights,
+        trace: BlockTrace,
+        groups: Sequence[FusionGroup],
+    ) -> None:
+        self.walk, self.streams, self.original, self.current = walk, streams, original, current
+        self._groups = groups
+        self._segments = trace.cut([group.names[0] for group in groups])
+        shared = streams.original is streams.compressed
+        self._flows = [
+            None if stream is None else _Flow(walk, index, trace, stream, weights, shared)
+            for stream, weights in ((streams.original, original), (streams.compressed, current))
+        ]
+
+    def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
+        for group, segment in zip(self._groups, self._segments[:-1], strict=True):
+            cols = self.walk.skeleton.shape(group.names[0])[1]
+            moments = _Moments(cols, self.walk, _drifting(self.streams, self.original, self.current))
+            for sample in range(len(self.walk.samples)):
+                inputs = [None if flow is None else flow.go_on(segment, sample) for flow in self._flows]
+                x, y = (None if one is None else one.reshape(-1, cols) for one in inputs)
+                y = x if y is None else y
+                assert y is not None, "a passage has a stream"
+                moments.add(x, y)
+            self._release(segment)
+            yield group.names, moments.mean()
+
+    def ahead(self) -> ResidualStreams:
+        outputs = [None if flow is None else Activations(self.walk.spill) for flow in self._flows]
+        for sample in range(len(self.walk.samples)):
+            for flow, output in zip(self._flows, outputs, strict=True):
+                if flow is not None and output is not None:
+                    output.append(flow.go_on(self._segments[-1], sample))
+        self._release(self._segments[-1])
+        return ResidualStreams(*outputs)
+
+    def _release(self, segment: Segment) -> None:
+        for flow in self._flows:
+            if flow is not None:
+                flow.release(segment)
+
+
+class _Flow:
+    """One stream inside a block: the values of every sample that lie between two stops."""
+
+    def __init__(
+        self, walk: Walk, index: int, trace: BlockTrace, stream: Activations, weights: Weights, shared: bool
+    ) -> None:
+        self.walk, self.index, self.weights = walk, index, weights
+        self.values: dict[fx.Node, Activations] = {trace.hidden: stream}
+        self._keeps = stream if shared else None  # the other stream reads it too
+
+    @timed("forward")
+    def go_on(self, segment: Segment, sample: int) -> Tensor:
+        """Runs a sample to the end of the segment; returns the segment's result."""
+        walk = self.walk
+        values = {node: self.values[node].get(sample, walk.device) for node in segment.needs}
+        given = given_tensors(walk.call(self.index, sample))
+        with walk.skeleton.using(self.weights), torch.no_grad():
+            result = segment.run(values, given, lambda name, x: walk.skeleton.module(name)(x))
+        for node in segment.leaves - segment.needs:
+            self.values.setdefault(node, Activations(walk.spill)).append(values[node])
+        for node in segment.needs - segment.leaves:
+            if self.values[node] is not self._keeps:
+                self.values[node].release(sample)
+        return result
+
+    def release(self, segment: Segment) -> None:
+        """Forgets what nothing behind the segment uses."""
+        for node in segment.needs - segment.leaves:
+            del self.values[node]
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """A passage in which the block runs from its beginning for every group."""
+
+    walk: Walk
+    index: int
+    streams: ResidualStreams
+    original: Weights
+    current: Weights
+
+    def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
+        first = self.streams.all[0].get(0, self.walk.device)
+        for group in fusion_groups(self.walk, self.index, first):
+            if any(name in self.original for name in group.names):
+                yield group.names, self.observe(group)
+
+    def observe(self, group: FusionGroup) -> Moments:
+        """The moments of a group's input over all samples."""
+        moments = _Moments(
+            self.walk.skeleton.shape(group.names[0])[1],
+            self.walk,
+            _drifting(self.streams, self.original, self.current),
+        )
+        x_of = self._capture(group, self.streams.original, self.original)
+        y_of = self._capture(group, self.streams.compressed, self.current) or x_of
+        if y_of is None:
+            raise ValueError("the moments need one stream at least")
+        for sample in range(len(self.walk.samples)):
+            y = y_of(sample)
+            if len(y):  # else nothing of this sample reaches the group
+                moments.add(None if x_of is None or moments.drift is None else x_of(sample), y)
+        return moments.mean()
+
+    def ahead(self) -> ResidualStreams:
+        streams = ((self.streams.original, self.original), (self.streams.compressed, self.current))
+        return ResidualStreams(*(self._advance(stream, weights) for stream, weights in streams))
+
+    def _capture(self, group: FusionGroup, stream: Activations | None, weights: Weights) -> _Capture | None:
+        return None if stream is None else _Capture(self.walk, self.index, group, weights, stream)
+
+    def _advance(self, stream: Activations | None, weights: Weights) -> Activations | None:
+        if stream is None:
+            return None
+        with self.walk.skeleton.using(weights):
+            return self.walk.through(self.index, stream)
+
+
+class _Enough(Exception):  # noqa: N818 - no error
+    """Ends a block's forward pass once the group's inputs have been seen."""
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """Runs a block with given weights until a fusion group has seen its input."""
+
+    walk: Walk
+    index: int
+    group: FusionGroup
+    weights: Weights
+    stream: Activations
+
+    @timed("forward")
+    def __call__(self, sample: int) -> Tensor:
+        """[tokens, cols]"""
+        seen: list[Tensor] = []
+
+        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].reshape(-1, args[0].shape[-1]))
+            if len(seen) == self.group.calls:
+                raise _Enough
+
+        handle = self.walk.skeleton.module(self.group.names[0]).register_forward_pre_hook(note)
+        try:
+            with suppress(_Enough), self.walk.skeleton.using(self.weights), torch.no_grad():
+                self.walk.run(self.index, sample, self.stream.get(sample, self.walk.device))
+        finally:
+            handle.remove()
+        return torch.cat(seen)

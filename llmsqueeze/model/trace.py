@@ -1,0 +1,215 @@
+"""A decoder block's forward as a list of tensor operations, which can stop before any linear and go on from there.
+
+torch traces the block's own forward once, on tensors without data; its linears are marks in the list. A value that a
+later operation uses is live; the live values of a sample at a stop are all that is needed to go on. No operation runs
+twice, however many stops there are.
+
+A block whose path depends on the data (a router that picks experts), or that uses a linear's weight without calling the
+linear, has no such list: `trace_block` returns None. The list is compared with the block's own forward once for every
+kind of block.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from llmsqueeze.model.linears import as_rows
+from llmsqueeze.model.recorder import BlockCall, replaced
+
+MARKS = torch.library.Library("llmsqueeze", "DEF")
+MARKS.define("linear(Tensor x, int number, int rows) -> Tensor")
+MARKS.impl("linear", lambda x, _number, rows: x.new_empty(*x.shape[:-1], rows), "Meta")
+MARK = torch.ops.llmsqueeze.linear.default
+
+Linear = Callable[[str, Tensor], Tensor]
+Values = dict[fx.Node, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """The operations of a block for hidden states of one shape.
+
+    nodes: in order; names: the linears by the number of their marks; hidden, given: the inputs of the list, the block's
+    first argument and the tensors among the others; result: the value that is the block's output.
+    """
+
+    graph: fx.GraphModule
+    nodes: tuple[fx.Node, ...]
+    names: tuple[str, ...]
+    hidden: fx.Node
+    given: tuple[fx.Node, ...]
+    result: fx.Node
+
+    @property
+    def calls(self) -> list[tuple[str, fx.Node]]:
+        """Every call of a linear in order: its name, and the value that it gets."""
+        return [(self.names[_number(node)], _input(node)) for node in self.nodes if node.target is MARK]
+
+    def cut(self, before: Sequence[str]) -> list[Segment]:
+        """The list in pieces that end before the first call of each of these linears, in the order of these calls; the
+        last piece ends with the block."""
+        marks = [at for at, node in enumerate(self.nodes) if node.target is MARK]
+        ends = [next(at for at in marks if self.names[_number(self.nodes[at])] == name) for name in before]
+        results = [_input(self.nodes[end]) for end in ends] + [self.result]
+        segments: list[Segment] = []
+        later: frozenset[fx.Node] = frozenset()
+        for start, end, result in reversed(list(zip([0, *ends], [*ends, len(self.nodes)], results, strict=True))):
+            nodes = self.nodes[start:end]
+            used = {value for node in nodes for value in node.all_input_nodes} | {result} | later
+            needs = frozenset(value for value in used - set(nodes) - set(self.given) if value.op != "get_attr")
+            segments.insert(0, Segment(self, nodes, needs, later, result))
+            later = needs
+        return segments
+
+    def run(self, hidden: Tensor, given: Sequence[Tensor], linear: Linear) -> Tensor:
+        """The block's output for `hidden`; arguments as of `Segment.run`."""
+        return self.cut([])[0].run({self.hidden: hidden}, given, linear)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a trace. needs: the values from before it that it or a later piece uses; leaves: those behind it that
+    a later piece uses; result: what the linear behind it gets, or the block's output."""
+
+    trace: BlockTrace
+    nodes: tuple[fx.Node, ...]
+    needs: frozenset[fx.Node]
+    leaves: frozenset[fx.Node]
+    result: fx.Node
+
+    def run(self, values: Values, given: Sequence[Tensor], linear: Linear) -> Tensor:
+        """Computes the piece from `values`, which become those that later pieces use; returns its result.
+
+        given: the tensors of the block's call; linear: computes a linear by its name.
+        """
+        known: dict[fx.Node, Any] = {**values, **dict(zip(self.trace.given, given, strict=True))}
+        values.clear()
+        last = {value: node for node in self.nodes for value in node.all_input_nodes}
+        for node in self.nodes:
+            known[node] = self._compute(node, known, linear)
+            for value in node.all_input_nodes:
+                if last[value] is node and value not in self.leaves and value is not self.result:
+                    known.pop(value, None)
+        values.update({node: known[node] for node in self.leaves})
+        result: Tensor = known[self.result]
+        return result
+
+    def _compute(self, node: fx.Node, known: Mapping[fx.Node, Any], linear: Linear) -> Any:
+        if node.op == "get_attr":
+            return getattr(self.trace.graph, str(node.target))
+        arguments: Any = fx.map_arg((node.args, node.kwargs), lambda of: self._value(of, known))
+        args, kwargs = arguments
+        if node.target is MARK:
+            return linear(self.trace.names[args[1]], args[0])
+        operation: Any = node.target
+        return operation(*args, **kwargs)
+
+    def _value(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+        return getattr(self.trace.graph, str(node.target)) if node.op == "get_attr" else known[node]
+
+
+def trace_block(
+    module: nn.Module, linears: Mapping[str, nn.Linear], call: BlockCall, hidden: Tensor
+) -> BlockTrace | None:
+    """The operations of a block for `hidden` [1, length, width]; None if they depend on the data.
+
+    `linears`: the linears inside the block by name. The arguments of other calls may hold other values, but must have
+    the structure of `call` (see `given_tensors`).
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def forward(hidden: Tensor, *given: Tensor) -> Tensor:
+        rest = iter(given)
+        args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], structure)
+        output = module(hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    names = tuple(linears)
+    with ExitStack() as stack:
+        for number, name in enumerate(names):
+            stack.enter_context(replaced(linears[name], _mark(number, linears[name])))
+        stack.enter_context(unchanged(module))
+        stack.enter_context(torch.no_grad())
+        weights = {id(linears[name].weight) for name in names}
+        for function in (forward, torch.func.functionalize(forward)):  # the second changes nothing in place
+            try:
+                graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(hidden, *tensors)
+            except Exception:  # torch has many errors for a path that depends on data, and the models add their own
+                return None
+            trace = _checked(graph, names, weights)
+            if trace is not None:
+                return trace
+    return None
+
+
+def given_tensors(call: BlockCall) -> list[Tensor]:
+    """The tensors among the arguments of a block, in the order of a trace's `given`."""
+    return [leaf for leaf in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+
+
+def structure_of(call: BlockCall) -> list[Any]:
+    """What two calls must share if one trace is to serve both: shapes and dtypes, and all that is no tensor."""
+    leaves, structure = pytree.tree_flatten((call.args, call.kwargs))
+    return [*((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), structure]
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """After the context the module's attributes are what they were: a traced forward may keep tensors without data."""
+    before = [(one, dict(vars(one)), dict(one._buffers)) for one in module.modules()]
+    try:
+        yield
+    finally:
+        for one, attributes, buffers in before:
+            vars(one).clear()
+            vars(one).update(attributes)
+            one._buffers.clear()
+            one._buffers.update(buffers)
+
+
+def _mark(number: int, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    rows = as_rows(linear, linear.weight).shape[0]
+    return lambda x: torch.ops.llmsqueeze.linear(x, number, rows)
+
+
+def _checked(graph: fx.GraphModule, names: tuple[str, ...], weights: set[int]) -> BlockTrace | None:
+    """The trace, unless it changes a value in place or uses a weight outside its linear."""
+    *nodes, output = graph.graph.nodes
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    nodes = [node for node in nodes if node.op != "placeholder"]
+    result = output.args[0]
+    for node in nodes:
+        changes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        foreign = node.op == "get_attr" and id(getattr(graph, str(node.target))) in weights
+        if changes or foreign or (node.op == "call_function" and not _known(node.target)):
+            return None
+    if not isinstance(result, fx.Node) or not inputs:
+        return None
+    return BlockTrace(graph, tuple(nodes), names, inputs[0], tuple(inputs[1:]), result)
+
+
+def _known(target: Any) -> bool:
+    return target is operator.getitem or isinstance(target, torch._ops.OpOverload)
+
+
+def _number(node: fx.Node) -> int:
+    number: Any = node.args[1]
+    return int(number)
+
+
+def _input(node: fx.Node) -> fx.Node:
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    return value

@@ -1,0 +1,136 @@
+"""The streams' passage through a block: pausing gives what running from the beginning for every group gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support import configs
+from torch import Tensor, nn
+
+from llmsqueeze.measure.moments import FusionGroup, Moments, SecondMoments, fusion_groups, grouped
+from llmsqueeze.measure.passage import Paused, ResidualStreams, Restarted, passage
+from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import build_skeleton
+from llmsqueeze.model.walk import Walk
+
+CPU = torch.device("cpu")
+Passed = tuple[list[tuple[tuple[str, ...], Moments]], list[Tensor]]
+
+
+def passed(folder: Path, rows: list[Tensor], kind: str, streams: str, limit: int = 1 << 20) -> Passed:
+    """The groups and moments of the second block, whose weights change a little when their turn comes, and the streams
+    behind it."""
+    with Spill(limit) as spill:
+        walk = Walk(build_skeleton(open_checkpoint(folder)), rows, spill, torch.float32, CPU)
+        start = walk.embed()
+        with walk.resident_block(0):
+            inputs = walk.through(0, start)
+            other = Activations(spill)
+            for hidden in inputs.each(CPU):
+                other.append(hidden * 1.01)
+        given = {
+            "both": ResidualStreams(inputs, other),
+            "shared": ResidualStreams(inputs, inputs),
+            "original": ResidualStreams(inputs, None),
+            "compressed": ResidualStreams(None, other),
+        }[streams]
+        with walk.resident_block(1):
+            names = walk.skeleton.linears[1][1:]  # one is not compressed
+            original = {name: walk.skeleton.linear(name).weight.data for name in names}
+            current = dict(original)
+            through = passage(walk, 1, given, original, current)
+            assert isinstance(through, Paused)
+            if kind == "restarted":
+                through = Restarted(walk, 1, given, original, current)
+            groups = []
+            for group, moments in through.groups():
+                groups.append((tuple(group), moments))
+                for name in group:
+                    if name in current:
+                        current[name] = current[name] * 0.9
+            ahead = through.ahead()
+            behind = [t for s in (ahead.original, ahead.compressed) if s is not None for t in s.each(CPU)]
+        ahead.clear()
+        given.clear()
+        start.clear()
+        inputs.clear()
+        other.clear()
+        assert spill.nbytes == 0, "all memory came back"
+    return groups, behind
+
+
+@pytest.mark.parametrize("architecture", list(configs()))
+@pytest.mark.parametrize("streams", ["both", "shared"])
+def test_pausing_equals_restarting(
+    architecture: str, streams: str, random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    folder = random_model(architecture)
+    paused, restarted = (passed(folder, rows, kind, streams) for kind in ("paused", "restarted"))
+    same(paused, restarted)
+
+
+@pytest.mark.parametrize("streams", ["original", "compressed"])
+def test_pausing_with_one_stream(streams: str, random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    folder = random_model("llama")
+    paused, restarted = (passed(folder, rows, kind, streams) for kind in ("paused", "restarted"))
+    same(paused, restarted)
+    assert all(moments.drift is None for _, moments in paused[0])
+
+
+def test_what_lies_between_two_stops_may_lie_on_disk(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    folder = random_model("llama")
+    same(passed(folder, rows, "paused", "both", limit=0), passed(folder, rows, "paused", "both"))
+
+
+def same(one: Passed, other: Passed) -> None:
+    assert [names for names, _ in one[0]] == [names for names, _ in other[0]]
+    for (_, a), (_, b) in zip(one[0], other[0], strict=True):
+        assert torch.allclose(a.xtx, b.xtx, rtol=1e-4, atol=1e-6)
+        assert (a.drift is None) == (b.drift is None)
+        if a.drift is not None and b.drift is not None:
+            assert torch.allclose(a.drift, b.drift, rtol=1e-3, atol=1e-6)
+    assert len(one[1]) == len(other[1])
+    for a, b in zip(one[1], other[1], strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_block_that_calls_a_linear_twice_is_run_from_its_beginning(
+    random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    """The second input of the linear lies behind the first."""
+    with Spill() as spill:
+        walk = Walk(build_skeleton(open_checkpoint(random_model("llama"))), rows, spill, torch.float32, CPU)
+        inputs = walk.embed()
+        mlp = walk.skeleton.module(walk.skeleton.blocks[0]).mlp
+        assert isinstance(mlp, nn.Module)
+        once = type(mlp).forward
+        mlp.forward = lambda x: once(mlp, once(mlp, x))  # type: ignore[method-assign]
+        with walk.resident_block(0):
+            original = {name: walk.skeleton.linear(name).weight.data for name in walk.skeleton.linears[0]}
+            through = passage(walk, 0, ResidualStreams(inputs, inputs), original, original)
+            assert isinstance(through, Restarted)
+            groups = fusion_groups(walk, 0, inputs.get(0, CPU))
+            assert [group.calls for group in groups] == [1, 1, 2, 2]
+            assert [names for names, _ in through.groups()] == [group.names for group in groups]
+
+
+@pytest.mark.parametrize("cols", [1, 3, 4, 7, 64])
+def test_second_moments_are_the_sum_of_products(cols: int, generator: torch.Generator) -> None:
+    samples = [torch.randn(5, cols, generator=generator) for _ in range(3)]
+    moments = SecondMoments(cols, torch.float32, CPU)
+    for y in samples:
+        moments.add(y)
+    every = torch.cat(samples)
+    mean = moments.mean()
+    assert torch.allclose(mean, every.T @ every / 15, atol=1e-6)
+    assert torch.equal(mean, mean.T)
+
+
+def test_linears_with_one_input_are_a_group() -> None:
+    x, y, z = object(), object(), object()
+    calls = [("q", x), ("k", x), ("o", y), ("twice", y), ("twice", z), ("v", x)]
+    assert grouped(calls) == [FusionGroup(("q", "k", "v"), 1), FusionGroup(("o",), 1), FusionGroup(("twice",), 2)]

@@ -1,0 +1,152 @@
+"""A block's forward as a list of operations: it computes what the block computes, whole or in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from support import configs
+from torch import Tensor, nn
+
+from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.recorder import BlockCall
+from llmsqueeze.model.skeleton import build_skeleton
+from llmsqueeze.model.trace import BlockTrace, given_tensors, trace_block
+from llmsqueeze.model.walk import Walk
+
+NO_ARGUMENTS = BlockCall((), {})
+
+
+@contextmanager
+def walking(folder: Path, rows: list[Tensor]) -> Iterator[tuple[Walk, Activations]]:
+    """A walk before its first block, which is resident."""
+    with Spill() as spill:
+        walk = Walk(build_skeleton(open_checkpoint(folder)), rows, spill, torch.float32, torch.device("cpu"))
+        inputs = walk.embed()
+        with walk.resident_block(0):
+            yield walk, inputs
+
+
+def trace_of(block: nn.Module, hidden: Tensor) -> BlockTrace | None:
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return trace_block(block, linears, NO_ARGUMENTS, hidden)
+
+
+class Block(nn.Module):
+    """Two linears, and what a subclass does between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        middle: Tensor = self.second(self.between(self.first(hidden)))
+        return middle
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+
+class InPlace(Block):
+    def between(self, x: Tensor) -> Tensor:
+        return x.add_(1.0).relu_()
+
+
+class ByTheData(Block):
+    def between(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
+class OtherUse(Block):
+    def between(self, x: Tensor) -> Tensor:
+        return x @ self.second.weight
+
+
+class Remembers(Block):
+    cached: Tensor | None = None
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.cached is None:
+            self.cached = x * 2
+            self.register_buffer("scale", x + 1)
+        return x + self.cached
+
+
+@pytest.mark.parametrize("architecture", list(configs()))
+def test_every_architecture_is_traced(architecture: str, random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    with walking(random_model(architecture), rows) as (walk, inputs):
+        trace = walk.trace(0, inputs)
+        assert trace is not None
+        assert {name for name, _ in trace.calls} == set(walk.skeleton.linears[0])
+        with torch.no_grad():
+            for sample, hidden in enumerate(inputs.each(walk.device)):
+                given = given_tensors(walk.call(0, sample))
+                computed = trace.run(hidden, given, lambda name, x: walk.skeleton.module(name)(x))
+                assert torch.allclose(computed, walk.run(0, sample, hidden), atol=1e-6)
+
+
+@pytest.mark.parametrize("stops", [[0], [3], [0, 3, 4, 6], [1, 2], [0, 1, 2, 3, 4, 5, 6]])
+def test_pieces_compute_what_the_whole_computes(
+    stops: list[int], random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    with walking(random_model("llama"), rows) as (walk, inputs), torch.no_grad():
+        trace = walk.trace(0, inputs)
+        assert trace is not None
+        order = [name for name, _ in trace.calls]
+        hidden, given = inputs.get(0, walk.device), given_tensors(walk.call(0, 0))
+        called: list[str] = []
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            called.append(name)
+            result: Tensor = walk.skeleton.module(name)(x)
+            return result
+
+        values = {trace.hidden: hidden}
+        segments = trace.cut([order[stop] for stop in stops])
+        for segment, stop in zip(segments, [*stops, len(order)], strict=True):
+            assert set(values) == segment.needs
+            result = segment.run(values, given, linear)
+            assert called == order[:stop], "no linear runs early, late or twice"
+        assert values == {}
+        assert torch.equal(result, walk.run(0, 0, hidden))
+
+
+def test_a_block_that_changes_values_in_place_is_traced() -> None:
+    block, hidden = InPlace(), torch.randn(1, 3, 4)
+    trace = trace_of(block, hidden)
+    assert trace is not None
+    with torch.no_grad():
+        assert torch.equal(trace.run(hidden, [], lambda name, x: block.get_submodule(name)(x)), block(hidden))
+
+
+@pytest.mark.parametrize("kind", [ByTheData, OtherUse])
+def test_a_block_that_no_list_can_stand_for_has_none(kind: type[Block]) -> None:
+    assert trace_of(kind(), torch.randn(1, 3, 4)) is None
+
+
+def test_tracing_leaves_the_block_as_it_was() -> None:
+    """A forward that keeps a tensor for the next call must not keep one without data."""
+    block, hidden = Remembers(), torch.randn(1, 3, 4)
+    assert trace_of(block, hidden) is not None
+    assert block.cached is None
+    assert dict(block.named_buffers()) == {}
+    assert "forward" not in vars(block.first)
+    assert block(hidden).isfinite().all()
+
+
+def test_samples_of_several_lengths_have_no_common_list(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    with walking(random_model("llama"), [*rows, rows[0][:, :5]]) as (walk, inputs):
+        assert walk.trace(0, inputs) is None
+
+
+def test_a_trace_that_computes_something_else_is_not_used(
+    random_model: Callable[..., Path], rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with walking(random_model("llama"), rows) as (walk, inputs):
+        run = Walk.run
+        monkeypatch.setattr(Walk, "run", lambda *arguments: run(*arguments) * 1.001)
+        assert walk.trace(0, inputs) is None
