@@ -18,14 +18,44 @@ needs. Memory beside W: one copy of it, its codes, and the curvature.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.quantizers.grids import Rounded, fit_group, level_of, nearest_code, zero_code
+from llmsqueeze.quantizers.grids import Rounded, fit_group, grid_loops, level_of, nearest_code, zero_code
+from llmsqueeze.quantizers.threads import over_rows
 
 PANEL = 128
+
+
+@dataclass(frozen=True)
+class State:
+    """A weight [rows, cols] half rounded: w has the feedback so far, exact is the weight itself.
+
+    codes uint8 [rows, cols]; scale, zero float32 [rows, groups]; h [cols]: the diagonal of the curvature if scales are
+    searched; dtype: that of the scales in the file.
+    """
+
+    w: Tensor
+    exact: Tensor
+    pinned: Tensor | None
+    upper: Tensor
+    h: Tensor | None
+    grid: Grid
+    dtype: torch.dtype
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def fit(self, start: int) -> None:
+        """Fits the group that starts at this column."""
+        width = self.grid.width(self.w.shape[1])
+        g, group = start // width, slice(start, start + width)
+        mask, h = None if self.pinned is None else self.pinned[:, group], None if self.h is None else self.h[group]
+        self.scale[:, g], self.zero[:, g] = fit_group(self.w[:, group], h, self.grid, self.dtype, mask)
 
 
 def gptq(
@@ -39,32 +69,53 @@ def gptq(
     """Rounds `weight` [rows, cols] (float32); arguments and result as `Rounder` has them."""
     assert pinned is None or not grid.half, "outliers are pinned to level 0"
     rows, cols = weight.shape
-    upper, diagonal = curvature.upper, curvature.diagonal
-    w = weight.clone()
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    scale = torch.empty(rows, grid.groups(cols), device=weight.device)
-    zero = torch.empty_like(scale)
-    width = grid.width(cols)
+    upper, width = curvature.upper, grid.width(cols)
+    h = curvature.diagonal.contiguous() if search else None
+    scale, zero = (torch.empty(rows, grid.groups(cols), device=weight.device) for _ in range(2))
+    codes = torch.empty_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    w = weight.clone(memory_format=torch.contiguous_format)
+    state = State(w, weight, pinned, upper, h, grid, dtype, codes, scale, zero)
+    errors = torch.empty(rows * PANEL, dtype=w.dtype, device=w.device)
+    round_panel = panel_compiled if w.device.type == "cpu" else panel_on_device
     for panel in panels(cols, width):
-        error = torch.zeros(rows, panel.stop - panel.start, dtype=w.dtype, device=w.device)
-        for j in range(panel.start, panel.stop):
-            g = j // width
-            if j % width == 0:
-                group = slice(j, min(j + width, cols))
-                mask = None if pinned is None else pinned[:, group]
-                h = diagonal[group] if search else None
-                scale[:, g], zero[:, g] = fit_group(w[:, group], h, grid, dtype, mask)
-            code = nearest_code(w[:, j], scale[:, g], zero[:, g], grid)
-            rounded = level_of(code, scale[:, g], zero[:, g], grid)
-            if pinned is not None:
-                code = torch.where(pinned[:, j], zero_code(zero[:, g], grid), code)
-                rounded = torch.where(pinned[:, j], weight[:, j], rounded)
-            codes[:, j] = code.to(torch.uint8)
-            e = (w[:, j] - rounded) / upper[j, j]
-            w[:, j + 1 : panel.stop] -= torch.outer(e, upper[j, j + 1 : panel.stop])
-            error[:, j - panel.start] = e
-        w[:, panel.stop :] -= error @ upper[panel, panel.stop :]
+        if width > PANEL and panel.start % width == 0:
+            state.fit(panel.start)  # it ends in a later panel
+        error = errors[: rows * (panel.stop - panel.start)].view(rows, -1)
+        round_panel(state, panel, error)
+        w[:, panel.stop :].addmm_(error, upper[panel, panel.stop :], alpha=-1)
     return Rounded(codes, scale.to(dtype), zero, grid)
+
+
+def panel_compiled(state: State, panel: slice, error: Tensor) -> None:
+    """Rounds the columns of the panel on a CPU; error [rows, span] becomes theirs."""
+    loops, cols = grid_loops(), state.w.shape[1]
+    width = state.grid.width(cols)
+    pinned = torch.empty(0, 0, dtype=torch.bool) if state.pinned is None else state.pinned.contiguous()
+    h = torch.ones(cols, dtype=state.w.dtype) if state.h is None else state.h
+    tensors = (state.w, state.exact.contiguous(), pinned, state.upper[panel, panel].T.contiguous(), h)
+    inputs = [*(tensor.numpy() for tensor in tensors), panel.start, width, width <= PANEL]
+    inputs += loops.settings(state.grid, state.dtype, state.h is not None)
+    outcome = [tensor.numpy() for tensor in (state.codes, state.scale, state.zero, error)]
+    over_rows(len(error), lambda *rows: loops.round_panel(*inputs, *rows, *outcome))
+
+
+def panel_on_device(state: State, panel: slice, error: Tensor) -> None:
+    """`panel_compiled` in torch, on any device."""
+    w, upper, grid, pinned = state.w, state.upper, state.grid, state.pinned
+    width = grid.width(w.shape[1])
+    for j in range(panel.start, panel.stop):
+        if width <= PANEL and j % width == 0:
+            state.fit(j)
+        scale, zero = state.scale[:, j // width], state.zero[:, j // width]
+        code = nearest_code(w[:, j], scale, zero, grid)
+        rounded = level_of(code, scale, zero, grid)
+        if pinned is not None:
+            code = torch.where(pinned[:, j], zero_code(zero, grid), code)
+            rounded = torch.where(pinned[:, j], state.exact[:, j], rounded)
+        state.codes[:, j] = code.to(torch.uint8)
+        e = (w[:, j] - rounded) / upper[j, j]
+        w[:, j + 1 : panel.stop] -= torch.outer(e, upper[j, j + 1 : panel.stop])
+        error[:, j - panel.start] = e
 
 
 def panels(cols: int, width: int = 1) -> list[slice]:

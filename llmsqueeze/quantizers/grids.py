@@ -10,13 +10,14 @@ zeros stays zero, or nearly zero. The search tries 29 ratios from 1.05 down to 0
 least `sum_j h[j] * (w[j] - rounded[j])**2`, with h the mean squared input of column j. A symmetric grid is tried with
 both signs, because its levels are one-sided. The scale is rounded to its stored dtype before weights are rounded with
 it. Symbols: w [rows, width] one group of columns; h [width]; scale, zero [rows]. For a dual grid, scale is alpha1 and
-zero is alpha2 in this package.
+zero is alpha2 in this package. On a CPU the fit is compiled (grid_loops.py); the torch form is for other devices.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.quantizers import dual_binary
+from llmsqueeze.quantizers.threads import over_rows
 
 RATIOS = [1.05 - 0.7 * i / 28 for i in range(29)]
 
@@ -77,6 +79,28 @@ def fit_group(
     """
     if pinned is not None:
         w = w.masked_fill(pinned, 0.0)  # every grid has level 0, so a zero changes neither range nor error
+    return fit_compiled(w, h, grid, dtype) if w.device.type == "cpu" else fit_on_device(w, h, grid, dtype)
+
+
+def fit_compiled(w: Tensor, h: Tensor | None, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`fit_group` on a CPU."""
+    loops, weights = grid_loops(), torch.ones(w.shape[1], dtype=w.dtype) if h is None else h.contiguous()
+    scale, zero = torch.empty(len(w)), torch.empty(len(w))
+    values, settings = w.contiguous().numpy(), loops.settings(grid, dtype, h is not None)
+    outcome = scale.numpy(), zero.numpy()
+    over_rows(len(w), lambda *rows: loops.fit_rows(values, weights.numpy(), *settings, *rows, *outcome))
+    return scale, zero
+
+
+def grid_loops() -> Any:
+    """The compiled loops; numba is imported only if something is rounded."""
+    from llmsqueeze.quantizers import grid_loops
+
+    return grid_loops
+
+
+def fit_on_device(w: Tensor, h: Tensor | None, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`fit_group` on any device."""
     low, high = w.amin(dim=1).clamp(max=0), w.amax(dim=1).clamp(min=0)
     if grid.symmetric:
         base = torch.maximum(-low, high) * (1 / 2 if grid.dual else 2 / grid.max_code)

@@ -20,6 +20,7 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.parts.coding import rans, rans_loops
 from llmsqueeze.parts.coding.rans import Contexts, Ints, Symbols, Words
 from llmsqueeze.parts.coding.streams import one_context
+from llmsqueeze.parts.compiled import compiled
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -410,7 +411,7 @@ def test_without_a_place_for_its_cache_a_loop_is_compiled_all_the_same(monkeypat
         return compile_(**settings)
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert rans_loops.compiled(lambda x: x + 1)(2) == 3
+    assert compiled(lambda x: x + 1)(2) == 3
     assert asked == [True, False]
 
 

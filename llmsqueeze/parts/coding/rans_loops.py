@@ -8,28 +8,16 @@ only the words, up to the last (`_refill`), and the slots, which have all values
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from llmsqueeze.parts.compiled import compiled
+
 LANES = 4
-F = TypeVar("F", bound=Callable[..., Any])
 Numbers = NDArray[np.integer[Any]]
 Whole = Any  # an int64
-
-
-def compiled(function: F) -> F:
-    """The function in machine code, cached beside this file or in the cache folder of the user."""
-    machine_code: Any
-    try:
-        machine_code = numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither folder is writable
-        machine_code = numba.njit(nogil=True, error_model="numpy")(function)
-    typed: F = machine_code
-    return typed
 
 
 @compiled
