@@ -22,6 +22,7 @@ from llmsqueeze.cli.quantize import quantize
 from llmsqueeze.cli.recipes import recipes
 from llmsqueeze.cli.report import report
 from llmsqueeze.cli.show import show
+from llmsqueeze.cli.threads import spin_little
 
 app = typer.Typer(
     name="llmsqueeze",
@@ -54,6 +55,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    spin_little()
     try:
         app()
     except BrokenPipeError:
