@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.errors import SqueezeError
+from llmsqueeze.progress import stopwatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,6 +33,7 @@ def quantize(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    profile_time: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Compresses a model into the folder `out`, by default `<model>-<bits>bit`, and returns the summary of the run.
@@ -39,7 +41,7 @@ def quantize(
     options: the options of a recipe by name, for example bits=3, method="gptq", group_size=64; recipes/README.md has
     the table. They replace those of `recipe`, a YAML file or the name of a bundled recipe. plan: a `plan.yaml`, which
     takes the place of all options. profile: measurements of an earlier `plan`. verify: read the result back and compare
-    it with the intended weights.
+    it with the intended weights. profile_time: measure the time of each stage ("time": wall and processor seconds).
     The summary has sizes in bytes ("nbytes", "nbytes_original"), "bits_per_weight" with everything counted, "seconds",
     peak memory in MB (10**6 bytes), and more.
 
@@ -53,16 +55,17 @@ def quantize(
     from llmsqueeze.compress.quantize import quantize as compress
     from llmsqueeze.model.original import Source
 
-    return compress(
-        Source(str(model), revision, trust_remote_code),
-        _settings(recipe, options),
-        _path(out),
-        plan=_path(plan),
-        profile=_path(profile),
-        device=device,
-        overwrite=overwrite,
-        verify=verify,
-    )
+    with stopwatch.running(stopwatch.Stopwatch() if profile_time else None):
+        return compress(
+            Source(str(model), revision, trust_remote_code),
+            _settings(recipe, options),
+            _path(out),
+            plan=_path(plan),
+            profile=_path(profile),
+            device=device,
+            overwrite=overwrite,
+            verify=verify,
+        )
 
 
 def plan(
@@ -72,6 +75,7 @@ def plan(
     recipe: str | Path | None = None,
     weights: bool = True,
     trial: bool = True,
+    profile_time: bool = False,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -82,7 +86,8 @@ def plan(
     Writes `plan.yaml` and the profile into the folder `out`, by default `<model>-plan`, and returns the plan in short:
     "bits_per_weight", "nbytes", the predicted costs and more. `quantize(model, plan="<out>/plan.yaml")` follows it.
     options, recipe: as in `quantize`. weights: False reads config.json only, and all linears get the same bits.
-    trial: compress two blocks to predict time and memory.
+    trial: compress two blocks to predict time ("predicted_seconds", by stage "predicted_time") and memory.
+    profile_time: measure the time of each stage of the plan itself ("time").
 
     Raises SqueezeError: RecipeError for an option (BudgetError if the budget is too small), CheckpointError or
     UnsupportedError for the model, CalibrationError or HubError for the calibration text, OutputError for the folder.
@@ -94,14 +99,15 @@ def plan(
     from llmsqueeze.compress.plan import plan as decide
     from llmsqueeze.model.original import Source
 
-    return decide(
-        Source(str(model), revision, trust_remote_code),
-        _settings(recipe, options),
-        _path(out),
-        device=device,
-        weights=weights,
-        trial=trial,
-    )
+    with stopwatch.running(stopwatch.Stopwatch() if profile_time else None):
+        return decide(
+            Source(str(model), revision, trust_remote_code),
+            _settings(recipe, options),
+            _path(out),
+            device=device,
+            weights=weights,
+            trial=trial,
+        )
 
 
 def load(model: str | Path, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedModel:

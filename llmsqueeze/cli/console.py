@@ -28,7 +28,7 @@ STAGES = {
     "forward": "forward, block by block",
     "loss": "loss gradient, by sample",
     "weights": "weights, block by block",
-    "trial": "trial of one block",
+    "trial": "trial of two blocks",
     "gradients": "weight gradients, block by block",
     "compress": "compress, block by block",
     "teacher": "teacher, block by block",

@@ -20,6 +20,7 @@ Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cud
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
+ProfileTime = Annotated[bool, typer.Option("--profile-time", help="Measure the time of each stage of the run.")]
 RECIPE = Annotated[
     str | None, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options replace its keys.")
 ]

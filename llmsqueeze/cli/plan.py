@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, Device, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.options import MODEL_HELP, Device, ProfileTime, Revision, TrustCode, takes_recipe
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.progress import Progress
+from llmsqueeze.progress import Progress, stopwatch
 
 
 @verb
@@ -24,6 +24,7 @@ def plan(
     ] = "all",
     trial: Annotated[bool, typer.Option(help="Compress two blocks to predict time and memory.")] = True,
     out: Annotated[Path | None, typer.Option(help="Folder for plan and profile. [./<model>-plan]")] = None,
+    profile_time: ProfileTime = False,
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
@@ -41,15 +42,16 @@ def plan(
     from llmsqueeze.publish.plots.figure import available
 
     hush()
-    result = plan_model(
-        Source(model, revision, trust_remote_code),
-        given,
-        out,
-        device=device,
-        weights=weights == "all",
-        trial=trial,
-        progress=progress,
-    )
+    with stopwatch.running(stopwatch.of_process() if profile_time else None):
+        result = plan_model(
+            Source(model, revision, trust_remote_code),
+            given,
+            out,
+            device=device,
+            weights=weights == "all",
+            trial=trial,
+            progress=progress,
+        )
     if available():
         draw_plan(result, Path(result["out"]))
     else:

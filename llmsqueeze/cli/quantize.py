@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, Device, Overwrite, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.options import MODEL_HELP, Device, Overwrite, ProfileTime, Revision, TrustCode, takes_recipe
 from llmsqueeze.cli.terminal import Outcome, hush, verb
-from llmsqueeze.progress import Progress
+from llmsqueeze.progress import Progress, stopwatch
 
 
 @verb
@@ -27,6 +27,7 @@ def quantize(
             "--verify/--no-verify", help="Read the result back from disk and compare it with the computed weights."
         ),
     ] = True,
+    profile_time: ProfileTime = False,
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
@@ -39,15 +40,16 @@ def quantize(
     from llmsqueeze.model.original import Source
 
     hush()
-    summary = quantize_model(
-        Source(model, revision, trust_remote_code),
-        given,
-        out,
-        plan=plan,
-        profile=profile,
-        device=device,
-        overwrite=overwrite,
-        verify=verify,
-        progress=progress,
-    )
+    with stopwatch.running(stopwatch.of_process() if profile_time else None):
+        summary = quantize_model(
+            Source(model, revision, trust_remote_code),
+            given,
+            out,
+            plan=plan,
+            profile=profile,
+            device=device,
+            overwrite=overwrite,
+            verify=verify,
+            progress=progress,
+        )
     return Outcome(summary, print_summary)

@@ -20,7 +20,7 @@ from llmsqueeze.model.original import Original, Source, open_original
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.model.walk import Walk
-from llmsqueeze.progress import Progress
+from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted
 
@@ -97,6 +97,7 @@ def open_job(
 
     Without `weights` only the model's configuration has to be there.
     """
+    stopwatch.computes_on(str(device))
     original = open_original(source, weights)
     recipe, note = fitted(recipe, columns(original.skeleton, recipe))
     if note is not None:

@@ -27,7 +27,7 @@ from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.linears import all_linears
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.progress import Progress
+from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 
 
@@ -73,13 +73,15 @@ def compress(
         decision = decision or measure_and_decide(job, target, profile, output.partial, progress)
         decision = replace(decision, plan=compressed_tensors.writable_plan(decision.plan, job.recipe.portable))
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
-        write_rest(output, job, decision, by_weight)
+        recorded = write_rest(output, job, decision, by_weight)
         trust, compared = job.source.trust_remote_code, None
         if witness is not None:
             verified = verification.verify(output, witness.computed, job.device, trust, progress)
             compared, opens = verified.compared, verified.opens
         else:
             opens = verification.inspected(output, trust)
+        if (times := stopwatch.measured()) is not None:
+            output.write_json(SIDECAR, recorded | {"time": times})
     return summarize(job, decision, output, time.monotonic() - start, compared, opens)
 
 
@@ -90,10 +92,10 @@ def measure_and_decide(job: Job, target: int, profile: Profile | None, folder: P
 
 
 def write_weights(
-    job: Job, decision: Decision, output: Output, verify: bool, progress: Progress
+    job: Job, decision: Decision, output: Output, verify: bool, progress: Progress, count: int | None = None
 ) -> tuple[Decision, dict[str, Mapping[str, float]], Witness | None]:
-    """Compresses and writes all weights. Returns the decision with the plan after compression, numbers by weight for
-    the record, and with `verify` the witness of the run."""
+    """Compresses and writes all weights, or those of the first `count` blocks. Returns the decision with the plan after
+    compression, numbers by weight for the record, and with `verify` the witness of the run."""
     with Spill(parent=output.partial) as spill:
         walk = job.walk(spill)
         inputs = walk.embed() if job.recipe.needs_text else None
@@ -107,12 +109,14 @@ def write_weights(
             streams = needed_streams(walk, inputs, job.recipe, bool(ends))
         if witness is not None:
             witness.see_ends({name: one.dense for name, one in ends.items()})
-        result = compress_blocks(replace(run, decision=decision), streams, output, witness)
+        result = compress_blocks(replace(run, decision=decision), streams, output, witness, count)
     return replace(decision, plan=result.plan), result.by_weight, witness
 
 
-def write_rest(output: Output, job: Job, decision: Decision, by_weight: Mapping[str, Mapping[str, float]]) -> None:
-    """Everything in the folder beside the shards."""
+def write_rest(
+    output: Output, job: Job, decision: Decision, by_weight: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Everything in the folder beside the shards; returns the record."""
     output.copy_rest(job.path)
     config = job.checkpoint.config | {"quantization_config": quantization_config(job.skeleton, decision.plan)}
     output.write_json("config.json", config)
@@ -120,6 +124,7 @@ def write_rest(output: Output, job: Job, decision: Decision, by_weight: Mapping[
     origin = record.provenance(job.source, job.path) | record.settings(job.recipe, job.calibration)
     output.write_json(SIDECAR, origin | result)
     output.finish()
+    return origin | result
 
 
 def quantization_config(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:

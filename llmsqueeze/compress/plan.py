@@ -17,7 +17,7 @@ from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.original import Source, pick_device
-from llmsqueeze.progress import Progress
+from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
 
@@ -53,7 +53,8 @@ def plan(
         about
         | {"given": source.model, "out": str(folder)}
         | at_length(job, profile, decision)
-        | {f"predicted_{key}": needed.get(key) for key in ("seconds", "peak_memory_mb")}
+        | {f"predicted_{key}": needed.get(key) for key in ("seconds", "time", "peak_memory_mb")}
+        | {"time": stopwatch.measured()}
     )
 
 

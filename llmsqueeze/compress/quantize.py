@@ -19,7 +19,7 @@ from llmsqueeze.formats.folder import check_writable
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.original import Source, pick_device
-from llmsqueeze.progress import Progress
+from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
 from llmsqueeze.recipe.values import flag
@@ -62,9 +62,11 @@ def quantize(
         measured = given_profile(job, profile)
         job = job if recipe.needs_text else replace(job, calibration=None)
     if recipe.bounded:
-        return smallest_within(job, folder, measured, overwrite, verify, progress)
+        result = smallest_within(job, folder, measured, overwrite, verify, progress)
+        return result | {"time": stopwatch.measured()}
     result = run(job, folder, decision, measured, overwrite, verify, progress)
-    return result | {"seconds": round(time.monotonic() - start, 3)}  # with all that was read before
+    # with all that was read before
+    return result | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
 
 
 def run(

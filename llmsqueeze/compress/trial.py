@@ -1,39 +1,49 @@
 """The time and memory that a plan will take: its first blocks are really compressed, in a process of its own.
 
-Blocks have one shape as a rule. So the time is that before the blocks, that of the first, and for each other block that
-of the second, which is the first to see inputs from behind compressed weights. Memory is that of `quantize --plan`: it
-does not grow from block to block.
+The trial does what `quantize --plan` does, by the same functions and from the start of Python to the verification, but
+with the first blocks only. The stopwatch of stages is read before and after every block. The second block is the first
+to see inputs from behind compressed weights, so those that follow are forecast from it (forecast.py). Not in the
+forecast: distillation, and the last coded weight, which is coded several times until it fits. Memory is that of
+`quantize --plan`: it does not grow from block to block.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.forecast import Tried, added, between, forecast, seconds, work_of
 from llmsqueeze.compress.job import Job, open_job
+from llmsqueeze.compress.pipeline import write_rest, write_weights
 from llmsqueeze.compress.reuse import given_plan, open_plan
-from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_streams
-from llmsqueeze.compress.weights.ends import outside_shard, outside_shards
+from llmsqueeze.compress.weights.ends import outside_shards
 from llmsqueeze.formats.folder import Output
+from llmsqueeze.formats.verify import verify
 from llmsqueeze.memory import keep_within_block, peak_device_memory_mb, peak_memory_mb
-from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.original import Source
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.stopwatch import Stopwatch, Times, of_process, running, timed
+
+BLOCKS = 2
 
 
 def run_trial(job: Job, plan: Path, progress: Progress) -> dict[str, Any]:
-    """`seconds` and `peak_memory_mb` that `quantize --plan` will need; empty, with a note, if the trial fails."""
+    """`time` by stage, `seconds` and `peak_memory_mb` that `quantize --plan` will need; empty, with a note, if the
+    trial fails."""
     source = [job.source.model, job.source.revision, job.source.trust_remote_code]
     task = json.dumps({"source": source, "plan": str(plan), "device": str(job.device)})
     progress.stage("trial", 1)
-    done = subprocess.run([sys.executable, "-m", "llmsqueeze.compress.trial", task], capture_output=True, text=True)
+    with timed("trial"):
+        done = subprocess.run([sys.executable, "-m", "llmsqueeze.compress.trial", task], capture_output=True, text=True)
     progress.advance()
     if done.returncode:
         errors = done.stderr.strip().splitlines()
@@ -44,40 +54,58 @@ def run_trial(job: Job, plan: Path, progress: Progress) -> dict[str, Any]:
     return prediction
 
 
-class Clock(Progress):
-    """Notes when the blocks began and when each was done."""
+class Laps(Progress):
+    """Reads the stopwatch when the blocks of a stage begin, and when each is done."""
+
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
+        self.readings: dict[str, list[Times]] = {}
 
     def stage(self, name: str, total: int) -> None:
-        self.times = [time.monotonic()]
+        self.name = name
+        self.readings[name] = [self.stopwatch.times()]
 
     def advance(self) -> None:
-        self.times.append(time.monotonic())
+        self.readings[self.name].append(self.stopwatch.times())
+
+    def of(self, name: str) -> list[Times]:
+        """The time of each block in this stage."""
+        return [between(*pair) for pair in itertools.pairwise(self.readings.get(name, []))]
 
 
-def main(task: dict[str, Any]) -> dict[str, float]:
+def main(task: dict[str, Any]) -> dict[str, Any]:
     """The trial itself."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - a run's clock begins after that too
-
-    start = time.monotonic()
-    keep_within_block()
-    file = open_plan(Path(task["plan"]))
-    job = open_job(Source(*task["source"]), file.recipe, Progress(), device=torch.device(task["device"]))
-    decision = given_plan(job, file)
-    with tempfile.TemporaryDirectory(dir=Path(task["plan"]).parent) as folder, Spill(parent=Path(folder)) as spill:
-        output = Output(Path(folder) / "trial", 2)
-        output.partial.mkdir()
-        walk = job.walk(spill)
-        inputs = walk.embed() if file.recipe.needs_text else None
-        for names in outside_shards(job.skeleton):
-            output.write_shard(outside_shard(job.skeleton, names, {}))
-        clock, streams = Clock(), needed_streams(walk, inputs, file.recipe)
-        compress_blocks(Run.of(walk, decision, file.recipe, clock), streams, output, count=2)
-    last = clock.times[-1] - clock.times[-2]
+    stopwatch = of_process()
+    with running(stopwatch):
+        keep_within_block()
+        file = open_plan(Path(task["plan"]))
+        job = open_job(Source(*task["source"]), file.recipe, Progress(), device=torch.device(task["device"]))
+        decision, laps = given_plan(job, file), Laps(stopwatch)
+        with tempfile.TemporaryDirectory(dir=Path(task["plan"]).parent) as folder:
+            compress_first(job, decision, Path(folder) / "trial", laps)
+        whole = stopwatch.times()
+    blocks = [added(pair) for pair in zip(laps.of("compress"), laps.of("verify"), strict=False)] or laps.of("compress")
+    tried = Tried(between(added(blocks), whole), blocks)
+    times = forecast(tried, work_of(job.skeleton, decision.plan))
     return {
-        "seconds": round(clock.times[-1] - start + last * (len(job.skeleton.blocks) - len(clock.times) + 1), 3),
+        "time": times,
+        "seconds": seconds(times),
         "peak_memory_mb": peak_memory_mb(),
         "peak_device_memory_mb": peak_device_memory_mb(str(job.device)),
     }
+
+
+def compress_first(job: Job, decision: Decision, out: Path, progress: Progress) -> None:
+    """Compresses the first blocks and all that lies outside the blocks into a folder, and verifies it."""
+    count = min(BLOCKS, len(job.skeleton.blocks))
+    output = Output(out, len(outside_shards(job.skeleton)) + count)
+    output.partial.mkdir()
+    decision, by_weight, witness = write_weights(job, decision, output, True, progress, count)
+    assert witness is not None
+    blocks = {name for names in job.skeleton.linears[count:] for name in names}
+    written = {name: weight for name, weight in decision.plan.weights.items() if name not in blocks}
+    write_rest(output, job, replace(decision, plan=decision.plan.only(written)), by_weight)
+    verify(output, witness.computed, job.device, job.source.trust_remote_code, progress, complete=False)
 
 
 if __name__ == "__main__":

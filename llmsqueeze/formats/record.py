@@ -1,4 +1,5 @@
-"""The record of a run in `llmsqueeze.json`: no times and no local paths, so that equal runs give equal files."""
+"""The record of a run in `llmsqueeze.json`: no local paths and, without `--profile-time`, no times. So equal runs give
+equal files."""
 
 from __future__ import annotations
 

@@ -14,10 +14,27 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
-STAGES = ("read", "forward", "backward", "moments", "factorise", "round", "compensate", "pack", "write", "verify")
+LOADED = time.perf_counter()  # the package imports this first: about when a command's process began
+
+STAGES = {
+    "start": "Python and its libraries, before the run",
+    "read": "weights, text and profiles read, and cast",
+    "forward": "the model run block by block",
+    "backward": "gradients",
+    "moments": "sums over inputs and gradients",
+    "factorise": "factors of the second moments",
+    "round": "codes, integers, scales; their prices",
+    "compensate": "drift of the inputs; low-rank factors",
+    "pack": "codes packed or entropy-coded",
+    "write": "files, their digests",
+    "verify": "the result read back and compared",
+    "trial": "the first blocks, for the forecast",
+    "other": "all else",
+}
 OTHER = "other"
 WHOLE = "verify"  # reads, runs and decodes for itself
 
@@ -27,17 +44,31 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def processor_time() -> float:
+    """Seconds of processor time, user and system, of all threads and of the child processes that have ended."""
+    try:
+        import resource
+    except ImportError:
+        return time.process_time()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
 class Stopwatch:
     """Sums up the time of each stage from now on. wall, processor: clocks, in seconds. `wait` is called at every border
-    of a stage."""
+    of a stage. With the `age` of the process, the time before is the stage `start`."""
 
-    def __init__(self, wall: Clock = time.perf_counter, processor: Clock = time.process_time) -> None:
+    def __init__(
+        self, wall: Clock = time.perf_counter, processor: Clock = processor_time, age: float | None = None
+    ) -> None:
         self.wait: Callable[[], None] | None = None
         self._clocks = wall, processor
         self._thread = threading.get_ident()
         self._open = [OTHER]
-        self._spent = {name: [0.0, 0.0] for name in (*STAGES, OTHER)}
+        self._spent = {name: [0.0, 0.0] for name in STAGES}
         self._last = wall(), processor()
+        if age is not None:
+            self._spent["start"] = [age, self._last[1]]
 
     def enter(self, name: str) -> None:
         """A stage begins."""
@@ -74,21 +105,24 @@ class Stopwatch:
 _running: Stopwatch | None = None  # that of the process
 
 
-def start(stopwatch: Stopwatch | None = None) -> Stopwatch:
-    """Starts a stopwatch for the process; one that was running is forgotten."""
+@contextmanager
+def running(stopwatch: Stopwatch | None) -> Iterator[None]:
+    """In the context this stopwatch is that of the process; None: nothing is timed."""
     global _running
-    _running = stopwatch or Stopwatch()
-    return _running
+    before, _running = _running, stopwatch
+    try:
+        yield
+    finally:
+        _running = before
 
 
-def stop() -> None:
-    """From now on nothing is timed."""
-    global _running
-    _running = None
+def of_process() -> Stopwatch:
+    """A stopwatch that counts all since the process began."""
+    return Stopwatch(age=time.perf_counter() - LOADED)
 
 
 def measured() -> dict[str, dict[str, float]] | None:
-    """The times of the process's stopwatch so far, None if none runs."""
+    """The times of the stopwatch of the process so far; None if none runs."""
     return None if _running is None else _running.times()
 
 

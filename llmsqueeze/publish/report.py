@@ -17,6 +17,7 @@ from llmsqueeze.publish.page import story
 from llmsqueeze.publish.page.comparison import view_of
 from llmsqueeze.publish.page.pictures import NUMBERED, blocks_of, heat_map_picture
 from llmsqueeze.publish.page.render import render
+from llmsqueeze.publish.page.times import time_rows
 from llmsqueeze.publish.plots.figure import available
 from llmsqueeze.publish.plots.heat_map import BITS, ERRORS
 from llmsqueeze.publish.scores import baseline, score_rows
@@ -73,6 +74,7 @@ def report_page(folder: Folder) -> str:
         comparison=view_of(folder.comparison) if folder.comparison else None,
         bit_map=None if folder.dense else heat_map_picture(bits, blocks, BITS),
         error_map=heat_map_picture(errors, blocks, ERRORS),
+        times=time_rows(folder.record.get("time")),
         pictures=available(),
         rows=weight_rows(folder.linears),
         shown=SHOWN,

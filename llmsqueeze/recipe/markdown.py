@@ -1,4 +1,4 @@
-"""The tables of recipes/README.md, made from the table of options and the entries of the methods.
+"""The tables of recipes/README.md, made from the table of options, the entries of the methods and the stages of a run.
 
 `python -m llmsqueeze.recipe.markdown recipes/README.md` writes them between their markers (`make docs`).
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llmsqueeze.progress.stopwatch import STAGES
 from llmsqueeze.recipe.methods import METHODS, methods_of
 from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.values import flag
@@ -45,7 +46,12 @@ def options_table() -> str:
     return table(("option", "meaning", "default", "methods"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"methods": methods_table, "options": options_table}
+def stages_table() -> str:
+    """Every stage of `--profile-time` and what happens in it."""
+    return table(("stage", "what is timed"), [(f"`{name}`", meaning) for name, meaning in STAGES.items()])
+
+
+TABLES: dict[str, Callable[[], str]] = {"methods": methods_table, "options": options_table, "stages": stages_table}
 
 
 def filled(text: str) -> str:

@@ -18,6 +18,9 @@ class Hands:
     def __init__(self) -> None:
         self.wall = self.processor = 100.0
 
+    def stopwatch(self) -> Stopwatch:
+        return Stopwatch(lambda: self.wall, lambda: self.processor)
+
     def pass_by(self, wall: float, processor: float | None = None) -> None:
         self.wall += wall
         self.processor += wall if processor is None else processor
@@ -27,9 +30,8 @@ class Hands:
 def hands() -> Iterator[Hands]:
     """Those of the stopwatch that runs during the test."""
     hands = Hands()
-    stopwatch.start(Stopwatch(lambda: hands.wall, lambda: hands.processor))
-    yield hands
-    stopwatch.stop()
+    with stopwatch.running(hands.stopwatch()):
+        yield hands
 
 
 def seconds(kind: str = "seconds") -> dict[str, float]:
@@ -62,7 +64,7 @@ def test_wall_and_processor_time_are_told_apart(hands: Hands) -> None:
 
 
 def test_the_stages_sum_up_to_the_run(hands: Hands) -> None:
-    for i, stage in enumerate(STAGES):
+    for i, stage in enumerate(STAGES, 1):
         hands.pass_by(0.5)
         with timed(stage), timed("read"):
             hands.pass_by(i)
@@ -77,6 +79,15 @@ def test_verification_counts_all_that_happens_inside_it(hands: Hands) -> None:
     with timed("read"):
         hands.pass_by(4)
     assert seconds() == {"verify": 3, "read": 4}
+
+
+def test_the_age_of_the_process_is_a_stage(hands: Hands) -> None:
+    aged = Stopwatch(lambda: hands.wall, lambda: hands.processor, age=7)
+    hands.pass_by(1)
+    assert aged.times() == {
+        "start": {"seconds": 7, "processor_seconds": 100},
+        "other": {"seconds": 1, "processor_seconds": 1},
+    }
 
 
 def test_an_error_ends_its_stage(hands: Hands) -> None:
@@ -100,28 +111,31 @@ def test_another_thread_changes_no_stage(hands: Hands) -> None:
 
 
 def test_a_stage_that_began_before_the_stopwatch(hands: Hands) -> None:
-    with timed("read"):
-        stopwatch.start(Stopwatch(lambda: hands.wall, lambda: hands.processor))
+    stage = timed("read")
+    stage.__enter__()
+    with stopwatch.running(hands.stopwatch()):
         hands.pass_by(1)
-    hands.pass_by(2)
-    assert seconds() == {"other": 3}
+        stage.__exit__()
+        hands.pass_by(2)
+        assert seconds() == {"other": 3}
+    assert seconds() == {"read": 3}
 
 
 def test_kernels_are_waited_for_at_the_borders(hands: Hands) -> None:
     """A kernel's time belongs to the stage that called it."""
-    running = stopwatch.start(Stopwatch(lambda: hands.wall, lambda: hands.processor))
-    queue: list[float] = []
+    running, queue = hands.stopwatch(), list[float]()
 
     def wait() -> None:
         hands.pass_by(sum(queue), 0)
         queue.clear()
 
     running.wait = wait
-    with timed("forward"):
-        queue.append(5)
-    with timed("moments"):
-        queue.append(7)
-    assert seconds() == {"forward": 5, "moments": 7}
+    with stopwatch.running(running):
+        with timed("forward"):
+            queue.append(5)
+        with timed("moments"):
+            queue.append(7)
+        assert seconds() == {"forward": 5, "moments": 7}
 
 
 def test_without_a_stopwatch_nothing_is_measured() -> None:
@@ -138,5 +152,5 @@ def test_without_a_stopwatch_nothing_is_measured() -> None:
 
 
 def test_a_stage_that_there_is_not() -> None:
-    with pytest.raises(ValueError, match="no stage forwards; there are read, forward"):
+    with pytest.raises(ValueError, match="no stage forwards; there are start, read, forward"):
         timed("forwards")

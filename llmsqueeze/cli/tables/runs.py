@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmsqueeze.cli.console import console
+from llmsqueeze.cli.tables.times import print_times
 from llmsqueeze.publish.numbers import code_widths, fixed, perplexity, significant, size
 
 
@@ -48,6 +49,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["peak_device_memory_mb"]:
         table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
     console().print(table)
+    print_times("time by stage", summary["time"])
 
 
 def print_distillation(summary: dict[str, Any]) -> None:
@@ -175,6 +177,9 @@ def print_plan(plan: dict[str, Any]) -> None:
     if plan["predicted_seconds"] is not None:
         memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
         out.print(f"predicted for quantize --plan: {plan['predicted_seconds']:.0f} s, peak memory {memory}")
+    if plan["time"] is not None:
+        print_times("time of this plan", plan["time"])
+        print_times("predicted time", plan["predicted_time"])
     next_command = shlex.join(["llmsqueeze", "quantize", plan["given"], "--plan", f"{plan['out']}/plan.yaml"])
     out.print(f"written to {plan['out']}; next: {next_command}", soft_wrap=True)
 
