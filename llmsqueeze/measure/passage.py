@@ -84,6 +84,7 @@ class _Moments:
         if self.drift is not None and x is not None:
             self.drift.addmm_((x - y).T, y)
 
+    @timed("moments")
     def mean(self) -> Moments:
         tokens = self.xtx.tokens
         return Moments(self.xtx.mean(), None if self.drift is None else self.drift.div_(tokens))

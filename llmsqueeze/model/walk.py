@@ -75,11 +75,11 @@ class Walk:
                 self._calls.append([new.sharing(old) for old, new in zip(first, recorder.calls, strict=True)])
         return inputs
 
-    @timed("forward")
     def call(self, index: int, sample: int) -> BlockCall:
         """The arguments of block `index` for a sample."""
         return self._calls[sample][index]
 
+    @timed("forward")
     def trace(self, index: int, inputs: Activations) -> BlockTrace | None:
         """The operations of the resident block `index`, the same for all samples; None if there is no such list.
 
@@ -101,6 +101,7 @@ class Walk:
         self._compared.add(trace.graph.code)
         return trace
 
+    @timed("forward")
     def run(self, index: int, sample: int, hidden: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
         """The output of block `index` for `hidden`, both [1, length, width].
 
