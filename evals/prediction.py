@@ -23,6 +23,7 @@ from methods import add_arguments
 from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.forecast import KINDS, seconds
 from llmsqueeze.compress.job import open_job
 from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.evaluation.evaluate import evaluate
@@ -55,7 +56,8 @@ def promised(args: argparse.Namespace, folder: Path, bits: float) -> dict[str, A
     """One plan followed, in its figures."""
     foretold = planned(args, folder / f"plan-{bits}", bits, args.samples)
     out = folder / f"out-{bits}"
-    done = command("quantize", args.model, "--plan", str(folder / f"plan-{bits}"), "--out", str(out))
+    plan = ["--plan", str(folder / f"plan-{bits}"), "--profile-time"]
+    done = command("quantize", args.model, *plan, "--out", str(out))
     text = evaluation_text(args.text, args.model)
     evaluation = evaluate(str(out), baseline=args.model, text=text, limit=args.limit, window=args.window)
     return {
@@ -63,7 +65,7 @@ def promised(args: argparse.Namespace, folder: Path, bits: float) -> dict[str, A
         "bits": bits,
         "nbytes": [foretold["nbytes"], done["nbytes"]],
         "peak_memory_mb": [foretold["predicted_peak_memory_mb"], done["peak_memory_mb"]],
-        "seconds": [foretold["predicted_seconds"], done["seconds"]],
+        **{kind: [seconds(one, kind) for one in (foretold["predicted_time"], done["time"])] for kind in KINDS},
         "loss_increase": [foretold["predicted_loss_increase"], evaluation.nll_difference],
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from llmsqueeze.progress import stopwatch
 from llmsqueeze.progress.stopwatch import STAGES, Stopwatch, timed
@@ -136,6 +137,19 @@ def test_kernels_are_waited_for_at_the_borders(hands: Hands) -> None:
         with timed("moments"):
             queue.append(7)
         assert seconds() == {"forward": 5, "moments": 7}
+
+
+def test_on_a_gpu_the_stopwatch_waits_and_only_there(hands: Hands, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    stopwatch.computes_on("cpu")
+    with timed("round"):
+        pass
+    assert waited == []
+    stopwatch.computes_on("cuda:1")
+    with timed("round"):
+        pass
+    assert waited == ["cuda:1", "cuda:1"]
 
 
 def test_without_a_stopwatch_nothing_is_measured() -> None:
