@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmsqueeze.measure import importance, outliers
 from llmsqueeze.measure.costs import Rounding, coded_points, low_rank_gains, packed_rates, price
-from llmsqueeze.measure.moments import FusionGroup, fusion_groups
+from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.salience import rounding_error, sample_salience
@@ -128,9 +128,8 @@ class _InputMoments:
     def __init__(self, groups: list[FusionGroup], linears: Linears) -> None:
         self.groups, self.linears = groups, linears
         self.leaders = {group.names[0]: i for i, group in enumerate(groups)}
-        self.xtx: dict[int, Tensor] = {}
+        self.xtx: dict[int, SecondMoments] = {}
         self.squares: dict[str, Tensor] = {}
-        self.tokens: dict[int, int] = {}
 
     @timed("moments")
     def add(self, labels: int, name: str, x: Tensor, gradient: Tensor) -> None:
@@ -139,9 +138,8 @@ class _InputMoments:
         if group is not None:
             x = x.reshape(-1, x.shape[-1])
             if group not in self.xtx:
-                self.xtx[group] = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
-            self.xtx[group].addmm_(x.T, x)
-            self.tokens[group] = self.tokens.get(group, 0) + len(x)
+                self.xtx[group] = SecondMoments(x.shape[1], x.dtype, x.device)
+            self.xtx[group].add(x)
         if name in self.linears:
             # of the summed loss, not of the mean one
             square = (gradient.reshape(-1, gradient.shape[-1]) * labels).square_().sum(dim=0)
@@ -155,7 +153,7 @@ class _InputMoments:
         for i, group in enumerate(self.groups):
             if i not in self.xtx:
                 continue
-            curvature = factorize(self.xtx.pop(i).div_(self.tokens[i]))
+            curvature = factorize(self.xtx.pop(i).mean())
             for name in group.names:
                 if name in self.squares:
                     module = skeleton.linear(name)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmsqueeze.measure.moments import SecondMoments
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress.stopwatch import timed
 
@@ -33,18 +34,20 @@ class Ends:
         vocabulary, width = walk.skeleton.embedding_shape
         self.tokens = torch.zeros(vocabulary, device=self.device)
         self.logits = torch.zeros(vocabulary, device=self.device)
-        self.gradients = torch.zeros(width, width, device=self.device)
-        self.inputs = torch.zeros(width, width, device=self.device)
-        self.positions = self.labels = 0
+        self.gradients = SecondMoments(width, torch.float32, self.device)
+        self.inputs = SecondMoments(width, torch.float32, self.device)
         self.scale = 0.0
 
+    @property
+    def labels(self) -> int:
+        """How many labels were seen."""
+        return self.inputs.tokens
+
     @timed("moments")
-    def see_head(self, part: slice, probability: Tensor, x: Tensor) -> None:
-        """Probabilities [labels, part] and head inputs [labels, width] of a sample."""
-        self.logits[part] += (probability * (1 - probability)).sum(dim=0)
-        if part.start == 0:
-            self.inputs.addmm_(x.T, x)
-            self.labels += len(x)
+    def see_head(self, probability: Tensor, x: Tensor) -> None:
+        """Probabilities [some, vocabulary] and head inputs [some, width] of some tokens."""
+        self.logits += probability.sum(dim=0) - probability.square().sum(dim=0)
+        self.inputs.add(x)
 
     @timed("moments")
     def see_embeddings(self, sample: int, hidden: Tensor, gradient: Tensor) -> None:
@@ -52,16 +55,16 @@ class Ends:
         tokens = self.walk.samples[sample][0].to(self.device)
         self.tokens += torch.bincount(tokens, minlength=len(self.tokens))
         of_sum = gradient[0] * (len(tokens) - 1)
-        self.gradients.addmm_(of_sum.T, of_sum)
-        self.positions += len(tokens)
+        self.gradients.add(of_sum)
         if not self.scale:
             rows = self.weight(self.names[0])[tokens]
             self.scale = float((rows * hidden[0]).sum() / rows.square().sum().clamp(min=1e-30))
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module -> second moments [width, width] and how much each row counts [vocabulary]."""
-        G = self.gradients * (self.scale**2 / self.positions)
-        X, q = self.inputs / self.labels, self.logits / self.labels
+        """Module -> second moments [width, width] and how much each row counts [vocabulary]; nothing can be seen
+        afterwards."""
+        G, X = self.gradients.mean() * self.scale**2, self.inputs.mean()
+        q = self.logits / self.labels
         f = (self.tokens + UNSEEN) / self.labels
         if self.walk.skeleton.ties_head:
             H = f.sum() * G + q.sum() * X

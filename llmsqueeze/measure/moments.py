@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.model.walk import Walk
 
-PANELS = 4  # of the columns of a second-moment matrix: of the products, 5/8 are computed
+PANELS = 8  # of the columns of a second-moment matrix: of the products, 9/16 are computed
 
 
 @dataclass(frozen=True)

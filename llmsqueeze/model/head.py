@@ -1,7 +1,8 @@
-"""The part of a model after its last decoder block, over slices of the vocabulary: whole logits never exist.
+"""The part of a model after its last decoder block, some tokens or a slice of the vocabulary at a time.
 
 Final norm, soft caps and scales are the model's own: its forward runs with stubs in the place of the blocks and of the
-head. A slice of logits has at most `LOGITS_BYTES`.
+head. The logits that exist at a time have at most `LOGITS_BYTES`, and so has the weight in the dtype of the
+computation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llmsqueeze.progress.stopwatch import timed
 
 LOGITS_BYTES = 64 << 20
 
-OnHead = Callable[[slice, Tensor, Tensor], None]
+OnHead = Callable[[Tensor, Tensor], None]
 BlocksGiving = Callable[[Tensor], AbstractContextManager[None]]
 
 
@@ -34,6 +35,7 @@ class Head:
     ) -> None:
         self.skeleton, self.dtype, self.device = skeleton, dtype, device
         self._blocks_giving = blocks_giving
+        self._ends_with_linear = False  # as far as it is known
 
     @contextmanager
     def resident(self) -> Iterator[None]:
@@ -54,31 +56,27 @@ class Head:
         """The mean next-token loss (nats) of `tokens` [1, length], and its gradient at `hidden` [1, length, width].
 
         `hidden` is the last block's output. With `draw` [length - 1], uniform in [0, 1), the gradient is of the loss
-        on labels that the model draws, one number for each; the loss stays that of the text. Two passes over the
-        vocabulary: one for the normaliser, one for the gradient. `on_head(part, probability, x)` gets the model's
-        probabilities [length - 1, part] and the head's input [length - 1, width]; it must not keep them.
+        on labels that the model draws, one number for each; the loss stays that of the text. `on_head(probability, x)`
+        gets the model's probabilities [some, vocabulary] and the head's input [some, width] of some tokens at a time,
+        of all but the last; it must not keep them.
         """
         hidden = hidden.detach().requires_grad_(True)
         normed = self.final_norm(hidden)
-        x = normed.detach()[:, :-1].requires_grad_(True)
-        labels = tokens.to(self.device)[0, 1:]
-        log_z, label_logits = self._normaliser(x, labels)
-        slices = self._slices(labels.numel())
-        draws = None if draw is None else LabelDraws(draw.to(log_z), slices[-1].stop - 1)
-        gradient = torch.zeros_like(x)
-        for part in slices:
-            logits = self._logits(x, part)
-            upstream = (logits.detach()[0] - log_z[:, None]).exp_()
+        x, labels = normed.detach()[0, :-1], tokens.to(self.device)[0, 1:]
+        gradient, loss = torch.zeros_like(normed), 0.0  # the last token predicts nothing
+        for part in self._tokens(len(labels)):
+            logits, leaf = self._after_linear(x[part], self._raw_logits(x[part]))
+            probability, log_z = softmax(logits.detach())
+            loss += float((log_z - logits.detach().gather(1, labels[part, None])[:, 0]).sum())
             if on_head is not None:
-                on_head(part, upstream, x.detach()[0])
-            if draws is not None:
-                labels = draws.over(upstream, part)
-            inside = ((labels >= part.start) & (labels < part.stop)).nonzero()[:, 0]
-            upstream[inside, labels[inside] - part.start] -= 1.0
-            gradient += torch.autograd.grad(logits, x, upstream[None] / labels.numel())[0]
-        padded = nn.functional.pad(gradient, (0, 0, 0, 1))  # the last token predicts nothing
-        (at_hidden,) = torch.autograd.grad(normed, hidden, padded)
-        return float((log_z - label_logits).mean()), at_hidden
+                on_head(probability, x[part])
+            drawn = labels[part] if draw is None else drawn_labels(probability, draw[part].to(self.device))
+            upstream = probability.scatter_add_(1, drawn[:, None], torch.full_like(log_z, -1.0)[:, None])
+            if leaf is not None:
+                (upstream,) = torch.autograd.grad(logits, leaf, upstream)
+            self._through_weight(upstream.div_(len(labels)), out=gradient[0, part])
+        (at_hidden,) = torch.autograd.grad(normed, hidden, gradient)
+        return loss / len(labels), at_hidden
 
     def logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Next-token logits [length - 1, part] at `hidden`, the last block's output, slice by slice."""
@@ -110,18 +108,35 @@ class Head:
     def weight_name(self) -> str:
         return f"{self._name_of(self.module)}.weight"
 
-    @torch.no_grad()
     @timed("forward")
-    def _normaliser(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The log of the softmax's denominator and the logit of each label, both [length - 1]."""
-        log_z = torch.full(labels.shape, -torch.inf, dtype=self.dtype, device=self.device)
-        label_logits = torch.zeros_like(log_z)
-        for part in self._slices(labels.numel()):
-            logits = self._logits(x, part)[0]
-            log_z = torch.logaddexp(log_z, logits.logsumexp(dim=-1))
-            inside = (labels >= part.start) & (labels < part.stop)
-            label_logits[inside] = logits[inside, labels[inside] - part.start]
-        return log_z, label_logits
+    def _raw_logits(self, x: Tensor) -> Tensor:
+        """What the head's linear gives for x [tokens, width]: [tokens, vocabulary]."""
+        head = self.module
+        raw = torch.empty(len(x), len(head.weight), dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            for part in self._slices(head.weight.shape[1]):
+                torch.mm(x, head.weight[part].to(self.dtype).T, out=raw[:, part])
+            if head.bias is not None:
+                raw += head.bias.to(self.dtype)
+        return raw
+
+    def _after_linear(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [tokens, vocabulary] as the model's forward returns them, soft caps and scales included, and the leaf
+        that they are derived from; None if they are `raw`, as in most models. The first call finds out."""
+        if self._ends_with_linear:
+            return raw, None
+        with torch.enable_grad():
+            leaf = raw.requires_grad_(True)
+            given = leaf[None].clone()
+            logits = self._model_tail(x[None], lambda _: given)
+            self._ends_with_linear = logits is given and given._version == 0
+        return (raw.detach(), None) if self._ends_with_linear else (logits[0], leaf)
+
+    def _through_weight(self, upstream: Tensor, out: Tensor) -> None:
+        """Adds the gradient at the head's input, from `upstream` [tokens, vocabulary] at its output, to `out`."""
+        weight = self.module.weight
+        for part in self._slices(weight.shape[1]):
+            out.addmm_(upstream[:, part], weight[part].to(self.dtype))
 
     def _logits(self, x: Tensor, part: slice) -> Tensor:
         """Logits [1, tokens, part] as the model's forward returns them: soft caps and scales included."""
@@ -135,31 +150,33 @@ class Head:
             logits: Tensor = self.skeleton.model(inputs_embeds=hidden.detach(), use_cache=False).logits
         return logits
 
-    def _slices(self, tokens: int) -> list[slice]:
-        vocabulary = self.module.weight.shape[0]
-        step = max(1, LOGITS_BYTES // (tokens * self.dtype.itemsize))
-        return [slice(start, min(start + step, vocabulary)) for start in range(0, vocabulary, step)]
+    def _slices(self, width: int) -> list[slice]:
+        """Of the vocabulary, so that a matrix with `width` numbers for each of its words stays within the limit."""
+        return self._parts(len(self.module.weight), width)
+
+    def _tokens(self, count: int) -> list[slice]:
+        """Of so many tokens, so that their logits stay within the limit."""
+        return self._parts(count, len(self.module.weight))
+
+    def _parts(self, count: int, width: int) -> list[slice]:
+        step = max(1, LOGITS_BYTES // (width * self.dtype.itemsize))
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
     def _name_of(self, module: nn.Module) -> str:
         names: dict[int, str] = {id(other): name for name, other in self.skeleton.model.named_modules()}
         return names[id(module)]
 
 
-class LabelDraws:
-    """Draws a label for every position by inverting its distribution, a slice of the vocabulary at a time."""
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [tokens, vocabulary] and the log of the denominator [tokens], with one new matrix."""
+    largest = logits.amax(dim=1)
+    probability = (logits - largest[:, None]).exp_()
+    total = probability.sum(dim=1)
+    return probability.div_(total[:, None]), total.log_().add_(largest)
 
-    def __init__(self, draw: Tensor, last: int) -> None:
-        """`draw` [positions] in [0, 1); `last` is the label if rounding leaves a number above the whole sum."""
-        self.draw, self.below = draw, torch.zeros_like(draw)
-        self.labels = torch.full(draw.shape, last, dtype=torch.int64, device=draw.device)
-        self.open = torch.ones_like(draw, dtype=torch.bool)
 
-    def over(self, probability: Tensor, part: slice) -> Tensor:
-        """The labels [positions] after this slice; a label outside the slices so far is not drawn yet."""
-        reached = probability.cumsum(dim=1).add_(self.below[:, None])
-        here = self.open & (reached[:, -1] > self.draw)
-        index = (reached <= self.draw[:, None]).sum(dim=1).clamp(max=probability.shape[1] - 1)
-        self.labels = torch.where(here, part.start + index, self.labels)
-        self.open &= ~here
-        self.below = reached[:, -1].clone()
-        return self.labels
+def drawn_labels(probability: Tensor, draw: Tensor) -> Tensor:
+    """Labels [tokens] drawn by inverting each distribution [tokens, vocabulary] at `draw` [tokens] in [0, 1)."""
+    reached = probability.cumsum(dim=1)
+    labels = torch.searchsorted(reached, draw[:, None].to(reached), right=True)[:, 0]
+    return labels.clamp_(max=probability.shape[1] - 1)  # rounding may leave a number above the whole sum
