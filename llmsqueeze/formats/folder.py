@@ -11,7 +11,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +67,33 @@ class Output:
         self.nbytes = 0
         self.digests: dict[str, bytes] = {}  # of every tensor before it is written
         self._written = 0
+        self._writing: Future[None] | None = None
 
     @timed("write")
     def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the next of the announced number of shards."""
+        """Writes the next of the announced number of shards, while the run goes on; the tensors must not change.
+
+        Raises what the writing of an earlier shard raised.
+        """
+        self.wait()
         self._written += 1
         name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
         stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        self.digests |= {key: digest(tensor) for key, tensor in stored.items()}
-        save_file(stored, self.partial / name, metadata={"format": "pt"})
-        flush(self.partial / name)
         self.weight_map.update(dict.fromkeys(stored, name))
         self.nbytes += sum(tensor.nbytes for tensor in stored.values())
+        self._writing = _writer().submit(self._write, name, stored)
+
+    def _write(self, name: str, stored: Mapping[str, Tensor]) -> None:
+        self.digests |= {key: digest(tensor) for key, tensor in stored.items()}
+        save_file(dict(stored), self.partial / name, metadata={"format": "pt"})
+        flush(self.partial / name)
+
+    @timed("write")
+    def wait(self) -> None:
+        """Until all shards are on the disk. Raises what the writing raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     @timed("write")
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -93,8 +110,15 @@ class Output:
 
     def finish(self) -> None:
         """Writes the index: now the folder can be opened."""
+        self.wait()
         assert self._written == self.shards, f"{self._written} of {self.shards} shards were written"
         self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map})
+
+
+@cache
+def _writer() -> ThreadPoolExecutor:
+    """The one thread of the process that writes behind a run."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
 
 
 def digest(tensor: Tensor) -> bytes:
@@ -149,7 +173,12 @@ def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False)
                     f"{path} needs {needed / 1e9:.2f} GB during the run (activations included; fewer or shorter "
                     f"samples need less), and {free / 1e9:.2f} GB are free on that disk"
                 )
-            yield output
+            try:
+                yield output
+            except BaseException:
+                with suppress(Exception):  # the first error counts
+                    output.wait()
+                raise
             assert (partial / INDEX).exists(), "finish was called"
             publish(partial, path, overwrite)
     except (OSError, SafetensorError) as error:

@@ -41,7 +41,7 @@ def measure(walk: Walk, first_inputs: Activations, linears: Linears, request: Re
     if request.zd or request.outliers is not None:
         blocks = range(len(walk.skeleton.blocks))
         for index in progress.over(blocks, "weights", len(blocks)):
-            with walk.resident_block(index):
+            with walk.resident_block(index, then=index + 1):
                 profiles.append(reduce_weights(walk.skeleton, index, {}, linears, request))
     return joined(profiles)
 
@@ -56,7 +56,7 @@ def gradient_sweeps(
     blocks: list[Profile] = []
     progress.stage("gradients", len(walk.skeleton.blocks))
     for index in reversed(range(len(walk.skeleton.blocks))):
-        with walk.resident_block(index):
+        with walk.resident_block(index, then=index - 1):
             blocks.append(reduce_block(walk, index, inputs[index], gradients, linears, request))
         if index:  # the first block's inputs belong to the caller
             inputs[index].clear()
@@ -117,7 +117,7 @@ def forward_block(
     `groups`."""
     outputs = Activations(walk.spill)
     similar = 0.0
-    with walk.resident_block(index), torch.no_grad():
+    with walk.resident_block(index, then=index + 1), torch.no_grad():
         if groups is not None:
             groups += [group.names for group in fusion_groups(walk, index, inputs.get(0, walk.device))]
         for sample, hidden in enumerate(inputs.each(walk.device)):

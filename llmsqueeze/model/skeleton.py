@@ -116,16 +116,22 @@ class Skeleton:
         return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]
 
     @contextmanager
-    def resident(self, names: Iterable[str], dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    def resident(
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype | None,
+        device: torch.device,
+        read: Callable[[str], Tensor] | None = None,
+    ) -> Iterator[None]:
         """In the context the named parameters and buffers are real, on `device`; after it they are meta again.
 
-        Floating-point tensors are cast to `dtype`; None keeps the stored dtypes.
+        Floating-point tensors are cast to `dtype`; None keeps the stored dtypes. `read`: used instead of this class's.
         """
-        names = list(names)
+        names, read = list(names), read or self.read
         try:
             with timed("read"):
                 for name in names:
-                    tensor = self.read(name)
+                    tensor = read(name)
                     if dtype is not None and tensor.is_floating_point():
                         tensor = tensor.to(dtype)
                     self._place(name, tensor.to(device))

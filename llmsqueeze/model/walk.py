@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.head import Head
+from llmsqueeze.model.read_ahead import ReadAhead
 from llmsqueeze.model.recorder import BlockCall, Recorder, replaced
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.trace import BlockTrace, given_tensors, structure_of, trace_block
@@ -46,6 +47,7 @@ class Walk:
         self.dtype, self.device = dtype, device
         self.modules = [skeleton.module(name) for name in skeleton.blocks]
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
+        self._ahead = ReadAhead(skeleton.read)
         self._calls: list[list[BlockCall]] = []  # [sample][block]
         self._returns_tuple = False
         self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
@@ -54,12 +56,18 @@ class Walk:
                 if not buffer.is_meta:  # computed when the model was built, such as rotary frequencies
                     setattr(module, name, buffer.to(device))
 
-    def resident_block(self, index: int) -> AbstractContextManager[None]:
-        """In the context the weights of block `index` are real."""
-        names = self.skeleton.names_in(self.skeleton.blocks[index])
-        return self.skeleton.resident(names, self.dtype, self.device)
+    @contextmanager
+    def resident_block(self, index: int, then: int | None = None) -> Iterator[None]:
+        """In the context the weights of block `index` are real. Meanwhile those of block `then` are read, if there is
+        such a block: the next context should be its."""
+        with self.skeleton.resident(self._names_in(index), self.dtype, self.device, self._ahead.take):
+            if then is not None and 0 <= then < len(self.modules):
+                self._ahead.start(self._names_in(then))
+            yield
 
-    @timed("forward")
+    def _names_in(self, index: int) -> list[str]:
+        return self.skeleton.names_in(self.skeleton.blocks[index])
+
     def embed(self) -> Activations:
         """The first block's input for every sample; records the arguments of every block."""
         self._calls.clear()

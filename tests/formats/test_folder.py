@@ -41,6 +41,26 @@ def test_nothing_is_left_when_it_fails(tmp_path: Path, error: type[BaseException
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_shard_that_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards are written while the run goes on: the next step of the run tells, and nothing is left."""
+
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("llmsqueeze.formats.folder.save_file", full)
+
+    def run(steps: int) -> None:
+        with output_folder(tmp_path / "out", shards=steps, needed=0) as output:
+            for step in range(steps):
+                output.write_shard({str(step): torch.ones(3)})
+            output.finish()
+
+    for steps in (1, 2):
+        with pytest.raises(OutputError, match="No space left"):
+            run(steps)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_replacement_keeps_the_old_result(tmp_path: Path) -> None:
     with output_folder(tmp_path / "out", shards=0, needed=0) as output:
         output.write_json(SIDECAR, {"run": 1})

@@ -221,6 +221,7 @@ def test_an_export_is_read_back_too(
 
     def damaged(self: Output, tensors: dict[str, Tensor]) -> None:
         write(self, tensors)
+        self.wait()
         name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
         stored = load_file(self.partial / name)
         if f"{LINEAR}.weight_scale" in stored:

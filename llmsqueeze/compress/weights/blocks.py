@@ -122,7 +122,7 @@ def compress_block(
 ) -> tuple[dict[str, Compressed], ResidualStreams]:
     """One block's linears, and the streams behind it; the streams before it are released."""
     skeleton, ahead = run.walk.skeleton, ResidualStreams()
-    with run.walk.resident_block(index):
+    with run.walk.resident_block(index, then=index + 1):
         names = [name for name in skeleton.linears[index] if name in run.decision.plan.weights]
         original = {name: skeleton.linear(name).weight.data for name in names}
         current = dict(original)
