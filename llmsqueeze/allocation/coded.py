@@ -85,8 +85,13 @@ def curves_of(plan: Plan, points: Mapping[str, Tensor]) -> dict[str, Curve]:
 
 
 def allocate(plan: Plan, curves: Mapping[str, Curve], target: int, tokens: int) -> Plan:
-    """`plan` with the steps of one multiplier for `target` bytes in all. Raises BudgetError if even the coarsest steps
-    take more."""
+    """`plan` with the steps of one multiplier for `target` bytes in all. Raises BudgetError as `multiplier_for`."""
+    return at_multiplier(plan, curves, multiplier_for(plan, curves, target, tokens), tokens)
+
+
+def multiplier_for(plan: Plan, curves: Mapping[str, Curve], target: int, tokens: int) -> float:
+    """The finest multiplier, as a binary logarithm, with which the plan takes at most `target` bytes. Raises
+    BudgetError if even the coarsest steps take more."""
     low, high = COARSEST, FINEST
     smallest = at_multiplier(plan, curves, FINEST, tokens).nbytes
     if smallest > target:
@@ -98,7 +103,7 @@ def allocate(plan: Plan, curves: Mapping[str, Curve], target: int, tokens: int) 
         middle = (low + high) / 2
         fits = at_multiplier(plan, curves, middle, tokens).nbytes <= target
         low, high = (low, middle) if fits else (middle, high)
-    return at_multiplier(plan, curves, high, tokens)
+    return high
 
 
 def at_multiplier(plan: Plan, curves: Mapping[str, Curve], log_multiplier: float, tokens: int) -> Plan:

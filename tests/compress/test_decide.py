@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from support import coded_curve, coded_plan
 from torch import Tensor
 
-from llmsqueeze.allocation import layerwise, rows
+from llmsqueeze.allocation import coded, layerwise, rows
 from llmsqueeze.allocation.options import request_of
 from llmsqueeze.allocation.plan import base_plan
 from llmsqueeze.compress.decision.decide import Decision, decide
+from llmsqueeze.compress.decision.outlook import POINTS, curve
 from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.errors import RecipeError
@@ -166,3 +170,21 @@ def test_a_size_that_is_too_small_names_the_smallest_possible_one(name: str, job
         decided(job, settings(smallest - 1), Profile())
     with pytest.raises(RecipeError, match=rf"original's {job.checkpoint.nbytes}: there is nothing to do"):
         decided(job, settings(job.checkpoint.nbytes), Profile())
+
+
+def test_the_curve_of_coded_weights_goes_through_the_plans_of_every_budget() -> None:
+    """Point by point the slow way: the multiplier for a point's size is found from its size alone."""
+    shapes = {"q": (64, 64), "up": (200, 64), "down": (64, 200)}
+    plan = coded_plan(shapes)
+    made = {name: coded_curve(shape, middle) for (name, shape), middle in zip(shapes.items(), (-3, 0, 2), strict=True)}
+    points = {name: torch.from_numpy(np.stack([c.log_multiplier, c.nbytes, c.cost])) for name, c in made.items()}
+    profile = Profile(curves=points, labels=10**9)
+    found = curve(plan, make_recipe({"method": "coded", "bits": 3.0}), profile)
+    curves = coded.curves_of(plan, points)
+    assert len(found) == POINTS
+    least = coded.at_multiplier(plan, curves, coded.FINEST, profile.labels).bits_per_weight
+    assert [found[0][0], found[-1][0]] == pytest.approx([max(least, 0.5), 10.0], abs=2e-3)
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(found))
+    for bits, predicted in found[:: POINTS // 20]:
+        sized = coded.allocate(plan, curves, round(bits * plan.numel / 8), profile.labels)
+        assert coded.predicted_of_steps(sized, curves) == pytest.approx(predicted, rel=2e-3)

@@ -13,7 +13,6 @@ from llmsqueeze.allocation.options import options_of
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.allocation.prediction import costs_of, predicted
 from llmsqueeze.compress.decision.decide import Decision
-from llmsqueeze.errors import RecipeError
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.recipe.recipe import Recipe
 
@@ -80,13 +79,11 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
 
 
 def _coded_curve(plan: Plan, profile: Profile) -> list[tuple[float, float]]:
-    """The same of coded weights, from half a bit to ten."""
-    curves = coded.curves_of(plan, profile.curves)
-    points = []
-    for bits in torch.linspace(0.5, 10.0, POINTS).tolist():
-        try:
-            sized = coded.allocate(plan, curves, int(bits * plan.numel / 8), profile.labels)
-        except RecipeError:
-            continue  # steps and tables alone take more
-        points.append((sized.bits_per_weight, coded.predicted_of_steps(sized, curves)))
-    return points
+    """The same of coded weights, from half a bit, or the least that steps and tables take, to ten: bits fall about
+    evenly as the logarithm of the multiplier rises."""
+    curves, tokens = coded.curves_of(plan, profile.curves), profile.labels
+    least = coded.at_multiplier(plan, curves, coded.FINEST, tokens).nbytes
+    ends = [max(least, int(bits * plan.numel / 8)) for bits in (0.5, 10.0)]
+    first, last = (coded.multiplier_for(plan, curves, nbytes, tokens) for nbytes in ends)
+    sized = [coded.at_multiplier(plan, curves, at, tokens) for at in torch.linspace(first, last, POINTS).tolist()]
+    return [(one.bits_per_weight, coded.predicted_of_steps(one, curves)) for one in sized]
