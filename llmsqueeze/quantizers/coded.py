@@ -30,7 +30,7 @@ from torch import Tensor
 
 from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
 from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.quantizers.descent import descend
+from llmsqueeze.quantizers.descent_on_device import descend
 from llmsqueeze.quantizers.gptq import panels
 
 ROUNDS = 2

@@ -21,21 +21,21 @@ which goes half of the way to the least-squares solution of X W^T = Y T^T. The f
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantizers import dual_binary
 from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.quantizers.gptq import gptq, panels
-from llmsqueeze.quantizers.grids import Rounded, level_of, nearest_code, storable
+from llmsqueeze.quantizers.descent_on_device import coordinate_descent, refit
+from llmsqueeze.quantizers.gptq import gptq
+from llmsqueeze.quantizers.grids import Rounded, grid_loops
+from llmsqueeze.quantizers.threads import over_rows
 
 ROUNDS = 3
-REFIT_BYTES = 1 << 27
+REFIT_BYTES = 1 << 25
 
 
 def descent(
@@ -47,13 +47,34 @@ def descent(
     search: bool = False,
 ) -> Rounded:
     """Rounds the target `weight` [rows, cols] (float32); arguments and result as `Rounder` has them."""
-    H = curvature.H
     rounded = gptq(weight, grid, dtype, curvature, pinned, search)
     # pinned entries have no error: for the other entries they are zeros that stay zero
     target = weight if pinned is None else weight.masked_fill(pinned, 0.0)
+    descend = rounds_compiled if weight.device.type == "cpu" else rounds_on_device
+    return descend(rounded, target, curvature.H, pinned)
+
+
+def rounds_on_device(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:
+    """The rounds after GPTQ on any device."""
     for _ in range(ROUNDS):
         rounded = coordinate_descent(refit(rounded, target, H), target, H, pinned)
     return refit(rounded, target, H)
+
+
+def rounds_compiled(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:
+    """The rounds after GPTQ on a CPU, some rows at a time."""
+    count = max(1, REFIT_BYTES // (4 * rounded.scales.shape[1] ** 2))
+    chunks = []
+    for start in range(0, len(target), count):
+        rows = slice(start, start + count)
+        state = Descent.of(rounded.rows(rows), target[rows], H, None if pinned is None else pinned[rows])
+        for _ in range(ROUNDS):
+            state.refit()
+            state.carry()
+            state.sweep()
+        state.refit()
+        chunks.append(state.rounded())
+    return Rounded.joined(chunks)
 
 
 def corrected_target(weight: Tensor, weight_drift: Tensor, curvature: Curvature, strength: float = 0.5) -> Tensor:
@@ -61,92 +82,84 @@ def corrected_target(weight: Tensor, weight_drift: Tensor, curvature: Curvature,
     return torch.addmm(weight, weight_drift @ curvature.upper.T, curvature.upper, alpha=strength)
 
 
-def refit(rounded: Rounded, target: Tensor, H: Tensor) -> Rounded:
-    """Least-squares scales for fixed codes; a row keeps its old scales if the new ones are not better."""
-    unknowns = rounded.scales.shape[1]
-    chunk = max(1, REFIT_BYTES // (4 * unknowns * unknowns))
-    # solved for the change of the scales: float32 would lose small errors if it were solved for the scales
-    weighted = (target - rounded.dense()) @ H
-    scales = []
-    for start in range(0, len(weighted), chunk):
-        rows = slice(start, start + chunk)
-        A, b = normal_equations(rounded.planes(rows), weighted[rows], H, rounded.grid)
-        scales.append(_better_scale(rounded.scales[rows], A, b, rounded.grid))
-    return rounded.rescaled(torch.cat(scales))
+@dataclass(frozen=True)
+class Descent:
+    """Some rows on their way, on a CPU; the symbols are those of descent_loops.py.
 
-
-def _better_scale(old: Tensor, A: Tensor, b: Tensor, grid: Grid) -> Tensor:
-    """`old` [rows, planes * groups] plus the solution of A s = b, in the rows whose error falls."""
-    before = old.float()
-    solved = before + least_squares(A, b)
-    after = storable(torch.where(solved.isfinite() & (solved != 0), solved, before), old.dtype)
-    if grid.dual:
-        ordered = dual_binary.in_order(*after.chunk(2, dim=1))
-        after = torch.where(torch.cat([ordered, ordered], dim=1), after, before)
-    change = after - before
-    gain = ((A @ change[:, :, None])[:, :, 0] - 2 * b).mul_(change).sum(dim=1)
-    return torch.where((gain < 0)[:, None], after, before).to(old.dtype)
-
-
-def normal_equations(planes: Sequence[Tensor], weighted: Tensor, H: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A [rows, n, n] and b [rows, n] of the refit, n = planes * groups; planes [rows, cols]; weighted: residual @ H."""
-    rows, cols = weighted.shape
-    width, groups = grid.width(cols), grid.groups(cols)
-
-    def per_group(values: Tensor) -> Tensor:  # [rows, n] -> [rows, groups of n]
-        padded = torch.nn.functional.pad(values, (0, -values.shape[1] % width))
-        return padded.view(rows, -1, width).sum(dim=2)
-
-    count = len(planes)
-    A = torch.empty(rows, count, groups, count, groups, device=weighted.device)
-    for (k, plane), (i, group) in itertools.product(enumerate(planes), enumerate(grid.slices(cols))):
-        product = plane[:, group] @ H[group, group.start :]
-        for m, other in enumerate(planes):
-            # A is symmetric: it is computed from the diagonal on, and mirrored
-            row = per_group(product * other[:, group.start :])
-            A[:, k, i, m, i:] = row
-            A[:, m, i:, k, i] = row
-    return A.view(rows, count * groups, -1), torch.cat([per_group(weighted * plane) for plane in planes], dim=1)
-
-
-def least_squares(A: Tensor, b: Tensor) -> Tensor:
-    """The solution [rows, n] of A s = b with a slight ridge; zero for a group with all weights at level 0."""
-    diagonal = A.diagonal(dim1=1, dim2=2)
-    ridge = 1e-6 * diagonal.mean(dim=1, keepdim=True) + torch.finfo(A.dtype).tiny
-    solution: Tensor = torch.linalg.solve_ex(A + torch.diag_embed(torch.where(diagonal > 0, ridge, 1.0)), b)[0]
-    return solution
-
-
-def coordinate_descent(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:
-    """One pass over the codes, column by column: each becomes the one with the least error."""
-    grid, cols = rounded.grid, target.shape[1]
-    scale, zero = grid.expand(rounded.scale.float(), cols), grid.expand(rounded.zero, cols)
-    codes = rounded.codes.float()
-
-    def nearest(best: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        code = nearest_code(best, scale[:, j], zero[:, j], grid)
-        if pinned is not None:
-            code = torch.where(pinned[:, j], codes[:, j], code)
-        return code, level_of(code, scale[:, j], zero[:, j], grid)
-
-    descend(codes, rounded.dense(), target, H, nearest)
-    return replace(rounded, codes=codes.to(torch.uint8))
-
-
-def descend(
-    codes: Tensor, dense: Tensor, target: Tensor, H: Tensor, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-) -> None:
-    """One pass over `codes` [rows, cols], in place; `dense` is their weight.
-
-    `nearest(best, j)`: the codes of column j whose levels are nearest to `best` [rows], and these levels.
+    start: what GPTQ chose; codes, scale [rows, n] (float32) and zero [rows, groups]: as they are now; change [rows, n]:
+    of the scales in the last refit; spare [rows * cols]: room for products.
     """
-    residual = target - dense
-    for panel in panels(codes.shape[1]):
-        gradient = residual @ H[:, panel]
-        within = H[panel, panel]
-        for i, j in enumerate(range(panel.start, panel.stop)):
-            code, level = nearest(dense[:, j] + gradient[:, i] / within[i, i], j)
-            change = level - dense[:, j]
-            gradient[:, i:] -= torch.outer(change, within[i, i:])
-            residual[:, j] -= change
-            codes[:, j] = code  # no column comes up twice, so `dense` is not updated
+
+    start: Rounded
+    H: Tensor
+    pinned: Tensor
+    planes: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    gradient: Tensor
+    A: Tensor
+    change: Tensor
+    spare: Tensor
+
+    @classmethod
+    def of(cls, start: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Descent:
+        """The state of the rows `start`, whose target is `target` [rows, cols]."""
+        H, planes = H.contiguous(), torch.stack(start.planes())
+        spare = torch.sub(target, start.dense(), out=torch.empty(target.shape, dtype=target.dtype))
+        gradient = spare @ H
+        scale = start.scales.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        mask = torch.zeros(target.shape, dtype=torch.bool) if pinned is None else pinned.contiguous()
+        A, codes = torch.empty(*scale.shape, scale.shape[1]), start.codes.clone(memory_format=torch.contiguous_format)
+        zero, change = start.zero.float().contiguous(), torch.empty_like(scale)
+        state = cls(start, H, mask, planes, codes, scale, zero, gradient, A, change, spare.view(-1))
+        state._fill()
+        return state
+
+    @property
+    def _width(self) -> int:
+        return self.start.grid.width(len(self.H))
+
+    def _fill(self) -> None:
+        """The normal equations of the codes as they are."""
+        rows, cols = self.gradient.shape
+        for k, plane in enumerate(self.planes):
+            for group in self.start.grid.slices(cols):
+                products = self.spare[: rows * (cols - group.start)].view(rows, -1)
+                torch.mm(plane[:, group], self.H[group, group.start :], out=products)
+                inputs = products.numpy(), self.planes.numpy(), group.start, self._width, k
+                A = self.A.numpy()
+                over_rows(rows, lambda *span, given=inputs, A=A: descent_loops().fill(*given, *span, A))
+
+    def refit(self) -> None:
+        """Least-squares scales for fixed codes; the gradient stays behind until `carry`."""
+        given = self.gradient.numpy(), self.planes.numpy(), self.A.numpy(), self._width, self.start.grid.dual
+        stored = grid_loops().settings(self.start.grid, self.start.scale.dtype, False)[2]
+        outcome = self.scale.numpy(), self.change.numpy()
+        over_rows(len(self.scale), lambda *span: descent_loops().refit(*given, stored, *span, *outcome))
+
+    def carry(self) -> None:
+        """Carries the change of the scales into the gradient."""
+        moved = self.spare.view(self.gradient.shape)
+        given = self.planes.numpy(), self.change.numpy(), self._width
+        over_rows(len(moved), lambda *span: descent_loops().scaled(*given, *span, moved.numpy()))
+        self.gradient.addmm_(moved, self.H, alpha=-1)
+
+    def sweep(self) -> None:
+        """One pass over the codes, column by column: each becomes the one with the least error."""
+        levels = grid_loops().settings(self.start.grid, self.start.scale.dtype, False)[1]
+        given = self.H.numpy(), self.pinned.numpy(), self._width, levels, self.scale.numpy(), self.zero.numpy()
+        outcome = (tensor.numpy() for tensor in (self.planes, self.codes, self.gradient, self.A))
+        loop, arrays = descent_loops().sweep, tuple(outcome)
+        over_rows(len(self.codes), lambda *span: loop(*given, *span, *arrays))
+
+    def rounded(self) -> Rounded:
+        """The rows as they are."""
+        return replace(self.start, codes=self.codes).rescaled(self.scale.to(self.start.scale.dtype))
+
+
+def descent_loops() -> Any:
+    """The compiled loops; numba is imported only if something is rounded."""
+    from llmsqueeze.quantizers import descent_loops
+
+    return descent_loops

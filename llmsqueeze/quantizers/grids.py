@@ -16,6 +16,7 @@ zero is alpha2 in this package. On a CPU the fit is compiled (grid_loops.py); th
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +43,16 @@ class Rounded:
     scale: Tensor
     zero: Tensor
     grid: Grid
+
+    def rows(self, rows: slice) -> Rounded:
+        """These rows only."""
+        return Rounded(self.codes[rows], self.scale[rows], self.zero[rows], self.grid)
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Rounded]) -> Rounded:
+        """Rows of one grid below each other."""
+        codes, scale, zero = (torch.cat([getattr(one, name) for one in chunks]) for name in ("codes", "scale", "zero"))
+        return cls(codes, scale, zero, chunks[0].grid)
 
     def planes(self, rows: slice = slice(None)) -> list[Tensor]:
         """float32 [rows, cols] each, of these rows: code - zero, or the two planes of bits."""

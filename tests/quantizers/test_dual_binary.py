@@ -21,7 +21,7 @@ from llmsqueeze.parts import DualBinary, Grid
 from llmsqueeze.publish.show import contents
 from llmsqueeze.quantizers import dual_binary, rounder
 from llmsqueeze.quantizers.curvature import Curvature, row_error
-from llmsqueeze.quantizers.descent import coordinate_descent, least_squares, normal_equations, refit
+from llmsqueeze.quantizers.descent_on_device import coordinate_descent, least_squares, normal_equations, refit
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import fit_group
 from llmsqueeze.quantizers.rtn import rtn

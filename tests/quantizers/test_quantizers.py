@@ -10,14 +10,8 @@ from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
-from llmsqueeze.quantizers.descent import (
-    coordinate_descent,
-    corrected_target,
-    descent,
-    least_squares,
-    normal_equations,
-    refit,
-)
+from llmsqueeze.quantizers.descent import corrected_target, descent
+from llmsqueeze.quantizers.descent_on_device import coordinate_descent, least_squares, normal_equations, refit
 from llmsqueeze.quantizers.gptq import gptq, panels
 from llmsqueeze.quantizers.grids import fit_group, nearest_level, storable
 from llmsqueeze.quantizers.rtn import rtn
