@@ -6,7 +6,7 @@ their input in a traced run, not by name, and share one second-moment matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,14 @@ class FusionGroup:
 
 @dataclass
 class Moments:
-    """Per token: xtx = mean of y y^T [cols, cols]; drift = mean of (x - y) y^T, or None where x is y.
+    """Of the inputs of a fusion group: xtx = mean over the tokens of y y^T [cols, cols]; pulls: linear -> W D [rows,
+    cols] with D = mean of (x - y) y^T, empty where x is y.
 
-    y: the inputs that the linear will see; x: the original model's for the same tokens.
+    y: the inputs that the linears will see; x: the original model's for the same tokens.
     """
 
     xtx: Tensor
-    drift: Tensor | None
+    pulls: dict[str, Tensor]
 
 
 class SecondMoments:
@@ -56,6 +57,38 @@ class SecondMoments:
         for panel in self._panels:
             self.sum[panel.stop :, panel] = self.sum[panel, panel.stop :].T
         return self.sum.div_(self.tokens)
+
+
+class Pulls:
+    """The mean of W (x - y) y^T over tokens, for the weights W of a group.
+
+    Either D = mean of (x - y) y^T is added up and multiplied at the end, which takes cols^2 products for a token, or
+    W D itself for every W, which takes 2 * rows * cols: less for a group of few rows.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        """weights: [rows, cols] each"""
+        self._weights = weights
+        rows, cols = sum(len(weight) for weight in weights.values()), next(iter(weights.values())).shape[1]
+        by_row = 2 * rows < cols
+        like = next(iter(weights.values()))
+        self._drift = None if by_row else torch.zeros(cols, cols, dtype=like.dtype, device=like.device)
+        self._sums = {name: torch.zeros_like(weight) for name, weight in weights.items()} if by_row else {}
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x, y [tokens, cols]"""
+        difference = x - y
+        if self._drift is not None:
+            self._drift.addmm_(difference.T, y)
+        for name, total in self._sums.items():
+            total.addmm_((difference @ self._weights[name].T).T, y)
+
+    def mean(self, tokens: int) -> dict[str, Tensor]:
+        """Per token; nothing can be added afterwards."""
+        if self._drift is not None:
+            self._drift.div_(tokens)
+            return {name: weight @ self._drift for name, weight in self._weights.items()}
+        return {name: total.div_(tokens) for name, total in self._sums.items()}
 
 
 def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from llmsqueeze.measure.moments import FusionGroup, Moments, SecondMoments, fusion_groups, grouped
+from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
 from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.trace import BlockTrace, Segment, given_tensors
 from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress.stopwatch import timed
@@ -73,21 +74,25 @@ def passage(walk: Walk, index: int, streams: ResidualStreams, original: Weights,
 class _Moments:
     """The moments of a group's inputs, sample by sample."""
 
-    def __init__(self, cols: int, walk: Walk, drifting: bool) -> None:
-        self.xtx = SecondMoments(cols, walk.dtype, walk.device)
-        self.drift = torch.zeros_like(self.xtx.sum) if drifting else None
+    def __init__(self, walk: Walk, group: FusionGroup, original: Weights, drifting: bool) -> None:
+        self.xtx = SecondMoments(walk.skeleton.shape(group.names[0])[1], walk.dtype, walk.device)
+        weights = {
+            name: as_rows(walk.skeleton.module(name), original[name]) for name in group.names if name in original
+        }
+        self.pulls = Pulls(weights) if drifting else None
 
     @timed("moments")
     def add(self, x: Tensor | None, y: Tensor) -> None:
         """Inputs [tokens, cols] of the original and the compressed model for the same tokens."""
         self.xtx.add(y)
-        if self.drift is not None and x is not None:
-            self.drift.addmm_((x - y).T, y)
+        if self.pulls is not None and x is not None:
+            self.pulls.add(x, y)
 
     @timed("moments")
     def mean(self) -> Moments:
-        tokens = self.xtx.tokens
-        return Moments(self.xtx.mean(), None if self.drift is None else self.drift.div_(tokens))
+        """Nothing can be added afterwards."""
+        pulls = {} if self.pulls is None else self.pulls.mean(self.xtx.tokens)
+        return Moments(self.xtx.mean(), pulls)
 
 
 def _drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:
@@ -122,7 +127,8 @@ class Paused:
     def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
         for group, segment in zip(self._groups, self._segments[:-1], strict=True):
             cols = self.walk.skeleton.shape(group.names[0])[1]
-            moments = _Moments(cols, self.walk, _drifting(self.streams, self.original, self.current))
+            drifting = _drifting(self.streams, self.original, self.current)
+            moments = _Moments(self.walk, group, self.original, drifting)
             for sample in range(len(self.walk.samples)):
                 inputs = [None if flow is None else flow.go_on(segment, sample) for flow in self._flows]
                 x, y = (None if one is None else one.reshape(-1, cols) for one in inputs)
@@ -196,11 +202,8 @@ class Restarted:
 
     def observe(self, group: FusionGroup) -> Moments:
         """The moments of a group's input over all samples."""
-        moments = _Moments(
-            self.walk.skeleton.shape(group.names[0])[1],
-            self.walk,
-            _drifting(self.streams, self.original, self.current),
-        )
+        drifting = _drifting(self.streams, self.original, self.current)
+        moments = _Moments(self.walk, group, self.original, drifting)
         x_of = self._capture(group, self.streams.original, self.original)
         y_of = self._capture(group, self.streams.compressed, self.current) or x_of
         if y_of is None:
@@ -208,7 +211,7 @@ class Restarted:
         for sample in range(len(self.walk.samples)):
             y = y_of(sample)
             if len(y):  # else nothing of this sample reaches the group
-                moments.add(None if x_of is None or moments.drift is None else x_of(sample), y)
+                moments.add(x_of(sample) if x_of is not None and drifting else None, y)
         return moments.mean()
 
     def ahead(self) -> ResidualStreams:

@@ -14,6 +14,7 @@ from llmsqueeze.measure.moments import FusionGroup
 from llmsqueeze.measure.passage import ResidualStreams, Restarted
 from llmsqueeze.model.activations import Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.model.walk import Walk
 
@@ -53,10 +54,10 @@ def test_moments_are_those_of_the_linears_inputs(
             same = Restarted(walk, 0, ResidualStreams(start, start), original, dict(original)).observe(group)
     n = len(y)
     assert torch.allclose(both.xtx, y.T @ y / n, atol=1e-4)
-    assert both.drift is not None
-    assert torch.allclose(both.drift, (x - y).T @ y / n, atol=1e-4)
+    weight = as_rows(skeleton.module(probe), original[probe])
+    assert torch.allclose(both.pulls[probe], weight @ ((x - y).T @ y / n), atol=1e-4)
     assert torch.equal(only_y.xtx, both.xtx)
     assert torch.allclose(only_x.xtx, x.T @ x / n, atol=1e-4)
-    assert only_y.drift is None
-    assert only_x.drift is None
-    assert same.drift is None, "before anything is compressed there is no drift"
+    assert only_y.pulls == {}
+    assert only_x.pulls == {}
+    assert same.pulls == {}, "before anything is compressed there is no drift"

@@ -10,7 +10,7 @@ import torch
 from support import configs
 from torch import Tensor, nn
 
-from llmsqueeze.measure.moments import FusionGroup, Moments, SecondMoments, fusion_groups, grouped
+from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
 from llmsqueeze.measure.passage import Paused, ResidualStreams, Restarted, passage
 from llmsqueeze.model.activations import Activations, Spill
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -78,7 +78,7 @@ def test_pausing_with_one_stream(streams: str, random_model: Callable[..., Path]
     folder = random_model("llama")
     paused, restarted = (passed(folder, rows, kind, streams) for kind in ("paused", "restarted"))
     same(paused, restarted)
-    assert all(moments.drift is None for _, moments in paused[0])
+    assert all(moments.pulls == {} for _, moments in paused[0])
 
 
 def test_what_lies_between_two_stops_may_lie_on_disk(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
@@ -90,9 +90,8 @@ def same(one: Passed, other: Passed) -> None:
     assert [names for names, _ in one[0]] == [names for names, _ in other[0]]
     for (_, a), (_, b) in zip(one[0], other[0], strict=True):
         assert torch.allclose(a.xtx, b.xtx, rtol=1e-4, atol=1e-6)
-        assert (a.drift is None) == (b.drift is None)
-        if a.drift is not None and b.drift is not None:
-            assert torch.allclose(a.drift, b.drift, rtol=1e-3, atol=1e-6)
+        assert a.pulls.keys() == b.pulls.keys()
+        assert all(torch.allclose(a.pulls[name], b.pulls[name], rtol=1e-3, atol=1e-5) for name in a.pulls)
     assert len(one[1]) == len(other[1])
     for a, b in zip(one[1], other[1], strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -128,6 +127,18 @@ def test_second_moments_are_the_sum_of_products(cols: int, generator: torch.Gene
     mean = moments.mean()
     assert torch.allclose(mean, every.T @ every / 15, atol=1e-6)
     assert torch.equal(mean, mean.T)
+
+
+@pytest.mark.parametrize("rows", [(3, 2), (9, 8), (40,)], ids=["few", "many", "more"])
+def test_pulls_are_what_the_weights_make_of_the_drift(rows: tuple[int, ...], generator: torch.Generator) -> None:
+    """Few rows are added up as they are, many by way of the drift."""
+    weights = {str(n): torch.randn(n, 16, generator=generator) for n in rows}
+    pulls, samples = Pulls(weights), [torch.randn(2, 7, 16, generator=generator) for _ in range(3)]
+    for x, y in samples:
+        pulls.add(x, y)
+    drift = sum((x - y).T @ y for x, y in samples) / 21
+    for name, pull in pulls.mean(21).items():
+        assert torch.allclose(pull, weights[name] @ drift, atol=1e-5)
 
 
 def test_linears_with_one_input_are_a_group() -> None:

@@ -46,11 +46,9 @@ def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[di
     """
     if moments is None:
         return group, None
-    pulls = {} if moments.drift is None else {name: weight @ moments.drift for name, weight in group.items()}
-    moments.drift = None
     curvature = factorize(moments.xtx)
     targets = {
-        name: corrected_target(weight, pulls.pop(name), curvature) if pulls else weight
+        name: corrected_target(weight, moments.pulls.pop(name), curvature) if moments.pulls else weight
         for name, weight in group.items()
     }
     return targets, curvature
