@@ -68,6 +68,7 @@ class Walk:
     def _names_in(self, index: int) -> list[str]:
         return self.skeleton.names_in(self.skeleton.blocks[index])
 
+    @timed("forward")
     def embed(self) -> Activations:
         """The first block's input for every sample; records the arguments of every block."""
         self._calls.clear()
