@@ -122,6 +122,9 @@ def _measurement(
     seq_len: Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task definitions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size for tasks.")] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="Compute in: stored (that of the model), float32, or auto (the faster here).")
+    ] = "auto",
     device: Device = "auto",
     trust_remote_code: TrustCode = False,
 ) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def _measurement(
         "window": seq_len,
         "include_path": include_path,
         "batch_size": batch_size,
+        "dtype": dtype,
         "device": device,
         "trust_remote_code": trust_remote_code,
     }

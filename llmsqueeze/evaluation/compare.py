@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from llmsqueeze.evaluation import bnb
 from llmsqueeze.evaluation.contenders import Contender, RoundedModel, StoredModel, find_contenders
 from llmsqueeze.evaluation.evaluate import check_sizes, choose_text, text_rows
 from llmsqueeze.evaluation.models import OpenModel, open_model
-from llmsqueeze.evaluation.perplexity import score_text
+from llmsqueeze.evaluation.perplexity import no_scores, score_text
 from llmsqueeze.evaluation.scores import Evaluation, Scores, is_ours, save_scores
 from llmsqueeze.evaluation.tasks import Tasks, TaskScores, find_tasks, paired_differences
 from llmsqueeze.files import COMPARISON, write_json
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.original import pick_device
+from llmsqueeze.model.precision import DTYPES
 from llmsqueeze.model.text import Text
 from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.values import choice
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def compare(
     limit: int | None = None,
     window: int | None = None,
     batch_size: int = 8,
+    dtype: str = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -75,10 +78,11 @@ def compare(
     """
     progress, chosen_device = progress or Progress(), pick_device(str(device))
     check_sizes(limit=limit, window=window, batch_size=batch_size)
-    stored_original, others = find_contenders(original, folders, bnb_types, chosen_device, trust_remote_code)
+    choice(DTYPES)("dtype", dtype)
+    stored_original, others = find_contenders(original, folders, bnb_types, chosen_device, trust_remote_code, dtype)
     chosen_tasks = find_tasks(tasks, include_path, limit, batch_size)
     chosen_text = choose_text(original, text, required=not tasks)
-    opened = open_model(original, chosen_device, trust_remote_code)
+    opened = open_model(original, chosen_device, trust_remote_code, dtype, progress)
     rows, length = text_rows(opened, chosen_text, window, limit) if chosen_text is not None else ([], None)
     harness = Harness(opened, rows, length, chosen_tasks, progress)
     answers = chosen_tasks.run(opened, progress)
@@ -118,8 +122,8 @@ def measure_one(contender: Contender, harness: Harness) -> Measurement:
             nbytes, bits = contender.nbytes, contender.bits_per_weight
         else:
             nbytes, bits = bnb.stored_sizes(opened.model)  # before it computes, which may change them
-        opened = OpenModel(contender.name, opened.model, opened.tokenizer)
-        evaluation = Evaluation(Scores(contender.name), Scores(harness.original.name))
+        opened = replace(opened, name=contender.name)
+        evaluation = Evaluation(no_scores(opened), no_scores(harness.original))
         if harness.rows:
             evaluation = score_text(opened, harness.original, harness.rows, harness.progress)
         return Measurement(contender, nbytes, bits, evaluation, harness.tasks.run(opened, harness.progress))
@@ -148,6 +152,7 @@ def row_of(one: Measurement, answers: Mapping[str, TaskScores]) -> dict[str, Any
         "kl_mean": scores.kl_mean,
         "kl_p99": scores.kl_p99,
         "top1_changed": scores.top1_changed,
+        "computed_in": scores.computed_in,
         "tasks": {task: own.metrics | paired_differences(own, answers[task]) for task, own in one.tasks.items()},
         "on_frontier": False,
     }

@@ -45,9 +45,14 @@ Contender = StoredModel | RoundedModel
 
 
 def find_contenders(
-    original: str, folders: Sequence[str], bnb_types: Sequence[str], device: torch.device, trust_remote_code: bool
+    original: str,
+    folders: Sequence[str],
+    bnb_types: Sequence[str],
+    device: torch.device,
+    trust_remote_code: bool,
+    dtype: str,
 ) -> tuple[StoredModel, list[Contender]]:
-    """The original, and the models to compare it with.
+    """The original, and the models to compare it with. dtype: what they compute in (`precision.DTYPES`).
 
     Raises RecipeError, CheckpointError or HubError for a model that cannot be found, UnsupportedError for a
     vocabulary of another size.
@@ -63,7 +68,7 @@ def find_contenders(
     linears = {name for block in find_blocks(model) for name in find_linears(model, block)}
 
     def stored(name: str, kind: str, files: Checkpoint) -> StoredModel:
-        opener = partial(open_model, name, device, trust_remote_code)
+        opener = partial(open_model, name, device, trust_remote_code, dtype)
         return StoredModel(name, kind, opener, files.nbytes, bits_per_weight(files, model, linears))
 
     others: list[Contender] = []
@@ -78,7 +83,7 @@ def find_contenders(
             )
         others.append(stored(name, format_of(files), files))
     for kind in bnb_types:
-        opener = partial(open_model, original, device, trust_remote_code, partial(bnb.load, kind=kind))
+        opener = partial(open_model, original, device, trust_remote_code, dtype, loader=partial(bnb.load, kind=kind))
         others.append(RoundedModel(f"{Path(original).name} ({kind})", bnb.NAMES[kind], opener))
     return stored(original, "original", checkpoint), others
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.evaluation.models import OpenModel, open_model
-from llmsqueeze.evaluation.perplexity import PairedLosses, choose_window, paired_losses, score_text
+from llmsqueeze.evaluation.perplexity import PairedLosses, choose_window, no_scores, paired_losses, score_text
 from llmsqueeze.evaluation.scores import Evaluation, Scores
 from llmsqueeze.evaluation.tasks import TaskScores, find_tasks
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.model.original import pick_device
+from llmsqueeze.model.precision import DTYPES
 from llmsqueeze.model.text import DEMO, Text, evaluation_text, windows
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.values import whole
+from llmsqueeze.recipe.values import choice, whole
 
 
 def evaluate(
@@ -30,6 +31,7 @@ def evaluate(
     limit: int | None = None,
     window: int | None = None,
     batch_size: int = 8,
+    dtype: str = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -45,6 +47,8 @@ def evaluate(
     limit: how many windows of text, and how many documents of each task, are measured at most; all by default.
     window: tokens in a window; by default the context length of the model, at most 2048.
     batch_size: task requests that go through the model at a time.
+    dtype: what the models compute in. `stored`: the dtype of their files; `float32`; `auto`: the one of the two in
+    which the device is faster, by a short trial. The results of a bfloat16 model differ slightly between the two.
     device: `auto` (the first CUDA device, or else the CPU), `cpu`, `cuda`, `cuda:1`, ...
 
     Returns perplexities, losses and divergences in nats per token, and task metrics; see `Evaluation`.
@@ -62,12 +66,13 @@ def evaluate(
     progress = progress or Progress()
     chosen_device = pick_device(str(device))
     check_sizes(limit=limit, window=window, batch_size=batch_size)
+    choice(DTYPES)("dtype", dtype)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     chosen_tasks = find_tasks(names, None if include_path is None else Path(include_path), limit, batch_size)
     chosen_text = choose_text(str(model), text, required=not names)
-    opened = open_model(str(model), chosen_device, trust_remote_code)
-    other = None if baseline is None else open_model(str(baseline), chosen_device, trust_remote_code)
-    result = Evaluation(Scores(opened.name), None if other is None else Scores(other.name))
+    opened = open_model(str(model), chosen_device, trust_remote_code, dtype, progress)
+    other = None if baseline is None else open_model(str(baseline), chosen_device, trust_remote_code, dtype)
+    result = Evaluation(no_scores(opened), None if other is None else no_scores(other))
     if chosen_text is not None:
         rows, length = text_rows(opened, chosen_text, window, limit)
         result = replace(score_text(opened, other, rows, progress), text=chosen_text.source, window=length)

@@ -5,8 +5,8 @@
 
 The windows cover the whole text and do not overlap. Each begins with BOS if the tokenizer has one, and t runs over all
 tokens after the first of each window. Losses are float32. A standard error treats the windows as the independent
-units, and the mean as a ratio of sums, because the last window may be shorter. Memory: the logits of one batch for
-both models, [4096 tokens, vocabulary], and float32 copies of 512 tokens at a time.
+units, and the mean as a ratio of sums, because the last window may be shorter. Memory: the head's inputs for one batch
+of 4096 tokens, and the logits of both models for a slice of it (slices.py), at most LOGITS_BYTES each.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.evaluation.divergence import divergence, token_losses
 from llmsqueeze.evaluation.models import OpenModel
 from llmsqueeze.evaluation.scores import Evaluation, Scores
+from llmsqueeze.evaluation.slices import Logits, sliced
 from llmsqueeze.progress import Progress
 
 BATCH_TOKENS = 4096
 DEFAULT_WINDOW = 2048
-CHUNK = 512  # tokens whose distributions exist in float32 at a time
+LOGITS_BYTES = 128 << 20  # of one model's logits in float32, at a time
 
 
 @dataclass(frozen=True)
@@ -63,34 +65,44 @@ def score_text(opened: OpenModel, baseline: OpenModel | None, rows: Sequence[Ten
     """Scores on token rows [1, length]. Raises UnsupportedError if the two vocabularies differ in size."""
     window = rows[0].shape[1]
     if baseline is None:
-        return Evaluation(text_scores(opened.name, losses(opened, rows, progress)), window=window)
+        return Evaluation(text_scores(opened, losses(opened, rows, progress)), window=window)
     pair = paired_losses(opened, baseline, rows, progress)
     scores = replace(
-        text_scores(opened.name, pair.model),
+        text_scores(opened, pair.model),
         kl_mean=pair.kl_mean,
         kl_p99=float(pair.kl.kthvalue(max(1, math.ceil(0.99 * len(pair.kl)))).values),
         top1_changed=pair.changed / len(pair.kl),
     )
-    same = replace(text_scores(baseline.name, pair.baseline), kl_mean=0.0, kl_p99=0.0, top1_changed=0.0)
+    same = replace(text_scores(baseline, pair.baseline), kl_mean=0.0, kl_p99=0.0, top1_changed=0.0)
     return Evaluation(scores, same, None, window, pair.nll_difference, standard_error(pair.differences))
 
 
-def text_scores(name: str, per_window: list[Tensor]) -> Scores:
+def no_scores(opened: OpenModel) -> Scores:
+    """The scores of a model before anything is measured."""
+    return Scores(opened.name, computed_in=opened.computed_in)
+
+
+def text_scores(opened: OpenModel, per_window: list[Tensor]) -> Scores:
     """Perplexity, its standard error and the count of tokens, from the losses in each window."""
     every = torch.cat(per_window)
     perplexity = math.exp(min(float(every.mean()), 700.0))
-    return Scores(name, perplexity, perplexity * standard_error(per_window), len(every))
+    stderr = perplexity * standard_error(per_window)
+    return replace(no_scores(opened), perplexity=perplexity, perplexity_stderr=stderr, tokens=len(every))
 
 
+@torch.no_grad()
 def losses(opened: OpenModel, rows: Sequence[Tensor], progress: Progress) -> list[Tensor]:
     """The losses of each row [1, length], in nats: float64 [length - 1]."""
     per_window: list[Tensor] = []
     batches = list(_batches(rows))
+    logits = sliced(opened.model, rows[0])
     for batch in progress.over(batches, "text", len(batches)):
-        per_window += _window_losses(_logits(opened, batch), batch)
+        parts = [token_losses(one, labels).cpu() for (one,), labels in _slices([logits], opened, batch)]
+        per_window += torch.cat(parts).view(len(batch), -1).unbind()
     return per_window
 
 
+@torch.no_grad()
 def paired_losses(opened: OpenModel, baseline: OpenModel, rows: Sequence[Tensor], progress: Progress) -> PairedLosses:
     """The losses of both models on each row, and the divergences. Raises UnsupportedError for other vocabularies."""
     if opened.model.config.vocab_size != baseline.model.config.vocab_size:
@@ -100,13 +112,14 @@ def paired_losses(opened: OpenModel, baseline: OpenModel, rows: Sequence[Tensor]
     kl: list[Tensor] = []
     changed = 0
     batches = list(_batches(rows))
+    both = [sliced(one.model, rows[0]) for one in (opened, baseline)]
     for batch in progress.over(batches, "text", len(batches)):
-        q, p = _logits(opened, batch), _logits(baseline, batch)
-        own += _window_losses(q, batch)
-        others += _window_losses(p, batch)
-        kl.append(kl_divergence(p.flatten(0, 1), q.flatten(0, 1)).cpu())
-        changed += int((q.argmax(-1) != p.argmax(-1)).sum())
-    return PairedLosses(own, others, torch.cat(kl).double(), changed)
+        parts = [divergence(q, p, labels) for (q, p), labels in _slices(both, opened, batch)]
+        own += torch.cat([one.model for one in parts]).cpu().view(len(batch), -1).unbind()
+        others += torch.cat([one.baseline for one in parts]).cpu().view(len(batch), -1).unbind()
+        kl += [one.kl.cpu() for one in parts]
+        changed += sum(int(one.changed.sum()) for one in parts)
+    return PairedLosses(own, others, torch.cat(kl), changed)
 
 
 def _batches(rows: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -118,32 +131,17 @@ def _batches(rows: Sequence[Tensor]) -> Iterator[Tensor]:
             yield torch.cat([row for row in chunk if row.shape[1] == length])
 
 
-@torch.no_grad()
-def _logits(opened: OpenModel, tokens: Tensor) -> Tensor:
-    """Next-token logits [rows, length - 1, vocabulary] for `tokens` [rows, length]."""
-    logits: Tensor = opened.model(input_ids=tokens.to(opened.model.device), use_cache=False).logits
-    return logits[:, :-1]
+def _slices(models: Sequence[Logits], opened: OpenModel, batch: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Over the predicted tokens of `batch` [rows, length]: logits [slice, vocabulary] per model, next tokens [slice].
 
-
-def _window_losses(logits: Tensor, batch: Tensor) -> list[Tensor]:
-    """Per row of `batch` [rows, length]: float64 [length - 1]."""
-    labels = batch[:, 1:].to(logits.device)
-    return list(token_losses(logits.flatten(0, 1), labels.flatten()).view(labels.shape).cpu().double().unbind())
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log p(label) in nats per row of logits [tokens, vocabulary] -> float32 [tokens]."""
-    chunks = zip(logits.split(CHUNK), labels.split(CHUNK), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(x.float(), y, reduction="none") for x, y in chunks])
-
-
-def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
-    """KL(reference || other) in nats per row of logits [tokens, vocabulary] -> float32 [tokens]."""
-    values = []
-    for p_logits, q_logits in zip(reference.split(CHUNK), other.split(CHUNK), strict=True):
-        p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
-        values.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
-    return torch.cat(values)
+    The vocabulary and the device are those of `opened`.
+    """
+    labels = batch[:, 1:].flatten().to(opened.model.device)
+    size = max(1, LOGITS_BYTES // (4 * opened.model.config.vocab_size))
+    states = [model.states(batch)[:, :-1].flatten(0, 1) for model in models]
+    for start in range(0, len(labels), size):
+        part = slice(start, start + size)
+        yield [model.logits(own[part]) for model, own in zip(models, states, strict=True)], labels[part]
 
 
 def standard_error(per_window: list[Tensor]) -> float:

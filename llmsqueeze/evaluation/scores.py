@@ -18,7 +18,7 @@ class Scores:
     perplexity, perplexity_stderr: exp of the mean loss per token, and its standard error. tokens: predicted tokens.
     kl_mean, kl_p99: mean and 99th percentile over the tokens of KL(baseline || model), in nats.
     top1_changed: share of the tokens, 0 to 1, for which the most likely next token is not that of the baseline.
-    tasks: lm-eval task -> `<metric>` or `<metric>_stderr` -> value.
+    tasks: lm-eval task -> `<metric>` or `<metric>_stderr` -> value. computed_in: the dtype of the computation.
     """
 
     model: str
@@ -29,6 +29,7 @@ class Scores:
     kl_p99: float | None = None
     top1_changed: float | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    computed_in: str | None = None
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,15 @@ class _Stop(Exception):  # noqa: N818 - no error
 @contextmanager
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """In the context `module` computes `forward` instead of its own."""
+    before = vars(module).get("forward")  # of the module itself, not of its class
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def _shared(old: Any, new: Any) -> Any:

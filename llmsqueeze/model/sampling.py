@@ -2,6 +2,7 @@
 
 A sample is the BOS token if the tokenizer has one, a token drawn uniformly from the vocabulary, and then tokens drawn
 from the model's distribution at temperature 1. An end-of-text token does not end the sample. One seed draws everything.
+The model computes in its own dtype or in float32, whichever is faster here, so another processor may draw other tokens.
 Memory: the whole model in the dtype of its file, and the keys and values of one batch.
 """
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError, first_line
+from llmsqueeze.model.casting import compute_in
+from llmsqueeze.model.precision import computing_dtype
+from llmsqueeze.parts import dtype_name
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 
@@ -36,7 +40,7 @@ def sample_rows(
     progress: Progress,
 ) -> list[Tensor]:
     """`count` token rows, int64 [1, length], of the model in `path`. A larger `count` has the same first rows."""
-    model = open_model(path, device, trust_remote_code)
+    model = open_model(path, device, trust_remote_code, progress)
     generator = torch.Generator(device).manual_seed(seed)
     rows: list[Tensor] = []
     starts = range(0, count, BATCH)
@@ -46,8 +50,11 @@ def sample_rows(
     return rows[:count]
 
 
-def open_model(path: Path, device: torch.device, trust_remote_code: bool) -> Any:
-    """The model in `path` in the dtype of its file. Raises UnsupportedError if transformers cannot open it."""
+def open_model(path: Path, device: torch.device, trust_remote_code: bool, progress: Progress) -> Any:
+    """The model in `path` in the dtype of its file; it computes in the faster of that and float32.
+
+    Raises UnsupportedError if transformers cannot open it.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -56,6 +63,9 @@ def open_model(path: Path, device: torch.device, trust_remote_code: bool) -> Any
         )
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         raise UnsupportedError(f"transformers cannot open {path}: {first_line(error)}") from error
+    if (chosen := computing_dtype(model.dtype, device)) != model.dtype:
+        progress.note(f"the model is {dtype_name(model.dtype)}, computed in {dtype_name(chosen)}, which is faster here")
+        compute_in(model, chosen)
     return model.eval()
 
 

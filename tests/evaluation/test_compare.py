@@ -90,6 +90,7 @@ def compared(original_dir: Path, folders: dict[str, Path], words: str) -> dict[s
         tasks=[TASK_NAME],
         window=WINDOW,
         limit=DOCUMENTS,  # more than there are windows
+        dtype="stored",
     )
 
 
@@ -182,7 +183,7 @@ def test_scores_are_those_computed_by_hand(
 
 def stored(original: Path, folders: Iterable[Path]) -> list[StoredModel]:
     """The original and the folders, as `compare` finds them."""
-    first, others = find_contenders(str(original), [str(folder) for folder in folders], [], CPU, False)
+    first, others = find_contenders(str(original), [str(folder) for folder in folders], [], CPU, False, "stored")
     return [first, *(one for one in others if isinstance(one, StoredModel))]
 
 
@@ -329,7 +330,7 @@ def test_paired_differences_by_hand() -> None:
 
 def answers(model: Any, folder: Path) -> list[float]:
     """Right (1) or wrong (0) by document."""
-    opened = OpenModel("", model, load_tokenizer(folder))
+    opened = OpenModel("", model, load_tokenizer(folder), torch.bfloat16)
     right = tasks.find_tasks([TASK_NAME], limit=DOCUMENTS).run(opened, Progress())[TASK_NAME].documents["acc"]
     return [right[i] for i in range(DOCUMENTS)]
 

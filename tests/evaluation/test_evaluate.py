@@ -22,12 +22,13 @@ import llmsqueeze
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo.task import task_config
 from llmsqueeze.errors import CalibrationError, RecipeError, UnsupportedError
-from llmsqueeze.evaluation import tasks
+from llmsqueeze.evaluation import perplexity, tasks
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.evaluation.models import open_model
-from llmsqueeze.evaluation.perplexity import kl_divergence
+from llmsqueeze.evaluation.perplexity import paired_losses
 from llmsqueeze.evaluation.scores import save_scores
-from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
+from llmsqueeze.model import precision
+from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer, windows
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.resolve import make_recipe
 
@@ -59,13 +60,63 @@ def test_known_perplexities(shared: Path, name: str, expected: float) -> None:
     assert result.scores.perplexity == pytest.approx(expected, rel=1e-3)
 
 
-def test_divergence_is_kl(generator: torch.Generator) -> None:
-    p, q = (torch.randn(1100, 30, generator=generator) for _ in range(2))
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+@pytest.mark.parametrize("dtype", ["stored", "float32"])
+def test_losses_are_those_of_whole_logits(
+    dtype: str, compressed: Callable[[str], Path], demo_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices of a few tokens, the last row shorter, against one softmax over the logits of each row."""
+    monkeypatch.setattr(perplexity, "LOGITS_BYTES", 4 * 626 * 37)
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", 128)
+    folders = compressed("native"), demo_of(2)
+    pair = [open_model(str(folder), torch.device("cpu"), False, dtype) for folder in folders]
+    assert {one.computed_in for one in pair} == {"bfloat16" if dtype == "stored" else "float32"}
+    rows = windows(evaluation_text("demo", "demo"), pair[0].tokenizer, 64, tail=True)[:5]
+    rows.append(rows[-1][:, :23])
+    result = paired_losses(*pair, rows, Progress())
+    alone = perplexity.losses(pair[0], rows, Progress())
+    kl, changed, near = [], 0, 1e-5 if dtype == "float32" else 0.02  # bf16 logits depend on the shape of the product
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            q, p = (one.model(row).logits[0, :-1].double().log_softmax(-1) for one in pair)
+        for log_p, measured in ((q, result.model[i]), (q, alone[i]), (p, result.baseline[i])):
+            expected = -log_p.gather(1, row[0, 1:, None])[:, 0]
+            torch.testing.assert_close(measured, expected, rtol=near, atol=near)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        changed += int((q.argmax(-1) != p.argmax(-1)).sum())
+    torch.testing.assert_close(result.kl, torch.cat(kl), rtol=near, atol=near)
+    assert result.kl_mean > 0.02
+    assert abs(result.changed - changed) <= (0 if dtype == "float32" else 3)
+
+
+def test_the_dtype_is_chosen_by_the_trial_and_named(
+    demo_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model and baseline alike; the user hears of it once, and only of another dtype than the file's."""
+    folder, words = demo_of(1), Text("t", "Anna has a ball . " * 30)
+    for seconds, name, count in ((0.2, "float32", 1), (5.0, "bfloat16", 0)):
+        monkeypatch.setattr(
+            precision, "trial_seconds", lambda _, among, t=seconds: dict.fromkeys(among, 1.0) | {torch.float32: t}
+        )
+        notes: list[str] = []
+        progress = Progress()
+        monkeypatch.setattr(progress, "note", notes.append)
+        result = evaluate(folder, folder, text=words, window=32, progress=progress)
+        assert result.baseline is not None
+        assert result.scores.computed_in == result.baseline.computed_in == name
+        assert result.as_dict()["computed_in"] == result.as_dict()["baseline"]["computed_in"] == name
+        assert notes == ["the model is bfloat16, computed in float32, which is faster here"] * count
+        assert result.scores.kl_mean == 0
+        own = evaluate(folder, text=words, window=32, dtype="stored").scores.computed_in
+        assert own == "bfloat16"
+
+
+def test_the_dtype_changes_a_result_only_slightly(demo_of: Callable[[int], Path]) -> None:
+    words = Text("t", evaluation_text("demo", "demo").content[:3000])
+    stored, single = (
+        evaluate(demo_of(2), text=words, window=64, dtype=dtype).scores for dtype in ("stored", "float32")
     )
-    assert torch.allclose(kl_divergence(p, q), expected, rtol=1e-4, atol=1e-6)
-    assert (kl_divergence(p, p) == 0).all()
+    assert stored.perplexity != single.perplexity
+    assert stored.perplexity == pytest.approx(single.perplexity, rel=5e-3)
 
 
 def test_a_model_against_itself(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
@@ -94,6 +145,7 @@ def test_bad_values_are_refused_before_anything_opens(demo_of: Callable[[int], P
         ({"limit": 0}, "limit is 0; it must be a whole number from 1"),
         ({"window": 1}, "window is 1; it must be a whole number from 2"),
         ({"batch_size": 0}, "batch-size is 0"),
+        ({"dtype": "bfloat16"}, "unknown --dtype 'bfloat16'.*auto, stored, float32"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"tasks": "demo_stories", "include_path": "nowhere"}, "nowhere is not a folder of task definitions"),
     ):

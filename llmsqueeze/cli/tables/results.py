@@ -58,7 +58,12 @@ def print_comparison(result: dict[str, Any]) -> None:
 
 
 def text_line(result: dict[str, Any]) -> str:
-    return f"text: {result['text']}, {result['tokens']} tokens predicted in windows of {result['window']}"
+    """The text and the dtype of the computation; `result`: that of `eval` or `compare`."""
+    scores = result["models"][0] if "models" in result else result
+    return (
+        f"text: {result['text']}, {result['tokens']} tokens predicted in windows of {result['window']}, "
+        f"in {scores['computed_in']}"
+    )
 
 
 def comparison_cells(model: dict[str, Any]) -> list[str]:

@@ -1,0 +1,115 @@
+"""A model's logits over slices of tokens, so that the logits of a whole batch never exist.
+
+The model computes the input of its head for a batch at once. The logits of some tokens are then the head's product with
+a slice of that, and what the model's own forward does after the head (soft caps, scales): it runs with stubs in the
+place of the decoder blocks. A trial on a few tokens compares this with the model's own logits. If they differ, or if
+head or blocks are not found, the model computes whole logits, which are then sliced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.model.linears import find_blocks
+from llmsqueeze.model.recorder import replaced
+
+TRIAL_TOKENS = 8
+
+
+class Logits(Protocol):
+    """The two steps from tokens to logits."""
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """[rows, length, any width] for `tokens` [rows, length]: what `logits` needs of each token."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Next-token logits [tokens, vocabulary] for `states` [tokens, any width]."""
+        ...
+
+
+class WholeLogits:
+    """The states are the logits themselves."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def states(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
+        return logits
+
+    def logits(self, states: Tensor) -> Tensor:
+        return states
+
+
+class SlicedLogits:
+    """The states are the inputs of the head. Raises UnsupportedError for a model without head or blocks."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise UnsupportedError(f"{type(model).__name__} has no output head")
+        self.head = head
+        self.head_forward: Callable[[Tensor], Tensor] = head.forward
+        self.blocks = [model.get_submodule(name) for name in find_blocks(model)]
+        self.returns_tuple = False
+
+    def states(self, tokens: Tensor) -> Tensor:
+        return self._forward(tokens.to(self.model.device), lambda x: x[..., :1])[0]
+
+    def logits(self, states: Tensor) -> Tensor:
+        raw = self.head_forward(states[:, None])
+        tokens = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
+        with ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(replaced(block, self._stub))
+            return self._forward(tokens, lambda _: raw)[1][:, 0]
+
+    def agrees(self, tokens: Tensor) -> bool:
+        """Whether the slices are the logits that the model itself gives for `tokens` [rows, length]."""
+
+        def observe(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.returns_tuple = isinstance(output, tuple)
+
+        observer = self.blocks[0].register_forward_hook(observe)
+        try:
+            states, whole = self._forward(tokens.to(self.model.device), self.head_forward)
+        finally:
+            observer.remove()
+        return torch.equal(self.logits(states.flatten(0, 1)), whole.flatten(0, 1))
+
+    def _forward(self, tokens: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The head's input, and what the model returns as logits, if its head computes `head`."""
+        inputs: list[Tensor] = []
+
+        def forward(x: Tensor) -> Tensor:
+            inputs.append(x)
+            return head(x)
+
+        with replaced(self.head, forward):
+            logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        (states,) = inputs
+        return states, logits
+
+    def _stub(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self.returns_tuple else hidden
+
+
+@torch.no_grad()
+def sliced(model: Any, tokens: Tensor) -> Logits:
+    """The way to the logits of `model`; some of `tokens` [rows, length] are for the trial."""
+    try:
+        slices = SlicedLogits(model)
+        if slices.agrees(tokens[:1, :TRIAL_TOKENS]):
+            return slices
+    except (UnsupportedError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+        pass  # an architecture that calls its head or its blocks in its own way
+    return WholeLogits(model)

@@ -1,0 +1,48 @@
+"""A model in memory that computes in another dtype than that of its weights.
+
+The weights of linears and embeddings stay as they are. A linear casts its weight at every use, which costs little
+beside the product with many tokens; an embedding casts the rows that it looked up. All other parameters (norms, biases)
+are cast in memory. So the model takes hardly more memory. Opened in float32, a bfloat16 model would take twice as much.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes `model` compute in `dtype`. A layer whose forward is not known has its parameters cast in memory.
+
+    Integers, buffers and parameters of one byte stay as they are: they belong to compressed layers, which take the
+    dtype of their input.
+    """
+    for module in model.modules():
+        kept = None
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(partial(_cast_output, dtype))
+            kept = module.weight
+        elif type(module).forward in (nn.Linear.forward, Conv1D.forward):
+            layer: Any = module
+            layer.forward = partial(_transposed if isinstance(module, Conv1D) else _linear, layer)
+            kept = layer.weight
+        for parameter in module.parameters(recurse=False):
+            if parameter is not kept and parameter.is_floating_point() and parameter.itemsize > 1:
+                parameter.data = parameter.data.to(dtype)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
+
+
+def _transposed(layer: Any, x: Tensor) -> Tensor:
+    rows = torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight.to(x.dtype))
+    return rows.view(*x.shape[:-1], -1)
+
+
+def _cast_output(dtype: torch.dtype, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)

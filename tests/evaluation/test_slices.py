@@ -1,0 +1,81 @@
+"""Logits over slices of tokens, against the whole logits of the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import ARCHITECTURES
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmsqueeze.evaluation.slices import SlicedLogits, WholeLogits, sliced
+from llmsqueeze.model.casting import compute_in
+
+TOKENS = torch.arange(90).view(3, 30)
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def compare(model: Any, kind: type) -> None:
+    """Slices of several sizes, among them more tokens than the context."""
+    whole = model(input_ids=TOKENS, use_cache=False).logits.flatten(0, 1)
+    way = sliced(model, TOKENS)
+    assert isinstance(way, kind)
+    states = way.states(TOKENS)
+    assert states.shape[:2] == TOKENS.shape
+    for size in (1, 7, 90):
+        logits = torch.cat([way.logits(part) for part in states.flatten(0, 1).split(size)])
+        torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-6)
+    assert torch.equal(model(input_ids=TOKENS, use_cache=False).logits.flatten(0, 1), whole), "the model is as before"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_slices_are_the_models_own_logits(architecture: str, random_model: Callable[..., Path]) -> None:
+    """Soft caps and scales included."""
+    compare(opened(random_model(architecture)), SlicedLogits)
+
+
+def test_slices_of_a_model_that_casts_its_weights(random_model: Callable[..., Path]) -> None:
+    model = opened(random_model("gemma2", torch.bfloat16), torch.bfloat16)
+    compute_in(model, torch.float32)
+    compare(model, SlicedLogits)
+
+
+def test_a_model_whose_logits_need_more_than_the_head_is_computed_whole(random_model: Callable[..., Path]) -> None:
+    """Logits that depend on the position."""
+    model = opened(random_model("llama"))
+    forward = model.forward
+
+    def changed(input_ids: Tensor, **kwargs: Any) -> Any:
+        output = forward(input_ids=input_ids, **kwargs)
+        output.logits = output.logits + torch.arange(input_ids.shape[1])[:, None]
+        return output
+
+    model.forward = changed
+    compare(model, WholeLogits)
+
+
+def test_a_model_without_the_usual_modules_is_computed_whole(random_model: Callable[..., Path]) -> None:
+    model = opened(random_model("llama"))
+    model.get_output_embeddings = lambda: None
+    compare(model, WholeLogits)
+
+
+def test_a_model_that_multiplies_with_its_head_itself_is_computed_whole(random_model: Callable[..., Path]) -> None:
+    """The head is not called."""
+    model = opened(random_model("llama-tied"))
+    base, head = model.base_model, model.get_output_embeddings()
+
+    def own(input_ids: Tensor, use_cache: bool) -> Any:
+        hidden = base(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+        return type("Output", (), {"logits": hidden @ head.weight.T})()
+
+    model.forward = own
+    compare(model, WholeLogits)
