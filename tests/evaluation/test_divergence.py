@@ -64,7 +64,7 @@ def test_of_equal_logits_the_first_is_the_most_likely(form: str) -> None:
     p, q = torch.zeros(3, 3 * TILE), torch.zeros(3, 3 * TILE)
     p[:, 5] = 1.0
     q[0, [5, 9]] = 1.0
-    q[1, [5, TILE + 2]] = 1.0
+    q[1, [5, TILE + 2, TILE + 5]] = 1.0
     q[2, [TILE + 2, 2 * TILE + 1]] = 1.0
     assert FORMS[form](q, p, torch.zeros(3, dtype=torch.long)).changed.tolist() == [False, False, True]
     assert FORMS[form](q[2:], q[2:].roll(0), torch.zeros(1, dtype=torch.long)).changed.tolist() == [False]
