@@ -149,6 +149,8 @@ def markdown(results: dict[str, Any], waiting: list[dict[str, Any]]) -> str:
         lines += ["One block of Llama-8B shapes on a GPU: not measured, for there was none.", ""]
         lines += [*two_threads(rows.get("threads", {})), "## Every contender", "", *every_run(rows)]
         lines += ["## Memory", "", *memory(rows), "## Quality", "", *quality(results["quality"])]
+    else:
+        lines += ["The rows of `speed.py` are not measured yet.", ""]
     if waiting:
         lines += [WAITING, "", *waits(waiting)]
     return "\n".join(lines).rstrip() + "\n"
@@ -169,7 +171,8 @@ does not see other processes. `llmsqueeze` therefore sets 1000 before torch is i
 average of the last minutes, so it takes one thread on cores that have just become idle. `KMP_BLOCKTIME`, which another
 runtime reads, and `MKL_DYNAMIC` change nothing.
 
-Milliseconds of wall / processor time of a mixture of matrix products and elementwise products; medians."""
+Milliseconds of wall / processor time of a mixture of matrix products and elementwise products; medians. Two settings
+that differ in nothing (`KMP_BLOCKTIME`, default) differ by a tenth without load: so much is noise."""
 
 
 def main() -> None:

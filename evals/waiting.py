@@ -63,7 +63,7 @@ def measure(setting: dict[str, str], seconds: float, before: list[str]) -> dict[
     command = [*before, sys.executable, "-c", MIXTURE, str(seconds)]
     done = subprocess.run(command, env=given() | setting, capture_output=True, text=True, check=True)
     answer: dict[str, float] = json.loads(done.stdout)
-    return answer
+    return answer | {"load_average": os.getloadavg()[0]}
 
 
 def given() -> dict[str, str]:
