@@ -24,43 +24,23 @@ Memory beside W: two copies of it, its integers, and the curvature.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
-from llmsqueeze.quantizers.curvature import Curvature
-from llmsqueeze.quantizers.descent_on_device import descend
-from llmsqueeze.quantizers.gptq import panels
+from llmsqueeze.quantizers.coded_on_device import coordinate_descent, feedback, refit
+from llmsqueeze.quantizers.curvature import Curvature, row_error
+from llmsqueeze.quantizers.gptq import PANEL, panels
+from llmsqueeze.quantizers.steps import RoundedToSteps, regained
+from llmsqueeze.quantizers.threads import over_rows
 
 ROUNDS = 2
 PRIOR = 64  # tokens
 GAIN_OCTAVES = 2  # the most that gains change a row's first step, up or down
 MAX_BITS = 29  # of an integer before gains and feedback change it; 32 are stored
 FREE_STEP = 1 / 16  # of a row's root mean square, for a linear that no sample reached: about six bits
-
-
-@dataclass(frozen=True)
-class RoundedToSteps:
-    """A weight rounded to steps: integers [rows, cols] (float32); row_exponent int64 [rows], col_exponent int64 [cols].
-
-    The step of row r and column j is 2^((row_exponent[r] + col_exponent[j]) / 16). `lowest` int64 [rows]: a row's
-    exponent stays from `lowest` to `lowest` + 255.
-    """
-
-    integers: Tensor
-    row_exponent: Tensor
-    col_exponent: Tensor
-    lowest: Tensor
-
-    def rows(self, rows: slice) -> RoundedToSteps:
-        """These rows only."""
-        cut = {name: getattr(self, name)[rows] for name in ("integers", "row_exponent", "lowest")}
-        return replace(self, **cut)
-
-    def dense(self) -> Tensor:
-        """float32 [rows, cols], equal to the `dense` of the `Coded` part with the same numbers."""
-        return (self.integers * powers(self.col_exponent)).mul_(powers(self.row_exponent)[:, None])
 
 
 def shrunk_gradient(row_gradient: Tensor, tokens: int) -> Tensor:
@@ -120,6 +100,14 @@ def round_to_steps(
 
 
 def _round_rows(target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None) -> RoundedToSteps:
+    round_rows = round_compiled if target.device.type == "cpu" else round_on_device
+    return round_rows(target, start, curvature, pinned)
+
+
+def round_on_device(
+    target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None
+) -> RoundedToSteps:
+    """Rounds rows on any device."""
     rounded = feedback(target, start, curvature, pinned)
     # pinned entries have no error: for the other entries they are zeros that stay zero
     target = target if pinned is None else target.masked_fill(pinned, 0.0)
@@ -128,52 +116,87 @@ def _round_rows(target: Tensor, start: RoundedToSteps, curvature: Curvature, pin
     return refit(rounded, target, curvature.H)
 
 
-def feedback(target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None) -> RoundedToSteps:
+def round_compiled(
+    target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None
+) -> RoundedToSteps:
+    """Rounds rows on a CPU."""
+    rounded = feedback_compiled(target, start, curvature, pinned)
+    state = Coding.of(rounded, target if pinned is None else target.masked_fill(pinned, 0.0), curvature.H, pinned)
+    for _ in range(ROUNDS):
+        state.regain()
+        state.sweep()
+    state.regain(last=True)
+    return state.rounded
+
+
+def feedback_compiled(
+    target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None
+) -> RoundedToSteps:
     """Rounds column after column to the steps of `start`; the columns that follow take the error up."""
     rows, cols = target.shape
-    upper, row, col = curvature.upper, powers(start.row_exponent), powers(start.col_exponent)
-    w, integers = target.clone(), torch.empty_like(target)
+    loops, upper = coded_loops(), curvature.upper
+    mask = torch.empty(0, 0, dtype=torch.bool) if pinned is None else pinned.contiguous()
+    w = target.clone(memory_format=torch.contiguous_format)
+    integers = torch.empty_like(w)
+    errors = torch.empty(rows * PANEL, dtype=w.dtype)
+    given = [tensor.numpy() for tensor in (w, target.contiguous(), mask)]
+    given += [powers(exponent).numpy() for exponent in (start.row_exponent, start.col_exponent)]
     for panel in panels(cols):
-        error = torch.empty(rows, panel.stop - panel.start, dtype=w.dtype, device=w.device)
-        for j in range(panel.start, panel.stop):
-            step = row * col[j]
-            integer = torch.round(w[:, j] / step)
-            rounded = integer * step
-            if pinned is not None:
-                integer = integer.masked_fill(pinned[:, j], 0.0)
-                rounded = torch.where(pinned[:, j], target[:, j], rounded)
-            integers[:, j] = integer
-            e = (w[:, j] - rounded) / upper[j, j]
-            w[:, j + 1 : panel.stop] -= torch.outer(e, upper[j, j + 1 : panel.stop])
-            error[:, j - panel.start] = e
-        w[:, panel.stop :] -= error @ upper[panel, panel.stop :]
+        error = errors[: rows * (panel.stop - panel.start)].view(rows, -1)
+        inputs = *given, upper[panel, panel].T.contiguous().numpy(), panel.start
+        outcome = integers.numpy(), error.numpy()
+        over_rows(rows, lambda *span, inputs=inputs, out=outcome: loops.feedback(*inputs, *span, *out))
+        w[:, panel.stop :].addmm_(error, upper[panel, panel.stop :], alpha=-1)
     return replace(start, integers=integers)
 
 
-def refit(rounded: RoundedToSteps, target: Tensor, H: Tensor) -> RoundedToSteps:
-    """Multiplies every row's step by its least-squares gain, rounded to a whole exponent, if that lowers the error."""
-    dense = rounded.dense()
-    weighted = dense @ H
-    energy, missing = (weighted * dense).sum(dim=1), (weighted * (target - dense)).sum(dim=1)
-    best = 1 + missing / energy.clamp(min=torch.finfo(energy.dtype).tiny)
-    shift = (best.clamp(0.25, 4.0).log2() * PER_OCTAVE).round().long()
-    gain = powers(shift) - 1
-    better = (gain * (gain * energy - 2 * missing) < 0) & (energy > 0)
-    exponent = torch.where(better, rounded.row_exponent + shift, rounded.row_exponent)
-    return replace(rounded, row_exponent=exponent.clamp(rounded.lowest, rounded.lowest + LAST))
+@dataclass
+class Coding:
+    """Some rows on their way, on a CPU.
+
+    rounded: as they are now, with integers that change in place; target [rows, cols]; gradient [rows, cols]: the
+    residual times H; energy [rows]: t H t^T; pinned bool [rows, cols].
+    """
+
+    rounded: RoundedToSteps
+    target: Tensor
+    H: Tensor
+    pinned: Tensor
+    gradient: Tensor
+    energy: Tensor
+
+    @classmethod
+    def of(cls, rounded: RoundedToSteps, target: Tensor, H: Tensor, pinned: Tensor | None) -> Coding:
+        """The state of the rows `rounded`, whose target is `target` [rows, cols]."""
+        rounded = replace(rounded, integers=rounded.integers.clone())
+        mask = torch.zeros(target.shape, dtype=torch.bool) if pinned is None else pinned.contiguous()
+        gradient = rounded.dense().sub_(target).neg_() @ H
+        return cls(rounded, target.contiguous(), H.contiguous(), mask, gradient, row_error(target, H))
+
+    def regain(self, last: bool = False) -> None:
+        """Takes the least-squares gains. After the `last` the gradient is no longer needed."""
+        row, col = powers(self.rounded.row_exponent), powers(self.rounded.col_exponent)
+        given = [tensor.numpy() for tensor in (self.target, self.rounded.integers, self.gradient, col)]
+        sums = torch.empty(2, len(row), dtype=self.target.dtype)
+        over_rows(len(row), lambda *span: coded_loops().products(*given, *span, sums.numpy()))
+        aim, missing = sums[0], sums[1] * row
+        before = self.rounded.row_exponent
+        # with w = t - r: w H w = t H t - t H r - w H r
+        self.rounded = regained(self.rounded, self.energy - aim - missing, missing)
+        moved = (self.rounded.row_exponent != before).nonzero()[:, 0]
+        if len(moved) and not last:
+            self.gradient[moved] = (self.target[moved] - self.rounded.rows(moved).dense()) @ self.H
+
+    def sweep(self) -> None:
+        """One pass over the integers, column by column: each becomes the one with the least error."""
+        steps = powers(self.rounded.row_exponent), powers(self.rounded.col_exponent)
+        given = [tensor.numpy() for tensor in (self.H, self.pinned, *steps)]
+        outcome = self.rounded.integers.numpy(), self.gradient.numpy()
+        over_rows(len(self.target), lambda *span: coded_loops().sweep(*given, *span, *outcome))
 
 
-def coordinate_descent(rounded: RoundedToSteps, target: Tensor, H: Tensor, pinned: Tensor | None) -> RoundedToSteps:
-    """One pass over the integers, column by column: each becomes the one with the least error."""
-    row, col = powers(rounded.row_exponent), powers(rounded.col_exponent)
-    integers = rounded.integers.clone()
+def coded_loops() -> Any:
+    """The compiled loops; numba is imported only if something is rounded."""
+    from llmsqueeze.quantizers import coded_loops
 
-    def nearest(best: Tensor, j: int) -> tuple[Tensor, Tensor]:
-        step = row * col[j]
-        integer = torch.round(best / step)
-        if pinned is not None:
-            integer = integer.masked_fill(pinned[:, j], 0.0)
-        return integer, integer * step
-
-    descend(integers, rounded.dense(), target, H, nearest)
-    return replace(rounded, integers=integers)
+    return coded_loops

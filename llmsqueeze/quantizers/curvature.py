@@ -21,6 +21,7 @@ from llmsqueeze.model.checkpoint import all_finite
 from llmsqueeze.progress.stopwatch import timed
 
 DAMP = 0.01
+PANEL = 128  # columns of H that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -83,5 +84,11 @@ def factorize(xtx: Tensor, damp: float = DAMP) -> Curvature:
 
 
 def row_error(residual: Tensor, H: Tensor) -> Tensor:
-    """r H r^T for every row r of `residual` [rows, cols] -> [rows]."""
-    return (residual @ H).mul_(residual).sum(dim=1)
+    """r H r^T for every row r of `residual` [rows, cols] -> [rows]. H [cols, cols] is symmetric: half of it will do."""
+    cols, total = len(H), residual.new_zeros(len(residual))
+    for start in range(0, cols, PANEL):
+        stop = min(start + PANEL, cols)
+        panel, after = residual[:, start:stop], residual[:, stop:]
+        product = torch.addmm(after @ H[stop:, start:stop], panel, H[start:stop, start:stop], beta=2)
+        total += product.mul_(panel).sum(dim=1)
+    return total

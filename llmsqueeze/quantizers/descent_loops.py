@@ -25,7 +25,7 @@ PANEL = 128  # columns whose changes are collected before other columns see them
 BLOCK = 512  # columns of H that stay in cache beside each other, of a panel's rows
 RIDGE = np.float32(1e-6)
 TINY = np.finfo(np.float32).tiny
-WINDOW = 16  # columns that are looked at side by side
+WINDOW = 32  # columns that are looked at side by side; a shorter loop LLVM unrolls before it sees vectors
 NONE = np.int32(WINDOW)
 # rows of a panel: the weights, their scale, their zero or second scale, the gradient, the curvature, the old code
 VALUE, FIRST, SECOND, GRADIENT, CURVATURE, CODE = range(6)

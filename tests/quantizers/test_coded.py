@@ -17,16 +17,10 @@ from llmsqueeze.parts import Coded
 from llmsqueeze.parts.coded import code_length
 from llmsqueeze.parts.coding.logsteps import exponents
 from llmsqueeze.quantizers import coded
-from llmsqueeze.quantizers.coded import (
-    RoundedToSteps,
-    coordinate_descent,
-    feedback,
-    refit,
-    round_to_steps,
-    row_steps,
-    shrunk_gradient,
-)
+from llmsqueeze.quantizers.coded import round_to_steps, row_steps, shrunk_gradient
+from llmsqueeze.quantizers.coded_on_device import coordinate_descent, feedback, refit
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
+from llmsqueeze.quantizers.steps import RoundedToSteps
 
 ROWS, COLS = 24, 140  # a full panel and a short one
 
