@@ -31,7 +31,7 @@ def keep_within_block() -> None:
 
     Anything larger it takes from the system, and every first touch of a page costs the kernel's time: with its default
     of 128 kB a fifth of a run. The heap keeps what is freed for the next of its size; `give_back` empties it after
-    every block.
+    every fusion group.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 32 << 20)

@@ -25,6 +25,8 @@ from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted
 
 CPU = torch.device("cpu")
+# of a sample text that prices are measured on; gradients per row and moments differ little with more of it
+ENOUGH_TOKENS, TOKENS_PER_COLUMN = 8192, 4
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,22 @@ def with_text(job: Job, progress: Progress, held_back: int = 0) -> Job:
     return replace(job, calibration=calibration)
 
 
+def measured_samples(job: Job, request: Request) -> list[Tensor]:
+    """The samples that are measured: the first that are enough for prices, all for what a paper defines on all."""
+    if not request.prices or request.weight_gradients or request.lim:
+        return job.samples
+    widest = max(weight.shape[1] for weight in job.plan.weights.values())
+    enough, taken = max(ENOUGH_TOKENS, TOKENS_PER_COLUMN * widest), 0
+    for count, sample in enumerate(job.samples):
+        if taken >= enough:
+            return job.samples[:count]
+        taken += sample.shape[1]
+    return job.samples
+
+
 def measure_job(job: Job, request: Request, folder: Path, progress: Progress) -> Profile:
     """The profile of the job's linears; activations are kept in `folder` meanwhile."""
     with Spill(parent=folder) as spill:
-        walk = job.walk(spill)
+        walk = Walk(job.skeleton, measured_samples(job, request), spill, torch.float32, job.device)
         inputs = walk.embed() if job.calibration is not None else Activations(spill)
         return measure(walk, inputs, job.plan.dtypes, request, progress)

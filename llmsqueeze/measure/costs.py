@@ -34,7 +34,7 @@ from llmsqueeze.recipe.methods import METHODS
 
 TRIED_ROWS = 48
 RANKS = 16  # components that are priced
-CODED_ROWS = 128
+CODED_ROWS = 64
 OCTAVES = (-7.0, -6.0, -5.0, -4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 STREAM_BYTES = 4.5  # its length, and what its last state wastes
 

@@ -1,11 +1,13 @@
 """Activations that must outlive a block: in memory up to a limit, in one file on disk beyond it.
 
 Spilled tensors are written and read with plain file calls, not mapped, so that they do not count as memory. The place
-of one that is released is taken by the next of its size: the system then has no new pages to find.
+of one that is released, in memory or in the file, is taken by the next of its size: the system then has no new pages
+to find. The memory is not the C library's heap, where what is kept would lie between what is not, and leave holes.
 """
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,19 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_LIMIT = 128 << 20  # bytes
+DEFAULT_LIMIT = 64 << 20  # bytes
 
 
 class Spill:
-    """The memory limit, in bytes, of all activation lists of a run, and the file for the rest."""
+    """The memory, up to a limit in bytes, of all activation lists of a run, and the file for the rest."""
 
     def __init__(self, limit: int = DEFAULT_LIMIT, parent: Path | None = None) -> None:
         self.limit = limit
-        self.nbytes = 0  # in memory
+        self.nbytes = 0  # in use, in memory
         self.on_disk = 0  # bytes of the file
         self._folder = Path(tempfile.mkdtemp(prefix="llmsqueeze-", dir=parent))
         self._file = (self._folder / "activations.bin").open("w+b", buffering=0)
-        self._free: dict[int, list[int]] = {}  # size -> places in the file
+        self._places: dict[int, list[int]] = {}  # size -> free places in the file
+        self._buffers: dict[int, list[Tensor]] = {}  # size -> free memory
+        self._taken = 0  # bytes of memory, in use and free
 
     def __enter__(self) -> Spill:
         return self
@@ -37,9 +41,28 @@ class Spill:
         self._file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def memory(self, nbytes: int) -> Tensor | None:
+        """So many bytes, uint8 [nbytes]; None if the limit is reached."""
+        if self.nbytes + nbytes > self.limit or not nbytes:
+            return None
+        self.nbytes += nbytes
+        if free := self._buffers.get(nbytes):
+            return free.pop()
+        while self._taken + nbytes > self.limit:  # other sizes lie free
+            size = next(size for size, free in self._buffers.items() if free)
+            self._buffers[size].pop()
+            self._taken -= size
+        self._taken += nbytes
+        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+    def give_back(self, memory: Tensor) -> None:
+        """The next of this size may have it."""
+        self.nbytes -= memory.nbytes
+        self._buffers.setdefault(memory.nbytes, []).append(memory)
+
     def write(self, data: memoryview) -> int:
         """Writes bytes to a free place, and returns it. Raises OSError if the disk is full."""
-        places = self._free.get(data.nbytes)
+        places = self._places.get(data.nbytes)
         if places:
             place = places.pop()
         else:
@@ -62,7 +85,7 @@ class Spill:
 
     def free(self, place: int, nbytes: int) -> None:
         """The next bytes of this size may be written there."""
-        self._free.setdefault(nbytes, []).append(place)
+        self._places.setdefault(nbytes, []).append(place)
 
 
 class Activations:
@@ -70,7 +93,7 @@ class Activations:
 
     def __init__(self, spill: Spill) -> None:
         self._spill = spill
-        self._items: list[Tensor | _OnDisk | None] = []
+        self._items: list[_InMemory | _OnDisk | None] = []
 
     def __len__(self) -> int:
         return len(self._items)
@@ -85,7 +108,7 @@ class Activations:
     def get(self, index: int, device: torch.device) -> Tensor:
         item = self._items[index]
         assert item is not None, "a released activation is not used again"
-        return (item.load(self._spill) if isinstance(item, _OnDisk) else item).to(device)
+        return item.load(self._spill, device)
 
     def each(self, device: torch.device) -> Iterator[Tensor]:
         return (self.get(index, device) for index in range(len(self)))
@@ -93,34 +116,44 @@ class Activations:
     def release(self, index: int) -> None:
         """Gives the memory of one tensor back; it cannot be read again."""
         item, self._items[index] = self._items[index], None
-        if isinstance(item, _OnDisk):
-            self._spill.free(item.place, item.nbytes)
-        elif item is not None:
-            self._spill.nbytes -= item.nbytes
+        if item is not None:
+            item.release(self._spill)
 
     def clear(self) -> None:
         for index in range(len(self)):
             self.release(index)
         self._items.clear()
 
-    def _keep(self, tensor: Tensor) -> Tensor | _OnDisk:
-        tensor = tensor.detach().to("cpu")
-        if self._spill.nbytes + tensor.nbytes > self._spill.limit:
-            return _OnDisk(tensor, self._spill)
-        self._spill.nbytes += tensor.nbytes
-        # a view would keep its whole base in memory, uncounted
-        return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+    def _keep(self, tensor: Tensor) -> _InMemory | _OnDisk:
+        tensor = tensor.detach()
+        memory = self._spill.memory(tensor.nbytes)
+        return _OnDisk(tensor.to("cpu"), self._spill) if memory is None else _InMemory(tensor, memory)
+
+
+class _InMemory:
+    def __init__(self, tensor: Tensor, memory: Tensor) -> None:
+        self._memory = memory
+        self._tensor = memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def load(self, _spill: Spill, device: torch.device) -> Tensor:
+        return self._tensor.to(device, copy=True)  # the memory may be another's when the caller still has the tensor
+
+    def release(self, spill: Spill) -> None:
+        spill.give_back(self._memory)
 
 
 class _OnDisk:
     def __init__(self, tensor: Tensor, spill: Spill) -> None:
-        self.shape, self.dtype, self.nbytes = tensor.shape, tensor.dtype, tensor.nbytes
-        self.place = spill.write(_bytes_of(tensor.contiguous()))
+        self._shape, self._dtype, self._nbytes = tensor.shape, tensor.dtype, tensor.nbytes
+        self._place = spill.write(_bytes_of(tensor.contiguous()))
 
-    def load(self, spill: Spill) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        spill.read(_bytes_of(tensor), self.place)
-        return tensor
+    def load(self, spill: Spill, device: torch.device) -> Tensor:
+        tensor = torch.empty(self._shape, dtype=self._dtype)
+        spill.read(_bytes_of(tensor), self._place)
+        return tensor.to(device)
+
+    def release(self, spill: Spill) -> None:
+        spill.free(self._place, self._nbytes)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -24,6 +24,7 @@ from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.measure.passage import Passage, ResidualStreams, passage
+from llmsqueeze.memory import give_back
 from llmsqueeze.model.activations import Activations
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
@@ -130,6 +131,7 @@ def compress_block(
         compressed = compress_groups(run, index, through, original, current)
         if witness is not None:
             witness.see(index, current)
+        give_back()
         if index + 1 < len(skeleton.blocks):
             ahead = through.ahead()
     streams.clear()
@@ -156,10 +158,12 @@ def compress_groups(
     result: dict[str, Compressed] = {}
     for names, moments in group_moments(run, index, through):
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
+        give_back()
         targets, curvature = group_targets(group, moments)
         for name, one in run.compress(group, targets, curvature).items():
             current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
             result[name] = one._replace(dense=NOTHING)
+        give_back()
     return result
 
 
