@@ -29,10 +29,10 @@ from llmsqueeze.evaluation.divergence import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe

@@ -13,13 +13,13 @@ from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.original import Original, Source, open_original
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted

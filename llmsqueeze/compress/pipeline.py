@@ -23,7 +23,7 @@ from llmsqueeze.formats.folder import Output, check_writable, output_folder
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.memory import keep_within_block
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.linears import all_linears
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.skeleton import Skeleton

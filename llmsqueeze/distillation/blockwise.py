@@ -35,9 +35,9 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import whole_file
 from llmsqueeze.formats.entries import read_parts
 from llmsqueeze.formats.opened import Folder
-from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 
 CHECKS = 5  # measurements on held-back samples, per block

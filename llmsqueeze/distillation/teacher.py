@@ -1,8 +1,8 @@
 """The original model's predictions for every token, on disk, so that it need not be in memory during training.
 
 One safetensors file per sample, with the fields of `Predictions`; the most likely token comes first. The model streams
-through block by block (model/walk.py), and its logits in slices of the vocabulary. Predictions that exist are not made
-again. Memory: one block, the activations between blocks (spilled past a limit), one slice of logits.
+through block by block (model/blockwise/walk.py), and its logits in slices of the vocabulary. Predictions that exist
+are not made again. Memory: one block, the activations between blocks (spilled past a limit), one slice of logits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from llmsqueeze.distillation.losses import Predictions
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import whole_file
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import file_digests, weights_digest
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.model.blockwise.recorder import replaced
 from llmsqueeze.model.linears import find_blocks
-from llmsqueeze.model.recorder import replaced
 
 TRIAL_TOKENS = 8
 

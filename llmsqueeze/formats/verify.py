@@ -30,11 +30,11 @@ from llmsqueeze.formats.inspection.reading import (
 )
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.formats.opened import Folder, open_folder
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import as_rows, find_blocks
 from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 

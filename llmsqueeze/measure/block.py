@@ -18,10 +18,10 @@ from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.salience import rounding_error, sample_salience
-from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.blockwise.activations import Activations
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.quantizers.curvature import Curvature, factorize

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.measure.moments import SecondMoments
-from llmsqueeze.model.walk import Walk
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.progress.stopwatch import timed
 
 UNSEEN = 0.5  # occurrences that every token has beforehand

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.model.walk import Walk
+from llmsqueeze.model.blockwise.walk import Walk
 
 PANELS = 8  # of the columns of a second-moment matrix: of the products, 9/16 are computed
 

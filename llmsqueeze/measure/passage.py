@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
-from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.blockwise.activations import Activations
+from llmsqueeze.model.blockwise.trace import BlockTrace, Segment, given_tensors
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.linears import as_rows
-from llmsqueeze.model.trace import BlockTrace, Segment, given_tensors
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress.stopwatch import timed
 
 Weights = Mapping[str, Tensor]  # linear -> its weight, as the module stores it

@@ -18,8 +18,8 @@ from llmsqueeze.measure.importance import similarity
 from llmsqueeze.measure.moments import fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
-from llmsqueeze.model.activations import Activations
-from llmsqueeze.model.walk import Walk
+from llmsqueeze.model.blockwise.activations import Activations
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers.coded import shrunk_gradient

@@ -33,8 +33,8 @@ from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
 from llmsqueeze.quantizers.coded_on_device import coordinate_descent, feedback, refit
 from llmsqueeze.quantizers.curvature import Curvature, row_error
 from llmsqueeze.quantizers.gptq import PANEL, panels
+from llmsqueeze.quantizers.loops.threads import over_rows
 from llmsqueeze.quantizers.steps import RoundedToSteps, regained
-from llmsqueeze.quantizers.threads import over_rows
 
 ROUNDS = 2
 PRIOR = 64  # tokens
@@ -197,6 +197,6 @@ class Coding:
 
 def coded_loops() -> Any:
     """The compiled loops; numba is imported only if something is rounded."""
-    from llmsqueeze.quantizers import coded_loops
+    from llmsqueeze.quantizers.loops import coded
 
-    return coded_loops
+    return coded

@@ -32,7 +32,7 @@ from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.descent_on_device import coordinate_descent, refit
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded, grid_loops
-from llmsqueeze.quantizers.threads import over_rows
+from llmsqueeze.quantizers.loops.threads import over_rows
 
 ROUNDS = 3
 REFIT_BYTES = 1 << 25
@@ -84,7 +84,7 @@ def corrected_target(weight: Tensor, weight_drift: Tensor, curvature: Curvature,
 
 @dataclass(frozen=True)
 class Descent:
-    """Some rows on their way, on a CPU; the symbols are those of descent_loops.py.
+    """Some rows on their way, on a CPU; the symbols are those of loops/descent.py.
 
     start: what GPTQ chose; codes, scale [rows, n] (float32) and zero [rows, groups]: as they are now; change [rows, n]:
     of the scales in the last refit; spare [rows * cols]: room for products.
@@ -160,6 +160,6 @@ class Descent:
 
 def descent_loops() -> Any:
     """The compiled loops; numba is imported only if something is rounded."""
-    from llmsqueeze.quantizers import descent_loops
+    from llmsqueeze.quantizers.loops import descent
 
-    return descent_loops
+    return descent

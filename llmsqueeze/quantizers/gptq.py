@@ -26,7 +26,7 @@ from torch import Tensor
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.grids import Rounded, fit_group, grid_loops, level_of, nearest_code, zero_code
-from llmsqueeze.quantizers.threads import over_rows
+from llmsqueeze.quantizers.loops.threads import over_rows
 
 PANEL = 128
 

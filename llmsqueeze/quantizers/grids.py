@@ -10,7 +10,7 @@ zeros stays zero, or nearly zero. The search tries 29 ratios from 1.05 down to 0
 least `sum_j h[j] * (w[j] - rounded[j])**2`, with h the mean squared input of column j. A symmetric grid is tried with
 both signs, because its levels are one-sided. The scale is rounded to its stored dtype before weights are rounded with
 it. Symbols: w [rows, width] one group of columns; h [width]; scale, zero [rows]. For a dual grid, scale is alpha1 and
-zero is alpha2 in this package. On a CPU the fit is compiled (grid_loops.py); the torch form is for other devices.
+zero is alpha2 in this package. On a CPU the fit is compiled (loops/grids.py); the torch form is for other devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.quantizers import dual_binary
-from llmsqueeze.quantizers.threads import over_rows
+from llmsqueeze.quantizers.loops.threads import over_rows
 
 RATIOS = [1.05 - 0.7 * i / 28 for i in range(29)]
 
@@ -105,9 +105,9 @@ def fit_compiled(w: Tensor, h: Tensor | None, grid: Grid, dtype: torch.dtype) ->
 
 def grid_loops() -> Any:
     """The compiled loops; numba is imported only if something is rounded."""
-    from llmsqueeze.quantizers import grid_loops
+    from llmsqueeze.quantizers.loops import grids
 
-    return grid_loops
+    return grids
 
 
 def fit_on_device(w: Tensor, h: Tensor | None, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -29,11 +29,11 @@ from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.measure.passage import ResidualStreams
-from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.model.skeleton import build_skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import factorize

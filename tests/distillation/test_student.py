@@ -15,10 +15,10 @@ from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.distillation.student import Student, StudentBlock
 from llmsqueeze.distillation.training import chunks
 from llmsqueeze.formats.opened import open_folder
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.recipe.resolve import make_recipe
 
 CPU = torch.device("cpu")

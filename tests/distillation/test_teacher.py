@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmsqueeze.distillation import teacher
 from llmsqueeze.distillation.teacher import ask
-from llmsqueeze.model import head
+from llmsqueeze.model.blockwise import head
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton
 from llmsqueeze.progress import Progress

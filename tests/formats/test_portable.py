@@ -23,10 +23,10 @@ from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.original import Source
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe

@@ -19,11 +19,11 @@ from llmsqueeze.measure.costs import Option, Rounding
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Spill
-from llmsqueeze.model.head import drawn_labels
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.head import drawn_labels
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.original import Source, open_original
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature, factorize
@@ -220,7 +220,7 @@ def test_an_option_reads_as_tables_write_it() -> None:
 def test_the_gradient_is_that_of_labels_drawn_from_the_whole_softmax(
     logits_bytes: int, skeleton: Skeleton, model: nn.Module, tokens: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmsqueeze.model.head.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("llmsqueeze.model.blockwise.head.LOGITS_BYTES", logits_bytes)
     make = torch.Generator().manual_seed(1)
     hidden = torch.randn(1, 31, 128, generator=make, dtype=torch.float64)
     draw = torch.rand(30, generator=make)

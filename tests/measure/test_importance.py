@@ -18,9 +18,9 @@ from llmsqueeze.measure.importance import similarity, zd
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.original import Source, open_original
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 

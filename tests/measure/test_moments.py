@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from llmsqueeze.measure.moments import FusionGroup
 from llmsqueeze.measure.passage import ResidualStreams, Restarted
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import build_skeleton
-from llmsqueeze.model.walk import Walk
 
 CPU = torch.device("cpu")
 

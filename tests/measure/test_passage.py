@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
 from llmsqueeze.measure.passage import Paused, ResidualStreams, Restarted, passage
-from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
-from llmsqueeze.model.walk import Walk
 
 CPU = torch.device("cpu")
 Passed = tuple[list[tuple[tuple[str, ...], Moments]], list[Tensor]]

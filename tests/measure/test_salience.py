@@ -14,10 +14,10 @@ from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.salience import rounding_error, sample_salience
 from llmsqueeze.measure.sweeps import measure
-from llmsqueeze.model.activations import Spill
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.original import Source, open_original
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 

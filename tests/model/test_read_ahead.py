@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.model.read_ahead import ReadAhead
+from llmsqueeze.model.blockwise.read_ahead import ReadAhead
 
 
 def test_what_was_started_is_read_once_by_another_thread() -> None:

@@ -11,12 +11,12 @@ import torch
 from support import configs
 from torch import Tensor, nn
 
-from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.recorder import BlockCall
+from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors, trace_block
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.recorder import BlockCall
 from llmsqueeze.model.skeleton import build_skeleton
-from llmsqueeze.model.trace import BlockTrace, given_tensors, trace_block
-from llmsqueeze.model.walk import Walk
 
 NO_ARGUMENTS = BlockCall((), {})
 

@@ -16,11 +16,11 @@ from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure.moments import fusion_groups
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
-from llmsqueeze.model.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import find_blocks
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def largest_difference(walked: dict[str, Tensor], model: nn.Module) -> float:
 def test_gradients_of_the_built_in_model(
     demo_dir: Path, dtype: torch.dtype, tolerance: float, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmsqueeze.model.head.LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr("llmsqueeze.model.blockwise.head.LOGITS_BYTES", logits_bytes)
     rows = [torch.randint(5, 300, (1, 50), generator=torch.Generator().manual_seed(s)) for s in range(3)]
     with walking(demo_dir, rows, dtype) as walk:
         losses, walked = walk_gradients(walk)
@@ -102,7 +102,7 @@ def test_gradients_of_real_models(shared: Path, name: str) -> None:
 def test_gradients_of_every_architecture(
     architecture: str, random_model: Callable[..., Path], rows: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmsqueeze.model.head.LOGITS_BYTES", 1 << 12)
+    monkeypatch.setattr("llmsqueeze.model.blockwise.head.LOGITS_BYTES", 1 << 12)
     folder = random_model(architecture)
     with walking(folder, rows, torch.float64) as walk:
         losses, walked = walk_gradients(walk)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import descent as descent_module
-from llmsqueeze.quantizers import descent_loops, dual_binary
+from llmsqueeze.quantizers import dual_binary
 from llmsqueeze.quantizers.curvature import Curvature, row_error
 from llmsqueeze.quantizers.descent import Descent, rounds_compiled, rounds_on_device
 from llmsqueeze.quantizers.descent_on_device import coordinate_descent, normal_equations, refit
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded
+from llmsqueeze.quantizers.loops import descent as descent_loops
 
 ROWS, COLS = 70, 600  # a full tile and a short one, four panels and a short one, two blocks
 GRIDS = [

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import gptq as gptq_module
-from llmsqueeze.quantizers import grid_loops, grids, threads
+from llmsqueeze.quantizers import grids
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded, fit_compiled, fit_on_device, nearest_level, storable
+from llmsqueeze.quantizers.loops import grids as grid_loops
+from llmsqueeze.quantizers.loops import threads
 
 ROWS, COLS = 130, 300  # two tiles and a short one, two panels and a short one
 GRIDS = [

@@ -25,10 +25,10 @@ from llmsqueeze.formats.verify import Witness
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.measure.passage import Passage, ResidualStreams, passage
 from llmsqueeze.memory import give_back
-from llmsqueeze.model.activations import Activations
+from llmsqueeze.model.blockwise.activations import Activations
+from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.walk import Walk
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsqueeze.parts.compiled import compiled, compiled_sums
-from llmsqueeze.quantizers.grid_loops import HALF, ONE, TWO, ZERO, Flag, Floats, Levels, Number, Stored, nearest, store
-from llmsqueeze.quantizers.threads import TILE
+from llmsqueeze.quantizers.loops.grids import HALF, ONE, TWO, ZERO, Flag, Floats, Levels, Number, Stored, nearest, store
+from llmsqueeze.quantizers.loops.threads import TILE
 
 PANEL = 128  # columns whose changes are collected before other columns see them
 BLOCK = 512  # columns of H that stay in cache beside each other, of a panel's rows

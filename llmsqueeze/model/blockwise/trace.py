@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from llmsqueeze.model.blockwise.recorder import BlockCall, replaced
 from llmsqueeze.model.linears import as_rows
-from llmsqueeze.model.recorder import BlockCall, replaced
 
 MARKS = torch.library.Library("llmsqueeze", "DEF")
 MARKS.define("linear(Tensor x, int number, int rows) -> Tensor")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.model.recorder import replaced
+from llmsqueeze.model.blockwise.recorder import replaced
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
 

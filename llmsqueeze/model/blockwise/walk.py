@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.model.activations import Activations, Spill
-from llmsqueeze.model.head import Head
-from llmsqueeze.model.read_ahead import ReadAhead
-from llmsqueeze.model.recorder import BlockCall, Recorder, replaced
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.head import Head
+from llmsqueeze.model.blockwise.read_ahead import ReadAhead
+from llmsqueeze.model.blockwise.recorder import BlockCall, Recorder, replaced
+from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors, structure_of, trace_block
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.trace import BlockTrace, given_tensors, structure_of, trace_block
 from llmsqueeze.progress.stopwatch import timed
 
 OnGradient = Callable[[str, Tensor], None]

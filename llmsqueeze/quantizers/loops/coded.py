@@ -1,4 +1,4 @@
-"""The loops of coded.py, compiled by numba, as those of grids are (grid_loops.py, descent_loops.py).
+"""The loops of coded.py, compiled by numba, as those of grids are (loops/grids.py, loops/descent.py).
 
 Symbols: w, integers, gradient [rows, cols]; row [rows] and col [cols]: the step of a weight is row[r] * col[j].
 """
@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsqueeze.parts.compiled import compiled, compiled_sums
-from llmsqueeze.quantizers.descent_loops import INFINITE, NONE, PANEL, WINDOW, subtract
-from llmsqueeze.quantizers.grid_loops import ONE, ZERO, Floats, Number, feed_back, load
-from llmsqueeze.quantizers.threads import TILE
+from llmsqueeze.quantizers.loops.descent import INFINITE, NONE, PANEL, WINDOW, subtract
+from llmsqueeze.quantizers.loops.grids import ONE, ZERO, Floats, Number, feed_back, load
+from llmsqueeze.quantizers.loops.threads import TILE
 
 # rows of a panel: the integers, their steps, the gradient, the curvature
 INTEGER, STEP, GRADIENT, CURVATURE = range(4)
