@@ -114,9 +114,15 @@ def waits(rows: list[dict[str, Any]]) -> list[str]:
     loads = list(dict.fromkeys(row["load"] for row in rows))
     cells = {(row["setting"], row["load"]): f"{row['wall_ms']:.1f} / {row['processor_ms']:.1f}" for row in rows}
     settings = dict.fromkeys(row["setting"] for row in rows)
-    return table(
-        " | ".join(["setting", *loads]), [[s, *(cells.get((s, load), "–") for load in loads)] for s in settings]
-    )
+    average = [f"{load} {median(row['load_average'] for row in rows if row['load'] == load):.0f}" for load in loads]
+    first = any(row["realtime"] for row in rows)
+    note = "; the runs without load had real-time priority over it, which stands for idle cores" if first else ""
+    lines = [[s, *(cells.get((s, load), "–") for load in loads)] for s in settings]
+    return [
+        textwrap.fill(f"Load average, with other work of the machine: {', '.join(average)}{note}.", 120),
+        "",
+        *table(" | ".join(["setting", *loads]), lines),
+    ]
 
 
 def words(results: dict[str, Any]) -> str:

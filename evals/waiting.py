@@ -87,6 +87,7 @@ def under(load: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "setting": name,
             "load": load,
+            "realtime": bool(before),
             **{kind: round(median(run[name][kind] for run in runs), 2) for kind in runs[0][name]},
         }
         for name in SETTINGS

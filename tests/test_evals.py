@@ -139,3 +139,8 @@ def test_the_table_says_what_is_met_and_what_was_not_measured(monkeypatch: pytes
     assert "| 0.031 | yes |" in lines["descent, tree"]
     assert "| 1.00 | yes |" in lines["descent against before"]
     assert "1.60 times as fast (at least 1.6: yes)" in page
+
+    wait = {"setting": "two threads", "load": "no load", "realtime": True, "load_average": 2.4}
+    page = table.markdown({}, [wait | {"wall_ms": 8.0, "processor_ms": 15.96}])
+    assert "| two threads | 8.0 / 16.0 |" in page
+    assert "no load 2; the runs without load had real-time priority" in page
