@@ -173,9 +173,13 @@ Torch's wheels for Linux bring one OpenMP runtime, GNU's (`libgomp`), which MKL 
 each parallel piece the threads wait for each other, and by default (`GOMP_SPINCOUNT` 300000) they spin for about eight
 milliseconds before they sleep. If other processes have a share of the cores, a spinning thread uses up its turn while
 the thread that it waits for has none. The runtime spins 1000 rounds only if it has itself more threads than cores; it
-does not see other processes. `llmsqueeze` therefore sets 1000 before torch is imported. `OMP_DYNAMIC` goes by the load
-average of the last minutes, so it takes one thread on cores that have just become idle. `KMP_BLOCKTIME`, which another
-runtime reads, and `MKL_DYNAMIC` change nothing.
+does not see other processes. An operation that costs 0.03 ms of processor time on one thread costs 8 ms on two that
+share a core (`findings/threads_spin_beside_other_work.sh`).
+
+The command `llmsqueeze` therefore sets `GOMP_SPINCOUNT=1000` before torch is imported, unless the user has set it or
+`OMP_WAIT_POLICY`. `import llmsqueeze` leaves the environment alone: set it yourself before torch is imported.
+`OMP_DYNAMIC` goes by the load average of the last minutes, so it takes one thread on cores that have just become idle.
+`KMP_BLOCKTIME`, which another runtime reads, and `MKL_DYNAMIC` change nothing.
 
 Milliseconds of wall / processor time of a mixture of matrix products and elementwise products; medians. Two settings
 that differ in nothing (`KMP_BLOCKTIME`, default) differ by a tenth without load: so much is noise."""
