@@ -18,7 +18,7 @@ WaterSIC (arXiv 2603.04956) takes the steps of the columns from GPTQ's factor an
 rate for every row and layer; the gradient in the steps is ours. There is no dead zone and no activation order. Safe
 limits: a row's gradient is drawn towards the mean of its linear with the weight of `PRIOR` tokens, so no row has a zero
 gradient; columns that were never active count as active columns of mean size (curvature.py).
-On a CPU the loops are compiled (coded_loops.py), and the gradient is carried along: of five and a half products with H,
+On a CPU the loops are compiled (loops/coded.py), and the gradient is carried along: of five and a half products with H,
 feedback's half among them, two are left. Memory beside W: two copies of it, its integers, and the curvature.
 """
 

@@ -16,7 +16,7 @@ linear, and Y its inputs in the model whose earlier weights are compressed, it i
 
 which goes half of the way to the least-squares solution of X W^T = Y T^T. The form of the correction is that of QEP
 (arXiv 2504.09629); half strength measured best. The rest is ours, after LNQ, which alternates scales and codes (arXiv
-2505.07004). On a CPU the loops are compiled (descent_loops.py), and what a pass changes is carried along: of nine and a
+2505.07004). On a CPU the loops are compiled (loops/descent.py), and what a pass changes is carried along: of nine and a
 half products with H, GPTQ's half among them, five are left. Memory beside W: three copies of it (levels, gradient, room
 for a product), the curvature, and [rows, groups, groups] in chunks.
 """

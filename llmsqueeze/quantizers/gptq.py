@@ -9,7 +9,7 @@ layer changes least:
 W [rows, cols]; H [cols, cols] damped second moments of the inputs (curvature.py). The feedback is applied to a panel of
 about 128 columns at a time, which changes no result (the tests compare it with the column-by-column form). Scale and
 zero of a group are fitted at its first column, to the weights with the feedback so far. On a CPU a panel is compiled
-(grid_loops.py); the torch form is for other devices, and for the tests.
+(loops/grids.py); the torch form is for other devices, and for the tests.
 
 What differs from the paper: damping starts at 0.01 and grows tenfold until the factorization succeeds. A column that
 was never active (H[j, j] = 0) is rounded to nearest, and not set to zero. There is no activation order. Pinned entries
