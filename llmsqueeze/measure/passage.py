@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
+from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.trace import BlockTrace, Segment, given_tensors
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.progress.stopwatch import timed
 
+TRIM_EVERY = 16  # samples
 Weights = Mapping[str, Tensor]  # linear -> its weight, as the module stores it
 
 
@@ -102,6 +104,15 @@ def _drifting(streams: ResidualStreams, original: Weights, current: Weights) -> 
     return streams.original is not streams.compressed or any(current[name] is not original[name] for name in current)
 
 
+def _with_little_memory(samples: int) -> Iterator[int]:
+    """The numbers of the samples; every few of them the C library's heap is emptied, in which what is kept leaves
+    holes between what is not."""
+    for sample in range(samples):
+        yield sample
+        if sample % TRIM_EVERY == TRIM_EVERY - 1:
+            give_back()
+
+
 class Paused:
     """A passage in which the block runs once."""
 
@@ -129,7 +140,7 @@ class Paused:
             cols = self.walk.skeleton.shape(group.names[0])[1]
             drifting = _drifting(self.streams, self.original, self.current)
             moments = _Moments(self.walk, group, self.original, drifting)
-            for sample in range(len(self.walk.samples)):
+            for sample in _with_little_memory(len(self.walk.samples)):
                 inputs = [None if flow is None else flow.go_on(segment, sample) for flow in self._flows]
                 x, y = (None if one is None else one.reshape(-1, cols) for one in inputs)
                 y = x if y is None else y
@@ -140,7 +151,7 @@ class Paused:
 
     def ahead(self) -> ResidualStreams:
         outputs = [None if flow is None else Activations(self.walk.spill) for flow in self._flows]
-        for sample in range(len(self.walk.samples)):
+        for sample in _with_little_memory(len(self.walk.samples)):
             for flow, output in zip(self._flows, outputs, strict=True):
                 if flow is not None and output is not None:
                     output.append(flow.go_on(self._segments[-1], sample))

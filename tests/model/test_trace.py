@@ -115,6 +115,19 @@ def test_pieces_compute_what_the_whole_computes(
         assert torch.equal(result, walk.run(0, 0, hidden))
 
 
+def test_a_norm_is_computed_again_rather_than_kept(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    """Before the attention's and the feed-forward's first linear only the stream itself has to be kept."""
+    with walking(random_model("llama"), rows) as (walk, inputs):
+        trace = walk.trace(0, inputs)
+        assert trace is not None
+        order = [name for name, _ in trace.calls]
+        first, attention, middle, feed_forward, down = trace.cut([order[stop] for stop in (0, 3, 4, 6)])
+        assert first.needs == attention.needs == {trace.hidden}
+        assert len(feed_forward.needs) == 1, "the stream behind the attention"
+        assert feed_forward.result not in feed_forward.needs
+        assert len(middle.needs) == len(down.needs) == 2, "the stream, and what the linear gets"
+
+
 def test_a_block_that_changes_values_in_place_is_traced() -> None:
     block, hidden = InPlace(), torch.randn(1, 3, 4)
     trace = trace_of(block, hidden)

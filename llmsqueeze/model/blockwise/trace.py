@@ -1,8 +1,8 @@
 """A decoder block's forward as a list of tensor operations, which can stop before any linear and go on from there.
 
 torch traces the block's own forward once, on tensors without data; its linears are marks in the list. A value that a
-later operation uses is live; the live values of a sample at a stop are all that is needed to go on. No operation runs
-twice, however many stops there are.
+later operation uses is live; the live values of a sample at a stop are all that is needed to go on. Only norms run
+twice: behind a stop again, which costs less than to keep their results.
 
 A block whose path depends on the data (a router that picks experts), or that uses a linear's weight without calling the
 linear, has no such list: `trace_block` returns None. The list is compared with the block's own forward once for every
@@ -28,6 +28,21 @@ MARKS = torch.library.Library("llmsqueeze", "DEF")
 MARKS.define("linear(Tensor x, int number, int rows) -> Tensor")
 MARKS.impl("linear", lambda x, _number, rows: x.new_empty(*x.shape[:-1], rows), "Meta")
 MARK = torch.ops.llmsqueeze.linear.default
+
+# the operations of norms: to compute them again costs less than to keep their results
+CHEAP = {
+    torch.ops.aten.pow.Tensor_Scalar,
+    torch.ops.aten.mean.dim,
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.add.Scalar,
+    torch.ops.aten.sub.Tensor,
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.rsqrt.default,
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.native_layer_norm.default,
+    operator.getitem,
+}
+MOST_AGAIN = 12  # operations
 
 Linear = Callable[[str, Tensor], Tensor]
 Values = dict[fx.Node, Tensor]
@@ -64,10 +79,30 @@ class BlockTrace:
         for start, end, result in reversed(list(zip([0, *ends], [*ends, len(self.nodes)], results, strict=True))):
             nodes = self.nodes[start:end]
             used = {value for node in nodes for value in node.all_input_nodes} | {result} | later
-            needs = frozenset(value for value in used - set(nodes) - set(self.given) if value.op != "get_attr")
-            segments.insert(0, Segment(self, nodes, needs, later, result))
-            later = needs
+            needs = {value for value in used - set(nodes) - set(self.given) if value.op != "get_attr"}
+            for value in sorted(needs, key=self._position, reverse=True):  # rather a norm again than its result kept
+                if again := self._again(value, needs - {value}):
+                    nodes, needs = (*again, *nodes), needs - {value}
+            segments.insert(0, Segment(self, nodes, frozenset(needs), later, result))
+            later = frozenset(needs)
         return segments
+
+    def _again(self, value: fx.Node, kept: set[fx.Node]) -> list[fx.Node]:
+        """The operations that compute a value again from those kept, in order; none if they are many or slow."""
+        again: set[fx.Node] = set()
+        open_ = [value]
+        while open_:
+            node = open_.pop()
+            if node in kept or node in again or node in self.given or node.op == "get_attr":
+                continue
+            again.add(node)
+            if node.op == "placeholder" or node.target not in CHEAP or len(again) > MOST_AGAIN:
+                return []
+            open_ += node.all_input_nodes
+        return sorted(again, key=self._position)
+
+    def _position(self, node: fx.Node) -> int:
+        return self.nodes.index(node) if node in self.nodes else -1
 
     def run(self, hidden: Tensor, given: Sequence[Tensor], linear: Linear) -> Tensor:
         """The block's output for `hidden`; arguments as of `Segment.run`."""
