@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import sys
 from pathlib import Path
 
+SLACK = 48 << 20  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
+_after = 0  # the memory of the process after the last `give_back`
 
 
 def peak_memory_mb() -> float:
@@ -49,9 +52,25 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Returns the free memory of the C library's heap to the system (glibc)."""
+    """Returns the free memory of the C library's heap to the system (glibc), if the process has grown by `SLACK` since.
+
+    Every page that is needed again costs the kernel a few microseconds, so little is not given back.
+    """
+    global _after
+    now = _resident_nbytes()
+    if 0 < now < _after + SLACK:
+        return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _after = _resident_nbytes()
+
+
+def _resident_nbytes() -> int:
+    """The memory of the process as it is; 0 if the platform does not tell it."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def peak_device_memory_mb(device: str = "cuda") -> float:

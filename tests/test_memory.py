@@ -1,19 +1,36 @@
-"""The peak memory of a process is its own."""
+"""Free memory goes back to the system when there is enough of it."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import ctypes
 
-import torch
+import pytest
 
-from llmsqueeze.memory import peak_memory_mb
+from llmsqueeze import memory
 
 
-def test_a_process_does_not_count_the_memory_of_its_caller() -> None:
-    """A forecast of memory comes from a child of `plan`, which needs more."""
-    held = torch.ones(50_000_000)
-    code = "from llmsqueeze.memory import peak_memory_mb; print(peak_memory_mb())"
-    child = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert peak_memory_mb() > held.nbytes / 1e6
-    assert 1 < child < 100
+@pytest.mark.parametrize(
+    ("sizes", "emptied"),
+    [
+        ([100, 80], 1),  # the first time
+        ([100, 80, 80 + 47, 80 + 48, 90], 2),  # again after 48 MB more
+        ([100, 80, 60, 60 + 48, 80 + 48, 90], 2),  # less in between does not count
+        ([0, 0, 0, 0], 2),  # a platform that does not tell its size
+    ],
+)
+def test_the_heap_is_emptied_if_the_process_has_grown(
+    sizes: list[int], emptied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    class Library:
+        def malloc_trim(self, pad: int) -> None:
+            calls.append(pad)
+
+    told = [size << 20 for size in sizes]
+    monkeypatch.setattr(memory, "_after", 0)
+    monkeypatch.setattr(memory, "_resident_nbytes", lambda: told.pop(0))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Library())
+    while told:
+        memory.give_back()
+    assert len(calls) == emptied
