@@ -13,7 +13,7 @@ block; the activations between blocks, on disk beyond a limit. Samples are token
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -181,9 +181,24 @@ class Walk:
                 stack.enter_context(replaced(module, forward))
             yield
 
-    def _resident_outside(self) -> AbstractContextManager[None]:
-        names = [name for name in self.skeleton.names_outside_blocks() if name != self.head.weight_name]
-        return self.skeleton.resident(names, self.dtype, self.device)
+    @contextmanager
+    def _resident_outside(self) -> Iterator[None]:
+        """In the context all that embedding needs is real. The table of the embeddings stays in its stored dtype, and
+        the rows that are looked up are cast: in float32 it would be the most memory of a run."""
+        embeddings = self.skeleton.model.get_input_embeddings()
+        names = {name for name in self.skeleton.names_outside_blocks() if name != self.head.weight_name}
+        plain = type(embeddings).forward is nn.Embedding.forward  # others compute with their table
+        table = {name for name in names if plain and self._belongs_to(name, embeddings)}
+        with ExitStack() as stack:
+            stack.enter_context(self.skeleton.resident(table, None, self.device))
+            stack.enter_context(self.skeleton.resident(names - table, self.dtype, self.device))
+            if table:
+                hook = embeddings.register_forward_hook(lambda _module, _args, rows: rows.to(self.dtype))
+                stack.callback(hook.remove)
+            yield
+
+    def _belongs_to(self, name: str, module: nn.Module) -> bool:
+        return self.skeleton.module(name.rpartition(".")[0]) is module
 
     def _forward(self, tokens: Tensor) -> None:
         with replaced(self.head.module, lambda hidden: hidden[..., :1]):
