@@ -50,6 +50,21 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+# grids of every kind, with group sizes that divide the columns of a test and that do not, and the whole row
+GRIDS = [
+    Grid(3, 64, True),
+    Grid(4, 24, False),
+    Grid(8, 7, False),
+    Grid(2, 200, True),
+    Grid(3, -1, False),
+    Grid(1, 64, True, half=True),
+    Grid(3, 100, True, half=True),
+    Grid(2, 64, True, dual=True),
+    Grid(2, 135, True, dual=True),
+    Grid(2, -1, True, dual=True),
+]
+
+
 def command(*arguments: object) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of `llmsqueeze ARGUMENTS`, run in this process."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])

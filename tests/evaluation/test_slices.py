@@ -23,29 +23,30 @@ def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @torch.no_grad()
-def compare(model: Any, kind: type) -> None:
-    """Slices of several sizes, among them more tokens than the context."""
+def checked_way(model: Any) -> type:
+    """How the logits of the model are computed, after slices of several sizes were compared with whole logits; among
+    them more tokens than the context."""
     whole = model(input_ids=TOKENS, use_cache=False).logits.flatten(0, 1)
     way = sliced(model, TOKENS)
-    assert isinstance(way, kind)
     states = way.states(TOKENS)
     assert states.shape[:2] == TOKENS.shape
     for size in (1, 7, 90):
         logits = torch.cat([way.logits(part) for part in states.flatten(0, 1).split(size)])
         torch.testing.assert_close(logits, whole, rtol=1e-5, atol=1e-6)
     assert torch.equal(model(input_ids=TOKENS, use_cache=False).logits.flatten(0, 1), whole), "the model is as before"
+    return type(way)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_slices_are_the_models_own_logits(architecture: str, random_model: Callable[..., Path]) -> None:
     """Soft caps and scales included."""
-    compare(opened(random_model(architecture)), SlicedLogits)
+    assert checked_way(opened(random_model(architecture))) is SlicedLogits
 
 
 def test_slices_of_a_model_that_casts_its_weights(random_model: Callable[..., Path]) -> None:
     model = opened(random_model("gemma2", torch.bfloat16), torch.bfloat16)
     compute_in(model, torch.float32)
-    compare(model, SlicedLogits)
+    assert checked_way(model) is SlicedLogits
 
 
 def test_a_model_whose_logits_need_more_than_the_head_is_computed_whole(random_model: Callable[..., Path]) -> None:
@@ -59,13 +60,13 @@ def test_a_model_whose_logits_need_more_than_the_head_is_computed_whole(random_m
         return output
 
     model.forward = changed
-    compare(model, WholeLogits)
+    assert checked_way(model) is WholeLogits
 
 
 def test_a_model_without_the_usual_modules_is_computed_whole(random_model: Callable[..., Path]) -> None:
     model = opened(random_model("llama"))
     model.get_output_embeddings = lambda: None
-    compare(model, WholeLogits)
+    assert checked_way(model) is WholeLogits
 
 
 def test_a_model_that_multiplies_with_its_head_itself_is_computed_whole(random_model: Callable[..., Path]) -> None:
@@ -78,4 +79,4 @@ def test_a_model_that_multiplies_with_its_head_itself_is_computed_whole(random_m
         return type("Output", (), {"logits": hidden @ head.weight.T})()
 
     model.forward = own
-    compare(model, WholeLogits)
+    assert checked_way(model) is WholeLogits

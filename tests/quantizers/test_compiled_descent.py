@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import correlated_curvature
+from support import GRIDS, correlated_curvature
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
@@ -18,17 +18,6 @@ from llmsqueeze.quantizers.grids import Rounded
 from llmsqueeze.quantizers.loops import descent as descent_loops
 
 ROWS, COLS = 70, 600  # a full tile and a short one, four panels and a short one, two blocks
-GRIDS = [
-    Grid(3, 64, True),
-    Grid(2, 24, False),
-    Grid(8, 7, False),
-    Grid(4, 200, True),
-    Grid(3, -1, False),
-    Grid(1, 64, True, half=True),
-    Grid(3, 100, True, half=True),
-    Grid(2, 64, True, dual=True),
-    Grid(2, 135, True, dual=True),
-]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 with_pinned = pytest.mark.parametrize("with_pinned", [False, True], ids=["", "outliers"])

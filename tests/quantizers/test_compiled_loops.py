@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import correlated_curvature
+from support import GRIDS, correlated_curvature
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
@@ -18,17 +18,6 @@ from llmsqueeze.quantizers.loops import grids as grid_loops
 from llmsqueeze.quantizers.loops import threads
 
 ROWS, COLS = 130, 300  # two tiles and a short one, two panels and a short one
-GRIDS = [
-    Grid(3, 64, True),
-    Grid(4, 24, False),
-    Grid(8, 7, False),
-    Grid(2, 200, True),
-    Grid(4, -1, False),
-    Grid(1, 64, True, half=True),
-    Grid(3, 100, True, half=True),
-    Grid(2, 64, True, dual=True),
-    Grid(2, -1, True, dual=True),
-]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 searched = pytest.mark.parametrize("search", [False, True], ids=["range", "search"])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
