@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmsqueeze.parts.compiled import compiled, compiled_sums
 from llmsqueeze.quantizers.loops.descent import INFINITE, NONE, PANEL, WINDOW, subtract
-from llmsqueeze.quantizers.loops.grids import ONE, ZERO, Floats, Number, feed_back, load
+from llmsqueeze.quantizers.loops.grids import ONE, ZERO, Floats, Number, feed_back, load, unload
 from llmsqueeze.quantizers.loops.threads import TILE
 
 # rows of a panel: the integers, their steps, the gradient, the curvature
@@ -70,9 +70,8 @@ def feedback(
         for j in range(span):
             feed_back(tile[j], errors, lower[j], 0, j)
             round_column(tile[j], exacts[j], outlier[j], rows, col[start + j], lower[j, j], chosen[j], errors[j])
-        for r in range(n):
-            for j in range(span):
-                integers[top + r, start + j], error[top + r, j] = chosen[j, r], errors[j, r]
+        unload(chosen, top, start, n, integers)
+        unload(errors, top, 0, n, error)
 
 
 @compiled_sums

@@ -189,6 +189,14 @@ def load(values: NDArray[Any], row: int, start: int, n: int, tile: NDArray[Any])
 
 
 @compiled
+def unload(tile: NDArray[Any], row: int, start: int, n: int, values: NDArray[Any]) -> None:
+    """n rows of `values` from this row and column on become those of the transposed tile [span, TILE]."""
+    for r in range(n):
+        for j in range(len(tile)):
+            values[row + r, start + j] = tile[j, r]
+
+
+@compiled
 def fit_tile(
     tile: Floats,
     outlier: NDArray[np.bool_],
@@ -282,6 +290,5 @@ def round_panel(
                 feed_back(tile[j], errors, lower[j], begin, j)
                 round_column(tile[j], exacts[j], outlier[j], scales, zeros, lower[j, j], levels, code[j], errors[j])
             begin = end
-        for r in range(n):
-            for j in range(span):
-                codes[row + r, start + j], error[row + r, j] = code[j, r], errors[j, r]
+        unload(code, row, start, n, codes)
+        unload(errors, row, 0, n, error)
