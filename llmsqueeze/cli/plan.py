@@ -42,7 +42,7 @@ def plan(
     from llmsqueeze.publish.plots.figure import available
 
     hush()
-    with stopwatch.running(stopwatch.of_process() if profile_time else None):
+    with stopwatch.of_command(profile_time):
         result = plan_model(
             Source(model, revision, trust_remote_code),
             given,

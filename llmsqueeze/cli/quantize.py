@@ -40,7 +40,7 @@ def quantize(
     from llmsqueeze.model.original import Source
 
     hush()
-    with stopwatch.running(stopwatch.of_process() if profile_time else None):
+    with stopwatch.of_command(profile_time):
         summary = quantize_model(
             Source(model, revision, trust_remote_code),
             given,

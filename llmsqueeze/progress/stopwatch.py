@@ -15,7 +15,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import ParamSpec, TypeVar
 
 LOADED = time.perf_counter()  # the package imports this first: about when a command's process began
@@ -114,6 +114,11 @@ def running(stopwatch: Stopwatch | None) -> Iterator[None]:
         yield
     finally:
         _running = before
+
+
+def of_command(wanted: bool) -> AbstractContextManager[None]:
+    """A context for all that a command does: if it is wanted, a stopwatch counts that from the process's beginning."""
+    return running(of_process() if wanted else None)
 
 
 def of_process() -> Stopwatch:
