@@ -9,14 +9,13 @@ head or blocks are not found, the model computes whole logits, which are then sl
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.model.blockwise.recorder import replaced
+from llmsqueeze.model.blockwise.recorder import replaced, skipped
 from llmsqueeze.model.linears import find_blocks
 
 TRIAL_TOKENS = 8
@@ -67,9 +66,7 @@ class SlicedLogits:
     def logits(self, states: Tensor) -> Tensor:
         raw = self.head_forward(states[:, None])
         tokens = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
-        with ExitStack() as stack:
-            for block in self.blocks:
-                stack.enter_context(replaced(block, self._stub))
+        with skipped(self.blocks, self.returns_tuple):
             return self._forward(tokens, lambda _: raw)[1][:, 0]
 
     def agrees(self, tokens: Tensor) -> bool:
@@ -98,18 +95,13 @@ class SlicedLogits:
         (states,) = inputs
         return states, logits
 
-    def _stub(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self.returns_tuple else hidden
-
 
 @torch.no_grad()
 def sliced(model: Any, tokens: Tensor) -> Logits:
     """The way to the logits of `model`; some of `tokens` [rows, length] are for the trial."""
     try:
         slices = SlicedLogits(model)
-        if slices.agrees(tokens[:1, :TRIAL_TOKENS]):
-            return slices
+        agrees = slices.agrees(tokens[:1, :TRIAL_TOKENS])
     except (UnsupportedError, RuntimeError, ValueError, TypeError, LookupError, AttributeError):
-        pass  # an architecture that calls its head or its blocks in its own way
-    return WholeLogits(model)
+        return WholeLogits(model)  # an architecture that calls its head or its blocks in its own way
+    return slices if agrees else WholeLogits(model)

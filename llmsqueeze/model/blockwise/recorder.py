@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,20 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
+
+
+@contextmanager
+def skipped(modules: Sequence[nn.Module], returns_tuple: bool, hidden: Tensor | None = None) -> Iterator[None]:
+    """In the context the blocks compute nothing: each gives `hidden`, or its own input if there is none."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = (args[0] if args else kwargs["hidden_states"]) if hidden is None else hidden
+        return (given,) if returns_tuple else given
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(replaced(module, forward))
+        yield
 
 
 def _shared(old: Any, new: Any) -> Any:

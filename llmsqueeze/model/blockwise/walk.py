@@ -13,8 +13,7 @@ block; the activations between blocks, on disk beyond a limit. Samples are token
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
-from llmsqueeze.model.blockwise.recorder import BlockCall, Recorder, replaced
+from llmsqueeze.model.blockwise.recorder import BlockCall, Recorder, replaced, skipped
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors, structure_of, trace_block
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
@@ -169,17 +168,9 @@ class Walk:
         assert hidden.grad is not None
         return hidden.grad
 
-    @contextmanager
-    def _blocks_giving(self, hidden: Tensor) -> Iterator[None]:
+    def _blocks_giving(self, hidden: Tensor) -> AbstractContextManager[None]:
         """In the context every block gives `hidden`."""
-
-        def forward(*_args: Any, **_kwargs: Any) -> Any:
-            return (hidden,) if self._returns_tuple else hidden
-
-        with ExitStack() as stack:
-            for module in self.modules:
-                stack.enter_context(replaced(module, forward))
-            yield
+        return skipped(self.modules, self._returns_tuple, hidden)
 
     @contextmanager
     def _resident_outside(self) -> Iterator[None]:
