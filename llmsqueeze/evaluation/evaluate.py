@@ -12,7 +12,7 @@ from torch import Tensor
 from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.evaluation.perplexity import PairedLosses, choose_window, no_scores, paired_losses, score_text
 from llmsqueeze.evaluation.scores import Evaluation, Scores
-from llmsqueeze.evaluation.tasks import TaskScores, find_tasks
+from llmsqueeze.evaluation.tasks import Tasks, TaskScores, find_tasks
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.model.original import pick_device
 from llmsqueeze.model.precision import DTYPES
@@ -76,10 +76,7 @@ def evaluate(
     if chosen_text is not None:
         rows, length = text_rows(opened, chosen_text, window, limit)
         result = replace(score_text(opened, other, rows, progress), text=chosen_text.source, window=length)
-    result = replace(result, scores=with_tasks(result.scores, chosen_tasks.run(opened, progress)))
-    if other is not None and result.baseline is not None:
-        result = replace(result, baseline=with_tasks(result.baseline, chosen_tasks.run(other, progress)))
-    return result
+    return with_tasks(result, chosen_tasks, opened, other, progress)
 
 
 def check_sizes(**sizes: int | None) -> None:
@@ -95,7 +92,17 @@ def text_rows(opened: OpenModel, text: Text, window: int | None, limit: int | No
     return windows(text, opened.tokenizer, length, tail=True)[:limit], length
 
 
-def with_tasks(scores: Scores, tasks: dict[str, TaskScores]) -> Scores:
+def with_tasks(
+    result: Evaluation, tasks: Tasks, opened: OpenModel, other: OpenModel | None, progress: Progress
+) -> Evaluation:
+    """The result with the metrics of the tasks, for the model and its baseline."""
+    result = replace(result, scores=with_metrics(result.scores, tasks.run(opened, progress)))
+    if other is None or result.baseline is None:
+        return result
+    return replace(result, baseline=with_metrics(result.baseline, tasks.run(other, progress)))
+
+
+def with_metrics(scores: Scores, tasks: dict[str, TaskScores]) -> Scores:
     """The scores with the metrics of `tasks`."""
     return replace(scores, tasks={name: values.metrics for name, values in tasks.items()})
 
