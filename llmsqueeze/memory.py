@@ -33,11 +33,13 @@ def keep_within_block() -> None:
     """Tells the C library (glibc) to take pieces up to 32 MB, the most it allows, from its heap.
 
     Anything larger it takes from the system, and every first touch of a page costs the kernel's time: with its default
-    of 128 kB a fifth of a run. The heap keeps what is freed for the next of its size; `give_back` empties it after
-    every fusion group.
+    of 128 kB a fifth of a run. The heap keeps what is freed for the next of its size, also up to 32 MB at its end,
+    which it would give back at once; `give_back` empties it after every fusion group.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 
 def keep_freed() -> None:
