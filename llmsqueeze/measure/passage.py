@@ -114,7 +114,8 @@ def _with_little_memory(samples: int) -> Iterator[int]:
 
 
 class Paused:
-    """A passage in which the block runs once."""
+    """A passage in which the block runs once. Behind the last stop the original stream, whose weights stay, goes on at
+    once: the block's output takes less room than what the last linear gets."""
 
     def __init__(
         self,
@@ -130,69 +131,77 @@ class Paused:
         self._groups = groups
         self._segments = trace.cut([group.names[0] for group in groups])
         shared = streams.original is streams.compressed
+        needs_output = index + 1 < len(walk.modules)
         self._flows = [
-            None if stream is None else _Flow(walk, index, trace, stream, weights, shared)
-            for stream, weights in ((streams.original, original), (streams.compressed, current))
+            None if stream is None else _Flow(walk, index, trace, stream, weights, shared, finishes)
+            for stream, weights, finishes in (
+                (streams.original, original, needs_output),
+                (streams.compressed, current, False),
+            )
         ]
 
     def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
-        for group, segment in zip(self._groups, self._segments[:-1], strict=True):
+        for at, group in enumerate(self._groups):
             cols = self.walk.skeleton.shape(group.names[0])[1]
             drifting = _drifting(self.streams, self.original, self.current)
             moments = _Moments(self.walk, group, self.original, drifting)
             for sample in _with_little_memory(len(self.walk.samples)):
-                inputs = [None if flow is None else flow.go_on(segment, sample) for flow in self._flows]
+                inputs = [None if flow is None else flow.go_on(self._segments[at:], sample) for flow in self._flows]
                 x, y = (None if one is None else one.reshape(-1, cols) for one in inputs)
                 y = x if y is None else y
                 assert y is not None, "a passage has a stream"
                 moments.add(x, y)
-            self._release(segment)
             yield group.names, moments.mean()
 
     def ahead(self) -> ResidualStreams:
-        outputs = [None if flow is None else Activations(self.walk.spill) for flow in self._flows]
-        for sample in _with_little_memory(len(self.walk.samples)):
-            for flow, output in zip(self._flows, outputs, strict=True):
-                if flow is not None and output is not None:
-                    output.append(flow.go_on(self._segments[-1], sample))
-        self._release(self._segments[-1])
-        return ResidualStreams(*outputs)
-
-    def _release(self, segment: Segment) -> None:
         for flow in self._flows:
-            if flow is not None:
-                flow.release(segment)
+            if flow is not None and not flow.outputs:
+                for sample in _with_little_memory(len(self.walk.samples)):
+                    flow.go_on(self._segments[-1:], sample)
+        return ResidualStreams(*(None if flow is None else flow.outputs for flow in self._flows))
 
 
 class _Flow:
-    """One stream inside a block: the values of every sample that lie between two stops."""
+    """One stream inside a block: the values of every sample that lie between two stops, and the block's outputs.
+
+    keeps_input: another flow reads the block's input too; finishes: it does not stop after the last stop.
+    """
 
     def __init__(
-        self, walk: Walk, index: int, trace: BlockTrace, stream: Activations, weights: Weights, shared: bool
+        self,
+        walk: Walk,
+        index: int,
+        trace: BlockTrace,
+        stream: Activations,
+        weights: Weights,
+        keeps_input: bool,
+        finishes: bool,
     ) -> None:
-        self.walk, self.index, self.weights = walk, index, weights
+        self.walk, self.index, self.weights, self.finishes = walk, index, weights, finishes
         self.values: dict[fx.Node, Activations] = {trace.hidden: stream}
-        self._keeps = stream if shared else None  # the other stream reads it too
+        self.outputs = Activations(walk.spill)
+        self._keeps = stream if keeps_input else None
 
     @timed("forward")
-    def go_on(self, segment: Segment, sample: int) -> Tensor:
-        """Runs a sample to the end of the segment; returns the segment's result."""
+    def go_on(self, segments: Sequence[Segment], sample: int) -> Tensor:
+        """Runs a sample to the end of the first of the segments that are left; returns that segment's result."""
         walk = self.walk
-        values = {node: self.values[node].get(sample, walk.device) for node in segment.needs}
+        count = 2 if self.finishes and len(segments) == 2 else 1
+        first, last = segments[0], segments[count - 1]
+        values = {node: self.values[node].get(sample, walk.device) for node in first.needs}
         given = given_tensors(walk.call(self.index, sample))
         with walk.skeleton.using(self.weights), torch.no_grad():
-            result = segment.run(values, given, lambda name, x: walk.skeleton.module(name)(x))
-        for node in segment.leaves - segment.needs:
+            results = [
+                segment.run(values, given, lambda name, x: walk.skeleton.module(name)(x)) for segment in segments[:count]
+            ]
+        if last is segments[-1]:
+            self.outputs.append(results[-1])
+        for node in last.leaves - first.needs:
             self.values.setdefault(node, Activations(walk.spill)).append(values[node])
-        for node in segment.needs - segment.leaves:
+        for node in first.needs - last.leaves:
             if self.values[node] is not self._keeps:
                 self.values[node].release(sample)
-        return result
-
-    def release(self, segment: Segment) -> None:
-        """Forgets what nothing behind the segment uses."""
-        for node in segment.needs - segment.leaves:
-            del self.values[node]
+        return results[0]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from llmsqueeze.model.checkpoint import all_finite
 from llmsqueeze.progress.stopwatch import timed
 
 DAMP = 0.01
-PANEL = 128  # columns of H that are multiplied at once
+PANEL = 128  # columns of H or U that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,16 @@ class Curvature:
         """A diagonal curvature with this diagonal [cols], scaled to a mean of 1."""
         H = torch.diag(diagonal / diagonal.mean())
         return cls(H, torch.diag(H.diagonal().rsqrt()), torch.zeros_like(diagonal))
+
+    def inverse_product(self, left: Tensor) -> Tensor:
+        """`left` [rows, cols] times H^-1 = U^T U. The zeros of U are left out: half of the products."""
+        cols, through, product = len(self.upper), torch.empty_like(left), torch.empty_like(left)
+        panels = [slice(start, min(start + PANEL, cols)) for start in range(0, cols, PANEL)]
+        for panel in panels:
+            torch.mm(left[:, panel.start :], self.upper[panel, panel.start :].T, out=through[:, panel])
+        for panel in panels:
+            torch.mm(through[:, : panel.stop], self.upper[: panel.stop, panel], out=product[:, panel])
+        return product
 
     def output_error(self, residual: Tensor) -> Tensor:
         """[rows]: the mean squared output error of each row of `residual` [rows, cols], without the damping."""

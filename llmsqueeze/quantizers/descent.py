@@ -81,7 +81,7 @@ def rounds_compiled(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor 
 
 def corrected_target(weight: Tensor, weight_drift: Tensor, curvature: Curvature, strength: float = 0.5) -> Tensor:
     """`weight` [rows, cols] corrected for the drift of its inputs; `weight_drift` = weight @ D."""
-    return torch.addmm(weight, weight_drift @ curvature.upper.T, curvature.upper, alpha=strength)
+    return torch.add(weight, curvature.inverse_product(weight_drift), alpha=strength)
 
 
 @dataclass(frozen=True)
