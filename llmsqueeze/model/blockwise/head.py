@@ -1,8 +1,8 @@
 """The part of a model after its last decoder block, some tokens or a slice of the vocabulary at a time.
 
 Final norm, soft caps and scales are the model's own: its forward runs with stubs in the place of the blocks and of the
-head. The logits that exist at a time have at most `LOGITS_BYTES`, and so has the weight in the dtype of the
-computation.
+head. The logits that exist at a time have at most `LOGITS_BYTES`. They become probabilities, and these the gradient, in
+one place in memory; the weight is cast some rows at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
 
 LOGITS_BYTES = 64 << 20
+ROWS_BYTES = 8 << 20  # of the weight's rows that are cast at a time, and of the distributions that are drawn from
 
 OnHead = Callable[[Tensor, Tensor], None]
 BlocksGiving = Callable[[Tensor], AbstractContextManager[None]]
@@ -64,10 +65,13 @@ class Head:
         normed = self.final_norm(hidden)
         x, labels = normed.detach()[0, :-1], tokens.to(self.device)[0, 1:]
         gradient, loss = torch.zeros_like(normed), 0.0  # the last token predicts nothing
-        for part in self._tokens(len(labels)):
-            logits, leaf = self._after_linear(x[part], self._raw_logits(x[part]))
-            probability, log_z = softmax(logits.detach())
-            loss += float((log_z - logits.detach().gather(1, labels[part, None])[:, 0]).sum())
+        tokens_at_once = self._tokens(len(labels))
+        memory = x.new_empty(tokens_at_once[0].stop, len(self.module.weight))
+        for part in tokens_at_once:
+            logits, leaf = self._after_linear(x[part], self._raw_logits(x[part], memory))
+            of_text = logits.detach().gather(1, labels[part, None])[:, 0]
+            probability, log_z = softmax_(logits if leaf is None else logits.detach().clone())
+            loss += float((log_z - of_text).sum())
             if on_head is not None:
                 on_head(probability, x[part])
             drawn = labels[part] if draw is None else drawn_labels(probability, draw[part].to(self.device))
@@ -109,12 +113,11 @@ class Head:
         return f"{self._name_of(self.module)}.weight"
 
     @timed("forward")
-    def _raw_logits(self, x: Tensor) -> Tensor:
-        """What the head's linear gives for x [tokens, width]: [tokens, vocabulary]."""
-        head = self.module
-        raw = torch.empty(len(x), len(head.weight), dtype=self.dtype, device=self.device)
+    def _raw_logits(self, x: Tensor, memory: Tensor) -> Tensor:
+        """What the head's linear gives for x [tokens, width]: [tokens, vocabulary], the first rows of `memory`."""
+        head, raw = self.module, memory[: len(x)]
         with torch.no_grad():
-            for part in self._slices(head.weight.shape[1]):
+            for part in self._rows():
                 torch.mm(x, head.weight[part].to(self.dtype).T, out=raw[:, part])
             if head.bias is not None:
                 raw += head.bias.to(self.dtype)
@@ -135,7 +138,7 @@ class Head:
     def _through_weight(self, upstream: Tensor, out: Tensor) -> None:
         """Adds the gradient at the head's input, from `upstream` [tokens, vocabulary] at its output, to `out`."""
         weight = self.module.weight
-        for part in self._slices(weight.shape[1]):
+        for part in self._rows():
             out.addmm_(upstream[:, part], weight[part].to(self.dtype))
 
     def _logits(self, x: Tensor, part: slice) -> Tensor:
@@ -150,33 +153,43 @@ class Head:
             logits: Tensor = self.skeleton.model(inputs_embeds=hidden.detach(), use_cache=False).logits
         return logits
 
-    def _slices(self, width: int) -> list[slice]:
-        """Of the vocabulary, so that a matrix with `width` numbers for each of its words stays within the limit."""
-        return self._parts(len(self.module.weight), width)
+    def _slices(self, tokens: int) -> list[slice]:
+        """Of the vocabulary, so that the logits of so many tokens stay within the limit."""
+        return parts(len(self.module.weight), tokens * self.dtype.itemsize, LOGITS_BYTES)
 
     def _tokens(self, count: int) -> list[slice]:
         """Of so many tokens, so that their logits stay within the limit."""
-        return self._parts(count, len(self.module.weight))
+        return parts(count, len(self.module.weight) * self.dtype.itemsize, LOGITS_BYTES)
 
-    def _parts(self, count: int, width: int) -> list[slice]:
-        step = max(1, LOGITS_BYTES // (width * self.dtype.itemsize))
-        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    def _rows(self) -> list[slice]:
+        """Of the weight, so that its rows in the dtype of the computation stay within the limit."""
+        rows, width = self.module.weight.shape
+        return parts(rows, width * self.dtype.itemsize, ROWS_BYTES)
 
     def _name_of(self, module: nn.Module) -> str:
         names: dict[int, str] = {id(other): name for name, other in self.skeleton.model.named_modules()}
         return names[id(module)]
 
 
-def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities [tokens, vocabulary] and the log of the denominator [tokens], with one new matrix."""
+def parts(count: int, nbytes: int, limit: int) -> list[slice]:
+    """Of so many things with `nbytes` each: as few slices of one size as the limit allows."""
+    step = max(1, limit // nbytes)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [tokens, vocabulary] in the memory of the logits, and the log of the denominator [tokens]."""
     largest = logits.amax(dim=1)
-    probability = (logits - largest[:, None]).exp_()
+    probability = logits.sub_(largest[:, None]).exp_()
     total = probability.sum(dim=1)
     return probability.div_(total[:, None]), total.log_().add_(largest)
 
 
 def drawn_labels(probability: Tensor, draw: Tensor) -> Tensor:
     """Labels [tokens] drawn by inverting each distribution [tokens, vocabulary] at `draw` [tokens] in [0, 1)."""
-    reached = probability.cumsum(dim=1)
-    labels = torch.searchsorted(reached, draw[:, None].to(reached), right=True)[:, 0]
-    return labels.clamp_(max=probability.shape[1] - 1)  # rounding may leave a number above the whole sum
+    labels = []
+    for part in parts(len(draw), probability.shape[1] * probability.itemsize, ROWS_BYTES):
+        reached = probability[part].cumsum(dim=1)
+        labels.append(torch.searchsorted(reached, draw[part, None].to(reached), right=True)[:, 0])
+    # rounding may leave a number above the whole sum
+    return torch.cat(labels).clamp_(max=probability.shape[1] - 1)
