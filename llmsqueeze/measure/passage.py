@@ -192,7 +192,8 @@ class _Flow:
         given = given_tensors(walk.call(self.index, sample))
         with walk.skeleton.using(self.weights), torch.no_grad():
             results = [
-                segment.run(values, given, lambda name, x: walk.skeleton.module(name)(x)) for segment in segments[:count]
+                segment.run(values, given, lambda name, x: walk.skeleton.module(name)(x))
+                for segment in segments[:count]
             ]
         if last is segments[-1]:
             self.outputs.append(results[-1])

@@ -16,9 +16,9 @@ linear, and Y its inputs in the model whose earlier weights are compressed, it i
 
 which goes half of the way to the least-squares solution of X W^T = Y T^T. The form of the correction is that of QEP
 (arXiv 2504.09629); half strength measured best. The rest is ours, after LNQ, which alternates scales and codes (arXiv
-2505.07004). On a CPU the loops are compiled (loops/descent.py), and what a pass changes is carried along: of nine and a
-half products with H, GPTQ's half among them, five are left. Memory beside W: three copies of it (levels, gradient, room
-for a product), the curvature, and [rows, groups, groups] in chunks.
+2505.07004). On a CPU the loops are compiled (loops/refit.py, loops/descent.py), and what a pass changes is carried
+along: of nine and a half products with H, GPTQ's half among them, five are left. Memory beside W: three copies of it
+(levels, gradient, room for a product), the curvature, and [rows, groups, groups] in chunks.
 """
 
 from __future__ import annotations
@@ -131,20 +131,20 @@ class Descent:
                 torch.mm(plane[:, group], self.H[group, group.start :], out=products)
                 inputs = products.numpy(), self.planes.numpy(), group.start, self._width, k
                 A = self.A.numpy()
-                over_rows(rows, lambda *span, given=inputs, A=A: descent_loops().fill(*given, *span, A))
+                over_rows(rows, lambda *span, given=inputs, A=A: refit_loops().fill(*given, *span, A))
 
     def refit(self) -> None:
         """Least-squares scales for fixed codes; the gradient stays behind until `carry`."""
         given = self.gradient.numpy(), self.planes.numpy(), self.A.numpy(), self._width, self.start.grid.dual
         stored = grid_loops().settings(self.start.grid, self.start.scale.dtype, False)[2]
         outcome = self.scale.numpy(), self.change.numpy()
-        over_rows(len(self.scale), lambda *span: descent_loops().refit(*given, stored, *span, *outcome))
+        over_rows(len(self.scale), lambda *span: refit_loops().refit(*given, stored, *span, *outcome))
 
     def carry(self) -> None:
         """Carries the change of the scales into the gradient."""
         moved = self.spare.view(self.gradient.shape)
         given = self.planes.numpy(), self.change.numpy(), self._width
-        over_rows(len(moved), lambda *span: descent_loops().scaled(*given, *span, moved.numpy()))
+        over_rows(len(moved), lambda *span: refit_loops().scaled(*given, *span, moved.numpy()))
         self.gradient.addmm_(moved, self.H, alpha=-1)
 
     def sweep(self) -> None:
@@ -161,7 +161,14 @@ class Descent:
 
 
 def descent_loops() -> Any:
-    """The compiled loops; numba is imported only if something is rounded."""
+    """The compiled pass; numba is imported only if something is rounded."""
     from llmsqueeze.quantizers.loops import descent
 
     return descent
+
+
+def refit_loops() -> Any:
+    """The compiled refit."""
+    from llmsqueeze.quantizers.loops import refit
+
+    return refit

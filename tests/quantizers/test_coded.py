@@ -552,7 +552,7 @@ def test_bytes_and_loss_are_nearly_those_of_the_part_that_is_made(priced: Priced
 
 
 def test_the_rows_that_are_tried_stand_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fifth row is large: evenly spread in the order of the weight, the tried rows would be all large, or none."""
+    """Every fifth row is large: evenly spread in the order of the weight, the tried rows would be all large or none."""
     generator = torch.Generator().manual_seed(5)
     rows = 5 * costs.CODED_ROWS
     weight = torch.randn(rows, 64, generator=generator)

@@ -15,7 +15,7 @@ from llmsqueeze.quantizers.descent import Descent, rounds_compiled, rounds_on_de
 from llmsqueeze.quantizers.descent_on_device import coordinate_descent, normal_equations, refit
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded
-from llmsqueeze.quantizers.loops import descent as descent_loops
+from llmsqueeze.quantizers.loops import refit as refit_loops
 
 ROWS, COLS = 70, 600  # a full tile and a short one, four panels and a short one, two blocks
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -157,5 +157,5 @@ def test_a_refit_does_not_put_dual_levels_out_of_order(generator: torch.Generato
     ordered = dual_binary.in_order(*after.chunk(2)).repeat(2)
     assert 10 < int(ordered.sum()) < 90
     expected = torch.where(ordered, after, before)
-    descent_loops.keep_order(after.numpy(), before.numpy())
+    refit_loops.keep_order(after.numpy(), before.numpy())
     assert torch.equal(after, expected)

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsqueeze.parts.compiled import compiled, compiled_sums
-from llmsqueeze.quantizers.loops.descent import INFINITE, NONE, PANEL, WINDOW, subtract
+from llmsqueeze.quantizers.loops.descent import INFINITE, NONE, PANEL, WINDOW
 from llmsqueeze.quantizers.loops.grids import ONE, ZERO, Floats, Number, feed_back, load, unload
+from llmsqueeze.quantizers.loops.refit import subtract
 from llmsqueeze.quantizers.loops.threads import TILE
 
 # rows of a panel: the integers, their steps, the gradient, the curvature
