@@ -17,6 +17,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import torch
+
+# without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is imported, which transformers does
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from safetensors.torch import load_file, save_file
 
 from llmsqueeze.demo import MODEL_DIR

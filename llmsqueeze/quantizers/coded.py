@@ -19,7 +19,8 @@ rate for every row and layer; the gradient in the steps is ours. There is no dea
 limits: a row's gradient is drawn towards the mean of its linear with the weight of `PRIOR` tokens, so no row has a zero
 gradient; columns that were never active count as active columns of mean size (curvature.py).
 On a CPU the loops are compiled (loops/coded.py), and the gradient is carried along: of five and a half products with H,
-feedback's half among them, two are left. Memory beside W: two copies of it, its integers, and the curvature.
+feedback's half among them, two are left. Other devices take coded_on_device.py, and kernels for the columns where there
+is Triton. Memory beside W: two copies of it, its integers, and the curvature.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
+from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.coded_on_device import coordinate_descent, feedback, refit
 from llmsqueeze.quantizers.curvature import Curvature, row_error
 from llmsqueeze.quantizers.gptq import PANEL, panels
@@ -109,11 +111,15 @@ def round_on_device(
     target: Tensor, start: RoundedToSteps, curvature: Curvature, pinned: Tensor | None
 ) -> RoundedToSteps:
     """Rounds rows on any device."""
-    rounded = feedback(target, start, curvature, pinned)
+    feed_back, sweep = feedback, coordinate_descent
+    if kernels.usable(target):
+        from llmsqueeze.quantizers.kernels.feedback import feedback as feed_back
+        from llmsqueeze.quantizers.kernels.sweep import sweep_steps as sweep
+    rounded = feed_back(target, start, curvature, pinned)
     # pinned entries have no error: for the other entries they are zeros that stay zero
     target = target if pinned is None else target.masked_fill(pinned, 0.0)
     for _ in range(ROUNDS):
-        rounded = coordinate_descent(refit(rounded, target, curvature.H), target, curvature.H, pinned)
+        rounded = sweep(refit(rounded, target, curvature.H), target, curvature.H, pinned)
     return refit(rounded, target, curvature.H)
 
 

@@ -1,4 +1,7 @@
-"""The rounds of coded.py in torch, for devices without compiled loops: feedback, gain and coordinate descent."""
+"""The rounds of coded.py in torch, for devices without compiled loops: feedback, gain and coordinate descent.
+
+On an NVIDIA GPU with Triton the columns of a panel are kernels (kernels/feedback.py, kernels/sweep.py).
+"""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ linear, and Y its inputs in the model whose earlier weights are compressed, it i
 which goes half of the way to the least-squares solution of X W^T = Y T^T. The form of the correction is that of QEP
 (arXiv 2504.09629); half strength measured best. The rest is ours, after LNQ, which alternates scales and codes (arXiv
 2505.07004). On a CPU the loops are compiled (loops/refit.py, loops/descent.py), and what a pass changes is carried
-along: of nine and a half products with H, GPTQ's half among them, five are left. Memory beside W: three copies of it
-(levels, gradient, room for a product), the curvature, and [rows, groups, groups] in chunks.
+along: of nine and a half products with H, GPTQ's half among them, five are left. Other devices take
+descent_on_device.py, and where there is Triton a kernel for the columns. Memory beside W: three copies of it (levels,
+gradient, room for a product), the curvature, and [rows, groups, groups] in chunks.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
+from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.descent_on_device import coordinate_descent, refit
 from llmsqueeze.quantizers.gptq import gptq
@@ -58,8 +60,11 @@ def descent(
 
 def rounds_on_device(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor | None) -> Rounded:
     """The rounds after GPTQ on any device."""
+    sweep = coordinate_descent
+    if kernels.usable(target):
+        from llmsqueeze.quantizers.kernels.sweep import sweep_grid as sweep
     for _ in range(ROUNDS):
-        rounded = coordinate_descent(refit(rounded, target, H), target, H, pinned)
+        rounded = sweep(refit(rounded, target, H), target, H, pinned)
     return refit(rounded, target, H)
 
 

@@ -1,7 +1,8 @@
 """The rounds of descent.py in torch, for devices without compiled loops: refit and coordinate descent.
 
 The refit goes over the rows in chunks, with [rows, groups, groups] in memory. The pass goes over the columns in panels:
-a panel's gradient is one matrix product, and its changes reach the columns after it through the next one.
+a panel's gradient is one matrix product, and its changes reach the columns after it through the next one. On an NVIDIA
+GPU with Triton the columns of a panel are a kernel (kernels/sweep.py).
 """
 
 from __future__ import annotations

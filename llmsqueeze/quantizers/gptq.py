@@ -9,7 +9,8 @@ layer changes least:
 W [rows, cols]; H [cols, cols] damped second moments of the inputs (curvature.py). The feedback is applied to a panel of
 about 128 columns at a time, which changes no result (the tests compare it with the column-by-column form). Scale and
 zero of a group are fitted at its first column, to the weights with the feedback so far. On a CPU a panel is compiled
-(loops/grids.py); the torch form is for other devices, and for the tests.
+(loops/grids.py), on an NVIDIA GPU it is a kernel of Triton (kernels/feedback.py). The torch form is for other devices,
+for machines without Triton, and for the tests.
 
 What differs from the paper: damping starts at 0.01 and grows tenfold until the factorization succeeds. A column that
 was never active (H[j, j] = 0) is rounded to nearest, and not set to zero. There is no activation order. Pinned entries
@@ -19,12 +20,14 @@ needs. Memory beside W: one copy of it, its codes, and the curvature.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
+from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.grids import Rounded, fit_group, grid_loops, level_of, nearest_code, zero_code
 from llmsqueeze.quantizers.loops.threads import over_rows
@@ -77,7 +80,7 @@ def gptq(
     w = weight.clone(memory_format=torch.contiguous_format)
     state = State(w, weight, pinned, upper, h, grid, dtype, codes, scale, zero)
     errors = torch.empty(rows * PANEL, dtype=w.dtype, device=w.device)
-    round_panel = panel_compiled if w.device.type == "cpu" else panel_on_device
+    round_panel = form_for(w)
     for panel in panels(cols, width):
         if width > PANEL and panel.start % width == 0:
             state.fit(panel.start)  # it ends in a later panel
@@ -85,6 +88,17 @@ def gptq(
         round_panel(state, panel, error)
         w[:, panel.stop :].addmm_(error, upper[panel, panel.stop :], alpha=-1)
     return Rounded(codes, scale.to(dtype), zero, grid)
+
+
+def form_for(w: Tensor) -> Callable[[State, slice, Tensor], None]:
+    """What rounds a panel on the device of `w`."""
+    if w.device.type == "cpu":
+        return panel_compiled
+    if kernels.usable(w):
+        from llmsqueeze.quantizers.kernels.feedback import round_panel
+
+        return round_panel
+    return panel_on_device
 
 
 def panel_compiled(state: State, panel: slice, error: Tensor) -> None:

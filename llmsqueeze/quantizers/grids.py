@@ -10,7 +10,8 @@ zeros stays zero, or nearly zero. The search tries 29 ratios from 1.05 down to 0
 least `sum_j h[j] * (w[j] - rounded[j])**2`, with h the mean squared input of column j. A symmetric grid is tried with
 both signs, because its levels are one-sided. The scale is rounded to its stored dtype before weights are rounded with
 it. Symbols: w [rows, width] one group of columns; h [width]; scale, zero [rows]. For a dual grid, scale is alpha1 and
-zero is alpha2 in this package. On a CPU the fit is compiled (loops/grids.py); the torch form is for other devices.
+zero is alpha2 in this package. On a CPU the fit is compiled (loops/grids.py), on an NVIDIA GPU it is a kernel of Triton
+(kernels/scales.py); the torch form is for other devices and for machines without Triton.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.dual_binary import planes_of
-from llmsqueeze.quantizers import dual_binary
+from llmsqueeze.quantizers import dual_binary, kernels
 from llmsqueeze.quantizers.loops.threads import over_rows
 
 RATIOS = [1.05 - 0.7 * i / 28 for i in range(29)]
@@ -90,7 +91,13 @@ def fit_group(
     """
     if pinned is not None:
         w = w.masked_fill(pinned, 0.0)  # every grid has level 0, so a zero changes neither range nor error
-    return fit_compiled(w, h, grid, dtype) if w.device.type == "cpu" else fit_on_device(w, h, grid, dtype)
+    if w.device.type == "cpu":
+        return fit_compiled(w, h, grid, dtype)
+    if kernels.usable(w):
+        from llmsqueeze.quantizers.kernels.scales import fit
+
+        return fit(w, h, grid, dtype)
+    return fit_on_device(w, h, grid, dtype)
 
 
 def fit_compiled(w: Tensor, h: Tensor | None, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,7 +133,8 @@ def fit_on_device(w: Tensor, h: Tensor | None, grid: Grid, dtype: torch.dtype) -
             # a half grid has no level 0: a group of zeros gets the least scale
             base, signs = base.clamp(min=torch.finfo(base.dtype).tiny), [1.0]
     else:
-        base = (high - low) / grid.max_code
+        # by a tensor: on a GPU torch would multiply by the reciprocal of a number
+        base = (high - low) / high.new_full((), grid.max_code)
         zero = torch.where(base > 0, torch.round(-low / base), 0.0).nan_to_num(0.0).clamp(0, grid.max_code)
         signs = [1.0]
     if h is None:

@@ -177,6 +177,9 @@ def pretended_gpu() -> Iterator[Calls]:
         mock.patch.object(torch.accelerator, "current_accelerator", return_value=None),
         mock.patch.object(torch.cuda, "max_memory_allocated", return_value=123_000_000),
         mock.patch("transformers.modeling_utils.caching_allocator_warmup"),  # takes what a GPU has of memory
+        mock.patch(
+            "llmsqueeze.quantizers.kernels._tried", return_value=False
+        ),  # Triton would start kernels on a real one
         # these two belong to a thread, so transformers must not load with others
         mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"),
         Operations(marks),
