@@ -271,6 +271,17 @@ def test_coded_weights_get_the_integers_of_the_other_forms(
     assert share(found.integers, expected.integers) > 0.01
 
 
+@pytest.mark.parametrize("offset", [0, 4, 2**21, 2**22 - 20, 2**23 - 20, 2**24, 2**30])
+def test_half_way_cases_go_to_the_even_number(offset: int) -> None:
+    """And integers that float32 has without halves, or with gaps, stay what they are."""
+    values = (torch.arange(-40, 40).float() / 2 + offset).view(2, -1)
+    values = torch.cat([values, -values]).to(DEVICE)
+    codes, w, one = torch.zeros_like(values), values.clone(), torch.ones(40, device=DEVICE)
+    given = levels.Levels.of_steps(one[:4], one), slice(0, 40), slice(0, 40)
+    feedback_kernels.round_columns(w, values, None, torch.eye(40, device=DEVICE), *given, codes, w.clone())
+    assert torch.equal(codes, values.round())
+
+
 def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     """For GPUs of 2020 and 2022, ahead of time, and nothing in them is less exact than in torch."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -121,7 +121,7 @@ def round_columns(
     assert panel.stop - panel.start <= PANEL
     part, factor = w[:, panel], upper[panel, panel]
     originals, mask = (part, part) if pinned is None else (exact[:, panel], pinned[:, panel])
-    tensors = part, originals, mask, factor, levels.scale, levels.zero, levels.col[panel.start :]
+    tensors = part, originals, mask, factor, levels.scale, levels.zero, levels.col_from(panel.start)
     strides = part.stride(0), *originals.stride(), *mask.stride(), *factor.stride(), levels.scale.stride(0)
     begin, end = columns.start - panel.start, columns.stop - panel.start
     sizes = len(w), panel.stop - panel.start, begin, end, columns.start // levels.width, levels.top

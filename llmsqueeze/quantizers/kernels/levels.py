@@ -53,6 +53,10 @@ class Levels:
         """row [rows], col [cols]: the step of a weight is their product."""
         return cls(STEPS.value, row[:, None].contiguous(), row, col.contiguous(), len(col))
 
+    def col_from(self, start: int) -> Tensor:
+        """The steps of the columns from `start` on. For a grid anything: its kernels do not read it."""
+        return self.col[start:] if self.kind == STEPS.value else self.col
+
 
 def launch(kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
     """Starts a kernel, one program for each tile of `rows`, on the GPU of its first argument."""

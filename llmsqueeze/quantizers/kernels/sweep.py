@@ -112,7 +112,7 @@ def descend(before: Tensor, dense: Tensor, target: Tensor, H: Tensor, levels: Le
         strides = gradient.stride(0), dense.stride(0), *before.stride(), *mask.stride(), *within.stride()
         sizes = levels.scale.stride(0), len(dense), panel.start, panel.stop - panel.start, levels.width, levels.top
         outcome = residual[:, panel], codes[:, panel]
-        launch(sweep_kernel, len(dense), *inputs, levels.col[panel.start :], *outcome, *strides, *sizes, **kinds)
+        launch(sweep_kernel, len(dense), *inputs, levels.col_from(panel.start), *outcome, *strides, *sizes, **kinds)
     return codes
 
 
