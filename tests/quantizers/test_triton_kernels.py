@@ -142,6 +142,20 @@ def test_the_range_gives_the_scales_of_the_torch_form(
             assert torch.equal(zero, -scale / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scales_are_stored_as_torch_rounds_them(
+    dtype: torch.dtype, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sizes, ties, subnormal numbers of float16, and numbers that no dtype has."""
+    monkeypatch.setattr(levels, "ROWS", 1024 if DEVICE == "cpu" else levels.ROWS)
+    sizes = torch.rand(900, generator=generator) * 2.0 ** (torch.rand(900, generator=generator) * 270 - 145)
+    for drop in (13, 16):  # halves between two neighbours of the dtype
+        sizes = torch.cat([sizes, (sizes.view(torch.int32) >> drop << drop | 1 << drop - 1).view(torch.float32)])
+    sizes = torch.cat([sizes, torch.arange(300) * 2.0**-25, torch.tensor([65519.0, 65520.0, 3.3e38])])
+    w, grid = 2 * sizes[:, None].to(DEVICE), Grid(2, -1, True, dual=True)  # the scale is half of the largest weight
+    assert torch.equal(scales.fit(w, None, grid, dtype)[0], fit_on_device(w, None, grid, dtype)[0])
+
+
 @every_grid
 def test_a_search_finds_scales_as_good_as_those_of_the_torch_form(grid: Grid, generator: torch.Generator) -> None:
     """The order of sums differs, so of two ratios that are nearly equal either may win."""
@@ -326,8 +340,9 @@ def tried_anew() -> bool:
 def test_kernels_are_used_where_a_trial_succeeded(with_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "differences", lambda device: [])
     assert tried_anew()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not tried_anew()
+    with monkeypatch.context() as older:
+        older.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not tried_anew()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not tried_anew()
 
