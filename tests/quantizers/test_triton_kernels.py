@@ -187,6 +187,7 @@ def test_gptq_and_a_sweep_choose_the_codes_of_the_other_forms(
     generator: torch.Generator,
     in_torch: Callable[[], None],
     by_kernels: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit by bit: the operations and their order are the same. Scales of one bit are sums, so they are given."""
     pinned = outliers(with_pinned, generator)
@@ -195,7 +196,8 @@ def test_gptq_and_a_sweep_choose_the_codes_of_the_other_forms(
     expected = gptq(weight, grid, torch.bfloat16, curvature, pinned)
     by_kernels()
     if grid.bits == 1:
-        grids.fit_compiled = fit_on_device
+        monkeypatch.setattr(grids, "fit_compiled", fit_on_device)
+        monkeypatch.setattr(scales, "fit", fit_on_device)
     found = gptq(weight, grid, torch.bfloat16, curvature, pinned)
     assert same(found, expected)
     assert share(found.codes, compiled.codes) < 1e-3  # a compiled loop may fuse what torch rounds twice
