@@ -200,7 +200,7 @@ def test_gptq_and_a_sweep_choose_the_codes_of_the_other_forms(
         monkeypatch.setattr(scales, "fit", fit_on_device)
     found = gptq(weight, grid, torch.bfloat16, curvature, pinned)
     assert same(found, expected)
-    assert share(found.codes, compiled.codes) < 1e-3  # a compiled loop may fuse what torch rounds twice
+    assert same(found, compiled) or grid.bits == 1
     target = weight if pinned is None else weight.masked_fill(pinned, 0.0)
     swept = sweep.sweep_grid(found, target, curvature.H, pinned)
     assert same(swept, coordinate_descent(found, target, curvature.H, pinned))

@@ -11,7 +11,7 @@ panel to the columns after it.
 
 Not here, because they are a few large operations in torch already: the refit of scales (normal equations and a batched
 solve) and the gains of coded weights. Every weight sees the operations of the torch form in the same order, so codes
-are equal bit by bit; only sums of the search of scales have another order.
+are equal bit by bit; only the sums of a fit (the errors in a search, the mean of one bit) have another order.
 
 WHAT IS NOT PROVEN: these kernels were run in Triton's interpreter and compiled for GPUs, but no GPU has run them yet.
 So they are tried on each GPU once (trial.py): if a kernel does not compile, or differs from the torch form, the torch

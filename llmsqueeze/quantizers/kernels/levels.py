@@ -18,8 +18,8 @@ from torch import Tensor
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers.gptq import PANEL
 
-# a tile is one warp's, whose lanes have its columns side by side: no warp waits for another. Three tiles of more rows
-# would not be in registers
+# a tile is one warp's, whose lanes have its columns side by side: no warp waits for another. Three tiles of 8 rows take
+# all registers that a thread can have
 ROWS = 4
 OPTIONS: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
 
