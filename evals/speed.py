@@ -29,36 +29,17 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from speed_processes import Run, ask, commit, environment, machine, measured
 from speed_table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = ("--bits", "3", "--group-size", "64")
 CODED = ("--method", "coded", "--bits", "3.25")
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "NUMBA_CPU_NAME": "haswell",
-    "NUMBA_CPU_FEATURES": "",
-}
-UNSET = ("PYTHONPATH", "PYTHONHOME", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_DYNAMIC", *AVX2)
-DESCRIBE = """
-import json, torch
-from importlib.metadata import version, PackageNotFoundError
-def of(name):
-    try: return version(name)
-    except PackageNotFoundError: return None
-names = ("torch", "numba", "transformers", "compressed-tensors", "llmcompressor")
-print(json.dumps({"instructions": torch.backends.cpu.get_cpu_capability(), **{n: of(n) for n in names if of(n)}}))
-"""
 TOKENS = """
 import json, sys
 from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
@@ -68,21 +49,11 @@ print(json.dumps([row[0].tolist() for row in rows]))
 """
 
 
-@dataclass(frozen=True)
-class Run:
-    """A process to measure: its command, the folder it writes or reads, clone and threads."""
-
-    command: list[str]
-    clone: Path | None
-    threads: int
-    out: Path | None = None
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("calibration", nargs="?")
-    parser.add_argument("text", nargs="?")
+    parser.add_argument("calibration")
+    parser.add_argument("text")
     parser.add_argument("--before", type=Path, help="a clone of an earlier commit")
     parser.add_argument("--peer-python", help="python of an environment that has llm-compressor")
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, "quality"], default=[*ROWS, "quality"])
@@ -102,13 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "evals" / "results" / "speed.json")
     parser.add_argument("--fresh", action="store_true", help="forget what --out has")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # MODEL is then the peer's job
     args = parser.parse_args(arguments)
-    if args.child:
-        by_peer(json.loads(args.model.read_text()))
-        return
-    if not args.text:
-        parser.error("CALIBRATION and EVAL_TEXT are needed")
     args.calibration, args.text = (
         str(Path(p).resolve()) if Path(p).exists() else p for p in (args.calibration, args.text)
     )
@@ -133,7 +98,7 @@ def opened(args: argparse.Namespace) -> dict[str, Any]:
         results = json.loads(args.out.read_text())
         if results["settings"] != settings:
             sys.exit(f"{args.out} is about {results['settings']}, not {settings}: choose another --out, or --fresh")
-    results["machine"] |= machine(args)
+    results["machine"] |= machine(args.isa, ROOT, args.peer_python, args.work)
     results["left_out"] = results.get("left_out", {}) | dict(args.left_out)
     return results
 
@@ -171,9 +136,9 @@ def gptq(args: argparse.Namespace) -> dict[str, Run]:
     job, out = args.work / "peer.json", args.work / "gptq-peer"
     if "peer" in args.contenders:
         rows = [str(args.model), args.calibration, str(args.samples), str(args.seq_len)]
-        tokens = ask([sys.executable, "-c", TOKENS, *rows], environment(args, ROOT, 1), args.work)
+        tokens = ask([sys.executable, "-c", TOKENS, *rows], environment(args.isa, ROOT, 1), args.work)
         job.write_text(json.dumps({"model": str(args.model), "tokens": tokens, "out": str(out)}))
-    command = [args.peer_python, str(Path(__file__).resolve()), str(job), "--child"]
+    command = [args.peer_python, str(ROOT / "evals" / "speed_peer.py"), str(job)]
     return {**runs, "peer": Run(command, None, args.threads, out)}
 
 
@@ -248,35 +213,11 @@ def at_once(args: argparse.Namespace, runs: list[Run]) -> list[dict[str, Any]]:
         if run.out:
             shutil.rmtree(run.out, ignore_errors=True)
         jobs.append(
-            (run.command, environment(args, run.clone, run.threads), args.work, cores[first : first + run.threads])
+            (run.command, environment(args.isa, run.clone, run.threads), args.work, cores[first : first + run.threads])
         )
         first += run.threads
     with ThreadPoolExecutor(len(jobs)) as pool:
         return list(pool.map(lambda job: measured(*job), jobs))
-
-
-def measured(command: list[str], environment: dict[str, str], folder: Path, cores: list[int]) -> dict[str, Any]:
-    """Seconds and peak memory (MB, 10**6 bytes) of a process on these cores, and of its answer what the tables need."""
-    log = folder / f"log-{cores[0]}"
-    load, start = os.getloadavg()[0], time.monotonic()
-    with log.open("w") as stderr, (log.with_suffix(".out")).open("w") as stdout:
-        pinned = ["taskset", "-c", ",".join(map(str, cores)), *command]
-        process = subprocess.Popen(pinned, env=environment, cwd=folder, stdout=stdout, stderr=stderr)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed: " + " ".join(log.read_text().split()[-60:]))
-    answer = answered(log.with_suffix(".out").read_text())
-    wanted = ("seconds", "perplexity", "nll_difference", "nll_difference_stderr", "bits_per_weight")
-    return {
-        "wall": round(time.monotonic() - start, 2),
-        "user": round(usage.ru_utime, 2),
-        "kernel": round(usage.ru_stime, 2),
-        "peak_mb": round(usage.ru_maxrss * 1024 / 1e6, 1),
-        "cores": len(cores),
-        "load_before": round(load, 2),
-        **{name: answer[name] for name in wanted if answer.get(name) is not None},
-    }
 
 
 def warm_up(args: argparse.Namespace, row: str, runs: list[Run]) -> None:
@@ -293,14 +234,14 @@ def warm_up(args: argparse.Namespace, row: str, runs: list[Run]) -> None:
                 start = [*run.command[:4], "demo", *run.command[5 : run.command.index("--calibration")]]
                 text += ["--out", str(args.work / "warm-up"), "--device", "cpu", "--quiet", "--json"]
             shutil.rmtree(args.work / "warm-up", ignore_errors=True)
-            ask([*start, *text], environment(args, clone, run.threads), args.work)
+            ask([*start, *text], environment(args.isa, clone, run.threads), args.work)
 
 
 def compare_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Loss of each folder above the original's, and of this clone's above the others', in paired windows."""
 
     def loss(folder: str, baseline: Path, name: str) -> None:
-        found = ask(scores(args, args.work / folder, baseline), environment(args, ROOT, args.threads), args.work)
+        found = ask(scores(args, args.work / folder, baseline), environment(args.isa, ROOT, args.threads), args.work)
         kept = ("perplexity", "nll_difference", "nll_difference_stderr")
         results["quality"][name] = {score: found[score] for score in kept}
         keep(args, results)
@@ -311,76 +252,6 @@ def compare_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
             loss(f"{row}-{contender}", args.model, f"{row}, {contender}")
         for other in contenders[1:] if contenders[:1] == ["tree"] else []:
             loss(f"{row}-tree", args.work / f"{row}-{other}", f"{row}, tree above {other}")
-
-
-def environment(args: argparse.Namespace, clone: Path | None, threads: int) -> dict[str, str]:
-    """The variables of a process: its clone's code, its threads, its instructions, and no network or GPU."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-    fixed = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    given = {name: value for name, value in os.environ.items() if name not in UNSET}
-    path = {"PYTHONPATH": str(clone.resolve())} if clone else {}
-    return given | fixed | dict.fromkeys(names, str(threads)) | (AVX2 if args.isa else {}) | path
-
-
-def ask(command: list[str], environment: dict[str, str], folder: Path) -> Any:
-    """The JSON that a command prints last."""
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed: " + " ".join(done.stderr.split()[-60:]))
-    return answered(done.stdout)
-
-
-def answered(output: str) -> Any:
-    return json.loads(output.strip().splitlines()[-1]) if output.strip() else {}
-
-
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """The processor in words, and the versions of every contender."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    facts = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
-    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in facts.get("flags", "").split()]
-    described: dict[str, Any] = {"processor": facts.get("model name"), "units": units, "cores": os.cpu_count()}
-    described["tree"] = {
-        **ask([sys.executable, "-c", DESCRIBE], environment(args, ROOT, 1), args.work),
-    }
-    if args.peer_python:
-        described["peer"] = ask([args.peer_python, "-c", DESCRIBE], environment(args, None, 1), args.work)
-    return described
-
-
-def commit(clone: Path) -> str:
-    """'64df46e', with a plus sign if files differ from it."""
-    git = ["git", "-C", str(clone)]
-    name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    changed = subprocess.run([*git, "status", "--porcelain", "llmsqueeze"], capture_output=True, text=True, check=True)
-    return name.strip() + ("+" if changed.stdout.strip() else "")
-
-
-# inside the peer's environment
-
-
-def by_peer(job: dict[str, Any]) -> None:
-    """GPTQ of llm-compressor with its defaults, in float32; writes the packed folder."""
-    import torch
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    rows, start = job["tokens"], time.monotonic()
-    weights = QuantizationArgs(num_bits=3, type="int", symmetric=True, strategy="group", group_size=64)
-    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    oneshot(
-        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(job["model"]),
-        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
-        recipe=[GPTQModifier(config_groups=scheme, ignore=["lm_head"])],
-        num_calibration_samples=len(rows),
-        max_seq_length=len(rows[0]),
-        output_dir=job["out"],
-    )
-    print(json.dumps({"seconds": round(time.monotonic() - start, 1)}))
 
 
 if __name__ == "__main__":
