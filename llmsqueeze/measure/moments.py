@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,9 @@ class SecondMoments:
 class Pulls:
     """The mean of W (x - y) y^T over tokens, for the weights W of a group.
 
-    Either D = mean of (x - y) y^T is added up and multiplied at the end, which takes cols^2 products for a token, or
-    W D itself for every W, which takes 2 * rows * cols: less for a group of few rows.
+    Either D = mean of (x - y) y^T is added up and multiplied at the end, which takes cols^2 products for a token. Or,
+    if the group has few rows, (W x) y^T for every W, which takes rows * cols, and as many for W x if it is not known; W
+    times the second moments of y is taken off its mean at the end.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -75,20 +77,22 @@ class Pulls:
         self._drift = None if by_row else torch.zeros(cols, cols, dtype=like.dtype, device=like.device)
         self._sums = {name: torch.zeros_like(weight) for name, weight in weights.items()} if by_row else {}
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """x, y [tokens, cols]"""
-        difference = x - y
+    def add(self, x: Tensor, y: Tensor, outputs: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """x, y [tokens, cols]; outputs: W x [tokens, rows] of weights for which it is known."""
         if self._drift is not None:
-            self._drift.addmm_(difference.T, y)
+            self._drift.addmm_((x - y).T, y)
         for name, total in self._sums.items():
-            total.addmm_((difference @ self._weights[name].T).T, y)
+            output = outputs[name] if name in outputs else x @ self._weights[name].T
+            total.addmm_(output.T, y)
 
-    def mean(self, tokens: int) -> dict[str, Tensor]:
-        """Per token; nothing can be added afterwards."""
+    def mean(self, tokens: int, xtx: Tensor) -> dict[str, Tensor]:
+        """Per token; xtx [cols, cols]: the mean of y y^T. Nothing can be added afterwards."""
         if self._drift is not None:
             self._drift.div_(tokens)
             return {name: weight @ self._drift for name, weight in self._weights.items()}
-        return {name: total.div_(tokens) for name, total in self._sums.items()}
+        return {
+            name: total.div_(tokens).addmm_(self._weights[name], xtx, alpha=-1) for name, total in self._sums.items()
+        }
 
 
 def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,7 @@ from llmsqueeze.model.linears import as_rows
 from llmsqueeze.progress.stopwatch import timed
 
 TRIM_EVERY = 16  # samples
+NO_OUTPUTS: Mapping[str, Tensor] = MappingProxyType({})
 Weights = Mapping[str, Tensor]  # linear -> its weight, as the module stores it
 
 
@@ -84,17 +86,18 @@ class _Moments:
         self.pulls = Pulls(weights) if drifting else None
 
     @timed("moments")
-    def add(self, x: Tensor | None, y: Tensor) -> None:
-        """Inputs [tokens, cols] of the original and the compressed model for the same tokens."""
+    def add(self, x: Tensor | None, y: Tensor, outputs: Mapping[str, Tensor] = NO_OUTPUTS) -> None:
+        """Inputs [tokens, cols] of the original and the compressed model for the same tokens; outputs: what linears of
+        the original model give for x, as far as it is known."""
         self.xtx.add(y)
         if self.pulls is not None and x is not None:
-            self.pulls.add(x, y)
+            self.pulls.add(x, y, {name: output.reshape(len(x), -1) for name, output in outputs.items()})
 
     @timed("moments")
     def mean(self) -> Moments:
         """Nothing can be added afterwards."""
-        pulls = {} if self.pulls is None else self.pulls.mean(self.xtx.tokens)
-        return Moments(self.xtx.mean(), pulls)
+        xtx = self.xtx.mean()
+        return Moments(xtx, {} if self.pulls is None else self.pulls.mean(self.xtx.tokens, xtx))
 
 
 def _drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:
@@ -146,11 +149,11 @@ class Paused:
             drifting = _drifting(self.streams, self.original, self.current)
             moments = _Moments(self.walk, group, self.original, drifting)
             for sample in _with_little_memory(len(self.walk.samples)):
-                inputs = [None if flow is None else flow.go_on(self._segments[at:], sample) for flow in self._flows]
-                x, y = (None if one is None else one.reshape(-1, cols) for one in inputs)
+                steps = [None if flow is None else flow.go_on(self._segments[at:], sample) for flow in self._flows]
+                x, y = (None if step is None else step.input.reshape(-1, cols) for step in steps)
                 y = x if y is None else y
                 assert y is not None, "a passage has a stream"
-                moments.add(x, y)
+                moments.add(x, y, NO_OUTPUTS if steps[0] is None else steps[0].outputs)
             yield group.names, moments.mean()
 
     def ahead(self) -> ResidualStreams:
@@ -159,6 +162,14 @@ class Paused:
                 for sample in _with_little_memory(len(self.walk.samples)):
                     flow.go_on(self._segments[-1:], sample)
         return ResidualStreams(*(None if flow is None else flow.outputs for flow in self._flows))
+
+
+class _Step(NamedTuple):
+    """What a sample's next linear gets, or the block's output; and the outputs of the linears behind the stop, if the
+    sample went on."""
+
+    input: Tensor
+    outputs: dict[str, Tensor]
 
 
 class _Flow:
@@ -183,26 +194,31 @@ class _Flow:
         self._keeps = stream if keeps_input else None
 
     @timed("forward")
-    def go_on(self, segments: Sequence[Segment], sample: int) -> Tensor:
-        """Runs a sample to the end of the first of the segments that are left; returns that segment's result."""
+    def go_on(self, segments: Sequence[Segment], sample: int) -> _Step:
+        """Runs a sample to the end of the first of the segments that are left."""
         walk = self.walk
         count = 2 if self.finishes and len(segments) == 2 else 1
         first, last = segments[0], segments[count - 1]
         values = {node: self.values[node].get(sample, walk.device) for node in first.needs}
         given = given_tensors(walk.call(self.index, sample))
+        outputs: dict[str, Tensor] = {}
+
+        def linear(name: str, x: Tensor) -> Tensor:
+            outputs[name] = walk.skeleton.module(name)(x)
+            return outputs[name]
+
         with walk.skeleton.using(self.weights), torch.no_grad():
-            results = [
-                segment.run(values, given, lambda name, x: walk.skeleton.module(name)(x))
-                for segment in segments[:count]
-            ]
+            result = first.run(values, given, linear)
+            outputs.clear()
+            end = last.run(values, given, linear) if last is not first else result
         if last is segments[-1]:
-            self.outputs.append(results[-1])
+            self.outputs.append(end)
         for node in last.leaves - first.needs:
             self.values.setdefault(node, Activations(walk.spill)).append(values[node])
         for node in first.needs - last.leaves:
             if self.values[node] is not self._keeps:
                 self.values[node].release(sample)
-        return results[0]
+        return _Step(result, outputs)
 
 
 @dataclass(frozen=True)

@@ -133,14 +133,34 @@ def test_second_moments_are_the_sum_of_products(cols: int, generator: torch.Gene
 
 @pytest.mark.parametrize("rows", [(3, 2), (9, 8), (40,)], ids=["few", "many", "more"])
 def test_pulls_are_what_the_weights_make_of_the_drift(rows: tuple[int, ...], generator: torch.Generator) -> None:
-    """Few rows are added up as they are, many by way of the drift."""
+    """Few rows are added up as they are, many by way of the drift; with outputs that are known, or not."""
     weights = {str(n): torch.randn(n, 16, generator=generator) for n in rows}
     pulls, samples = Pulls(weights), [torch.randn(2, 7, 16, generator=generator) for _ in range(3)]
     for x, y in samples:
-        pulls.add(x, y)
+        pulls.add(x, y, {"3": x @ weights["3"].T} if "3" in weights else {})
     drift = sum((x - y).T @ y for x, y in samples) / 21
-    for name, pull in pulls.mean(21).items():
+    xtx = sum(y.T @ y for _, y in samples) / 21
+    for name, pull in pulls.mean(21, xtx).items():
         assert torch.allclose(pull, weights[name] @ drift, atol=1e-5)
+
+
+def test_a_small_drift_of_inputs_with_a_spike_is_not_lost(generator: torch.Generator) -> None:
+    """What is added up is the drift and the second moments; these are taken off, and leave nearly all its digits."""
+    weight, tokens = torch.randn(8, 64, generator=generator) / 8, 512
+    sizes = torch.ones(64)
+    sizes[5] = 1000
+    pulls, exact = Pulls({"down": weight}), torch.zeros(8, 64, dtype=torch.float64)
+    moments = SecondMoments(64, torch.float32, CPU)
+    for _ in range(8):
+        x, noise = torch.randn(2, tokens, 64, generator=generator) * sizes
+        y = x + 0.01 * noise - 0.01 * x
+        pulls.add(x, y)
+        moments.add(y)
+        exact += weight.double() @ (x - y).double().T @ y.double() / (8 * tokens)
+    pull = pulls.mean(8 * tokens, moments.mean())["down"]
+    others = [j for j in range(64) if j != 5]
+    error, size = (pull - exact)[:, others].norm(), exact[:, others].norm()
+    assert error < 1e-3 * size
 
 
 def test_linears_with_one_input_are_a_group() -> None:
