@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,15 +200,18 @@ def demo_perplexity() -> float:
 
 
 def test_quality_order_at_equal_bytes(demo_perplexity: float, tmp_path: Path) -> None:
-    """On the built-in model at 2 bits: descent beats GPTQ beats rounding, by margins beyond chance."""
-    scores = {}
+    """On the built-in model at 2 bits GPTQ and descent beat rounding, and descent halves GPTQ's output errors. Which of
+    the two has the lower loss here is a matter of the draw: 0.6 to 1.3 over six draws of as much text."""
+    loss = {}
     for method in ("rtn", "gptq", "descent"):
         text = {} if method == "rtn" else {"samples": 12, "seq_len": 128}
         run("demo", tmp_path / method, method=method, bits=2, group_size=64, symmetric=False, **text)
-        scores[method] = perplexity(tmp_path / method)
-    loss = {name: torch.tensor(score / demo_perplexity).log().item() for name, score in scores.items()}
+        loss[method] = math.log(perplexity(tmp_path / method) / demo_perplexity)
     assert loss["gptq"] < 0.9 * loss["rtn"]
-    assert loss["descent"] < 0.8 * loss["gptq"]  # 0.64 to 0.70, by the last bits of the arithmetic
+    assert loss["descent"] < 0.9 * loss["rtn"]
+    gptq, descent = (json.loads((tmp_path / name / SIDECAR).read_text())["errors"] for name in ("gptq", "descent"))
+    ratios = [math.log(descent[name] / gptq[name]) for name in gptq]
+    assert sum(ratios) / len(ratios) < -0.5  # -0.64 to -0.65 over three draws
 
 
 def test_one_calibration_sample_is_enough(demo_perplexity: float, tmp_path: Path) -> None:
