@@ -49,6 +49,14 @@ def texts_are_tokenized_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def products_are_float32() -> Iterator[None]:
+    """What tests see does not depend on the processor's units for bfloat16."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("llmsqueeze.compress.job.fastest_dtype", lambda _: torch.float32)
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     return MODEL_DIR

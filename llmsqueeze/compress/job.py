@@ -18,6 +18,7 @@ from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.original import Original, Source, open_original
+from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.progress import Progress, stopwatch
@@ -79,7 +80,12 @@ class Job:
 
     def walk(self, spill: Spill) -> Walk:
         """A walk over the samples."""
-        return Walk(self.skeleton, self.samples, spill, torch.float32, self.device)
+        return self.walk_over(self.samples, spill)
+
+    def walk_over(self, samples: list[Tensor], spill: Spill) -> Walk:
+        """A walk over some of them."""
+        products = getattr(torch, self.recipe.products)
+        return Walk(self.skeleton, samples, spill, torch.float32, self.device, products)
 
 
 def model_name(source: Source) -> str:
@@ -104,8 +110,19 @@ def open_job(
     recipe, note = fitted(recipe, columns(original.skeleton, recipe))
     if note is not None:
         progress.note(note)
+    recipe = with_products(recipe, progress, device)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
     return with_text(job, progress) if (recipe.needs_text if text is None else text) else job
+
+
+def with_products(recipe: Recipe, progress: Progress, device: torch.device) -> Recipe:
+    """The recipe with the dtype of the products decided: by a short trial, if it is open and the model is run."""
+    if recipe.products != "auto":
+        return recipe
+    chosen = torch.float32 if "products" in recipe.unused() else fastest_dtype(device)
+    if chosen != torch.float32:
+        progress.note("linears multiply in bfloat16, which is faster here (--products float32 for the other)")
+    return replace(recipe, products=str(chosen).removeprefix("torch."))
 
 
 def columns(skeleton: Skeleton, recipe: Recipe) -> dict[str, int]:
@@ -140,6 +157,6 @@ def measured_samples(job: Job, request: Request) -> list[Tensor]:
 def measure_job(job: Job, request: Request, folder: Path, progress: Progress) -> Profile:
     """The profile of the job's linears; activations are kept in `folder` meanwhile."""
     with Spill(parent=folder) as spill:
-        walk = Walk(job.skeleton, measured_samples(job, request), spill, torch.float32, job.device)
+        walk = job.walk_over(measured_samples(job, request), spill)
         inputs = walk.embed() if job.calibration is not None else Activations(spill)
         return measure(walk, inputs, job.plan.dtypes, request, progress)

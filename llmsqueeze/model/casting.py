@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from llmsqueeze.model.linears import as_rows
+
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes `model` compute in `dtype`. A layer whose forward is not known has its parameters cast in memory.
@@ -26,13 +28,25 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(partial(_cast_output, dtype))
             kept = module.weight
-        elif type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        elif is_plain(module):
             layer: Any = module
             layer.forward = partial(_transposed if isinstance(module, Conv1D) else _linear, layer)
             kept = layer.weight
         for parameter in module.parameters(recurse=False):
             if parameter is not kept and parameter.is_floating_point() and parameter.itemsize > 1:
                 parameter.data = parameter.data.to(dtype)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the module computes what a linear does, and nothing else."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def multiplied_in(dtype: torch.dtype, layer: Any, x: Tensor) -> Tensor:
+    """What the plain linear `layer` gives for x [..., cols], multiplied in `dtype`: the processor adds the products up
+    in float32. x, the bias and the result [..., rows] keep their dtype, and so do gradients."""
+    product = nn.functional.linear(x.to(dtype), as_rows(layer, layer.weight).to(dtype)).to(x.dtype)
+    return product if layer.bias is None else product + layer.bias
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -198,6 +198,7 @@ DEFAULTS: Mapping[str, Any] = {
     "samples": 128,
     "seq_len": 2048,
     "seed": 0,
+    "products": "auto",
     "skip": (),
 }
 

@@ -132,4 +132,9 @@ class Asked(Table):
     samples: int | None = option(whole(1), "Calibration samples", "128")
     seq_len: int | None = option(whole(2), "Tokens in a sample, at most the context", "2048")
     seed: int | None = option(whole(0, 2**63 - 1), "Seed of everything random", "0")
+    products: str | None = one_of(
+        ("auto", "float32", "bfloat16"),
+        "What the linears multiply in while the model is run; auto: bfloat16 if that is clearly faster here",
+        "auto",
+    )
     skip: Any = option(patterns, "Name pattern of linears to leave alone; repeatable", repeatable=True)

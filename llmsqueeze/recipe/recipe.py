@@ -8,7 +8,7 @@ from typing import Any
 
 from llmsqueeze.recipe.methods import METHODS, Method, methods_of
 
-TEXT = ("calibration", "samples", "seq_len")
+TEXT = ("calibration", "samples", "seq_len", "products")
 NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")  # rankings of outliers
 
 
@@ -68,6 +68,7 @@ class Recipe:
     samples: int
     seq_len: int
     seed: int
+    products: str
     skip: tuple[str, ...]
     group_size_open: bool = dataclasses.field(default=False, compare=False)
 

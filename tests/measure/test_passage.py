@@ -21,11 +21,18 @@ CPU = torch.device("cpu")
 Passed = tuple[list[tuple[tuple[str, ...], Moments]], list[Tensor]]
 
 
-def passed(folder: Path, rows: list[Tensor], kind: str, streams: str, limit: int = 1 << 20) -> Passed:
+def passed(
+    folder: Path,
+    rows: list[Tensor],
+    kind: str,
+    streams: str,
+    limit: int = 1 << 20,
+    products: torch.dtype = torch.float32,
+) -> Passed:
     """The groups and moments of the second block, whose weights change a little when their turn comes, and the streams
     behind it."""
     with Spill(limit) as spill:
-        walk = Walk(build_skeleton(open_checkpoint(folder)), rows, spill, torch.float32, CPU)
+        walk = Walk(build_skeleton(open_checkpoint(folder)), rows, spill, torch.float32, CPU, products)
         start = walk.embed()
         with walk.resident_block(0):
             inputs = walk.through(0, start)
@@ -79,6 +86,16 @@ def test_pausing_with_one_stream(streams: str, random_model: Callable[..., Path]
     paused, restarted = (passed(folder, rows, kind, streams) for kind in ("paused", "restarted"))
     assert same(paused, restarted)
     assert all(moments.pulls == {} for _, moments in paused[0])
+
+
+def test_both_passages_multiply_in_the_same_dtype(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    folder = random_model("llama")
+    paused, restarted = (
+        passed(folder, rows, kind, "both", products=torch.bfloat16) for kind in ("paused", "restarted")
+    )
+    exact = passed(folder, rows, "paused", "both")
+    distance = [[float((a - b).norm()) for a, b in zip(one[1], paused[1], strict=True)] for one in (restarted, exact)]
+    assert max(distance[0]) < 0.1 * min(distance[1]), "a norm that is computed again moves few roundings"
 
 
 def test_what_lies_between_two_stops_may_lie_on_disk(random_model: Callable[..., Path], rows: list[Tensor]) -> None:

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.formats.load import load
-from llmsqueeze.model.casting import compute_in
+from llmsqueeze.model.casting import compute_in, multiplied_in
+from llmsqueeze.model.linears import as_rows
 
 TOKENS = torch.arange(40).view(2, 20) + 3
 
@@ -76,3 +77,21 @@ def test_compressed_layers_stay_compressed(compressed: Callable[[str], Path]) ->
     logits: Any = model(TOKENS).logits
     other_logits: Any = nn.Module.float(other)(TOKENS).logits
     assert torch.equal(logits, other_logits)
+
+
+@pytest.mark.parametrize("kind", ["linear", "without bias", "transposed"])
+def test_a_product_in_bfloat16_keeps_all_else_in_float32(kind: str, generator: torch.Generator) -> None:
+    layers = {"linear": nn.Linear(24, 8), "without bias": nn.Linear(24, 8, bias=False), "transposed": Conv1D(8, 24)}
+    layer = layers[kind]
+    x = torch.randn(2, 5, 24, generator=generator, requires_grad=True)
+    result = multiplied_in(torch.bfloat16, layer, x)
+    rows = as_rows(layer, layer.weight).detach()
+    product = (x.detach().bfloat16().double() @ rows.bfloat16().double().T).float()
+    bias = layer.bias.detach() if layer.bias is not None else torch.zeros(8)
+    assert result.dtype == torch.float32
+    # the sum in float32, rounded once: by 2^-9 at most
+    assert torch.allclose(result - bias, product, rtol=2.0**-8, atol=1e-6)
+    assert not torch.allclose(result - bias, product, rtol=2.0**-12, atol=0)
+    result.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == layer.weight.grad.dtype == torch.float32

@@ -27,9 +27,11 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
-def walking(folder: Path, rows: list[Tensor], dtype: torch.dtype, limit: int = 1 << 30) -> Iterator[Walk]:
+def walking(
+    folder: Path, rows: list[Tensor], dtype: torch.dtype, limit: int = 1 << 30, products: torch.dtype | None = None
+) -> Iterator[Walk]:
     with Spill(limit) as spill:
-        yield Walk(build_skeleton(open_checkpoint(folder)), rows, spill, dtype, CPU)
+        yield Walk(build_skeleton(open_checkpoint(folder)), rows, spill, dtype, CPU, products)
 
 
 def walk_gradients(walk: Walk) -> tuple[list[float], dict[str, Tensor]]:
@@ -85,6 +87,21 @@ def test_gradients_of_the_built_in_model(
     assert losses == pytest.approx(expected, rel=tolerance)
     assert len(walked) == 7 * model.config.num_hidden_layers
     assert largest_difference(walked, model) < tolerance
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_products_in_bfloat16_are_those_of_linears_alone(
+    architecture: str, random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    """Losses and gradients move by the digits of bfloat16, in the model's float32 pass and in this one alike."""
+    folder = random_model(architecture)
+    with walking(folder, rows, torch.float32, products=torch.bfloat16) as walk:
+        losses, walked = walk_gradients(walk)
+    expected, model = ordinary_gradients(folder, rows, torch.float32)
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses != pytest.approx(expected, rel=1e-6)
+    assert 1e-4 < largest_difference(walked, model) < 0.1
+    assert all(gradient.dtype == torch.float32 for gradient in walked.values())
 
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-361", "bookllama-6m"])

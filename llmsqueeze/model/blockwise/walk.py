@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
 from llmsqueeze.model.blockwise.recorder import BlockCall, Recorder, replaced, skipped
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors, structure_of, trace_block
+from llmsqueeze.model.casting import is_plain, multiplied_in
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
 
@@ -32,7 +34,10 @@ TRACE_TOLERANCE = 1e-4  # of a block's largest output: the trace may have chosen
 
 
 class Walk:
-    """One walk over the samples of a calibration set. It computes in `dtype`. Call `embed` first."""
+    """One walk over the samples of a calibration set. Call `embed` first.
+
+    It computes in `dtype`; the linears of its blocks multiply in `products`, if that is another dtype.
+    """
 
     def __init__(
         self,
@@ -41,9 +46,10 @@ class Walk:
         spill: Spill,
         dtype: torch.dtype,
         device: torch.device,
+        products: torch.dtype | None = None,
     ) -> None:
         self.skeleton, self.samples, self.spill = skeleton, samples, spill
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.products = dtype, device, products or dtype
         self.modules = [skeleton.module(name) for name in skeleton.blocks]
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
         self._ahead = ReadAhead(skeleton.read)
@@ -102,7 +108,7 @@ class Walk:
         if trace is None or trace.graph.code in self._compared:
             return trace
         with torch.no_grad():
-            computed = trace.run(hidden, given_tensors(calls[0]), lambda name, x: self.skeleton.module(name)(x))
+            computed = trace.run(hidden, given_tensors(calls[0]), self.linear)
             expected = self.run(index, 0, hidden)
         if not float((computed - expected).abs().max()) <= TRACE_TOLERANCE * float(expected.abs().max()):
             return None
@@ -116,12 +122,31 @@ class Walk:
         The block's weights must be resident, or given as `tensors`.
         """
         call = self._calls[sample][index]
-        if tensors is None:
-            output = self.modules[index](hidden, *call.args, **call.kwargs)
-        else:
-            output = torch.func.functional_call(self.modules[index], tensors, (hidden, *call.args), call.kwargs)
+        with self._multiplying(index):
+            if tensors is None:
+                output = self.modules[index](hidden, *call.args, **call.kwargs)
+            else:
+                output = torch.func.functional_call(self.modules[index], tensors, (hidden, *call.args), call.kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """What a linear of a resident block gives for x [..., cols]: [..., rows]."""
+        module = self.skeleton.module(name)
+        if self.products == self.dtype or not is_plain(module):
+            result: Tensor = module(x)
+            return result
+        return multiplied_in(self.products, module, x)
+
+    @contextmanager
+    def _multiplying(self, index: int) -> Iterator[None]:
+        """In the context the linears of block `index` multiply in `products`."""
+        with ExitStack() as stack:
+            if self.products != self.dtype:
+                for module in map(self.skeleton.module, self.skeleton.linears[index]):
+                    if is_plain(module):
+                        stack.enter_context(replaced(module, partial(multiplied_in, self.products, module)))
+            yield
 
     @timed("forward")
     def through(self, index: int, inputs: Activations, tensors: dict[str, Tensor] | None = None) -> Activations:
