@@ -20,7 +20,7 @@ threads is row descent with one and two threads; quality compares the folders of
 
 Every run is written at once, and a call goes on where the last one stopped, row by row and repeat by repeat. --out
 belongs to one set of settings; --fresh begins anew. --isa avx2 keeps every contender to the instructions of an AVX2
-machine.
+machine. Beside other work call it by `chrt --rr 5 python evals/speed.py ...`: the contenders inherit the priority.
 """
 
 from __future__ import annotations

@@ -91,6 +91,7 @@ def machine(isa: str | None, tree: Path, peer_python: str | None, folder: Path) 
     facts = {line.split(":")[0].strip(): line.split(":")[1].strip() for line in lines if ":" in line}
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in facts.get("flags", "").split()]
     described: dict[str, Any] = {"processor": facts.get("model name"), "units": units, "cores": os.cpu_count()}
+    described["priority"] = "real-time" if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR) else "normal"
     described["tree"] = ask([sys.executable, "-c", DESCRIBE], environment(isa, tree, 1), folder)
     if peer_python:
         described["peer"] = ask([peer_python, "-c", DESCRIBE], environment(isa, None, 1), folder)

@@ -137,7 +137,8 @@ def words(results: dict[str, Any]) -> str:
         f"{settings['calibration']}, groups of 64, threads: {settings['threads']}; evaluation on {settings['windows']} "
         f"windows of {settings['text']}",
         f"{machine['processor']}, {machine['cores']} cores, with {', '.join(machine['units'])}"
-        + (f"; every contender was kept to {settings['isa']}" if settings["isa"] else ""),
+        + (f"; every contender was kept to {settings['isa']}" if settings["isa"] else "")
+        + (" and had real-time priority over other work" if machine.get("priority") == "real-time" else ""),
         *(f"`{name}`: commit {', '.join(commits[name])}" for name in ("tree", "before") if commits.get(name)),
     ]
     for name, environment in (("`tree` and `before`", "tree"), ("`peer`", "peer")):
