@@ -26,6 +26,7 @@ from llmsqueeze.quantizers.kernels.levels import (
     STEPS,
     Levels,
     launch,
+    load_panel,
     nearest,
     pick,
     put,
@@ -66,12 +67,8 @@ def feedback_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """Rounds the columns begin to end of a panel; all pointers are those of its first column. See `round_columns`."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    tile, row, column, inside = load_panel(w, w_row, rows, span, ROWS, COLUMNS)
     there = row < rows
-    inside = there[:, None] & (column < span)[None, :]
-    places = w + row[:, None] * w_row + column[None, :]
-    tile = tl.load(places, mask=inside, other=0.0)
     chosen = tl.zeros((ROWS, COLUMNS), tl.float32)
     origin = tl.zeros((ROWS,), tl.float32)
     step = tl.load(scale + row * scale_row + group, mask=there, other=1.0)
@@ -94,7 +91,7 @@ def feedback_kernel(
         tile = put(tile - e[:, None] * factors[None, :], column, j, e)
         chosen = put(chosen, column, j, code)
     now = inside & ((column >= begin) & (column < end))[None, :]
-    tl.store(places, tile, mask=inside & (column >= end)[None, :])
+    tl.store(w + row[:, None] * w_row + column[None, :], tile, mask=inside & (column >= end)[None, :])
     tl.store(error + row[:, None] * error_row + column[None, :], tile, mask=now)
     code_places = codes + row[:, None] * codes_row + column[None, :]
     tl.store(code_places, chosen.to(codes.dtype.element_ty), mask=now)

@@ -67,6 +67,19 @@ def launch(kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
 
 
 @triton.jit
+def load_panel(
+    values: tl.tensor, stride: tl.tensor, rows: tl.tensor, span: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+) -> tl.tensor:
+    """The program's tile [ROWS, COLUMNS] of a panel [rows, span] without gaps between columns; the numbers of its rows,
+    int64, and of its columns, and which of both are there."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < span)[None, :]
+    tile = tl.load(values + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    return tile, row, column, inside
+
+
+@triton.jit
 def rint(x: tl.tensor) -> tl.tensor:
     """The nearest whole number, half-way cases to the even one. The interpreter has no libdevice."""
     size = tl.abs(x)

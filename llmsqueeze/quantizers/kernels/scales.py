@@ -9,6 +9,7 @@ numbers, so that no GPU does it in another way.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
-from llmsqueeze.quantizers.grids import RATIOS
+from llmsqueeze.quantizers.grids import grid_loops
 from llmsqueeze.quantizers.kernels.levels import DUAL, UNIFORM, launch, nearest, rint
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -35,6 +36,65 @@ def store(scale: tl.tensor, least: tl.tensor, most: tl.tensor, drop: tl.constexp
         word = (word + ((1 << (drop - 1)) - 1) + ((word >> drop) & 1)) >> drop << drop
         size = word.to(tl.float32, bitcast=True)
     return tl.where(scale == 0, 1.0, tl.where(scale < 0, -size, size))
+
+
+@triton.jit
+def load_columns(
+    w: tl.tensor,
+    row: tl.tensor,
+    w_row: tl.tensor,
+    w_col: tl.tensor,
+    rows: tl.tensor,
+    first: tl.tensor,
+    width: tl.tensor,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """The columns of w [rows, width] from `first` on, of the program's rows; their numbers, and which are there."""
+    column = first + tl.arange(0, COLUMNS).to(tl.int64)
+    there = column < width
+    mask = (row < rows)[:, None] & there[None, :]
+    return tl.load(w + row[:, None] * w_row + column[None, :] * w_col, mask=mask, other=0.0), column, there
+
+
+@triton.jit
+def search(
+    w: tl.tensor,
+    h: tl.tensor,
+    ratios: tl.tensor,
+    base: tl.tensor,
+    origin: tl.tensor,
+    row: tl.tensor,
+    w_row: tl.tensor,
+    w_col: tl.tensor,
+    rows: tl.tensor,
+    width: tl.tensor,
+    tries: tl.tensor,
+    top: tl.tensor,
+    least: tl.tensor,
+    most: tl.tensor,
+    kind: tl.constexpr,
+    drop: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """The best of `ratios` [tries] times the scale from the range, `base` [rows]; `base` itself if none is tried."""
+    best = store(base, least, most, drop)
+    least_error = tl.zeros((ROWS,), tl.float32) + float("inf")
+    for i in range(tries):
+        tried = store(base * tl.load(ratios + i), least, most, drop)
+        errors = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, width, COLUMNS):
+            values, column, there = load_columns(w, row, w_row, w_col, rows, first, width, COLUMNS)
+            weight = tl.load(h + column, mask=there, other=0.0)
+            if kind == DUAL:
+                _, level = nearest(values, 2.0 * tried[:, None], -tried[:, None], top, kind)
+            else:
+                _, level = nearest(values, tried[:, None], origin[:, None], top, kind)
+            errors += (level - values) * (level - values) * weight[None, :]
+        error = tl.sum(errors, axis=1)
+        best = tl.where(error < least_error, tried, best)
+        least_error = tl.minimum(error, least_error)
+    return best
 
 
 @triton.jit(do_not_specialize=["rows", "width", "tries"])
@@ -70,18 +130,15 @@ def fit_kernel(
     base scale; least, most: of the scale's dtype. `weighted`: h [width] is given.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = row < rows
     lows, highs = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     sizes, weights = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, width, COLUMNS):
-        column = first + tl.arange(0, COLUMNS).to(tl.int64)
-        mask = there[:, None] & (column < width)[None, :]
-        values = tl.load(w + row[:, None] * w_row + column[None, :] * w_col, mask=mask, other=0.0)
+        values, column, there = load_columns(w, row, w_row, w_col, rows, first, width, COLUMNS)
         lows, highs = tl.minimum(lows, values), tl.maximum(highs, values)
         if one_bit:
-            weight = tl.where(column < width, 1.0, 0.0)
+            weight = tl.where(there, 1.0, 0.0)
             if weighted:
-                weight = tl.load(h + column, mask=column < width, other=0.0)
+                weight = tl.load(h + column, mask=there, other=0.0)
             sizes += tl.abs(values) * weight[None, :]
             weights += weight
     low, high = tl.min(lows, axis=1), tl.max(highs, axis=1)
@@ -96,56 +153,38 @@ def fit_kernel(
         base = tl.div_rn(high - low, top)
         code = rint(tl.div_rn(-low, tl.where(base > 0, base, 1.0)))
         origin = tl.where(base > 0, tl.minimum(tl.maximum(code, 0.0), top), 0.0)
-    best = store(base, least, most, drop)
-    least_error = tl.zeros((ROWS,), tl.float32) + float("inf")
-    for i in range(tries):
-        tried = store(base * tl.load(ratios + i), least, most, drop)
-        errors = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in range(0, width, COLUMNS):
-            column = first + tl.arange(0, COLUMNS).to(tl.int64)
-            mask = there[:, None] & (column < width)[None, :]
-            values = tl.load(w + row[:, None] * w_row + column[None, :] * w_col, mask=mask, other=0.0)
-            weight = tl.load(h + column, mask=column < width, other=0.0)
-            if kind == DUAL:
-                _, level = nearest(values, 2.0 * tried[:, None], -tried[:, None], top, kind)
-            else:
-                _, level = nearest(values, tried[:, None], origin[:, None], top, kind)
-            errors += (level - values) * (level - values) * weight[None, :]
-        error = tl.sum(errors, axis=1)
-        best = tl.where(error < least_error, tried, best)
-        least_error = tl.minimum(error, least_error)
+    best = search(
+        w, h, ratios, base, origin, row, w_row, w_col, rows, width, tries, top, least, most, kind, drop, ROWS, COLUMNS
+    )
     if kind == DUAL:
         origin = -best
         best = 2.0 * best
-    tl.store(scale + row, best, mask=there)
-    tl.store(zero + row, origin, mask=there)
+    tl.store(scale + row, best, mask=row < rows)
+    tl.store(zero + row, origin, mask=row < rows)
 
 
 def fit(w: Tensor, h: Tensor | None, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As `grids.fit_on_device`: scale and zero float32 [rows] of w float32 [rows, width], any view; h [width]."""
     rows, width = w.shape
     scale, zero = (torch.empty(rows, dtype=torch.float32, device=w.device) for _ in range(2))
-    limits, single, top = torch.finfo(dtype), torch.finfo(torch.float32), float(grid.max_code)
-    share, last = (1 / 2, limits.max / 4) if grid.dual else (2 / top, single.max)  # alpha1 is twice that
-    tried = ratios(grid.symmetric and not grid.half, w.device)
-    weights = tried if h is None else h.contiguous()
-    least = max(limits.tiny * limits.eps, single.tiny)
-    sizes = rows, width, 0 if h is None else len(tried)
+    ratios, levels, stored = settings(grid, dtype, h is not None, w.device)
+    weights = ratios if h is None else h.contiguous()
+    sizes = rows, width, 0 if h is None else len(ratios)
+    numbers = map(float, (levels.top, levels.zero, levels.span, levels.last, stored.least, stored.most))
     kinds = {
-        "kind": DUAL.value if grid.dual else UNIFORM.value,
-        "symmetric": grid.symmetric,
-        "half": grid.half,
-        "one_bit": grid.half and grid.bits == 1,
-        "drop": {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}[dtype],
+        "kind": DUAL.value if levels.dual else UNIFORM.value,
+        "symmetric": levels.symmetric,
+        "half": levels.half,
+        "one_bit": levels.one_bit,
+        "drop": stored.drop,
         "weighted": h is not None,
     }
-    tensors, numbers = (w, weights, tried, scale, zero), (top, grid.fixed_zero, share, last, least, limits.max)
-    launch(fit_kernel, rows, *tensors, *w.stride(), *sizes, *numbers, **kinds)
+    launch(fit_kernel, rows, w, weights, ratios, scale, zero, *w.stride(), *sizes, *numbers, **kinds)
     return scale, zero
 
 
 @functools.cache
-def ratios(both_signs: bool, device: torch.device) -> Tensor:
-    """float32 [tries]: what the scale from the range is multiplied by in a search."""
-    signs = [1.0, -1.0] if both_signs else [1.0]
-    return torch.tensor([sign * ratio for sign in signs for ratio in RATIOS], dtype=torch.float32, device=device)
+def settings(grid: Grid, dtype: torch.dtype, search: bool, device: torch.device) -> tuple[Tensor, Any, Any]:
+    """Those of the compiled loops (loops/grids.py), the ratios [tries] on a device."""
+    ratios, levels, stored = grid_loops().settings(grid, dtype, search)
+    return torch.from_numpy(ratios).to(device), levels, stored

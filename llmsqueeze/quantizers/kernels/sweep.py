@@ -22,6 +22,7 @@ from llmsqueeze.quantizers.kernels.levels import (
     STEPS,
     Levels,
     launch,
+    load_panel,
     nearest,
     pick,
     put,
@@ -61,11 +62,8 @@ def sweep_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """One pass over the panel whose first column is `start`; all pointers are those of this column. See `descend`."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    tile, row, column, inside = load_panel(gradient, gradient_row, rows, span, ROWS, COLUMNS)
     there = row < rows
-    inside = there[:, None] & (column < span)[None, :]
-    tile = tl.load(gradient + row[:, None] * gradient_row + column[None, :], mask=inside, other=0.0)
     chosen = tl.zeros((ROWS, COLUMNS), tl.float32)
     changes = tl.zeros((ROWS, COLUMNS), tl.float32)
     origin = tl.zeros((ROWS,), tl.float32)
