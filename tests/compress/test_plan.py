@@ -97,7 +97,12 @@ def test_a_second_plan_reads_no_weight(demo: Source, own: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"), [({"seed": 1}, "calibration"), ({"group_size": 32}, "no costs for 1 bit g32")]
+    ("settings", "reason"),
+    [
+        ({"seed": 1}, "calibration"),
+        ({"group_size": 32}, "no costs for 1 bit g32"),
+        ({"products": "bfloat16"}, "products float32, not bfloat16"),
+    ],
 )
 def test_a_profile_that_does_not_serve_is_measured_anew(
     demo: Source, settings: dict[str, Any], reason: str, own: Path

@@ -155,23 +155,23 @@ class Head:
 
     def _slices(self, tokens: int) -> list[slice]:
         """Of the vocabulary, so that the logits of so many tokens stay within the limit."""
-        return parts(len(self.module.weight), tokens * self.dtype.itemsize, LOGITS_BYTES)
+        return slices_within(len(self.module.weight), tokens * self.dtype.itemsize, LOGITS_BYTES)
 
     def _tokens(self, count: int) -> list[slice]:
         """Of so many tokens, so that their logits stay within the limit."""
-        return parts(count, len(self.module.weight) * self.dtype.itemsize, LOGITS_BYTES)
+        return slices_within(count, len(self.module.weight) * self.dtype.itemsize, LOGITS_BYTES)
 
     def _rows(self) -> list[slice]:
         """Of the weight, so that its rows in the dtype of the computation stay within the limit."""
         rows, width = self.module.weight.shape
-        return parts(rows, width * self.dtype.itemsize, ROWS_BYTES)
+        return slices_within(rows, width * self.dtype.itemsize, ROWS_BYTES)
 
     def _name_of(self, module: nn.Module) -> str:
         names: dict[int, str] = {id(other): name for name, other in self.skeleton.model.named_modules()}
         return names[id(module)]
 
 
-def parts(count: int, nbytes: int, limit: int) -> list[slice]:
+def slices_within(count: int, nbytes: int, limit: int) -> list[slice]:
     """Of so many things with `nbytes` each: as few slices of one size as the limit allows."""
     step = max(1, limit // nbytes)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
@@ -188,7 +188,7 @@ def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
 def drawn_labels(probability: Tensor, draw: Tensor) -> Tensor:
     """Labels [tokens] drawn by inverting each distribution [tokens, vocabulary] at `draw` [tokens] in [0, 1)."""
     labels = []
-    for part in parts(len(draw), probability.shape[1] * probability.itemsize, ROWS_BYTES):
+    for part in slices_within(len(draw), probability.shape[1] * probability.itemsize, ROWS_BYTES):
         reached = probability[part].cumsum(dim=1)
         labels.append(torch.searchsorted(reached, draw[part, None].to(reached), right=True)[:, 0])
     # rounding may leave a number above the whole sum
