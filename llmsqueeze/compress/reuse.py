@@ -61,8 +61,10 @@ def stored_or_measured(job: Job, path: Path, progress: Progress) -> Profile:
         if reason is None:
             return stored
         progress.note(f"{path} does not match this recipe ({reason}); it is measured again")
-    widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *request.salience_widths)))
-    request = replace(request, salience=salience_grids(recipe, widths), lim=True, zd=True)
+    request = replace(request, groups=True)
+    if request.salience:  # the gradients take the time, so that other budgets may be served too
+        widths = tuple(dict.fromkeys((*SALIENCE_WIDTHS, *request.salience_widths)))
+        request = replace(request, salience=salience_grids(recipe, widths))
     if recipe.decides == "options":
         request = replace(request, options=priced(recipe))
     profile = replace(measure_job(job, request, path.parent, progress), source=origin_of(job))

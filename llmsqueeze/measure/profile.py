@@ -1,4 +1,4 @@
-"""The measurements of a model: small, durable, and good for every budget. sweeps.py makes them.
+"""The measurements of a model: small, durable, and good for every budget of a method. sweeps.py makes them.
 
 The file is safetensors. `<name>.<key>` holds the tensors of one linear (or embeddings, or head), with the keys that
 `Profile` declares; its metadata hold the rest as JSON, and with it the origin: the model's files (size, time and
@@ -31,9 +31,11 @@ def _tensors(key: str, requested: str = "", missing: str = "") -> dict[str, Any]
     return {"key": key, "requested": requested, "missing": missing}
 
 
-def _json(encode: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None) -> dict[str, Any]:
+def _json(
+    encode: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None, requested: str = "", missing: str = ""
+) -> dict[str, Any]:
     """Of a field that the file's JSON holds."""
-    return {"encode": encode, "decode": decode or encode}
+    return {"encode": encode, "decode": decode or encode, "requested": requested, "missing": missing}
 
 
 def _same(value: Any) -> Any:
@@ -69,8 +71,8 @@ class Profile:
     labels: int = field(default=0, metadata=_json(_same))
     options: tuple[Option, ...] = field(default=(), metadata=_json(_option_fields, _options))
     salience_widths: tuple[int, ...] = field(default=(), metadata=_json(tuple))
-    lim: tuple[float, ...] = field(default=(), metadata=_json(tuple))
-    zd: tuple[float, ...] = field(default=(), metadata=_json(tuple))
+    lim: tuple[float, ...] = field(default=(), metadata=_json(tuple, requested="lim", missing="LIM"))
+    zd: tuple[float, ...] = field(default=(), metadata=_json(tuple, requested="zd", missing="ZD"))
     groups: tuple[tuple[str, ...], ...] = field(default=(), metadata=_json(_groups))
     source: Mapping[str, Any] = field(default_factory=dict, metadata=_json(_same))
     costs: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("costs"))
@@ -160,7 +162,7 @@ def lacks(profile: Profile, source: Mapping[str, Any], request: Request) -> str 
         if key != "files" and stored != value:
             return f"{key.replace('_', ' ')} {_short(stored)}, not {_short(value)}"
     missing = [f"costs for {option}" for option in request.options if option not in profile.options]
-    for one in STORED:
+    for one in (*STORED, *IN_JSON):
         requested = one.metadata["requested"]
         if requested and getattr(request, requested) and not getattr(profile, one.name):
             missing.append(one.metadata["missing"])

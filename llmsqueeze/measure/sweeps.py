@@ -69,7 +69,7 @@ def gradient_sweeps(
         labels=sum(label_counts(walk)) if request.prices else 0,
         options=request.options,
         salience_widths=request.salience_widths,
-        lim=tuple(lim),
+        lim=tuple(lim) if request.lim else (),
     )
 
 

@@ -99,9 +99,10 @@ def test_a_second_plan_reads_no_weight(demo: Source, own: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"seed": 1}, "calibration"),
-        ({"group_size": 32}, "no costs for 1 bit g32"),
-        ({"products": "bfloat16"}, "products float32, not bfloat16"),
+        ({**FAST, "seed": 1}, "calibration"),
+        ({**FAST, "group_size": 32}, "no costs for 1 bit g32"),
+        ({**FAST, "products": "bfloat16"}, "products float32, not bfloat16"),
+        ({**TEXT, "method": "mixllm", "importance": "salience"}, "labels model, not text"),
     ],
 )
 def test_a_profile_that_does_not_serve_is_measured_anew(
@@ -113,9 +114,32 @@ def test_a_profile_that_does_not_serve_is_measured_anew(
         def note(self, text: str) -> None:
             notes.append(text)
 
-    plan(demo, {"bits": 2.5, **FAST} | settings, own, trial=False, progress=Listening())
+    plan(demo, {"bits": 2.5} | settings, own, trial=False, progress=Listening())
     assert reason in notes[0]
     assert "measured again" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        (FAST, {"costs", "row_gradient"}),
+        ({**TEXT, "method": "coded"}, {"row_gradient", "curves"}),
+        ({**TEXT, "method": "gptq", "bits": 3}, set()),
+        ({**TEXT, "method": "layerwise", "importance": "lim"}, {"lim"}),
+        ({**TEXT, "method": "layerwise", "importance": "zd"}, {"zd"}),
+        ({**TEXT, "method": "mixllm", "bits": 3, "importance": "salience"}, {"salience"}),
+    ],
+)
+def test_a_plan_measures_what_its_recipe_needs(
+    demo: Source, settings: dict[str, Any], measured: set[str], tmp_path: Path
+) -> None:
+    """More would be paid with samples and gradients; the salience of all widths takes the same gradients."""
+    plan(demo, {"bits": 2.5} | settings, tmp_path, trial=False)
+    profile = load(tmp_path / PROFILE)
+    possible = {"costs", "row_gradient", "curves", "salience", "candidates", "lim", "zd"}
+    assert {name for name in possible if getattr(profile, name)} == measured
+    assert profile.salience_widths == ((2, 3, 4) if "salience" in measured else ())
+    assert len(profile.groups) == 4
 
 
 def test_a_plan_followed_gives_what_the_command_gives(demo: Source, planned: Path, tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_a_profile_says_what_it_lacks(full: Profile, tmp_path: Path) -> None:
     assert profiles.lacks(Profile(), {}, Request(gains=True)) == "no gains of ranks"
     assert profiles.lacks(Profile(), {}, Request(rates=True)) == "no rates of entropy-coded codes"
     assert profiles.lacks(Profile(), {}, Request(coded=True)) == "no costs of coded weights"
+    assert profiles.lacks(Profile(), {}, Request(lim=True)) == "no LIM"
+    assert profiles.lacks(Profile(), {}, Request(zd=True)) == "no ZD"
 
 
 def test_when_the_files_were_read_does_not_matter(full: Profile) -> None:
