@@ -40,7 +40,9 @@ def plan(
     progress = progress or Progress()
     recipe = plannable(settings, weights)
     folder = make_folder(out or Path(f"{model_name(source)}-plan"))
-    job = open_job(source, recipe, progress, text=None if weights else False, weights=weights, device=pick_device(device))
+    job = open_job(
+        source, recipe, progress, text=None if weights else False, weights=weights, device=pick_device(device)
+    )
     if not weights:
         job = replace(job, recipe=replace(job.recipe, importance="uniform", granularity="", portable=None))
     target = job.target()

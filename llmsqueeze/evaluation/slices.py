@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.model.attention import FewTokens
 from llmsqueeze.model.blockwise.recorder import replaced, skipped
 from llmsqueeze.model.linears import find_blocks
 
@@ -40,7 +41,8 @@ class WholeLogits:
         self.model = model
 
     def states(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
+        with FewTokens():
+            logits: Tensor = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
         return logits
 
     def logits(self, states: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ class SlicedLogits:
             inputs.append(x)
             return head(x)
 
-        with replaced(self.head, forward):
+        with replaced(self.head, forward), FewTokens():
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         (states,) = inputs
         return states, logits

@@ -16,6 +16,7 @@ import torch
 from llmsqueeze.demo import task as demo_task
 from llmsqueeze.errors import HubError, RecipeError, first_line, nearest
 from llmsqueeze.evaluation.models import OpenModel
+from llmsqueeze.model.attention import FewTokens
 from llmsqueeze.progress import Progress
 
 SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's generator; NumPy's, torch's and few-shot's
@@ -69,14 +70,15 @@ class Tasks:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=OTHER_SEED)
-        outcome = lm_eval.evaluate(
-            lm=HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=self.batch_size),
-            task_dict=loaded,
-            limit=self.limit,
-            bootstrap_iters=0 if self.limit == 1 else BOOTSTRAPS,
-            log_samples=True,
-            fewshot_as_multiturn=True,
-        )
+        with FewTokens():
+            outcome = lm_eval.evaluate(
+                lm=HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=self.batch_size),
+                task_dict=loaded,
+                limit=self.limit,
+                bootstrap_iters=0 if self.limit == 1 else BOOTSTRAPS,
+                log_samples=True,
+                fewshot_as_multiturn=True,
+            )
         answers: dict[str, list[dict[str, Any]]] = outcome.get("samples") or {}
         return {
             name: TaskScores(_metrics(values), _documents(answers.get(name, [])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,42 @@ def test_a_norm_is_computed_again_rather_than_kept(random_model: Callable[..., P
         assert len(feed_forward.needs) == 1, "the stream behind the attention"
         assert feed_forward.result not in feed_forward.needs
         assert len(middle.needs) == len(down.needs) == 2, "the stream, and what the linear gets"
+
+
+def test_pieces_are_code_that_computes_faster_what_the_block_computes(
+    random_model: Callable[..., Path], generator: torch.Generator
+) -> None:
+    """Attention some queries at a time, and results in the memory of values that nothing else uses."""
+    rows = [torch.randint(60, (1, 100), generator=generator)]
+    with walking(random_model("llama"), rows) as (walk, inputs), torch.no_grad():
+        trace = walk.trace(0, inputs)
+        assert trace is not None
+        (piece,) = trace.cut([])
+        code = inspect.getsource(piece._function)
+        assert "traced_attention(" in code
+        assert code.count("mul.out(") >= 4
+        hidden, given = inputs.get(0, walk.device), given_tensors(walk.call(0, 0))
+        computed = piece.run({trace.hidden: hidden}, given, walk.linear)
+        assert torch.equal(computed, walk.run(0, 0, hidden))
+        assert torch.equal(hidden, inputs.get(0, walk.device)), "an input keeps its value"
+
+
+class Reuses(Block):
+    """Nothing here may be written over: each is used again, is a view, or is an input."""
+
+    def between(self, x: Tensor) -> Tensor:
+        twice = torch.neg(x)
+        view = torch.neg(x)[..., :2]
+        wide = torch.neg(x[..., :1])
+        return twice * x + twice + torch.cat([view * 2.0, view], dim=-1) + wide * x
+
+
+def test_a_value_that_is_used_again_is_not_written_over() -> None:
+    block, hidden = Reuses(), torch.randn(1, 3, 4)
+    trace = trace_of(block, hidden)
+    assert trace is not None
+    with torch.no_grad():
+        assert torch.equal(trace.run(hidden, [], lambda name, x: block.get_submodule(name)(x)), block(hidden))
 
 
 def test_a_block_that_changes_values_in_place_is_traced() -> None:

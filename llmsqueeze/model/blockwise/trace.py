@@ -15,12 +15,14 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from llmsqueeze.model.attention import ATTENTION, traced_attention
 from llmsqueeze.model.blockwise.recorder import BlockCall, replaced
 from llmsqueeze.model.linears import as_rows
 
@@ -43,6 +45,17 @@ CHEAP = {
     operator.getitem,
 }
 MOST_AGAIN = 12  # operations
+# operations that can write over an argument, and operations whose result is never the memory of an argument
+IN_PLACE = {torch.ops.aten.mul.Tensor: torch.ops.aten.mul.out, torch.ops.aten.add.Tensor: torch.ops.aten.add.out}
+IN_NEW_MEMORY = {
+    *IN_PLACE,
+    torch.ops.aten.silu.default,
+    torch.ops.aten.gelu.default,
+    torch.ops.aten.neg.default,
+    torch.ops.aten.pow.Tensor_Scalar,
+    torch.ops.aten.rsqrt.default,
+    torch.ops.aten.cat.default,
+}
 
 Linear = Callable[[str, Tensor], Tensor]
 Values = dict[fx.Node, Tensor]
@@ -125,30 +138,74 @@ class Segment:
 
         given: the tensors of the block's call; linear: computes a linear by its name.
         """
-        known: dict[fx.Node, Any] = {**values, **dict(zip(self.trace.given, given, strict=True))}
-        values.clear()
-        last = {value: node for node in self.nodes for value in node.all_input_nodes}
+        inputs = [values.pop(node) for node in self._inputs]
+        left, result = self._function(linear, *inputs, *given)
+        values.update(zip(self._outputs, left, strict=True))
+        computed: Tensor = result
+        return computed
+
+    @cached_property
+    def _inputs(self) -> list[fx.Node]:
+        return sorted(self.needs, key=lambda node: node.name)
+
+    @cached_property
+    def _outputs(self) -> list[fx.Node]:
+        return sorted(self.leaves, key=lambda node: node.name)
+
+    @cached_property
+    def _function(self) -> Callable[..., tuple[list[Tensor], Tensor]]:
+        """The piece as Python code, which drops every value after its last use. Arguments: `linear`, the inputs, the
+        tensors of the block's call."""
+        graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
+        linear = graph.placeholder("linear")
+        for value in (*self._inputs, *self.trace.given):
+            known[value] = graph.placeholder(value.name)
+
+        def of(value: fx.Node) -> fx.Node:
+            if value.op == "get_attr" and value not in known:
+                known[value] = graph.node_copy(value)
+            return known[value]
+
         for node in self.nodes:
-            known[node] = self._compute(node, known, linear)
-            for value in node.all_input_nodes:
-                if last[value] is node and value not in self.leaves and value is not self.result:
-                    known.pop(value, None)
-        values.update({node: known[node] for node in self.leaves})
-        result: Tensor = known[self.result]
-        return result
+            if node.target is MARK:
+                name = self.trace.names[_number(node)]
+                known[node] = graph.call_function(_call, (linear, name, of(_input(node))))
+            elif node.op != "get_attr":
+                known[node] = graph.node_copy(node, of)
+                known[node].target = _faster(node)
+                if (spent := _spent(node)) is not None:
+                    known[node].target, known[node].kwargs = IN_PLACE[node.target], {"out": of(spent)}
+        graph.output(([of(node) for node in self._outputs], of(self.result)))
+        graph.eliminate_dead_code()
+        code: Any = fx.GraphModule(self.trace.graph, graph).forward
+        return code  # type: ignore[no-any-return]
 
-    def _compute(self, node: fx.Node, known: Mapping[fx.Node, Any], linear: Linear) -> Any:
-        if node.op == "get_attr":
-            return getattr(self.trace.graph, str(node.target))
-        arguments: Any = fx.map_arg((node.args, node.kwargs), lambda of: self._value(of, known))
-        args, kwargs = arguments
-        if node.target is MARK:
-            return linear(self.trace.names[args[1]], args[0])
-        operation: Any = node.target
-        return operation(*args, **kwargs)
 
-    def _value(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-        return getattr(self.trace.graph, str(node.target)) if node.op == "get_attr" else known[node]
+def _call(linear: Linear, name: str, x: Tensor) -> Tensor:
+    return linear(name, x)
+
+
+def _faster(node: fx.Node) -> Any:
+    """The operation of a node, or one that computes the same in less time."""
+    if node.target is ATTENTION and all(user.args[1] == 0 for user in node.users if user.users):
+        return traced_attention
+    return node.target
+
+
+def _spent(node: fx.Node) -> fx.Node | None:
+    """An argument whose memory the result of a node may take: a new tensor of its shape that nothing else uses."""
+    if node.target not in IN_PLACE or node.kwargs:
+        return None
+    for value in node.all_input_nodes:
+        same = value.target in IN_NEW_MEMORY and _kind(value) == _kind(node)
+        if same and len(value.users) == 1 and node.args.count(value) == 1:
+            return value
+    return None
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    value: Tensor = node.meta["val"]
+    return value.shape, value.stride(), value.dtype
 
 
 def trace_block(
