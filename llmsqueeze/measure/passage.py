@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.activations import Activations
-from llmsqueeze.model.blockwise.trace import BlockTrace, Segment, given_tensors
+from llmsqueeze.model.blockwise.segment import Segment
+from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.progress.stopwatch import timed
@@ -204,12 +205,13 @@ class _Flow:
         outputs: dict[str, Tensor] = {}
 
         def linear(name: str, x: Tensor) -> Tensor:
-            output = walk.linear(name, x)
+            with walk.skeleton.using({name: self.weights[name]} if name in self.weights else {}):
+                output = walk.linear(name, x)
             if walk.products == walk.dtype:  # else it is not exact enough for what the second moments take off
                 outputs[name] = output
             return output
 
-        with walk.skeleton.using(self.weights), torch.no_grad():
+        with torch.no_grad():
             result = first.run(values, given, linear)
             outputs.clear()
             end = last.run(values, given, linear) if last is not first else result

@@ -154,7 +154,10 @@ class Reuses(Block):
         twice = torch.neg(x)
         view = torch.neg(x)[..., :2]
         wide = torch.neg(x[..., :1])
-        return twice * x + twice + torch.cat([view * 2.0, view], dim=-1) + wide * x
+        base = torch.neg(x)
+        seen = base[..., :2]
+        tripled = base * 3.0
+        return twice * x + twice + torch.cat([view * 2.0, seen], dim=-1) + wide * x + tripled
 
 
 def test_a_value_that_is_used_again_is_not_written_over() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEFAULT_LIMIT = 32 << 20  # bytes
+DEFAULT_LIMIT = 24 << 20  # bytes
 
 
 class Spill:

@@ -15,21 +15,15 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from llmsqueeze.model.attention import ATTENTION, traced_attention
 from llmsqueeze.model.blockwise.recorder import BlockCall, replaced
+from llmsqueeze.model.blockwise.segment import MARK, Linear, Segment, input_of, number_of
 from llmsqueeze.model.linears import as_rows
-
-MARKS = torch.library.Library("llmsqueeze", "DEF")
-MARKS.define("linear(Tensor x, int number, int rows) -> Tensor")
-MARKS.impl("linear", lambda x, _number, rows: x.new_empty(*x.shape[:-1], rows), "Meta")
-MARK = torch.ops.llmsqueeze.linear.default
 
 # the operations of norms: to compute them again costs less than to keep their results
 CHEAP = {
@@ -45,20 +39,6 @@ CHEAP = {
     operator.getitem,
 }
 MOST_AGAIN = 12  # operations
-# operations that can write over an argument, and operations whose result is never the memory of an argument
-IN_PLACE = {torch.ops.aten.mul.Tensor: torch.ops.aten.mul.out, torch.ops.aten.add.Tensor: torch.ops.aten.add.out}
-IN_NEW_MEMORY = {
-    *IN_PLACE,
-    torch.ops.aten.silu.default,
-    torch.ops.aten.gelu.default,
-    torch.ops.aten.neg.default,
-    torch.ops.aten.pow.Tensor_Scalar,
-    torch.ops.aten.rsqrt.default,
-    torch.ops.aten.cat.default,
-}
-
-Linear = Callable[[str, Tensor], Tensor]
-Values = dict[fx.Node, Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,14 +59,14 @@ class BlockTrace:
     @property
     def calls(self) -> list[tuple[str, fx.Node]]:
         """Every call of a linear in order: its name, and the value that it gets."""
-        return [(self.names[_number(node)], _input(node)) for node in self.nodes if node.target is MARK]
+        return [(self.names[number_of(node)], input_of(node)) for node in self.nodes if node.target is MARK]
 
     def cut(self, before: Sequence[str]) -> list[Segment]:
         """The list in pieces that end before the first call of each of these linears, in the order of these calls; the
         last piece ends with the block."""
         marks = [at for at, node in enumerate(self.nodes) if node.target is MARK]
-        ends = [next(at for at in marks if self.names[_number(self.nodes[at])] == name) for name in before]
-        results = [_input(self.nodes[end]) for end in ends] + [self.result]
+        ends = [next(at for at in marks if self.names[number_of(self.nodes[at])] == name) for name in before]
+        results = [input_of(self.nodes[end]) for end in ends] + [self.result]
         segments: list[Segment] = []
         later: frozenset[fx.Node] = frozenset()
         for start, end, result in reversed(list(zip([0, *ends], [*ends, len(self.nodes)], results, strict=True))):
@@ -96,7 +76,7 @@ class BlockTrace:
             for value in sorted(needs, key=self._position, reverse=True):  # rather a norm again than its result kept
                 if again := self._again(value, needs - {value}):
                     nodes, needs = (*again, *nodes), needs - {value}
-            segments.insert(0, Segment(self, nodes, frozenset(needs), later, result))
+            segments.insert(0, Segment(self.graph, self.names, self.given, nodes, frozenset(needs), later, result))
             later = frozenset(needs)
         return segments
 
@@ -120,92 +100,6 @@ class BlockTrace:
     def run(self, hidden: Tensor, given: Sequence[Tensor], linear: Linear) -> Tensor:
         """The block's output for `hidden`; arguments as of `Segment.run`."""
         return self.cut([])[0].run({self.hidden: hidden}, given, linear)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a trace. needs: the values from before it that it or a later piece uses; leaves: those behind it that
-    a later piece uses; result: what the linear behind it gets, or the block's output."""
-
-    trace: BlockTrace
-    nodes: tuple[fx.Node, ...]
-    needs: frozenset[fx.Node]
-    leaves: frozenset[fx.Node]
-    result: fx.Node
-
-    def run(self, values: Values, given: Sequence[Tensor], linear: Linear) -> Tensor:
-        """Computes the piece from `values`, which become those that later pieces use; returns its result.
-
-        given: the tensors of the block's call; linear: computes a linear by its name.
-        """
-        inputs = [values.pop(node) for node in self._inputs]
-        left, result = self._function(linear, *inputs, *given)
-        values.update(zip(self._outputs, left, strict=True))
-        computed: Tensor = result
-        return computed
-
-    @cached_property
-    def _inputs(self) -> list[fx.Node]:
-        return sorted(self.needs, key=lambda node: node.name)
-
-    @cached_property
-    def _outputs(self) -> list[fx.Node]:
-        return sorted(self.leaves, key=lambda node: node.name)
-
-    @cached_property
-    def _function(self) -> Callable[..., tuple[list[Tensor], Tensor]]:
-        """The piece as Python code, which drops every value after its last use. Arguments: `linear`, the inputs, the
-        tensors of the block's call."""
-        graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
-        linear = graph.placeholder("linear")
-        for value in (*self._inputs, *self.trace.given):
-            known[value] = graph.placeholder(value.name)
-
-        def of(value: fx.Node) -> fx.Node:
-            if value.op == "get_attr" and value not in known:
-                known[value] = graph.node_copy(value)
-            return known[value]
-
-        for node in self.nodes:
-            if node.target is MARK:
-                name = self.trace.names[_number(node)]
-                known[node] = graph.call_function(_call, (linear, name, of(_input(node))))
-            elif node.op != "get_attr":
-                known[node] = graph.node_copy(node, of)
-                known[node].target = _faster(node)
-                if (spent := _spent(node)) is not None:
-                    known[node].target, known[node].kwargs = IN_PLACE[node.target], {"out": of(spent)}
-        graph.output(([of(node) for node in self._outputs], of(self.result)))
-        graph.eliminate_dead_code()
-        code: Any = fx.GraphModule(self.trace.graph, graph).forward
-        return code  # type: ignore[no-any-return]
-
-
-def _call(linear: Linear, name: str, x: Tensor) -> Tensor:
-    return linear(name, x)
-
-
-def _faster(node: fx.Node) -> Any:
-    """The operation of a node, or one that computes the same in less time."""
-    if node.target is ATTENTION and all(user.args[1] == 0 for user in node.users if user.users):
-        return traced_attention
-    return node.target
-
-
-def _spent(node: fx.Node) -> fx.Node | None:
-    """An argument whose memory the result of a node may take: a new tensor of its shape that nothing else uses."""
-    if node.target not in IN_PLACE or node.kwargs:
-        return None
-    for value in node.all_input_nodes:
-        same = value.target in IN_NEW_MEMORY and _kind(value) == _kind(node)
-        if same and len(value.users) == 1 and node.args.count(value) == 1:
-            return value
-    return None
-
-
-def _kind(node: fx.Node) -> tuple[Any, ...]:
-    value: Tensor = node.meta["val"]
-    return value.shape, value.stride(), value.dtype
 
 
 def trace_block(
@@ -294,14 +188,3 @@ def _checked(graph: fx.GraphModule, names: tuple[str, ...], weights: set[int]) -
 
 def _known(target: Any) -> bool:
     return target is operator.getitem or isinstance(target, torch._ops.OpOverload)
-
-
-def _number(node: fx.Node) -> int:
-    number: Any = node.args[1]
-    return int(number)
-
-
-def _input(node: fx.Node) -> fx.Node:
-    value = node.args[0]
-    assert isinstance(value, fx.Node)
-    return value
