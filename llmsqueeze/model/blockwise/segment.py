@@ -22,7 +22,10 @@ MARKS.impl("linear", lambda x, _number, rows: x.new_empty(*x.shape[:-1], rows), 
 MARK = torch.ops.llmsqueeze.linear.default
 
 # operations that can write over an argument, and operations whose result is never the memory of an argument
-IN_PLACE = {torch.ops.aten.mul.Tensor: torch.ops.aten.mul.out, torch.ops.aten.add.Tensor: torch.ops.aten.add.out}
+IN_PLACE: dict[Any, Any] = {
+    torch.ops.aten.mul.Tensor: torch.ops.aten.mul.out,
+    torch.ops.aten.add.Tensor: torch.ops.aten.add.out,
+}
 IN_NEW_MEMORY = {
     *IN_PLACE,
     torch.ops.aten.silu.default,
