@@ -82,6 +82,7 @@ class AttentionCall:
             and self.query.dtype == torch.float32
             and tokens == self.key.shape[-2]
             and QUERIES < tokens <= MOST_TOKENS
+            and self.query.shape[:-2].numel() >= torch.get_num_threads()  # else a piece has too few tasks for them
         )
 
 

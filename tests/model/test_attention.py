@@ -95,6 +95,17 @@ def test_other_numbers_and_other_keys_are_left_to_torch(generator: torch.Generat
     assert taken == []
 
 
+def test_more_threads_than_heads_are_left_to_torch(
+    generator: torch.Generator, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(128, generator)
+    for threads, expected in ((8, [128]), (9, [128])):  # two rows with four heads each
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with FewTokens():
+            by_torch(*given, is_causal=True)
+        assert taken == expected
+
+
 def test_what_the_mask_hides_is_left_out(generator: torch.Generator) -> None:
     """Of eight times eight products of 64 queries with 64 keys, 36 are computed."""
     products = []
