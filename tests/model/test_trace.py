@@ -168,6 +168,29 @@ def test_a_value_that_is_used_again_is_not_written_over() -> None:
         assert torch.equal(trace.run(hidden, [], lambda name, x: block.get_submodule(name)(x)), block(hidden))
 
 
+class Residual(Block):
+    """What the second linear gets is used again behind it."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = torch.neg(self.first(hidden))
+        output: Tensor = x + self.second(x)
+        return output
+
+
+def test_what_a_linear_got_is_not_written_over() -> None:
+    """It may still be wanted when a later piece has run: for the moments of a sample that goes on at once."""
+    block, hidden = Residual(), torch.randn(1, 3, 4)
+    trace = trace_of(block, hidden)
+    assert trace is not None
+    values = {trace.hidden: hidden}
+    first, last = trace.cut(["second"])
+    with torch.no_grad():
+        got = first.run(values, [], lambda name, x: block.get_submodule(name)(x))
+        before = got.clone()
+        assert torch.equal(last.run(values, [], lambda name, x: block.get_submodule(name)(x)), block(hidden))
+    assert torch.equal(got, before)
+
+
 def test_a_block_that_changes_values_in_place_is_traced() -> None:
     block, hidden = InPlace(), torch.randn(1, 3, 4)
     trace = trace_of(block, hidden)

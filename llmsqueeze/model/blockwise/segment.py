@@ -35,7 +35,8 @@ IN_NEW_MEMORY = {
     torch.ops.aten.rsqrt.default,
     torch.ops.aten.cat.default,
 }
-COPIES = {*IN_NEW_MEMORY, torch.ops.aten.mean.dim, MARK}  # their results are no views of their arguments
+# results that are no views of their arguments; what a linear gets is left alone, for its moments may be taken later
+COPIES = {*IN_NEW_MEMORY, torch.ops.aten.mean.dim}
 
 Linear = Callable[[str, Tensor], Tensor]
 Values = dict[fx.Node, Tensor]
