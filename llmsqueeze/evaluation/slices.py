@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.model.attention import FewTokens
+from llmsqueeze.model.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.recorder import replaced, skipped
 from llmsqueeze.model.linears import find_blocks
 
@@ -41,7 +41,7 @@ class WholeLogits:
         self.model = model
 
     def states(self, tokens: Tensor) -> Tensor:
-        with FewTokens():
+        with AttentionInPieces():
             logits: Tensor = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
         return logits
 
@@ -92,7 +92,7 @@ class SlicedLogits:
             inputs.append(x)
             return head(x)
 
-        with replaced(self.head, forward), FewTokens():
+        with replaced(self.head, forward), AttentionInPieces():
             logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         (states,) = inputs
         return states, logits

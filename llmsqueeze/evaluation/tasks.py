@@ -16,7 +16,7 @@ import torch
 from llmsqueeze.demo import task as demo_task
 from llmsqueeze.errors import HubError, RecipeError, first_line, nearest
 from llmsqueeze.evaluation.models import OpenModel
-from llmsqueeze.model.attention import FewTokens
+from llmsqueeze.model.attention import AttentionInPieces
 from llmsqueeze.progress import Progress
 
 SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's generator; NumPy's, torch's and few-shot's
@@ -70,7 +70,7 @@ class Tasks:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=OTHER_SEED)
-        with FewTokens():
+        with AttentionInPieces():
             outcome = lm_eval.evaluate(
                 lm=HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=self.batch_size),
                 task_dict=loaded,

@@ -23,7 +23,7 @@ MOST_TOKENS = 1024
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-class FewTokens(TorchFunctionMode):
+class AttentionInPieces(TorchFunctionMode):
     """In the context `scaled_dot_product_attention` computes attention over few tokens as above."""
 
     def __torch_function__(

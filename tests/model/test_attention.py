@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as by_torch
 
 from llmsqueeze.evaluation.slices import sliced
 from llmsqueeze.model import attention
-from llmsqueeze.model.attention import ATTENTION, AttentionCall, FewTokens, in_pieces, traced_attention
+from llmsqueeze.model.attention import ATTENTION, AttentionCall, AttentionInPieces, in_pieces, traced_attention
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -53,7 +53,7 @@ def test_it_gives_what_torch_gives(tokens: int, heads: int, generator: torch.Gen
     for piecewise in (False, True):
         leaves = [tensor.clone().requires_grad_() for tensor in given]
         if piecewise:
-            with FewTokens():
+            with AttentionInPieces():
                 output = by_torch(*leaves, **settings)
         else:
             output = by_torch(*leaves, **settings)
@@ -78,7 +78,7 @@ def test_everything_else_is_left_to_torch(
     tokens: int, settings: dict[str, Any], generator: torch.Generator, taken: list[int]
 ) -> None:
     given = inputs(tokens, generator)
-    with FewTokens():
+    with AttentionInPieces():
         torch.manual_seed(0)
         ours = by_torch(*given, **settings)
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_everything_else_is_left_to_torch(
 
 def test_other_numbers_and_other_keys_are_left_to_torch(generator: torch.Generator, taken: list[int]) -> None:
     half, whole = inputs(128, generator, dtype=torch.bfloat16), inputs(128, generator)
-    with FewTokens():
+    with AttentionInPieces():
         assert torch.equal(by_torch(*half, is_causal=True), by_torch(*half, is_causal=True))
         last = by_torch(whole[0][..., :70, :], whole[1], whole[2], is_causal=True)
     assert torch.equal(last, by_torch(whole[0][..., :70, :], whole[1], whole[2], is_causal=True))
@@ -101,7 +101,7 @@ def test_more_threads_than_heads_are_left_to_torch(
     given = inputs(128, generator)
     for threads, expected in ((8, [128]), (9, [128])):  # two rows with four heads each
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        with FewTokens():
+        with AttentionInPieces():
             by_torch(*given, is_causal=True)
         assert taken == expected
 
@@ -121,9 +121,9 @@ def test_what_the_mask_hides_is_left_out(generator: torch.Generator) -> None:
 def test_a_run_without_gradients_does_not_spoil_one_with(generator: torch.Generator) -> None:
     attention._hidden.cache_clear()
     query, key, value = inputs(128, generator)
-    with torch.inference_mode(), FewTokens():
+    with torch.inference_mode(), AttentionInPieces():
         by_torch(query, key, value, is_causal=True)
-    with FewTokens():
+    with AttentionInPieces():
         by_torch(query.requires_grad_(), key, value, is_causal=True).sum().backward()
     assert query.grad is not None
 

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.model.attention import FewTokens
+from llmsqueeze.model.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
@@ -123,7 +123,7 @@ class Walk:
         The block's weights must be resident, or given as `tensors`.
         """
         call = self._calls[sample][index]
-        with self._multiplying(index), FewTokens():
+        with self._multiplying(index), AttentionInPieces():
             if tensors is None:
                 output = self.modules[index](hidden, *call.args, **call.kwargs)
             else:
