@@ -56,8 +56,7 @@ def evaluate(
     CalibrationError for an unreadable or too short text, UnsupportedError if the vocabularies of the two models
     differ in size, HubError if the data of a task cannot be loaded. Each derives from SqueezeError.
 
-    >>> import llmsqueeze
-    >>> result = llmsqueeze.evaluate("demo", limit=4)
+    >>> result = evaluate("demo", limit=4)
     >>> result.text
     "the demo's story generator, evaluation seed"
     >>> f"{result.scores.perplexity:.1f} on {result.scores.tokens} tokens"
