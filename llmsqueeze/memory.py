@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 SLACK = 48 << 20  # bytes
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's mallopt
 _after = 0  # the memory of the process after the last `give_back`
 
 
@@ -34,11 +34,13 @@ def keep_within_block() -> None:
 
     Anything larger it takes from the system, and every first touch of a page costs the kernel's time: with its default
     of 128 kB a fifth of a run. The heap keeps what is freed for the next of its size, also up to 32 MB at its end,
-    which it would give back at once; `give_back` empties it after every fusion group.
+    which it would give back at once; `give_back` empties it after every fusion group. All threads share one heap, else
+    each would keep memory of its own.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_ARENA_MAX, 1)
         libc.mallopt(M_TRIM_THRESHOLD, 32 << 20)
 
 

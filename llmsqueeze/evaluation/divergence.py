@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsqueeze.quantizers.loops.threads import over_rows
+from llmsqueeze.threads import over_rows
 
 
 @dataclass(frozen=True)

@@ -8,48 +8,27 @@ group (`Restarted`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
+from llmsqueeze.measure.moments import FusionGroup, Moments, grouped
+from llmsqueeze.measure.restarted import Restarted
+from llmsqueeze.measure.streams import NO_OUTPUTS, GroupMoments, ResidualStreams, Weights, drifting
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.activations import Activations
-from llmsqueeze.model.blockwise.segment import Segment
+from llmsqueeze.model.blockwise.segment import Segment, Values
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors
 from llmsqueeze.model.blockwise.walk import Walk
-from llmsqueeze.model.linears import as_rows
+from llmsqueeze.model.casting import is_plain
 from llmsqueeze.progress.stopwatch import timed
+from llmsqueeze.threads import in_lanes
 
 TRIM_EVERY = 16  # samples
-NO_OUTPUTS: Mapping[str, Tensor] = MappingProxyType({})
-Weights = Mapping[str, Tensor]  # linear -> its weight, as the module stores it
-
-
-@dataclass(frozen=True)
-class ResidualStreams:
-    """The residual streams at a block's input: the original model's and the compressed model's.
-
-    A stream that nobody needs is None; before the first block both may be the same object.
-    """
-
-    original: Activations | None = None
-    compressed: Activations | None = None
-
-    @property
-    def all(self) -> list[Activations]:
-        """Each stream once."""
-        return list({id(s): s for s in (self.original, self.compressed) if s is not None}.values())
-
-    def clear(self) -> None:
-        """Gives the memory of both back."""
-        for stream in self.all:
-            stream.clear()
+T = TypeVar("T")
 
 
 class Passage(Protocol):
@@ -76,47 +55,6 @@ def passage(walk: Walk, index: int, streams: ResidualStreams, original: Weights,
     return Paused(walk, index, streams, original, current, trace, groups)
 
 
-class _Moments:
-    """The moments of a group's inputs, sample by sample."""
-
-    def __init__(self, walk: Walk, group: FusionGroup, original: Weights, drifting: bool) -> None:
-        self.xtx = SecondMoments(walk.skeleton.shape(group.names[0])[1], walk.dtype, walk.device)
-        weights = {
-            name: as_rows(walk.skeleton.module(name), original[name]) for name in group.names if name in original
-        }
-        self.pulls = Pulls(weights) if drifting else None
-
-    @timed("moments")
-    def add(self, x: Tensor | None, y: Tensor, outputs: Mapping[str, Tensor] = NO_OUTPUTS) -> None:
-        """Inputs [tokens, cols] of the original and the compressed model for the same tokens; outputs: what linears of
-        the original model give for x, as far as it is known."""
-        self.xtx.add(y)
-        if self.pulls is not None and x is not None:
-            self.pulls.add(x, y, {name: output.reshape(len(x), -1) for name, output in outputs.items()})
-
-    @timed("moments")
-    def mean(self) -> Moments:
-        """Nothing can be added afterwards."""
-        xtx = self.xtx.mean()
-        return Moments(xtx, {} if self.pulls is None else self.pulls.mean(self.xtx.tokens, xtx))
-
-
-def _drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:
-    """Whether the two streams differ before the next group."""
-    if streams.original is None or streams.compressed is None:
-        return False
-    return streams.original is not streams.compressed or any(current[name] is not original[name] for name in current)
-
-
-def _with_little_memory(samples: int) -> Iterator[int]:
-    """The numbers of the samples; every few of them the C library's heap is emptied, in which what is kept leaves
-    holes between what is not."""
-    for sample in range(samples):
-        yield sample
-        if sample % TRIM_EVERY == TRIM_EVERY - 1:
-            give_back()
-
-
 class Paused:
     """A passage in which the block runs once. Behind the last stop the original stream, whose weights stay, goes on at
     once: the block's output takes less room than what the last linear gets."""
@@ -134,6 +72,11 @@ class Paused:
         self.walk, self.streams, self.original, self.current = walk, streams, original, current
         self._groups = groups
         self._segments = trace.cut([group.names[0] for group in groups])
+        for segment in self._segments:
+            segment.prepare()
+        self._single = walk.device.type != "cpu" or not all(
+            is_plain(walk.skeleton.module(name)) for name in trace.names
+        )
         shared = streams.original is streams.compressed
         needs_output = index + 1 < len(walk.modules)
         self._flows = [
@@ -146,31 +89,60 @@ class Paused:
 
     def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
         for at, group in enumerate(self._groups):
-            cols = self.walk.skeleton.shape(group.names[0])[1]
-            drifting = _drifting(self.streams, self.original, self.current)
-            moments = _Moments(self.walk, group, self.original, drifting)
-            for sample in _with_little_memory(len(self.walk.samples)):
-                steps = [None if flow is None else flow.go_on(self._segments[at:], sample) for flow in self._flows]
-                x, y = (None if step is None else step.input.reshape(-1, cols) for step in steps)
-                y = x if y is None else y
-                assert y is not None, "a passage has a stream"
-                moments.add(x, y, NO_OUTPUTS if steps[0] is None else steps[0].outputs)
-            yield group.names, moments.mean()
+            yield group.names, self._observe(self._segments[at:], group)
+
+    def _observe(self, segments: Sequence[Segment], group: FusionGroup) -> Moments:
+        """The moments of what a group gets. All samples go to the end of the first of the segments that are left."""
+        cols = self.walk.skeleton.shape(group.names[0])[1]
+        differ = drifting(self.streams, self.original, self.current)
+        moments = GroupMoments(self.walk, group, self.original, differ)
+
+        def add(sample: int, steps: list[_Step | None]) -> None:
+            x, y = (None if step is None else step.input.reshape(-1, cols) for step in steps)
+            y = x if y is None else y
+            assert y is not None, "a passage has a stream"
+            moments.add(x, y, NO_OUTPUTS if steps[0] is None else steps[0].outputs)
+            self._keep(segments, sample, steps)
+
+        self._in_lanes(partial(self._go_on, segments), add)
+        return moments.mean()
 
     def ahead(self) -> ResidualStreams:
-        for flow in self._flows:
-            if flow is not None and not flow.outputs:
-                for sample in _with_little_memory(len(self.walk.samples)):
-                    flow.go_on(self._segments[-1:], sample)
+        segments = self._segments[-1:]
+        if any(flow is not None and not flow.outputs for flow in self._flows):
+            self._in_lanes(partial(self._go_on, segments), partial(self._keep, segments))
         return ResidualStreams(*(None if flow is None else flow.outputs for flow in self._flows))
+
+    def _go_on(self, segments: Sequence[Segment], sample: int) -> list[_Step | None]:
+        """The next step of a sample in both streams; None in one that there is not, or that is at its end."""
+        return [None if flow is None or flow.ended(sample) else flow.go_on(segments, sample) for flow in self._flows]
+
+    def _keep(self, segments: Sequence[Segment], sample: int, steps: list[_Step | None]) -> None:
+        for flow, step in zip(self._flows, steps, strict=True):
+            if flow is not None and step is not None:
+                flow.keep(segments, sample, step)
+
+    @timed("forward")
+    def _in_lanes(self, compute: Callable[[int], T], use: Callable[[int, T], None]) -> None:
+        """All samples, several at a time (threads.py). Every few of them the C library's heap is emptied, in which what
+        is kept leaves holes between what is not."""
+
+        def with_little_memory(sample: int, computed: T) -> None:
+            use(sample, computed)
+            if sample % TRIM_EVERY == TRIM_EVERY - 1:
+                give_back()
+
+        in_lanes(len(self.walk.samples), compute, with_little_memory, self._single)
 
 
 class _Step(NamedTuple):
-    """What a sample's next linear gets, or the block's output; and the outputs of the linears behind the stop, if the
-    sample went on."""
+    """What a sample's next linear gets, or the block's output; the outputs of the linears behind the stop, if the
+    sample went on; the values that later pieces need; and the block's output, if the sample is there."""
 
     input: Tensor
     outputs: dict[str, Tensor]
+    values: Values
+    end: Tensor | None
 
 
 class _Flow:
@@ -194,19 +166,19 @@ class _Flow:
         self.outputs = Activations(walk.spill)
         self._keeps = stream if keeps_input else None
 
-    @timed("forward")
+    def ended(self, sample: int) -> bool:
+        """Whether a sample has gone through the block."""
+        return len(self.outputs) > sample
+
     def go_on(self, segments: Sequence[Segment], sample: int) -> _Step:
-        """Runs a sample to the end of the first of the segments that are left."""
-        walk = self.walk
-        count = 2 if self.finishes and len(segments) == 2 else 1
-        first, last = segments[0], segments[count - 1]
+        """Runs a sample to the end of the first of the segments that are left. Several samples may run at a time."""
+        walk, (first, last) = self.walk, self._ends(segments)
         values = {node: self.values[node].get(sample, walk.device) for node in first.needs}
         given = given_tensors(walk.call(self.index, sample))
         outputs: dict[str, Tensor] = {}
 
         def linear(name: str, x: Tensor) -> Tensor:
-            with walk.skeleton.using({name: self.weights[name]} if name in self.weights else {}):
-                output = walk.linear(name, x)
+            output = walk.linear(name, x, self.weights.get(name))
             if walk.products == walk.dtype:  # else it is not exact enough for what the second moments take off
                 outputs[name] = output
             return output
@@ -215,88 +187,19 @@ class _Flow:
             result = first.run(values, given, linear)
             outputs.clear()
             end = last.run(values, given, linear) if last is not first else result
-        if last is segments[-1]:
-            self.outputs.append(end)
+        return _Step(result, outputs, values, end if last is segments[-1] else None)
+
+    def keep(self, segments: Sequence[Segment], sample: int, step: _Step) -> None:
+        """Keeps what a sample needs to go on, and gives back what it has used. The samples come in their order."""
+        first, last = self._ends(segments)
+        if step.end is not None:
+            self.outputs.append(step.end)
         for node in last.leaves - first.needs:
-            self.values.setdefault(node, Activations(walk.spill)).append(values[node])
+            self.values.setdefault(node, Activations(self.walk.spill)).append(step.values[node])
         for node in first.needs - last.leaves:
             if self.values[node] is not self._keeps:
                 self.values[node].release(sample)
-        return _Step(result, outputs)
 
-
-@dataclass(frozen=True)
-class Restarted:
-    """A passage in which the block runs from its beginning for every group."""
-
-    walk: Walk
-    index: int
-    streams: ResidualStreams
-    original: Weights
-    current: Weights
-
-    def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
-        first = self.streams.all[0].get(0, self.walk.device)
-        for group in fusion_groups(self.walk, self.index, first):
-            if any(name in self.original for name in group.names):
-                yield group.names, self.observe(group)
-
-    def observe(self, group: FusionGroup) -> Moments:
-        """The moments of a group's input over all samples."""
-        drifting = _drifting(self.streams, self.original, self.current)
-        moments = _Moments(self.walk, group, self.original, drifting)
-        x_of = self._capture(group, self.streams.original, self.original)
-        y_of = self._capture(group, self.streams.compressed, self.current) or x_of
-        if y_of is None:
-            raise ValueError("the moments need one stream at least")
-        for sample in range(len(self.walk.samples)):
-            y = y_of(sample)
-            if len(y):  # else nothing of this sample reaches the group
-                moments.add(x_of(sample) if x_of is not None and drifting else None, y)
-        return moments.mean()
-
-    def ahead(self) -> ResidualStreams:
-        streams = ((self.streams.original, self.original), (self.streams.compressed, self.current))
-        return ResidualStreams(*(self._advance(stream, weights) for stream, weights in streams))
-
-    def _capture(self, group: FusionGroup, stream: Activations | None, weights: Weights) -> _Capture | None:
-        return None if stream is None else _Capture(self.walk, self.index, group, weights, stream)
-
-    def _advance(self, stream: Activations | None, weights: Weights) -> Activations | None:
-        if stream is None:
-            return None
-        with self.walk.skeleton.using(weights):
-            return self.walk.through(self.index, stream)
-
-
-class _Enough(Exception):  # noqa: N818 - no error
-    """Ends a block's forward pass once the group's inputs have been seen."""
-
-
-@dataclass(frozen=True)
-class _Capture:
-    """Runs a block with given weights until a fusion group has seen its input."""
-
-    walk: Walk
-    index: int
-    group: FusionGroup
-    weights: Weights
-    stream: Activations
-
-    @timed("forward")
-    def __call__(self, sample: int) -> Tensor:
-        """[tokens, cols]"""
-        seen: list[Tensor] = []
-
-        def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0].reshape(-1, args[0].shape[-1]))
-            if len(seen) == self.group.calls:
-                raise _Enough
-
-        handle = self.walk.skeleton.module(self.group.names[0]).register_forward_pre_hook(note)
-        try:
-            with suppress(_Enough), self.walk.skeleton.using(self.weights), torch.no_grad():
-                self.walk.run(self.index, sample, self.stream.get(sample, self.walk.device))
-        finally:
-            handle.remove()
-        return torch.cat(seen)
+    def _ends(self, segments: Sequence[Segment]) -> tuple[Segment, Segment]:
+        """The first and the last of the pieces that a sample runs through now."""
+        return segments[0], segments[1 if self.finishes and len(segments) == 2 else 0]

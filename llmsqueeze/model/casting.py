@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmsqueeze.model.linears import as_rows
+from llmsqueeze.model.linears import as_rows, is_transposed
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             kept = module.weight
         elif is_plain(module):
             layer: Any = module
-            layer.forward = partial(_transposed if isinstance(module, Conv1D) else _linear, layer)
+            layer.forward = partial(_casting, layer)
             kept = layer.weight
         for parameter in module.parameters(recurse=False):
             if parameter is not kept and parameter.is_floating_point() and parameter.itemsize > 1:
@@ -42,20 +42,24 @@ def is_plain(module: nn.Module) -> bool:
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
-def multiplied_in(dtype: torch.dtype, layer: Any, x: Tensor) -> Tensor:
+def plain_linear(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """What the plain linear `layer` gives for x [..., cols] with this weight, as it stores it: [..., rows]."""
+    if is_transposed(layer):
+        return torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    return nn.functional.linear(x, weight, layer.bias)
+
+
+def multiplied_in(dtype: torch.dtype, layer: Any, x: Tensor, weight: Tensor | None = None) -> Tensor:
     """What the plain linear `layer` gives for x [..., cols], multiplied in `dtype`: the processor adds the products up
-    in float32. x, the bias and the result [..., rows] keep their dtype, and so do gradients."""
-    product = nn.functional.linear(x.to(dtype), as_rows(layer, layer.weight).to(dtype)).to(x.dtype)
+    in float32. x, the bias and the result [..., rows] keep their dtype, and so do gradients. weight: as the layer
+    stores it, in the place of its own."""
+    rows = as_rows(layer, layer.weight if weight is None else weight)
+    product = nn.functional.linear(x.to(dtype), rows.to(dtype)).to(x.dtype)
     return product if layer.bias is None else product + layer.bias
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
-
-
-def _transposed(layer: Any, x: Tensor) -> Tensor:
-    rows = torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight.to(x.dtype))
-    return rows.view(*x.shape[:-1], -1)
+def _casting(layer: Any, x: Tensor) -> Tensor:
+    return plain_linear(layer, x, layer.weight.to(x.dtype))
 
 
 def _cast_output(dtype: torch.dtype, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:

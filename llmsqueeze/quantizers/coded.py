@@ -36,8 +36,8 @@ from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.coded_on_device import coordinate_descent, feedback, refit
 from llmsqueeze.quantizers.curvature import Curvature, row_error
 from llmsqueeze.quantizers.gptq import PANEL, panels
-from llmsqueeze.quantizers.loops.threads import over_rows
 from llmsqueeze.quantizers.steps import RoundedToSteps, regained
+from llmsqueeze.threads import over_rows
 
 ROUNDS = 2
 PRIOR = 64  # tokens

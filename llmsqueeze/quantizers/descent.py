@@ -36,7 +36,7 @@ from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.descent_on_device import coordinate_descent, refit
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded, grid_loops
-from llmsqueeze.quantizers.loops.threads import over_rows
+from llmsqueeze.threads import over_rows
 
 ROUNDS = 3
 REFIT_BYTES = 1 << 25

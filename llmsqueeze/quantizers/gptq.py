@@ -30,7 +30,7 @@ from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.grids import Rounded, fit_group, grid_loops, level_of, nearest_code, zero_code
-from llmsqueeze.quantizers.loops.threads import over_rows
+from llmsqueeze.threads import over_rows
 
 PANEL = 128
 

@@ -11,7 +11,9 @@ from support import configs
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
-from llmsqueeze.measure.passage import Paused, ResidualStreams, Restarted, passage
+from llmsqueeze.measure.passage import Paused, passage
+from llmsqueeze.measure.restarted import Restarted
+from llmsqueeze.measure.streams import ResidualStreams
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -101,6 +103,22 @@ def test_both_passages_multiply_in_the_same_dtype(random_model: Callable[..., Pa
 def test_what_lies_between_two_stops_may_lie_on_disk(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
     folder = random_model("llama")
     assert same(passed(folder, rows, "paused", "both", limit=0), passed(folder, rows, "paused", "both"))
+
+
+def test_samples_in_lanes_give_the_same(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    """Each lane has one thread, so everything is the same to the last digit."""
+    folder, before, results = random_model("llama"), torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            results.append(passed(folder, 3 * rows, "paused", "both", limit=20_000))
+        finally:
+            torch.set_num_threads(before)
+    alone, lanes = results
+    assert all(map(torch.equal, alone[1], lanes[1]))
+    for (_, a), (_, b) in zip(alone[0], lanes[0], strict=True):
+        assert torch.equal(a.xtx, b.xtx)
+        assert all(torch.equal(a.pulls[name], b.pulls[name]) for name in a.pulls)
 
 
 def same(one: Passed, other: Passed) -> bool:

@@ -9,13 +9,13 @@ import torch
 from support import GRIDS, correlated_curvature
 from torch import Tensor
 
+from llmsqueeze import threads
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import gptq as gptq_module
 from llmsqueeze.quantizers import grids
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded, fit_compiled, fit_on_device, nearest_level, storable
 from llmsqueeze.quantizers.loops import grids as grid_loops
-from llmsqueeze.quantizers.loops import threads
 
 ROWS, COLS = 130, 300  # two tiles and a short one, two panels and a short one
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -114,7 +114,7 @@ def test_threads_share_the_rows(generator: torch.Generator, monkeypatch: pytest.
     spans: list[tuple[int, int]] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     threads.over_rows(ROWS, lambda first, last: spans.append((first, last)))
-    assert sorted(spans) == [(0, 64), (64, 130)]
+    assert sorted(spans) == [(0, 80), (80, 130)]
     shared = gptq(weight, GRIDS[0], torch.bfloat16, curvature, None, True)
     assert torch.equal(shared.codes, alone.codes)
     assert torch.equal(shared.scale, alone.scale)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ class Spill:
         self.on_disk = 0  # bytes of the file
         self._folder = Path(tempfile.mkdtemp(prefix="llmsqueeze-", dir=parent))
         self._file = (self._folder / "activations.bin").open("w+b", buffering=0)
+        self._lock = threading.Lock()
         self._places: dict[int, list[int]] = {}  # size -> free places in the file
         self._buffers: dict[int, list[Tensor]] = {}  # size -> free memory
         self._taken = 0  # bytes of memory, in use and free
@@ -67,21 +69,23 @@ class Spill:
             place = places.pop()
         else:
             place, self.on_disk = self.on_disk, self.on_disk + data.nbytes
-        self._file.seek(place)
-        written = 0
-        while written < data.nbytes:
-            written += self._file.write(data[written:])
+        with self._lock:
+            self._file.seek(place)
+            written = 0
+            while written < data.nbytes:
+                written += self._file.write(data[written:])
         return place
 
     def read(self, data: memoryview, place: int) -> None:
-        """Fills `data` with the bytes at a place."""
-        self._file.seek(place)
-        done = 0
-        while done < data.nbytes:
-            count = self._file.readinto(data[done:])
-            if not count:
-                raise OSError("the file of spilled activations is shorter than what was written to it")
-            done += count
+        """Fills `data` with the bytes at a place. Several threads may read at once, and one may write."""
+        with self._lock:
+            self._file.seek(place)
+            done = 0
+            while done < data.nbytes:
+                count = self._file.readinto(data[done:])
+                if not count:
+                    raise OSError("the file of spilled activations is shorter than what was written to it")
+                done += count
 
     def free(self, place: int, nbytes: int) -> None:
         """The next bytes of this size may be written there."""

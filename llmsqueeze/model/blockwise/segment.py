@@ -69,6 +69,10 @@ class Segment:
         computed: Tensor = result
         return computed
 
+    def prepare(self) -> None:
+        """Generates the code, which the first run does else. Then several threads may run the piece at once."""
+        _ = self._function, self._inputs, self._outputs
+
     @cached_property
     def _inputs(self) -> list[fx.Node]:
         return sorted(self.needs, key=lambda node: node.name)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
 from llmsqueeze.model.blockwise.recorder import BlockCall, Recorder, replaced, skipped
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors, structure_of, trace_block
-from llmsqueeze.model.casting import is_plain, multiplied_in
+from llmsqueeze.model.casting import is_plain, multiplied_in, plain_linear
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
 
@@ -131,13 +132,18 @@ class Walk:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """What a linear of a resident block gives for x [..., cols]: [..., rows]."""
-        module = self.skeleton.module(name)
-        if self.products == self.dtype or not is_plain(module):
-            result: Tensor = module(x)
+    def linear(self, name: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """What a linear of a resident block gives for x [..., cols]: [..., rows]. weight: in the place of its own, as
+        the module stores it. Several threads may call this at once, if the linear is plain."""
+        module: Any = self.skeleton.module(name)
+        if not is_plain(module):
+            with self.skeleton.using({} if weight is None else {name: weight}):
+                result: Tensor = module(x)
             return result
-        return multiplied_in(self.products, module, x)
+        weight = module.weight if weight is None else weight
+        if self.products == self.dtype:
+            return plain_linear(module, x, weight)
+        return multiplied_in(self.products, module, x, weight)
 
     @contextmanager
     def _multiplying(self, index: int) -> Iterator[None]:

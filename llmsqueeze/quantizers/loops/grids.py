@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.compiled import compiled
 from llmsqueeze.quantizers.grids import RATIOS
-from llmsqueeze.quantizers.loops.threads import TILE
+from llmsqueeze.threads import TILE
 
 Floats = NDArray[np.floating[Any]]
 Number = Any  # a float of the weight's dtype

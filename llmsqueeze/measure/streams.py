@@ -1,0 +1,71 @@
+"""The residual streams of a run, and the moments of what the linears of a group get from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import Tensor
+
+from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments
+from llmsqueeze.model.blockwise.activations import Activations
+from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.linears import as_rows
+from llmsqueeze.progress.stopwatch import timed
+
+NO_OUTPUTS: Mapping[str, Tensor] = MappingProxyType({})
+Weights = Mapping[str, Tensor]  # linear -> its weight, as the module stores it
+
+
+@dataclass(frozen=True)
+class ResidualStreams:
+    """The residual streams at a block's input: the original model's and the compressed model's.
+
+    A stream that nobody needs is None; before the first block both may be the same object.
+    """
+
+    original: Activations | None = None
+    compressed: Activations | None = None
+
+    @property
+    def all(self) -> list[Activations]:
+        """Each stream once."""
+        return list({id(s): s for s in (self.original, self.compressed) if s is not None}.values())
+
+    def clear(self) -> None:
+        """Gives the memory of both back."""
+        for stream in self.all:
+            stream.clear()
+
+
+class GroupMoments:
+    """The moments of a group's inputs, sample by sample."""
+
+    def __init__(self, walk: Walk, group: FusionGroup, original: Weights, drifting: bool) -> None:
+        self.xtx = SecondMoments(walk.skeleton.shape(group.names[0])[1], walk.dtype, walk.device)
+        weights = {
+            name: as_rows(walk.skeleton.module(name), original[name]) for name in group.names if name in original
+        }
+        self.pulls = Pulls(weights) if drifting else None
+
+    @timed("moments")
+    def add(self, x: Tensor | None, y: Tensor, outputs: Mapping[str, Tensor] = NO_OUTPUTS) -> None:
+        """Inputs [tokens, cols] of the original and the compressed model for the same tokens; outputs: what linears of
+        the original model give for x, as far as it is known."""
+        self.xtx.add(y)
+        if self.pulls is not None and x is not None:
+            self.pulls.add(x, y, {name: output.reshape(len(x), -1) for name, output in outputs.items()})
+
+    @timed("moments")
+    def mean(self) -> Moments:
+        """Nothing can be added afterwards."""
+        xtx = self.xtx.mean()
+        return Moments(xtx, {} if self.pulls is None else self.pulls.mean(self.xtx.tokens, xtx))
+
+
+def drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:
+    """Whether the two streams differ before the next group, with the weights as they were and as they are."""
+    if streams.original is None or streams.compressed is None:
+        return False
+    return streams.original is not streams.compressed or any(current[name] is not original[name] for name in current)
