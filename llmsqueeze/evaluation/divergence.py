@@ -6,11 +6,12 @@ On a CPU compiled loops (logit_loops.py) go through the logits twice; on other d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsqueeze.threads import over_rows
+from llmsqueeze.parallel import over_rows
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     from llmsqueeze.evaluation.logit_loops import normalisers
 
     z = torch.empty(len(logits), dtype=torch.float64)
-    rows, out = logits.detach().contiguous().numpy(), z.numpy()
+    rows, out = _rows(logits), z.numpy()
     over_rows(len(logits), lambda first, last: normalisers(rows, first, last, out))
     return z - picked(logits, labels)
 
@@ -46,10 +47,19 @@ def divergence(model: Tensor, baseline: Tensor, labels: Tensor) -> Divergence:
 
     z_q, z_p, kl = torch.empty(3, len(q), dtype=torch.float64)
     changed = torch.empty(len(q), dtype=torch.int64)
-    ours, theirs = q.detach().contiguous().numpy(), p.detach().contiguous().numpy()
+    ours, theirs = _rows(q), _rows(p)
     sums = z_q.numpy(), z_p.numpy(), kl.numpy()
     over_rows(len(q), lambda first, last: pairs(ours, theirs, first, last, sums, changed.numpy()))
     return Divergence(z_q - picked(q, labels), z_p - picked(p, labels), kl.clamp(min=0), changed.bool())
+
+
+def _rows(logits: Tensor) -> tuple[Any, int, int]:
+    """float32 logits [tokens, vocabulary] for the loops: their memory, the distance of two rows, and the vocabulary."""
+    logits = logits.detach()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    (tokens, vocabulary), apart = logits.shape, logits.stride(0)
+    return logits.as_strided(((tokens - 1) * apart + vocabulary,), (1,)).numpy(), apart, vocabulary
 
 
 def by_torch(q: Tensor, p: Tensor, labels: Tensor) -> Divergence:

@@ -21,6 +21,7 @@ from llmsqueeze.parts.compiled import compiled
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
 Number = Any  # a float32
+Rows = tuple[Floats, int, int]  # logits float32: their memory, the distance of two tokens in it, and the vocabulary
 
 TILE = 1024  # a power of two
 HALF, ONE = np.float32(0.5), np.float32(1)
@@ -83,24 +84,32 @@ def _exp_sum(row: Floats, top: Number, tile: Floats) -> Number:
 
 
 @compiled
-def normalisers(logits: Floats, first: int, last: int, z: Floats) -> None:
-    """z float64 [tokens] of the rows `first` to `last` of logits float32 [tokens, vocabulary]."""
-    tile, tiles = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
-    for token in range(first, last):
-        top, _ = _top(logits[token], tile, tiles)
-        z[token] = top + np.log(_exp_sum(logits[token], top, tile))
+def _row(rows: Rows, token: int) -> Floats:
+    """The logits [vocabulary] of a token."""
+    memory, apart, vocabulary = rows
+    return memory[token * apart : token * apart + vocabulary]
 
 
 @compiled
-def pairs(q: Floats, p: Floats, first: int, last: int, sums: tuple[Floats, Floats, Floats], changed: Integers) -> None:
-    """For the rows `first` to `last` of q and p, logits float32 [tokens, vocabulary], a model's and the baseline's.
+def normalisers(logits: Rows, first: int, last: int, z: Floats) -> None:
+    """z float64 [tokens] of the rows `first` to `last` of logits."""
+    tile, tiles = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
+    for token in range(first, last):
+        row = _row(logits, token)
+        top, _ = _top(row, tile, tiles)
+        z[token] = top + np.log(_exp_sum(row, top, tile))
+
+
+@compiled
+def pairs(q: Rows, p: Rows, first: int, last: int, sums: tuple[Floats, Floats, Floats], changed: Integers) -> None:
+    """For the rows `first` to `last` of q and p, the logits of a model and of the baseline.
 
     sums: z of q, z of p, and KL, float64 [tokens]; changed int64 [tokens]: 1 if the most likely tokens differ.
     """
     z_q, z_p, kl = sums
     tile, other, tiles = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.int32)
     for token in range(first, last):
-        a, b = q[token], p[token]
+        a, b = _row(q, token), _row(p, token)
         top_a, index_a = _top(a, tile, tiles)
         top_b, index_b = _top(b, tile, tiles)
         log_a = np.log(_exp_sum(a, top_a, tile))

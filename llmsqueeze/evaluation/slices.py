@@ -18,6 +18,7 @@ from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.recorder import replaced, skipped
 from llmsqueeze.model.linears import find_blocks
+from llmsqueeze.model.logits import raw_logits, room_for_logits
 
 TRIAL_TOKENS = 8
 
@@ -30,7 +31,7 @@ class Logits(Protocol):
         ...
 
     def logits(self, states: Tensor) -> Tensor:
-        """Next-token logits [tokens, vocabulary] for `states` [tokens, any width]."""
+        """Next-token logits [tokens, vocabulary] for `states` [tokens, any width]; the next call may overwrite them."""
         ...
 
 
@@ -61,15 +62,27 @@ class SlicedLogits:
         self.head_forward: Callable[[Tensor], Tensor] = head.forward
         self.blocks = [model.get_submodule(name) for name in find_blocks(model)]
         self.returns_tuple = False
+        self._room: Tensor | None = None
 
     def states(self, tokens: Tensor) -> Tensor:
         return self._forward(tokens.to(self.model.device), lambda x: x[..., :1])[0]
 
     def logits(self, states: Tensor) -> Tensor:
-        raw = self.head_forward(states[:, None])
+        raw = self._raw(states)[:, None]
         tokens = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
         with skipped(self.blocks, self.returns_tuple):
             return self._forward(tokens, lambda _: raw)[1][:, 0]
+
+    def _raw(self, states: Tensor) -> Tensor:
+        """What the head gives for states [tokens, width]: [tokens, vocabulary], in one place for all slices if the head
+        is a plain linear on a CPU."""
+        head: Any = self.head
+        plain = type(head) is nn.Linear and head.weight.device.type == states.device.type == "cpu"
+        if not plain or states.dtype != torch.float32:
+            return self.head_forward(states)
+        if self._room is None or len(self._room) < len(states):
+            self._room = room_for_logits(len(states), len(head.weight), states)
+        return raw_logits(head, states, self._room)
 
     def agrees(self, tokens: Tensor) -> bool:
         """Whether the slices are the logits that the model itself gives for `tokens` [rows, length]."""

@@ -31,13 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze.parallel import over_rows
 from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
 from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.coded_on_device import coordinate_descent, feedback, refit
 from llmsqueeze.quantizers.curvature import Curvature, row_error
 from llmsqueeze.quantizers.gptq import PANEL, panels
 from llmsqueeze.quantizers.steps import RoundedToSteps, regained
-from llmsqueeze.threads import over_rows
 
 ROUNDS = 2
 PRIOR = 64  # tokens

@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze.parallel import over_rows
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.descent_on_device import coordinate_descent, refit
 from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded, grid_loops
-from llmsqueeze.threads import over_rows
 
 ROUNDS = 3
 REFIT_BYTES = 1 << 25

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmsqueeze.parallel import over_rows
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.quantizers.grids import Rounded, fit_group, grid_loops, level_of, nearest_code, zero_code
-from llmsqueeze.threads import over_rows
 
 PANEL = 128
 

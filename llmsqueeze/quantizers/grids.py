@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze.parallel import over_rows
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.quantizers import dual_binary, kernels
-from llmsqueeze.threads import over_rows
 
 RATIOS = [1.05 - 0.7 * i / 28 for i in range(29)]
 

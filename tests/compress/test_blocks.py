@@ -29,7 +29,7 @@ from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.measure.moments import Moments
-from llmsqueeze.measure.streams import ResidualStreams
+from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint

@@ -95,6 +95,15 @@ def test_a_token_that_is_ruled_out_costs_nothing() -> None:
     assert not result.changed.any()
 
 
+def test_the_rows_of_logits_may_lie_apart(generator: torch.Generator) -> None:
+    memory = torch.randn(2, 20, 340, generator=generator)
+    (q, p), labels = memory[:, :, :300], torch.arange(20)
+    result, expected = divergence(q, p, labels), divergence(q.contiguous(), p.contiguous(), labels)
+    assert all(torch.equal(getattr(result, name), getattr(expected, name)) for name in vars(expected))
+    assert torch.equal(token_losses(q, labels), expected.model)
+    assert torch.equal(token_losses(q.T.contiguous().T, labels), expected.model)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_nothing(threads: int, generator: torch.Generator) -> None:
     q, p = torch.randn(2, 200, 300, generator=generator)

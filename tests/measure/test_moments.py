@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmsqueeze.measure.moments import FusionGroup
-from llmsqueeze.measure.restarted import Restarted
-from llmsqueeze.measure.streams import ResidualStreams
+from llmsqueeze.measure.streams.residual import ResidualStreams
+from llmsqueeze.measure.streams.restarted import Restarted
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint

@@ -11,9 +11,9 @@ from support import configs
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
-from llmsqueeze.measure.passage import Paused, passage
-from llmsqueeze.measure.restarted import Restarted
-from llmsqueeze.measure.streams import ResidualStreams
+from llmsqueeze.measure.streams.passage import Paused, passage
+from llmsqueeze.measure.streams.residual import ResidualStreams
+from llmsqueeze.measure.streams.restarted import Restarted
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint

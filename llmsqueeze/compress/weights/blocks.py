@@ -23,8 +23,8 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.measure.moments import Moments
-from llmsqueeze.measure.passage import Passage, passage
-from llmsqueeze.measure.streams import ResidualStreams
+from llmsqueeze.measure.streams.passage import Passage, passage
+from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.blockwise.recorder import replaced
+from llmsqueeze.model.logits import ROWS_BYTES, raw_logits, room_for_logits, slices_within
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
 
 LOGITS_BYTES = 64 << 20
-ROWS_BYTES = 8 << 20  # of the weight's rows that are cast at a time, and of the distributions that are drawn from
+DRAWN_BYTES = 8 << 20  # of the distributions that are drawn from at a time
 
 OnHead = Callable[[Tensor, Tensor], None]
 BlocksGiving = Callable[[Tensor], AbstractContextManager[None]]
@@ -66,9 +67,9 @@ class Head:
         x, labels = normed.detach()[0, :-1], tokens.to(self.device)[0, 1:]
         gradient, loss = torch.zeros_like(normed), 0.0  # the last token predicts nothing
         tokens_at_once = self._tokens(len(labels))
-        memory = x.new_empty(tokens_at_once[0].stop, len(self.module.weight))
+        room = room_for_logits(tokens_at_once[0].stop, len(self.module.weight), x)
         for part in tokens_at_once:
-            logits, leaf = self._after_linear(x[part], self._raw_logits(x[part], memory))
+            logits, leaf = self._after_linear(x[part], self._raw_logits(x[part], room))
             of_text = logits.detach().gather(1, labels[part, None])[:, 0]
             probability, log_z = softmax_(logits if leaf is None else logits.detach().clone())
             loss += float((log_z - of_text).sum())
@@ -113,15 +114,8 @@ class Head:
         return f"{self._name_of(self.module)}.weight"
 
     @timed("forward")
-    def _raw_logits(self, x: Tensor, memory: Tensor) -> Tensor:
-        """What the head's linear gives for x [tokens, width]: [tokens, vocabulary], the first rows of `memory`."""
-        head, raw = self.module, memory[: len(x)]
-        with torch.no_grad():
-            for part in self._rows():
-                torch.mm(x, head.weight[part].to(self.dtype).T, out=raw[:, part])
-            if head.bias is not None:
-                raw += head.bias.to(self.dtype)
-        return raw
+    def _raw_logits(self, x: Tensor, room: Tensor) -> Tensor:
+        return raw_logits(self.module, x, room)
 
     def _after_linear(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [tokens, vocabulary] as the model's forward returns them, soft caps and scales included, and the leaf
@@ -171,12 +165,6 @@ class Head:
         return names[id(module)]
 
 
-def slices_within(count: int, nbytes: int, limit: int) -> list[slice]:
-    """Of so many things with `nbytes` each: as few slices of one size as the limit allows."""
-    step = max(1, limit // nbytes)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
-
-
 def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities [tokens, vocabulary] in the memory of the logits, and the log of the denominator [tokens]."""
     largest = logits.amax(dim=1)
@@ -188,7 +176,7 @@ def softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
 def drawn_labels(probability: Tensor, draw: Tensor) -> Tensor:
     """Labels [tokens] drawn by inverting each distribution [tokens, vocabulary] at `draw` [tokens] in [0, 1)."""
     labels = []
-    for part in slices_within(len(draw), probability.shape[1] * probability.itemsize, ROWS_BYTES):
+    for part in slices_within(len(draw), probability.shape[1] * probability.itemsize, DRAWN_BYTES):
         reached = probability[part].cumsum(dim=1)
         labels.append(torch.searchsorted(reached, draw[part, None].to(reached), right=True)[:, 0])
     # rounding may leave a number above the whole sum

@@ -7,7 +7,8 @@ final norm and head (head.py). Then every block, last to first, runs again under
 its weight gradients to a callback one at a time.
 
 Memory: one block's weights (and one gradient), or the embeddings, or the head; one sample's activations inside a
-block; the activations between blocks, on disk beyond a limit. Samples are token rows [1, length], one at a time.
+block, or of as many as run at a time (parallel.py); the activations between blocks, on disk beyond a limit. Samples are
+token rows [1, length].
 """
 
 from __future__ import annotations

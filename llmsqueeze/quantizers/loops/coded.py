@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llmsqueeze.parallel import TILE
 from llmsqueeze.parts.compiled import compiled, compiled_sums
 from llmsqueeze.quantizers.loops.descent import INFINITE, NONE, PANEL, WINDOW
 from llmsqueeze.quantizers.loops.grids import ONE, ZERO, Floats, Number, feed_back, load, unload
 from llmsqueeze.quantizers.loops.refit import subtract
-from llmsqueeze.threads import TILE
 
 # rows of a panel: the integers, their steps, the gradient, the curvature
 INTEGER, STEP, GRADIENT, CURVATURE = range(4)

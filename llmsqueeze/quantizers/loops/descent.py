@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmsqueeze.parallel import TILE
 from llmsqueeze.parts.compiled import compiled
 from llmsqueeze.quantizers.loops.grids import HALF, ONE, TWO, ZERO, Flag, Floats, Levels, Number, nearest
 from llmsqueeze.quantizers.loops.refit import Indices, add_products, subtract, weighted_rows
-from llmsqueeze.threads import TILE
 
 PANEL = 128  # columns whose changes are collected before other columns see them
 BLOCK = 512  # columns of H that stay in cache beside each other, of a panel's rows

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmsqueeze.parallel import TILE
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.compiled import compiled
 from llmsqueeze.quantizers.grids import RATIOS
-from llmsqueeze.threads import TILE
 
 Floats = NDArray[np.floating[Any]]
 Number = Any  # a float of the weight's dtype

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, fx
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, grouped
-from llmsqueeze.measure.restarted import Restarted
-from llmsqueeze.measure.streams import NO_OUTPUTS, GroupMoments, ResidualStreams, Weights, drifting
+from llmsqueeze.measure.streams.residual import NO_OUTPUTS, GroupMoments, ResidualStreams, Weights, drifting
+from llmsqueeze.measure.streams.restarted import Restarted
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.segment import Segment, Values
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.casting import is_plain
+from llmsqueeze.parallel import in_lanes
 from llmsqueeze.progress.stopwatch import timed
-from llmsqueeze.threads import in_lanes
 
 TRIM_EVERY = 16  # samples
 T = TypeVar("T")
@@ -124,8 +124,8 @@ class Paused:
 
     @timed("forward")
     def _in_lanes(self, compute: Callable[[int], T], use: Callable[[int, T], None]) -> None:
-        """All samples, several at a time (threads.py). Every few of them the C library's heap is emptied, in which what
-        is kept leaves holes between what is not."""
+        """All samples, several at a time (parallel.py). Every few of them the C library's heap is emptied, in which
+        what is kept leaves holes between what is not."""
 
         def with_little_memory(sample: int, computed: T) -> None:
             use(sample, computed)

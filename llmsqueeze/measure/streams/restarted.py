@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, fusion_groups
-from llmsqueeze.measure.streams import GroupMoments, ResidualStreams, Weights, drifting
+from llmsqueeze.measure.streams.residual import GroupMoments, ResidualStreams, Weights, drifting
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.progress.stopwatch import timed
