@@ -1,4 +1,4 @@
-"""The product with a head: some rows of the weight at a time, into rows that do not compete for a place in the cache."""
+"""The product with a head: some rows of the weight at a time, into rows that do not share a place in the cache."""
 
 from __future__ import annotations
 
