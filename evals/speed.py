@@ -192,6 +192,7 @@ def measure_row(args: argparse.Namespace, results: dict[str, Any], row: str) -> 
             together = fitting(args, [runs[name].threads for name in left])
             batch, left = left[:together], left[together:]
             for name, run in zip(batch, at_once(args, [runs[name] for name in batch]), strict=True):
+                run |= {"side_by_side": len(batch) > 1}
                 run |= {"commit": commit(clone)} if (clone := runs[name].clone) else {}
                 kept.setdefault(name, []).append(run)
                 print(f"{row} {name}: {json.dumps(run)}", flush=True)

@@ -125,6 +125,11 @@ def waits(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def at_once(runs: Runs) -> set[bool]:
+    """Whether contenders of a row ran side by side, in any of its runs."""
+    return {run["side_by_side"] for repeats in runs.values() for run in repeats if "side_by_side" in run}
+
+
 def words(results: dict[str, Any]) -> str:
     """Machine, versions and settings as a paragraph."""
     machine, settings = results["machine"], results["settings"]
@@ -141,6 +146,9 @@ def words(results: dict[str, Any]) -> str:
         + (" and had real-time priority over other work" if machine.get("priority") == "real-time" else ""),
         *(f"`{name}`: commit {', '.join(commits[name])}" for name in ("tree", "before") if commits.get(name)),
     ]
+    for how, together in (("took turns", False), ("ran side by side", True)):
+        names = [row for row, runs in results["rows"].items() if row in TARGETS and together in at_once(runs)]
+        sentences += [f"The contenders {how} in {', '.join(names)}"] if names else []
     for name, environment in (("`tree` and `before`", "tree"), ("`peer`", "peer")):
         if environment in machine:
             sentences.append(f"{name} run with " + ", ".join(f"{k} {v}" for k, v in machine[environment].items()))

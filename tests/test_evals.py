@@ -119,12 +119,13 @@ def test_the_table_says_what_is_met_and_what_was_not_measured(monkeypatch: pytes
     monkeypatch.setattr(sys, "path", [str(EVALS), *sys.path])
     table = import_module("speed_table")
 
-    def runs(*walls: float, kernel: float = 1.0) -> list[dict[str, float]]:
-        return [{"wall": wall, "user": wall - kernel, "kernel": kernel, "peak_mb": 100.0} for wall in walls]
+    def runs(*walls: float, kernel: float = 1.0, beside: bool = False) -> list[dict[str, float]]:
+        each = {"kernel": kernel, "peak_mb": 100.0, "side_by_side": beside}
+        return [{"wall": wall, "user": wall - kernel, **each} for wall in walls]
 
     rows = {
         "descent": {"tree": runs(30, 90, 33), "before": runs(99, 100, 101)},
-        "eval": {"tree": runs(30, 30, 30, kernel=5), "before": runs(100, 100, 100)},
+        "eval": {"tree": runs(30, 30, 30, kernel=5, beside=True), "before": runs(100, 100, 100, beside=True)},
         "gptq": {"tree": runs(10, 10, 10)},
         "threads": {"tree": runs(32), "two threads": runs(20)},
     }
@@ -140,6 +141,7 @@ def test_the_table_says_what_is_met_and_what_was_not_measured(monkeypatch: pytes
     assert "| 0.031 | yes |" in lines["descent, tree"]
     assert "| 1.00 | yes |" in lines["descent against before"]
     assert "1.60 times as fast (at least 1.6: yes)" in page
+    assert "The contenders took turns in descent, gptq. The contenders ran side by side in eval." in page
 
     wait = {"setting": "two threads", "load": "no load", "realtime": True, "load_average": 2.4}
     page = table.markdown({}, [wait | {"wall_ms": 8.0, "processor_ms": 15.96}])
