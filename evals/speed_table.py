@@ -106,7 +106,7 @@ def quality(scores: dict[str, dict[str, float]]) -> list[str]:
         [name, f"{s['nll_difference']:+.4f} ± {s['nll_difference_stderr']:.4f}", f"{s['perplexity']:.3f}"]
         for name, s in scores.items()
     ]
-    note = "± is over windows of text. Sums in another order lead to other codes, whose losses spread by more than that."
+    note = "± is over windows of text. Sums in another order lead to other codes, whose losses spread by more."
     return [note, "", *table("folder | loss above the original's or the other's | perplexity", lines)]
 
 
