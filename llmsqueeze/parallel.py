@@ -12,7 +12,6 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -46,14 +45,14 @@ def in_lanes(count: int, compute: Callable[[int], T], use: Callable[[int, T], No
         for number in range(count):
             use(number, compute(number))
         return
-    work = _Lanes(count, compute, use, threads)
-    with _with_threads(threads):
-        others = [_pool(lanes - 1).submit(work.run) for _ in range(lanes - 1)]
-        try:
-            work.run()
-        finally:
-            for other in others:  # none may go on with what the caller takes away
-                other.exception()
+    work, before = _Lanes(count, compute, use, threads), torch.get_num_threads()
+    others = [_pool(lanes - 1).submit(work.run) for _ in range(lanes - 1)]
+    try:
+        work.run()
+    finally:
+        for other in others:  # none may go on with what the caller takes away
+            other.exception()
+        torch.set_num_threads(before)  # also of threads that come later
     for other in others:
         other.result()
 
@@ -101,17 +100,6 @@ class _Lanes(Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: self._failed or self._turn == number)
             return not self._failed
-
-
-@contextmanager
-def _with_threads(threads: int) -> Iterator[None]:
-    """After the context torch has as many threads as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @functools.cache

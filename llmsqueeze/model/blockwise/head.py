@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.blockwise.recorder import replaced
-from llmsqueeze.model.logits import ROWS_BYTES, raw_logits, room_for_logits, slices_within
+from llmsqueeze.model.logits import raw_logits, room_for_logits, rows_at_a_time, slices_within
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
 
@@ -69,7 +69,7 @@ class Head:
         tokens_at_once = self._tokens(len(labels))
         room = room_for_logits(tokens_at_once[0].stop, len(self.module.weight), x)
         for part in tokens_at_once:
-            logits, leaf = self._after_linear(x[part], self._raw_logits(x[part], room))
+            logits, leaf = self._after_linear(x[part], raw_logits(self.module, x[part], room))
             of_text = logits.detach().gather(1, labels[part, None])[:, 0]
             probability, log_z = softmax_(logits if leaf is None else logits.detach().clone())
             loss += float((log_z - of_text).sum())
@@ -113,10 +113,6 @@ class Head:
     def weight_name(self) -> str:
         return f"{self._name_of(self.module)}.weight"
 
-    @timed("forward")
-    def _raw_logits(self, x: Tensor, room: Tensor) -> Tensor:
-        return raw_logits(self.module, x, room)
-
     def _after_linear(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [tokens, vocabulary] as the model's forward returns them, soft caps and scales included, and the leaf
         that they are derived from; None if they are `raw`, as in most models. The first call finds out."""
@@ -132,7 +128,7 @@ class Head:
     def _through_weight(self, upstream: Tensor, out: Tensor) -> None:
         """Adds the gradient at the head's input, from `upstream` [tokens, vocabulary] at its output, to `out`."""
         weight = self.module.weight
-        for part in self._rows():
+        for part in rows_at_a_time(self.module, self.dtype):
             out.addmm_(upstream[:, part], weight[part].to(self.dtype))
 
     def _logits(self, x: Tensor, part: slice) -> Tensor:
@@ -154,11 +150,6 @@ class Head:
     def _tokens(self, count: int) -> list[slice]:
         """Of so many tokens, so that their logits stay within the limit."""
         return slices_within(count, len(self.module.weight) * self.dtype.itemsize, LOGITS_BYTES)
-
-    def _rows(self) -> list[slice]:
-        """Of the weight, so that its rows in the dtype of the computation stay within the limit."""
-        rows, width = self.module.weight.shape
-        return slices_within(rows, width * self.dtype.itemsize, ROWS_BYTES)
 
     def _name_of(self, module: nn.Module) -> str:
         names: dict[int, str] = {id(other): name for name, other in self.skeleton.model.named_modules()}
