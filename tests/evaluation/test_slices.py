@@ -12,6 +12,7 @@ from support import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from llmsqueeze.evaluation import slices
 from llmsqueeze.evaluation.slices import SlicedLogits, WholeLogits, sliced
 from llmsqueeze.model.casting import compute_in
 
@@ -47,6 +48,15 @@ def test_slices_of_a_model_that_casts_its_weights(random_model: Callable[..., Pa
     model = opened(random_model("gemma2", torch.bfloat16), torch.bfloat16)
     compute_in(model, torch.float32)
     assert checked_way(model) is SlicedLogits
+
+
+def test_a_product_that_rounds_otherwise_is_sliced_all_the_same(
+    random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library may add up a slice of the head in another order than the whole head."""
+    exact = slices.raw_logits
+    monkeypatch.setattr(slices, "raw_logits", lambda *given: exact(*given).mul_(1 + 1e-6))
+    assert type(sliced(opened(random_model("llama")), TOKENS)) is SlicedLogits
 
 
 def test_a_model_whose_logits_need_more_than_the_head_is_computed_whole(random_model: Callable[..., Path]) -> None:
