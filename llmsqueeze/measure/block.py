@@ -153,7 +153,8 @@ class _InputMoments:
         for i, group in enumerate(self.groups):
             if i not in self.xtx:
                 continue
-            curvature = factorize(self.xtx.pop(i).mean())
+            moments = self.xtx.pop(i)
+            curvature = factorize(moments.shrunk(moments.mean()))
             for name in group.names:
                 if name in self.squares:
                     module = skeleton.linear(name)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from llmsqueeze.measure.shrinkage import Chance, shrink
 from llmsqueeze.model.blockwise.walk import Walk
 
 PANELS = 8  # of the columns of a second-moment matrix: of the products, 9/16 are computed
@@ -44,20 +45,26 @@ class SecondMoments:
     def __init__(self, cols: int, dtype: torch.dtype, device: torch.device) -> None:
         self.sum = torch.zeros(cols, cols, dtype=dtype, device=device)
         self.tokens = 0
+        self.chance = Chance(cols, dtype, device)
         width = -(-cols // PANELS)
         self._panels = [slice(start, min(start + width, cols)) for start in range(0, cols, width)]
 
     def add(self, y: Tensor) -> None:
-        """y [tokens, cols]"""
+        """y [tokens, cols]: the inputs of one sample."""
         self.tokens += len(y)
         for panel in self._panels:
             self.sum[panel, panel.start :].addmm_(y[:, panel].T, y[:, panel.start :])
+        self.chance.add(y)
 
     def mean(self) -> Tensor:
         """[cols, cols]: per token, in the memory of the sum; nothing can be added afterwards."""
         for panel in self._panels:
             self.sum[panel.stop :, panel] = self.sum[panel, panel.stop :].T
         return self.sum.div_(self.tokens)
+
+    def shrunk(self, mean: Tensor) -> Tensor:
+        """The mean [cols, cols] without the share of it that is chance, in its memory."""
+        return shrink(mean, self.chance.share(mean.diagonal()))
 
 
 class Pulls:

@@ -61,7 +61,8 @@ class GroupMoments:
     def mean(self) -> Moments:
         """Nothing can be added afterwards."""
         xtx = self.xtx.mean()
-        return Moments(xtx, {} if self.pulls is None else self.pulls.mean(self.xtx.tokens, xtx))
+        pulls = {} if self.pulls is None else self.pulls.mean(self.xtx.tokens, xtx)
+        return Moments(self.xtx.shrunk(xtx), pulls)
 
 
 def drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:
