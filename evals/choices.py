@@ -8,10 +8,10 @@ loss of the folder written, on the held-back text, above the original's. No text
 the rows that are done, and goes on with the others. The rows that change what is no option do so by replacing a
 function while they run:
 
-    ... as measured      second moments as they are, nothing of them taken for chance
-    half, twice          half, one and a half times and twice the share that is taken for chance
+    ... as measured      second moments and drift as they are, nothing of them taken for chance; correction 0.5
+    half, one and a half, twice   the share that is taken for chance times this
     damping X            X of the mean of the diagonal is added to it, instead of 0.01
-    correction X         targets go X of the way to the least-squares solution, instead of 0.5
+    correction X         targets go X of the way to the least-squares solution, instead of 0.75
     rounds N             rounds of refit and coordinate descent, instead of 3
 """
 
@@ -36,13 +36,14 @@ from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.evaluation.perplexity import losses, standard_error
-from llmsqueeze.measure.shrinkage import shrink
+from llmsqueeze.measure.shrinkage import Chance
 from llmsqueeze.model.text import load_tokenizer, read_text, windows
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import factorize
 from llmsqueeze.quantizers.descent import corrected_target
 from llmsqueeze.recipe.resolve import make_recipe
 
+share = Chance.share
 HELD_BACK = 4  # one line in so many
 Row = dict[str, Any]
 Replacement = tuple[str, Callable[..., Any] | int]
@@ -54,7 +55,13 @@ CODED = {"method": "coded", "bits": 3.25}
 
 def shrinking(factor: float) -> Replacement:
     """`factor` times the share is taken for chance."""
-    return "llmsqueeze.measure.moments.shrink", lambda xtx, share: shrink(xtx, min(1.0, factor * share))
+    return "llmsqueeze.measure.shrinkage.Chance.share", lambda *given: min(1.0, factor * share(*given))
+
+
+AS_MEASURED = (
+    shrinking(0),
+    ("llmsqueeze.compress.weights.weight.corrected_target", partial(corrected_target, strength=0.5)),
+)
 
 
 def damping(damp: float) -> Replacement:
@@ -71,11 +78,11 @@ def rounds(count: int) -> Replacement:
 
 ROWS: dict[str, tuple[dict[str, Any], Sequence[Replacement]]] = {
     "gptq": (GPTQ, ()),
-    "gptq as measured": (GPTQ, (shrinking(0),)),
+    "gptq as measured": (GPTQ, AS_MEASURED),
     "coded": (CODED, ()),
-    "coded as measured": (CODED, (shrinking(0),)),
+    "coded as measured": (CODED, AS_MEASURED),
     "descent": (DESCENT, ()),
-    "descent as measured": (DESCENT, (shrinking(0),)),
+    "descent as measured": (DESCENT, AS_MEASURED),
     "half": (DESCENT, (shrinking(0.5),)),
     "one and a half": (DESCENT, (shrinking(1.5),)),
     "twice": (DESCENT, (shrinking(2),)),
@@ -84,7 +91,7 @@ ROWS: dict[str, tuple[dict[str, Any], Sequence[Replacement]]] = {
     "damping 0.03": (DESCENT, (damping(0.03),)),
     "correction 0": (DESCENT, (correction(0.0),)),
     "correction 0.25": (DESCENT, (correction(0.25),)),
-    "correction 0.75": (DESCENT, (correction(0.75),)),
+    "correction 0.5": (DESCENT, (correction(0.5),)),
     "correction 1": (DESCENT, (correction(1.0),)),
     "rounds 1": (DESCENT, (rounds(1),)),
     "rounds 6": (DESCENT, (rounds(6),)),

@@ -17,6 +17,7 @@ from llmsqueeze.allocation.coded import Curve
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli.app import app
 from llmsqueeze.measure.costs import OCTAVES
+from llmsqueeze.measure.shrinkage import Chance, shrink
 from llmsqueeze.parts import Affine, Grid
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 
@@ -91,6 +92,24 @@ def correlated_moments(cols: int, generator: torch.Generator, tokens: int = 400)
     x = torch.randn(tokens, cols, generator=generator)
     x = x @ (torch.eye(cols) + 0.1 * torch.randn(cols, cols, generator=generator))
     return x.T @ x / tokens
+
+
+def shrunk_moments(samples: Sequence[Tensor]) -> Tensor:
+    """[cols, cols]: the mean of y y^T over all tokens of the samples [tokens, cols], without what is chance in it."""
+    every, chance = torch.cat(list(samples)), Chance(samples[0].shape[1], samples[0].dtype, samples[0].device)
+    for y in samples:
+        chance.add(y, y)
+    mean = every.T @ every / len(every)
+    return shrink(mean, chance.share(mean.diagonal()))
+
+
+def kept_of_drift(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The share of the mean of (x - y) y^T that is not chance, from samples x, y [tokens, cols]."""
+    first = pairs[0][1]
+    chance = Chance(first.shape[1], first.dtype, first.device, diagonal=True)
+    for x, y in pairs:
+        chance.add(x - y, y)
+    return 1 - chance.share(torch.cat([y for _, y in pairs]).square().mean(dim=0))
 
 
 def correlated_curvature(cols: int, generator: torch.Generator) -> Curvature:

@@ -54,7 +54,7 @@ class SecondMoments:
         self.tokens += len(y)
         for panel in self._panels:
             self.sum[panel, panel.start :].addmm_(y[:, panel].T, y[:, panel.start :])
-        self.chance.add(y)
+        self.chance.add(y, y)
 
     def mean(self) -> Tensor:
         """[cols, cols]: per token, in the memory of the sum; nothing can be added afterwards."""
@@ -68,7 +68,7 @@ class SecondMoments:
 
 
 class Pulls:
-    """The mean of W (x - y) y^T over tokens, for the weights W of a group.
+    """The mean of W (x - y) y^T over tokens, for the weights W of a group, without the share of it that is chance.
 
     Either D = mean of (x - y) y^T is added up and multiplied at the end, which takes cols^2 products for a token. Or,
     if the group has few rows, (W x) y^T for every W, which takes rows * cols, and as many for W x if it is not known; W
@@ -81,24 +81,29 @@ class Pulls:
         rows, cols = sum(len(weight) for weight in weights.values()), next(iter(weights.values())).shape[1]
         by_row = 2 * rows < cols
         like = next(iter(weights.values()))
+        self._chance = Chance(cols, like.dtype, like.device, diagonal=True)
         self._drift = None if by_row else torch.zeros(cols, cols, dtype=like.dtype, device=like.device)
         self._sums = {name: torch.zeros_like(weight) for name, weight in weights.items()} if by_row else {}
 
     def add(self, x: Tensor, y: Tensor, outputs: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """x, y [tokens, cols]; outputs: W x [tokens, rows] of weights for which it is known."""
+        drift = x - y
+        self._chance.add(drift, y)
         if self._drift is not None:
-            self._drift.addmm_((x - y).T, y)
+            self._drift.addmm_(drift.T, y)
         for name, total in self._sums.items():
             output = outputs[name] if name in outputs else x @ self._weights[name].T
             total.addmm_(output.T, y)
 
     def mean(self, tokens: int, xtx: Tensor) -> dict[str, Tensor]:
-        """Per token; xtx [cols, cols]: the mean of y y^T. Nothing can be added afterwards."""
+        """Per token; xtx [cols, cols]: the mean of y y^T, as measured. Nothing can be added afterwards."""
+        kept = 1 - self._chance.share(xtx.diagonal())
         if self._drift is not None:
-            self._drift.div_(tokens)
+            self._drift.mul_(kept / tokens)
             return {name: weight @ self._drift for name, weight in self._weights.items()}
         return {
-            name: total.div_(tokens).addmm_(self._weights[name], xtx, alpha=-1) for name, total in self._sums.items()
+            name: total.div_(tokens).addmm_(self._weights[name], xtx, alpha=-1).mul_(kept)
+            for name, total in self._sums.items()
         }
 
 

@@ -13,8 +13,10 @@ three to thirty times too small. And neither sum is formed entry by entry, which
 product for each sample. A few random vectors z of +-1 stand for all columns: the mean of |A z|^2 is the sum of the
 squares of A (M. Hutchinson, 1989), and A z of a sample is Y^T (Y z) without its diagonal.
 
-    Y [tokens, cols]: one sample's inputs.  Cost: 4 * PROBES * cols products for a token; the moments take 9/8 * cols^2.
-    Memory: 3 * PROBES * cols.
+The drift D = mean of (x - y) y^T shrinks towards nothing: D* = (1 - share) D, with the sums over all its entries.
+
+    Y [tokens, cols]: one sample's inputs.  Cost: 4 * PROBES * cols products for a token, and as many for the drift; the
+    moments take 9/8 * cols^2.  Memory: 2 * PROBES * cols.
 """
 
 from __future__ import annotations
@@ -28,47 +30,49 @@ FLOOR = 1e-3  # of the mean: the least size of a column by which probes are divi
 
 
 class Chance:
-    """The share of second moments off the diagonal that is chance, from the samples that they are the mean of.
+    """The share of a mean of products of two inputs of a token that is chance, from the samples that it is over.
 
     The first sample counts as two, its halves, so that there are always two to compare.
     """
 
-    def __init__(self, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._probes = torch.empty(0)
+    def __init__(self, cols: int, dtype: torch.dtype, device: torch.device, diagonal: bool = False) -> None:
+        """diagonal: whether products of a column with itself count."""
+        self._probes, self._diagonal = torch.empty(0), diagonal
         self._sum, self._weighted = (torch.zeros(cols, PROBES, dtype=dtype, device=device) for _ in range(2))
         self._squares = torch.zeros(cols, dtype=dtype, device=device)
         self._tokens: list[int] = []
 
-    def add(self, y: Tensor) -> None:
-        """y [tokens, cols]: the inputs of one sample."""
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x, y [tokens, cols]: the inputs of one sample."""
         if len(y) and not self._tokens:
             self._probes, half = _probes(y), len(y) // 2
-            self._add(y[:half])
-            self._add(y[half:])
+            self._add(x[:half], y[:half])
+            self._add(x[half:], y[half:])
         else:
-            self._add(y)
+            self._add(x, y)
 
-    def _add(self, y: Tensor) -> None:
+    def _add(self, x: Tensor, y: Tensor) -> None:
         if len(y):
-            products = torch.mm(y.T, y @ self._probes)
-            products.addcmul_(y.square().sum(dim=0)[:, None], self._probes, value=-1)
+            products = torch.mm(x.T, y @ self._probes)
+            if not self._diagonal:
+                products.addcmul_((x * y).sum(dim=0)[:, None], self._probes, value=-1)
             self._sum += products
             self._weighted.add_(products, alpha=len(y))
             self._squares += products.square_().sum(dim=1)
             self._tokens.append(len(y))
 
-    def share(self, diagonal: Tensor) -> float:
-        """Between 0 and 1. `diagonal` [cols]: that of the mean moments."""
+    def share(self, squares: Tensor) -> float:
+        """Between 0 and 1. `squares` [cols]: the mean square of each input, for which entries are made alike."""
         count, total = len(self._tokens), sum(self._tokens)
         if count < 2:
             return 0.0
         mean = self._sum / total
+        sizes = mean.square().sum(dim=1)
         spread = self._squares - 2 * (self._weighted * mean).sum(dim=1)
-        squares = mean.square().sum(dim=1)
-        spread.add_(squares, alpha=sum(tokens**2 for tokens in self._tokens))
-        weights = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+        spread.add_(sizes, alpha=sum(tokens**2 for tokens in self._tokens))
+        weights = torch.where(squares > 0, 1 / squares, 0.0)
         variance = float(weights @ spread) / total**2 * count / (count - 1)
-        size = float(weights @ squares)
+        size = float(weights @ sizes)
         return min(max(variance / size, 0.0), 1.0) if size > 0 else 0.0
 
 

@@ -22,7 +22,8 @@ from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.model.original import Source
 
-TEXT = {"calibration": "demo", "samples": 1, "seq_len": 16}
+# more samples than one: else all of the moments off the diagonal may count as chance, and ties are rounded either way
+TEXT = {"calibration": "demo", "samples": 2, "seq_len": 16}
 # every operation is looked at, so each run takes several paths at once, on few widths, and those that are dear have one
 # block: what goes on from block to block is in the others
 ONE_BLOCK = ("coded, embeddings, outliers and factors too", "budget, packed")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import correlated_moments
+from support import correlated_moments, shrunk_moments
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -121,15 +121,15 @@ def test_the_profiles_loss_is_the_texts_whatever_the_labels(
 
 
 def test_costs_are_half_the_gradient_times_the_output_error(
-    profile: Profile, model: nn.Module, hooked: dict[str, tuple[Tensor, Tensor]]
+    profile: Profile, model: nn.Module, hooked: dict[str, tuple[Tensor, Tensor]], tokens: list[Tensor]
 ) -> None:
-    """1/2 * g[r] * d H d^T with H the plain mean of x x^T, row by row, for a grid without outliers."""
+    """1/2 * g[r] * d H d^T with H the shrunk mean of x x^T, row by row, for a grid without outliers."""
     for at in (0, 1):
         for name, (x, gradient) in hooked.items():
             weight = model.get_submodule(name).weight.detach()
             d = weight - rtn(weight, PRICED[at].grid, torch.bfloat16).dense()
             labels = len(x) - 4
-            H = x.T @ x / len(x)
+            H = shrunk_moments(x.split([row.shape[1] for row in tokens]))
             g = gradient.square().sum(dim=0) / labels
             expected = torch.stack([0.5 * g[r] * (d[r] @ H @ d[r]) for r in range(len(d))])
             assert torch.allclose(profile.costs[name][at].double(), expected, rtol=1e-4, atol=1e-12), name

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import configs
+from support import configs, kept_of_drift
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
@@ -173,8 +173,8 @@ def test_pulls_are_what_the_weights_make_of_the_drift(rows: tuple[int, ...], gen
     pulls, samples = Pulls(weights), [torch.randn(2, 7, 16, generator=generator) for _ in range(3)]
     for x, y in samples:
         pulls.add(x, y, {"3": x @ weights["3"].T} if "3" in weights else {})
-    drift = sum((x - y).T @ y for x, y in samples) / 21
     xtx = sum(y.T @ y for _, y in samples) / 21
+    drift = kept_of_drift([(x, y) for x, y in samples]) * sum((x - y).T @ y for x, y in samples) / 21
     for name, pull in pulls.mean(21, xtx).items():
         assert torch.allclose(pull, weights[name] @ drift, atol=1e-5)
 
@@ -184,15 +184,17 @@ def test_a_small_drift_of_inputs_with_a_spike_is_not_lost(generator: torch.Gener
     weight, tokens = torch.randn(8, 64, generator=generator) / 8, 512
     sizes = torch.ones(64)
     sizes[5] = 1000
-    pulls, exact = Pulls({"down": weight}), torch.zeros(8, 64, dtype=torch.float64)
+    pulls, exact, pairs = Pulls({"down": weight}), torch.zeros(8, 64, dtype=torch.float64), []
     moments = SecondMoments(64, torch.float32, CPU)
     for _ in range(8):
         x, noise = torch.randn(2, tokens, 64, generator=generator) * sizes
         y = x + 0.01 * noise - 0.01 * x
         pulls.add(x, y)
         moments.add(y)
+        pairs.append((x, y))
         exact += weight.double() @ (x - y).double().T @ y.double() / (8 * tokens)
     pull = pulls.mean(8 * tokens, moments.mean())["down"]
+    exact *= kept_of_drift(pairs)
     others = [j for j in range(64) if j != 5]
     error, size = (pull - exact)[:, others].norm(), exact[:, others].norm()
     assert error < 1e-3 * size

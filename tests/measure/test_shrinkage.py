@@ -26,37 +26,51 @@ def texts(mix: Tensor, count: int, length: int, generator: torch.Generator, topi
     return list(torch.randn(count, length, COLS, generator=generator) * own @ mix)
 
 
-def share_by_entry(samples: list[Tensor], power: Tensor) -> float:
-    """The definition: sums over all entries off the diagonal, divided by sizes of rows, and of columns by `power`."""
-    first, tokens = samples[0], sum(len(y) for y in samples)
-    pieces = [y for y in (first[: len(first) // 2], first[len(first) // 2 :], *samples[1:]) if len(y)]
-    mean = sum(y.T @ y for y in pieces) / tokens
-    weights = (1 / mean.diagonal())[:, None] * power
-    weights.fill_diagonal_(0)
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def share_by_entry(pairs: Pairs, power: Tensor, diagonal: bool) -> float:
+    """The definition: sums over all entries, divided by the mean squares of rows, and of columns by 1 / `power`."""
+    x, y = pairs[0]
+    half, tokens = len(y) // 2, sum(len(y) for _, y in pairs)
+    pieces = [(x, y) for x, y in ((x[:half], y[:half]), (x[half:], y[half:]), *pairs[1:]) if len(y)]
+    mean = sum(x.T @ y for x, y in pieces) / tokens
+    weights = (tokens / sum(y.square().sum(dim=0) for _, y in pieces))[:, None] * power
+    if not diagonal:
+        weights.fill_diagonal_(0)
     count = len(pieces)
-    spread = sum((weights * (y.T @ y - len(y) * mean).square()).sum() for y in pieces) / tokens**2
+    spread = sum((weights * (x.T @ y - len(y) * mean).square()).sum() for x, y in pieces) / tokens**2
     return float(spread * count / (count - 1) / (weights * mean.square()).sum())
 
 
 def share(samples: list[Tensor]) -> float:
-    chance = Chance(samples[0].shape[1], samples[0].dtype, CPU)
-    for y in samples:
-        chance.add(y)
-    every = torch.cat(samples)
-    return chance.share(every.square().mean(dim=0))
+    """Of second moments."""
+    return share_of([(y, y) for y in samples], diagonal=False)
+
+
+def share_of(pairs: Pairs, diagonal: bool) -> float:
+    chance = Chance(pairs[0][1].shape[1], pairs[0][1].dtype, CPU, diagonal)
+    for x, y in pairs:
+        chance.add(x, y)
+    return chance.share(torch.cat([y for _, y in pairs]).square().mean(dim=0))
 
 
 @pytest.mark.parametrize("lengths", [(30,) * 6, (50, 3, 0, 20, 1), (40,)], ids=["equal", "unequal", "one"])
+@pytest.mark.parametrize("of", ["moments", "drift"])
 def test_many_probes_come_to_the_sum_over_all_entries(
-    lengths: tuple[int, ...], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    of: str, lengths: tuple[int, ...], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shrinkage, "PROBES", 20_000)
     mix = mixed(generator)
     samples = [texts(mix, 1, length, generator)[0] for length in lengths]
+    pairs = [(y, y) for y in samples]
+    if of == "drift":
+        turn = torch.eye(COLS) + 0.3 * torch.randn(COLS, COLS, generator=generator)
+        pairs = [(y @ turn + 0.1 * torch.randn(y.shape, generator=generator), y) for y in samples]
     power = samples[0].square().mean(dim=0)  # by which the probes are divided
-    expected = share_by_entry(samples, 1 / power.clamp(min=1e-3 * power.mean()))
+    expected = share_by_entry(pairs, 1 / power.clamp(min=1e-3 * power.mean()), of == "drift")
     assert 0.01 < expected < 1
-    assert share(samples) == pytest.approx(expected, rel=0.03)
+    assert share_of(pairs, of == "drift") == pytest.approx(expected, rel=0.03)
 
 
 def test_shrunk_moments_are_nearer_to_those_of_all_text(generator: torch.Generator) -> None:
@@ -92,8 +106,8 @@ def test_tokens_of_one_text_are_not_independent(generator: torch.Generator) -> N
 def test_without_two_samples_to_compare_nothing_is_chance() -> None:
     chance = Chance(3, torch.float32, CPU)
     assert chance.share(torch.zeros(3)) == 0
-    chance.add(torch.ones(0, 3))
-    chance.add(torch.ones(1, 3))
+    chance.add(torch.ones(0, 3), torch.ones(0, 3))
+    chance.add(torch.ones(1, 3), torch.ones(1, 3))
     assert chance.share(torch.ones(3)) == 0
 
 
