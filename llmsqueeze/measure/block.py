@@ -154,7 +154,7 @@ class _InputMoments:
             if i not in self.xtx:
                 continue
             moments = self.xtx.pop(i)
-            curvature = factorize(moments.shrunk(moments.mean()))
+            curvature = factorize(moments.shrunk(moments.mean())[0])
             for name in group.names:
                 if name in self.squares:
                     module = skeleton.linear(name)

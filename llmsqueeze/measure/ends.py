@@ -63,7 +63,7 @@ class Ends:
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> second moments [width, width] and how much each row counts [vocabulary]; nothing can be seen
         afterwards."""
-        G, X = (moments.shrunk(moments.mean()) for moments in (self.gradients, self.inputs))
+        G, X = (moments.shrunk(moments.mean())[0] for moments in (self.gradients, self.inputs))
         G *= self.scale**2
         q = self.logits / self.labels
         f = (self.tokens + UNSEEN) / self.labels

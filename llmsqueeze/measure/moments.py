@@ -32,11 +32,13 @@ class Moments:
     """Of the inputs of a fusion group: xtx = mean over the tokens of y y^T [cols, cols]; pulls: linear -> W D [rows,
     cols] with D = mean of (x - y) y^T, empty where x is y.
 
-    y: the inputs that the linears will see; x: the original model's for the same tokens.
+    y: the inputs that the linears will see; x: the original model's for the same tokens. chance: the share of the
+    entries off the diagonal that was chance, and is taken away.
     """
 
     xtx: Tensor
     pulls: dict[str, Tensor]
+    chance: float = 0.0
 
 
 class SecondMoments:
@@ -62,9 +64,10 @@ class SecondMoments:
             self.sum[panel.stop :, panel] = self.sum[panel, panel.stop :].T
         return self.sum.div_(self.tokens)
 
-    def shrunk(self, mean: Tensor) -> Tensor:
-        """The mean [cols, cols] without the share of it that is chance, in its memory."""
-        return shrink(mean, self.chance.share(mean.diagonal()))
+    def shrunk(self, mean: Tensor) -> tuple[Tensor, float]:
+        """The mean [cols, cols] without the share of it that is chance, in its memory, and that share."""
+        share = self.chance.share(mean.diagonal())
+        return shrink(mean, share), share
 
 
 class Pulls:

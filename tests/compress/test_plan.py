@@ -356,7 +356,7 @@ def test_ranks_are_bought_within_the_budget_and_promise_more(demo: Source, own: 
 
 def test_a_profile_without_gains_is_refused(demo: Source, planned: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no gains of ranks"):
-        quantize(demo, RANKS, tmp_path / "out", profile=planned / PROFILE)
+        quantize(demo, {"bits": 2.5, **FAST, "lorc_rank": "auto"}, tmp_path / "out", profile=planned / PROFILE)
 
 
 @pytest.mark.parametrize("importance", ["lim", "zd"])

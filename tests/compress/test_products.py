@@ -37,7 +37,7 @@ def test_the_faster_dtype_is_taken_and_recorded(
     settings = {"method": method, **bits, **TEXT}
     exact, notes = quantized(demo_of(1), tmp_path / "exact", **settings)
     assert exact["recipe"]["products"] == "float32"
-    assert notes == []
+    assert not any("multiply" in note for note in notes)
     monkeypatch.setattr("llmsqueeze.compress.job.fastest_dtype", lambda _: torch.bfloat16)
     fast, notes = quantized(demo_of(1), tmp_path / "fast", **settings)
     assert fast["recipe"]["products"] == "bfloat16"
@@ -46,7 +46,7 @@ def test_the_faster_dtype_is_taken_and_recorded(
     assert fast["errors"] == pytest.approx(exact["errors"], rel=0.2)
     monkeypatch.undo()
     again, notes = quantized(demo_of(1), tmp_path / "again", **settings, products="bfloat16")
-    assert notes == []
+    assert not any("multiply" in note for note in notes)
     assert again == fast
 
 

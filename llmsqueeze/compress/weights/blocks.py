@@ -71,16 +71,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """The plan after compression; each weight's relative output error, and of coded ones the sensitivity."""
+    """The plan after compression; each weight's relative output error, of coded ones the sensitivity, and the share of
+    the moments of its inputs that was chance, where they were measured."""
 
     plan: Plan
     errors: Mapping[str, float]
     sensitivities: Mapping[str, float]
+    chances: Mapping[str, float]
 
     @property
     def by_weight(self) -> dict[str, Mapping[str, float]]:
         """For the record: kind of number -> weight -> number."""
-        return {"errors": self.errors} | ({"sensitivities": self.sensitivities} if self.sensitivities else {})
+        kinds = {"errors": self.errors, "sensitivities": self.sensitivities, "chances": self.chances}
+        return {kind: numbers for kind, numbers in kinds.items() if numbers or kind == "errors"}
 
 
 def needed_streams(
@@ -107,7 +110,9 @@ def compress_blocks(
 ) -> Result:
     """Compresses and writes every block in turn, or the first `count`; `witness` sees each compressed block."""
     skeleton, plan = run.walk.skeleton, run.decision.plan
-    weights, errors, sensitivities = {}, {}, {}
+    weights, errors = {}, {}
+    sensitivities: dict[str, float] = {}
+    chances: dict[str, float] = {}
     indices = range(len(skeleton.blocks))[:count]
     for index in run.progress.over(indices, "compress", len(indices)):
         compressed, streams = compress_block(run, index, streams, witness)
@@ -116,7 +121,9 @@ def compress_blocks(
             weights[name], errors[name] = final_plan(plan.weights[name], one.parts), one.error
             if one.sensitivity is not None:
                 sensitivities[name] = one.sensitivity
-    return Result(plan.having(weights), errors, sensitivities)
+            if one.chance is not None:
+                chances[name] = one.chance
+    return Result(plan.having(weights), errors, sensitivities, chances)
 
 
 def compress_block(
@@ -160,10 +167,11 @@ def compress_groups(
     for names, moments in group_moments(run, index, through):
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
         give_back()
+        chance = None if moments is None else moments.chance
         targets, curvature = group_targets(group, moments)
         for name, one in run.compress(group, targets, curvature).items():
             current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
-            result[name] = one._replace(dense=NOTHING)
+            result[name] = one._replace(dense=NOTHING, chance=chance)
         give_back()
     return result
 

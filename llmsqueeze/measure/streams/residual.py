@@ -62,7 +62,8 @@ class GroupMoments:
         """Nothing can be added afterwards."""
         xtx = self.xtx.mean()
         pulls = {} if self.pulls is None else self.pulls.mean(self.xtx.tokens, xtx)
-        return Moments(self.xtx.shrunk(xtx), pulls)
+        shrunk, chance = self.xtx.shrunk(xtx)
+        return Moments(shrunk, pulls, chance)
 
 
 def drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:
