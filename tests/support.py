@@ -100,7 +100,7 @@ def shrunk_moments(samples: Sequence[Tensor]) -> Tensor:
     for y in samples:
         chance.add(y, y)
     mean = every.T @ every / len(every)
-    return shrink(mean, chance.share(mean.diagonal()))
+    return shrink(mean, chance.share(mean.diagonal(), len(every)))
 
 
 def kept_of_drift(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
@@ -109,7 +109,8 @@ def kept_of_drift(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     chance = Chance(first.shape[1], first.dtype, first.device, diagonal=True)
     for x, y in pairs:
         chance.add(x - y, y)
-    return 1 - chance.share(torch.cat([y for _, y in pairs]).square().mean(dim=0))
+    every = torch.cat([y for _, y in pairs])
+    return 1 - chance.share(every.square().mean(dim=0), len(every))
 
 
 def correlated_curvature(cols: int, generator: torch.Generator) -> Curvature:

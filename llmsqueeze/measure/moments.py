@@ -66,7 +66,7 @@ class SecondMoments:
 
     def shrunk(self, mean: Tensor) -> tuple[Tensor, float]:
         """The mean [cols, cols] without the share of it that is chance, in its memory, and that share."""
-        share = self.chance.share(mean.diagonal())
+        share = self.chance.share(mean.diagonal(), self.tokens)
         return shrink(mean, share), share
 
 
@@ -100,7 +100,7 @@ class Pulls:
 
     def mean(self, tokens: int, xtx: Tensor) -> dict[str, Tensor]:
         """Per token; xtx [cols, cols]: the mean of y y^T, as measured. Nothing can be added afterwards."""
-        kept = 1 - self._chance.share(xtx.diagonal())
+        kept = 1 - self._chance.share(xtx.diagonal(), tokens)
         if self._drift is not None:
             self._drift.mul_(kept / tokens)
             return {name: weight @ self._drift for name, weight in self._weights.items()}

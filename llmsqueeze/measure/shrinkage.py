@@ -15,8 +15,8 @@ squares of A (M. Hutchinson, 1989), and A z of a sample is Y^T (Y z) without its
 
 The drift D = mean of (x - y) y^T shrinks towards nothing: D* = (1 - share) D, with the sums over all its entries.
 
-    Y [tokens, cols]: one sample's inputs.  Cost: 4 * PROBES * cols products for a token, and as many for the drift; the
-    moments take 9/8 * cols^2.  Memory: 2 * PROBES * cols.
+    Y [tokens, cols]: one sample's inputs.  Cost: 4 * PROBES * cols products for a token of the first samples, and as
+    many for the drift; the moments take 9/8 * cols^2.  Memory: 2 * PROBES * cols.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 PROBES = 8
+ENOUGH = 16  # samples that tell how much samples differ
 SEED = 0
 FLOOR = 1e-3  # of the mean: the least size of a column by which probes are divided
 
@@ -32,13 +33,14 @@ FLOOR = 1e-3  # of the mean: the least size of a column by which probes are divi
 class Chance:
     """The share of a mean of products of two inputs of a token that is chance, from the samples that it is over.
 
-    The first sample counts as two, its halves, so that there are always two to compare.
+    The first sample counts as two, its halves, so that there are always two to compare. After `ENOUGH` samples no more
+    are looked at.
     """
 
     def __init__(self, cols: int, dtype: torch.dtype, device: torch.device, diagonal: bool = False) -> None:
         """diagonal: whether products of a column with itself count."""
         self._probes, self._diagonal = torch.empty(0), diagonal
-        self._sum, self._weighted = (torch.zeros(cols, PROBES, dtype=dtype, device=device) for _ in range(2))
+        self._sum, self._weighted = (torch.zeros(PROBES, cols, dtype=dtype, device=device) for _ in range(2))
         self._squares = torch.zeros(cols, dtype=dtype, device=device)
         self._tokens: list[int] = []
 
@@ -48,32 +50,36 @@ class Chance:
             self._probes, half = _probes(y), len(y) // 2
             self._add(x[:half], y[:half])
             self._add(x[half:], y[half:])
-        else:
+        elif len(self._tokens) <= ENOUGH:
             self._add(x, y)
 
     def _add(self, x: Tensor, y: Tensor) -> None:
         if len(y):
-            products = torch.mm(x.T, y @ self._probes)
+            products = (self._probes @ y.T) @ x  # of matrices that lie so, a fifth of the time of y^T (y z)
             if not self._diagonal:
-                products.addcmul_((x * y).sum(dim=0)[:, None], self._probes, value=-1)
+                products.addcmul_((x * y).sum(dim=0), self._probes, value=-1)
             self._sum += products
             self._weighted.add_(products, alpha=len(y))
-            self._squares += products.square_().sum(dim=1)
+            self._squares += products.square_().sum(dim=0)
             self._tokens.append(len(y))
 
-    def share(self, squares: Tensor) -> float:
-        """Between 0 and 1. `squares` [cols]: the mean square of each input, for which entries are made alike."""
-        count, total = len(self._tokens), sum(self._tokens)
+    def share(self, squares: Tensor, tokens: int) -> float:
+        """Between 0 and 1, of the mean over so many tokens.
+
+        squares [cols]: the mean square of each input, by which entries are made alike.
+        """
+        count, seen = len(self._tokens), sum(self._tokens)
         if count < 2:
             return 0.0
-        mean = self._sum / total
-        sizes = mean.square().sum(dim=1)
-        spread = self._squares - 2 * (self._weighted * mean).sum(dim=1)
-        spread.add_(sizes, alpha=sum(tokens**2 for tokens in self._tokens))
+        mean = self._sum / seen
+        sizes = mean.square().sum(dim=0)
+        spread = self._squares - 2 * (self._weighted * mean).sum(dim=0)
+        spread.add_(sizes, alpha=sum(of_sample**2 for of_sample in self._tokens))
         weights = torch.where(squares > 0, 1 / squares, 0.0)
-        variance = float(weights @ spread) / total**2 * count / (count - 1)
-        size = float(weights @ sizes)
-        return min(max(variance / size, 0.0), 1.0) if size > 0 else 0.0
+        variance = float(weights @ spread) / seen**2 * count / (count - 1)
+        of_all = variance * seen / tokens
+        size = float(weights @ sizes) - variance + of_all
+        return min(max(of_all / size, 0.0), 1.0) if size > 0 else float(of_all > 0)
 
 
 def shrink(xtx: Tensor, share: float) -> Tensor:
@@ -84,8 +90,8 @@ def shrink(xtx: Tensor, share: float) -> Tensor:
 
 
 def _probes(y: Tensor) -> Tensor:
-    """[cols, PROBES]: +-1, divided by the size of each column of y [tokens, cols]."""
-    drawn = torch.randint(0, 2, (y.shape[1], PROBES), generator=torch.Generator().manual_seed(SEED))
+    """[PROBES, cols]: +-1, divided by the size of each column of y [tokens, cols]."""
+    drawn = torch.randint(0, 2, (PROBES, y.shape[1]), generator=torch.Generator().manual_seed(SEED))
     size = y.square().mean(dim=0)
     size = size.clamp(min=FLOOR * float(size.mean())).clamp(min=torch.finfo(y.dtype).tiny)
-    return (2 * drawn - 1).to(y) * size.rsqrt()[:, None]
+    return (2 * drawn - 1).to(y) * size.rsqrt()

@@ -40,7 +40,7 @@ def share_by_entry(pairs: Pairs, power: Tensor, diagonal: bool) -> float:
         weights.fill_diagonal_(0)
     count = len(pieces)
     spread = sum((weights * (x.T @ y - len(y) * mean).square()).sum() for x, y in pieces) / tokens**2
-    return float(spread * count / (count - 1) / (weights * mean.square()).sum())
+    return min(1.0, float(spread * count / (count - 1) / (weights * mean.square()).sum()))
 
 
 def share(samples: list[Tensor]) -> float:
@@ -52,7 +52,8 @@ def share_of(pairs: Pairs, diagonal: bool) -> float:
     chance = Chance(pairs[0][1].shape[1], pairs[0][1].dtype, CPU, diagonal)
     for x, y in pairs:
         chance.add(x, y)
-    return chance.share(torch.cat([y for _, y in pairs]).square().mean(dim=0))
+    every = torch.cat([y for _, y in pairs])
+    return chance.share(every.square().mean(dim=0), len(every))
 
 
 @pytest.mark.parametrize("lengths", [(30,) * 6, (50, 3, 0, 20, 1), (40,)], ids=["equal", "unequal", "one"])
@@ -95,20 +96,33 @@ def test_shrunk_moments_are_nearer_to_those_of_all_text(generator: torch.Generat
     assert gains[2] < 1.01
 
 
-def test_tokens_of_one_text_are_not_independent(generator: torch.Generator) -> None:
+def test_tokens_of_one_text_are_not_independent(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens of the same samples say little more; the same tokens in samples of their own say much more."""
+    monkeypatch.setattr(shrinkage, "ENOUGH", 10_000)
     samples = texts(mixed(generator), 12, 200, generator, topics=1.5)
     apart = list(torch.cat(samples)[torch.randperm(2400, generator=generator)].split(1))
     assert share(samples) > 0.5 * share([y[:100] for y in samples])
     assert share(samples) > 3 * share(apart)
 
 
+def test_the_first_samples_tell_what_all_leave_to_chance(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 16 of 128 samples nearly what all 128 say; and no more than 16 are looked at."""
+    monkeypatch.setattr(shrinkage, "PROBES", 400)
+    samples = texts(mixed(generator), 128, 16, generator, topics=0.5)
+    by_few = share(samples)
+    monkeypatch.setattr(shrinkage, "ENOUGH", 1000)
+    assert by_few == pytest.approx(share(samples), rel=0.35)
+    assert by_few != share(samples)
+
+
 def test_without_two_samples_to_compare_nothing_is_chance() -> None:
     chance = Chance(3, torch.float32, CPU)
-    assert chance.share(torch.zeros(3)) == 0
+    assert chance.share(torch.zeros(3), 0) == 0
     chance.add(torch.ones(0, 3), torch.ones(0, 3))
     chance.add(torch.ones(1, 3), torch.ones(1, 3))
-    assert chance.share(torch.ones(3)) == 0
+    assert chance.share(torch.ones(3), 1) == 0
 
 
 def test_columns_that_are_never_active_do_not_count(generator: torch.Generator) -> None:
