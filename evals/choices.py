@@ -8,10 +8,10 @@ loss of the folder written, on the held-back text, above the original's. No text
 the rows that are done, and goes on with the others. The rows that change what is no option do so by replacing a
 function while they run:
 
-    ... as measured      second moments and drift as they are, nothing of them taken for chance; correction 0.5
+    ... as measured      second moments and drift as they are, nothing of them taken for chance
     half, one and a half, twice   the share that is taken for chance times this
     damping X            X of the mean of the diagonal is added to it, instead of 0.01
-    correction X         targets go X of the way to the least-squares solution, instead of 0.75
+    correction X         targets go X of the way to the least-squares solution, instead of 0.5
     rounds N             rounds of refit and coordinate descent, instead of 3
 """
 
@@ -58,12 +58,6 @@ def shrinking(factor: float) -> Replacement:
     return "llmsqueeze.measure.shrinkage.Chance.share", lambda *given: min(1.0, factor * share(*given))
 
 
-AS_MEASURED = (
-    shrinking(0),
-    ("llmsqueeze.compress.weights.weight.corrected_target", partial(corrected_target, strength=0.5)),
-)
-
-
 def damping(damp: float) -> Replacement:
     return "llmsqueeze.compress.weights.weight.factorize", partial(factorize, damp=damp)
 
@@ -78,11 +72,11 @@ def rounds(count: int) -> Replacement:
 
 ROWS: dict[str, tuple[dict[str, Any], Sequence[Replacement]]] = {
     "gptq": (GPTQ, ()),
-    "gptq as measured": (GPTQ, AS_MEASURED),
+    "gptq as measured": (GPTQ, (shrinking(0),)),
     "coded": (CODED, ()),
-    "coded as measured": (CODED, AS_MEASURED),
+    "coded as measured": (CODED, (shrinking(0),)),
     "descent": (DESCENT, ()),
-    "descent as measured": (DESCENT, AS_MEASURED),
+    "descent as measured": (DESCENT, (shrinking(0),)),
     "half": (DESCENT, (shrinking(0.5),)),
     "one and a half": (DESCENT, (shrinking(1.5),)),
     "twice": (DESCENT, (shrinking(2),)),
@@ -91,7 +85,7 @@ ROWS: dict[str, tuple[dict[str, Any], Sequence[Replacement]]] = {
     "damping 0.03": (DESCENT, (damping(0.03),)),
     "correction 0": (DESCENT, (correction(0.0),)),
     "correction 0.25": (DESCENT, (correction(0.25),)),
-    "correction 0.5": (DESCENT, (correction(0.5),)),
+    "correction 0.75": (DESCENT, (correction(0.75),)),
     "correction 1": (DESCENT, (correction(1.0),)),
     "rounds 1": (DESCENT, (rounds(1),)),
     "rounds 6": (DESCENT, (rounds(6),)),

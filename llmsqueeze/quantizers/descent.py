@@ -12,10 +12,10 @@ A pass cannot raise the error, because each new code is the exact minimiser of t
 The target is the weight corrected for the drift of its inputs (`corrected_target`). If X are the original inputs of the
 linear, and Y its inputs in the model whose earlier weights are compressed, it is
 
-    T = W + 3/4 * W (X - Y)^T Y (Y^T Y + damp)^-1 = W + 3/4 * W D U^T U,  D = mean of (x - y) y^T
+    T = W + 1/2 * W (X - Y)^T Y (Y^T Y + damp)^-1 = W + 1/2 * W D U^T U,  D = mean of (x - y) y^T
 
-which goes three quarters of the way to the least-squares solution of X W^T = Y T^T, less by the share of D that is
-chance (measure/shrinkage.py). The form of the correction is that of QEP (arXiv 2504.09629); its strength was measured
+which goes half of the way to the least-squares solution of X W^T = Y T^T, less by the share of D that is chance
+(measure/shrinkage.py). The form of the correction is that of QEP (arXiv 2504.09629); its strength was measured
 (evals/results/choices.md). The rest is ours, after LNQ, which alternates scales and codes (arXiv 2505.07004).
 
 On a CPU the loops are compiled (loops/refit.py, loops/descent.py), and what a pass changes is carried along: of nine
@@ -41,7 +41,7 @@ from llmsqueeze.quantizers.gptq import gptq
 from llmsqueeze.quantizers.grids import Rounded, grid_loops
 
 ROUNDS = 3
-STRENGTH = 0.75  # of the correction of targets
+STRENGTH = 0.5  # of the correction of targets
 REFIT_BYTES = 1 << 25
 
 

@@ -257,20 +257,20 @@ def test_refit_is_least_squares(group_size: int, generator: torch.Generator) -> 
         assert torch.allclose(scales[r], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_corrected_target_is_on_the_way_to_least_squares(generator: torch.Generator) -> None:
+def test_corrected_target_is_half_way_to_least_squares(generator: torch.Generator) -> None:
     weight = torch.randn(6, 30, generator=generator)
     x = torch.randn(500, 30, generator=generator)
     y = x + 0.3 * torch.randn(500, 30, generator=generator)
     curvature, drift = factorize(y.T @ y / 500), (x - y).T @ y / 500
     best = torch.linalg.lstsq(y, x @ weight.T).solution.T
-    partly = corrected_target(weight, weight @ drift, curvature)
-    assert torch.allclose(partly, weight / 4 + best * 3 / 4, atol=0.02)
+    half = corrected_target(weight, weight @ drift, curvature)
+    assert torch.allclose(half, (weight + best) / 2, atol=0.02)
     full = corrected_target(weight, weight @ drift, curvature, strength=1.0)
 
     def loss(w: torch.Tensor) -> float:
         return float((x @ weight.T - y @ w.T).square().mean())
 
-    assert loss(best) <= loss(full) < loss(partly) < loss(weight)
+    assert loss(best) <= loss(full) < loss(half) < loss(weight)
 
 
 def test_descent_on_the_corrected_target_follows_the_drifting_inputs(generator: torch.Generator) -> None:
