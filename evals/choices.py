@@ -241,6 +241,9 @@ def plot(models: list[list[Row]], path: Path) -> None:
                     if points := curve(rows, shown):
                         axes.loglog(*zip(*points, strict=True), f"C{color}{style}", label=shown, markersize=4)
             axes.set(title=rows[0]["model"], xlabel="calibration tokens")
+            tokens = sorted({row["samples"] * row["window"] for row in rows})
+            axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("loss increase on held-back text, nats per token")
         panels[0][0].legend()
