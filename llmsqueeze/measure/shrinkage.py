@@ -75,7 +75,7 @@ class Chance:
         sizes = mean.square().sum(dim=0)
         spread = self._squares - 2 * (self._weighted * mean).sum(dim=0)
         spread.add_(sizes, alpha=sum(of_sample**2 for of_sample in self._tokens))
-        weights = torch.where(squares > 0, 1 / squares, 0.0)
+        weights = torch.where(squares > 0, 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
         variance = float(weights @ spread) / seen**2 * count / (count - 1)
         of_all = variance * seen / tokens
         size = float(weights @ sizes) - variance + of_all
