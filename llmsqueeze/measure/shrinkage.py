@@ -11,12 +11,13 @@ with every s_ij divided by sqrt(s_ii s_jj), so that columns of any size count th
 is that of the means of whole samples, because the tokens of a text are not independent: taken from token to token it is
 three to thirty times too small. And neither sum is formed entry by entry, which would take a second matrix and another
 product for each sample. A few random vectors z of +-1 stand for all columns: the mean of |A z|^2 is the sum of the
-squares of A (M. Hutchinson, 1989), and A z of a sample is Y^T (Y z) without its diagonal.
+squares of A (M. Hutchinson, 1989), and A z of a sample is Y^T (Y z) without its diagonal. z is divided by the sizes of
+the columns before they are known: it takes those of the first sample.
 
 The drift D = mean of (x - y) y^T shrinks towards nothing: D* = (1 - share) D, with the sums over all its entries.
 
     Y [tokens, cols]: one sample's inputs.  Cost: 4 * PROBES * cols products for a token of the first samples, and as
-    many for the drift; the moments take 9/8 * cols^2.  Memory: 2 * PROBES * cols.
+    many for the drift; the moments take 9/8 * cols^2.  Memory: 3 * PROBES * cols.
 """
 
 from __future__ import annotations
