@@ -53,6 +53,16 @@ def test_the_recipes_of_the_scripts_resolve(monkeypatch: pytest.MonkeyPatch) -> 
         assert make_recipe(settings).method == settings["method"]
 
 
+def test_the_choices_resolve_and_what_they_replace_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(EVALS), *sys.path])
+    choices, methods = import_module("choices"), import_module("methods")
+    text = Namespace(calibration="demo", samples=2, window=32)
+    for settings, replacements in choices.ROWS.values():
+        assert methods.recipe_of(settings, text).method == settings["method"]
+        for name, value in replacements:
+            assert callable(value) == callable(pkgutil.resolve_name(name)), name
+
+
 @pytest.fixture
 def speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """evals/speed.py with contenders a and b, one core each, that say which turn and core they had."""
