@@ -110,6 +110,30 @@ class Pulls:
         }
 
 
+class OutputPulls:
+    """The mean of e y^T over tokens, without the share of it that is chance: e = W (x - y) + r - s, what the sum of a
+    linear's output and the residual stream has lost, r and s being the stream of the original and the compressed model.
+
+    In the place of `Pulls`, for a linear whose output is added to the stream: its weight can make both good.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: [rows, cols]"""
+        self._weight, self._sum = weight, torch.zeros_like(weight)
+        self._chance = Chance(len(weight), weight.dtype, weight.device, diagonal=True)
+
+    def add(self, x: Tensor, y: Tensor, apart: Tensor) -> None:
+        """x, y [tokens, cols]; apart [tokens, rows]: r - s"""
+        lost = torch.addmm(apart, x - y, self._weight.T)
+        self._chance.add(lost, y)
+        self._sum.addmm_(lost.T, y)
+
+    def mean(self, tokens: int) -> Tensor:
+        """[rows, cols]: per token; nothing can be added afterwards."""
+        alike = torch.ones(len(self._weight), dtype=self._weight.dtype, device=self._weight.device)
+        return self._sum.mul_((1 - self._chance.share(alike, tokens)) / tokens)
+
+
 def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
     """The linears of a resident block in the order they are first called with `hidden` [1, length, width]."""
     seen: list[tuple[str, Tensor]] = []

@@ -74,6 +74,7 @@ class Paused:
         self._segments = trace.cut([group.names[0] for group in groups])
         for segment in self._segments:
             segment.prepare()
+        self._added_to = [_added_to(trace, *of) for of in zip(groups, self._segments, strict=False)]
         self._single = walk.device.type != "cpu" or not all(
             is_plain(walk.skeleton.module(name)) for name in trace.names
         )
@@ -89,33 +90,36 @@ class Paused:
 
     def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
         for at, group in enumerate(self._groups):
-            yield group.names, self._observe(self._segments[at:], group)
+            yield group.names, self._observe(self._segments[at:], group, self._added_to[at])
 
-    def _observe(self, segments: Sequence[Segment], group: FusionGroup) -> Moments:
+    def _observe(self, segments: Sequence[Segment], group: FusionGroup, added_to: _AddedTo) -> Moments:
         """The moments of what a group gets. All samples go to the end of the first of the segments that are left."""
         cols = self.walk.skeleton.shape(group.names[0])[1]
         differ = drifting(self.streams, self.original, self.current)
-        moments = GroupMoments(self.walk, group, self.original, differ)
+        moments = GroupMoments(self.walk, group, self.original, differ, adds=bool(added_to.values))
 
         def add(sample: int, steps: list[_Step | None]) -> None:
             x, y = (None if step is None else step.input.reshape(-1, cols) for step in steps)
             y = x if y is None else y
             assert y is not None, "a passage has a stream"
-            moments.add(x, y, NO_OUTPUTS if steps[0] is None else steps[0].outputs)
+            moments.add(x, y, NO_OUTPUTS if steps[0] is None else steps[0].outputs, _apart(steps, added_to, len(y)))
             self._keep(segments, sample, steps)
 
-        self._in_lanes(partial(self._go_on, segments), add)
+        self._in_lanes(partial(self._go_on, segments, added_to.values), add)
         return moments.mean()
 
     def ahead(self) -> ResidualStreams:
         segments = self._segments[-1:]
         if any(flow is not None and not flow.outputs for flow in self._flows):
-            self._in_lanes(partial(self._go_on, segments), partial(self._keep, segments))
+            self._in_lanes(partial(self._go_on, segments, []), partial(self._keep, segments))
         return ResidualStreams(*(None if flow is None else flow.outputs for flow in self._flows))
 
-    def _go_on(self, segments: Sequence[Segment], sample: int) -> list[_Step | None]:
+    def _go_on(self, segments: Sequence[Segment], at_stop: Sequence[fx.Node], sample: int) -> list[_Step | None]:
         """The next step of a sample in both streams; None in one that there is not, or that is at its end."""
-        return [None if flow is None or flow.ended(sample) else flow.go_on(segments, sample) for flow in self._flows]
+        return [
+            None if flow is None or flow.ended(sample) else flow.go_on(segments, at_stop, sample)
+            for flow in self._flows
+        ]
 
     def _keep(self, segments: Sequence[Segment], sample: int, steps: list[_Step | None]) -> None:
         for flow, step in zip(self._flows, steps, strict=True):
@@ -135,11 +139,35 @@ class Paused:
         in_lanes(len(self.walk.samples), compute, with_little_memory, self._single)
 
 
+class _AddedTo(NamedTuple):
+    """The values to which the output of a linear, times the factor, is added."""
+
+    values: Sequence[fx.Node]
+    factor: float
+
+
+def _added_to(trace: BlockTrace, group: FusionGroup, segment: Segment) -> _AddedTo:
+    """Of the linear of a group, if it has one, and if the values are at hand at the end of the segment before it."""
+    values, factor = trace.added_to(group.names[0]) if len(group.names) == 1 else ([], 1.0)
+    return _AddedTo(values if segment.leaves.issuperset(values) else [], factor)
+
+
+def _apart(steps: Sequence[_Step | None], added_to: _AddedTo, tokens: int) -> Tensor | None:
+    """[tokens, rows]: how far the streams are apart to which a linear's output is added, in units of that output."""
+    original, compressed = steps
+    if original is None or compressed is None or not added_to.values:
+        return None
+    apart = [r - s for r, s in zip(original.at_stop, compressed.at_stop, strict=True)]
+    return torch.stack(apart).sum(dim=0).div_(added_to.factor).reshape(tokens, -1)
+
+
 class _Step(NamedTuple):
-    """What a sample's next linear gets, or the block's output; the outputs of the linears behind the stop, if the
-    sample went on; the values that later pieces need; and the block's output, if the sample is there."""
+    """What a sample's next linear gets, or the block's output; the values at the stop that were asked for; the outputs
+    of the linears behind the stop, if the sample went on; the values that later pieces need; and the block's output, if
+    the sample is there."""
 
     input: Tensor
+    at_stop: list[Tensor]
     outputs: dict[str, Tensor]
     values: Values
     end: Tensor | None
@@ -170,8 +198,9 @@ class _Flow:
         """Whether a sample has gone through the block."""
         return len(self.outputs) > sample
 
-    def go_on(self, segments: Sequence[Segment], sample: int) -> _Step:
-        """Runs a sample to the end of the first of the segments that are left. Several samples may run at a time."""
+    def go_on(self, segments: Sequence[Segment], at_stop: Sequence[fx.Node], sample: int) -> _Step:
+        """Runs a sample to the end of the first of the segments that are left; at_stop: values there that are to be
+        told. Several samples may run at a time."""
         walk, (first, last) = self.walk, self._ends(segments)
         values = {node: self.values[node].get(sample, walk.device) for node in first.needs}
         given = given_tensors(walk.call(self.index, sample))
@@ -186,8 +215,9 @@ class _Flow:
         with torch.no_grad():
             result = first.run(values, given, linear)
             outputs.clear()
+            told = [values[node].clone() for node in at_stop]  # what comes next may be written over them
             end = last.run(values, given, linear) if last is not first else result
-        return _Step(result, outputs, values, end if last is segments[-1] else None)
+        return _Step(result, told, outputs, values, end if last is segments[-1] else None)
 
     def keep(self, segments: Sequence[Segment], sample: int, step: _Step) -> None:
         """Keeps what a sample needs to go on, and gives back what it has used. The samples come in their order."""

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments
+from llmsqueeze.measure.moments import FusionGroup, Moments, OutputPulls, Pulls, SecondMoments
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.linears import as_rows
@@ -40,28 +40,37 @@ class ResidualStreams:
 
 
 class GroupMoments:
-    """The moments of a group's inputs, sample by sample."""
+    """The moments of a group's inputs, sample by sample. adds: its one linear's output is added to the stream."""
 
-    def __init__(self, walk: Walk, group: FusionGroup, original: Weights, drifting: bool) -> None:
+    def __init__(self, walk: Walk, group: FusionGroup, original: Weights, drifting: bool, adds: bool = False) -> None:
         self.xtx = SecondMoments(walk.skeleton.shape(group.names[0])[1], walk.dtype, walk.device)
         weights = {
             name: as_rows(walk.skeleton.module(name), original[name]) for name in group.names if name in original
         }
-        self.pulls = Pulls(weights) if drifting else None
+        self.pulls = Pulls(weights) if drifting and not adds else None
+        self.of_outputs = {name: OutputPulls(weight) for name, weight in weights.items() if drifting and adds}
 
     @timed("moments")
-    def add(self, x: Tensor | None, y: Tensor, outputs: Mapping[str, Tensor] = NO_OUTPUTS) -> None:
+    def add(
+        self, x: Tensor | None, y: Tensor, outputs: Mapping[str, Tensor] = NO_OUTPUTS, apart: Tensor | None = None
+    ) -> None:
         """Inputs [tokens, cols] of the original and the compressed model for the same tokens; outputs: what linears of
-        the original model give for x, as far as it is known."""
+        the original model give for x, as far as it is known; apart [tokens, rows]: how far the streams are apart to
+        which the output is added."""
         self.xtx.add(y)
         if self.pulls is not None and x is not None:
             self.pulls.add(x, y, {name: output.reshape(len(x), -1) for name, output in outputs.items()})
+        for pulls in self.of_outputs.values():
+            assert x is not None, "two streams drift"
+            assert apart is not None, "and so does what the output is added to"
+            pulls.add(x, y, apart)
 
     @timed("moments")
     def mean(self) -> Moments:
         """Nothing can be added afterwards."""
-        xtx = self.xtx.mean()
-        pulls = {} if self.pulls is None else self.pulls.mean(self.xtx.tokens, xtx)
+        xtx, tokens = self.xtx.mean(), self.xtx.tokens
+        pulls = {} if self.pulls is None else self.pulls.mean(tokens, xtx)
+        pulls |= {name: of_output.mean(tokens) for name, of_output in self.of_outputs.items()}
         shrunk, chance = self.xtx.shrunk(xtx)
         return Moments(shrunk, pulls, chance)
 

@@ -61,6 +61,27 @@ class BlockTrace:
         """Every call of a linear in order: its name, and the value that it gets."""
         return [(self.names[number_of(node)], input_of(node)) for node in self.nodes if node.target is MARK]
 
+    def added_to(self, name: str) -> tuple[list[fx.Node], float]:
+        """The values that stand before a linear is called, and to which its output times the factor is added: the
+        residual stream, and in a block whose branches run side by side the outputs of earlier branches. None if the
+        linear is called twice, or if another operation lies between, such as a norm."""
+        marks = [at for at, node in enumerate(self.nodes) if node.target is MARK]
+        (at, *again) = [at for at in marks if self.names[number_of(self.nodes[at])] == name]
+        node, factor, values = self.nodes[at], 1.0, list[fx.Node]()
+        while len(node.users) == 1 and not again:
+            (user,) = node.users
+            others = [value for value in user.all_input_nodes if value is not node]
+            if user.kwargs or any(_shape(value) != _shape(user) for value in (node, *others)):
+                break
+            if user.target is torch.ops.aten.add.Tensor and others:
+                values += [value for value in others if self._position(value) < at]
+            elif user.target is torch.ops.aten.mul.Tensor and isinstance(user.args[1], int | float) and not values:
+                factor *= user.args[1]
+            else:
+                break
+            node = user
+        return values, factor
+
     def cut(self, before: Sequence[str]) -> list[Segment]:
         """The list in pieces that end before the first call of each of these linears, in the order of these calls; the
         last piece ends with the block."""
@@ -163,6 +184,11 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             vars(one).update(attributes)
             one._buffers.clear()
             one._buffers.update(buffers)
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    value: Tensor = node.meta["val"]
+    return value.shape
 
 
 def _mark(number: int, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
