@@ -144,6 +144,7 @@ def configs() -> dict[str, Any]:
         Gemma3TextConfig,
         GPT2Config,
         GPTNeoXConfig,
+        GraniteConfig,
         LlamaConfig,
         MistralConfig,
         OPTConfig,
@@ -164,6 +165,7 @@ def configs() -> dict[str, Any]:
         "gemma3": Gemma3TextConfig(**common, **rope, head_dim=16, query_pre_attn_scalar=16, sliding_window=8),
         "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=96, n_positions=64),
         "opt": OPTConfig(**common, ffn_dim=96, word_embed_proj_dim=64, max_position_embeddings=64),
+        "granite": GraniteConfig(**common, **rope, residual_multiplier=0.5),
         "neox": GPTNeoXConfig(**common, intermediate_size=96, max_position_embeddings=64),
     }
 

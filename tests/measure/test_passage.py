@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import configs, kept_of_drift
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
+from llmsqueeze.measure.shrinkage import Chance
 from llmsqueeze.measure.streams.passage import Paused, passage
 from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.measure.streams.restarted import Restarted
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.trace import BlockTrace
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import build_skeleton
 
 CPU = torch.device("cpu")
@@ -72,6 +77,13 @@ def passed(
     return groups, behind
 
 
+@pytest.fixture
+def without_additions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that runs from its beginning cannot tell what a linear's output will be added to."""
+    monkeypatch.setattr(BlockTrace, "added_to", lambda _trace, _name: ([], 1.0))
+
+
+@pytest.mark.usefixtures("without_additions")
 @pytest.mark.parametrize("architecture", list(configs()))
 @pytest.mark.parametrize("streams", ["both", "shared"])
 def test_pausing_equals_restarting(
@@ -80,6 +92,86 @@ def test_pausing_equals_restarting(
     folder = random_model(architecture)
     paused, restarted = (passed(folder, rows, kind, streams) for kind in ("paused", "restarted"))
     assert same(paused, restarted)
+
+
+class Additions(TorchFunctionMode):
+    """Follows the output of a linear through a block's forward: what it is added to, of what there was before it, and
+    the factor before that."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.before: list[Tensor] = []
+        self.added_to: list[Tensor] = []
+        self.factor, self.input = 1.0, torch.empty(0)
+        self._now: Tensor | None = None
+        linear.register_forward_hook(self._called)
+
+    def _called(self, _module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.input, self._now = args[0], output
+
+    def __torch_function__(self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name, now = getattr(func, "__name__", ""), self._now
+        if now is None:
+            self.before.extend(value for value in (*args, result) if isinstance(value, Tensor))
+        elif any(value is now for value in args):
+            others = [value for value in args if value is not now]
+            if name in ("add", "__add__", "__radd__"):
+                self.added_to += [value for value in others if any(value is known for known in self.before)]
+                self._now = result
+            elif name in ("mul", "__mul__", "__rmul__") and isinstance(others[0], float):
+                self.factor, self._now = self.factor * others[0], result
+        return result
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-bias", "opt", "neox", "granite"])
+def test_what_is_added_makes_good_what_its_sum_has_lost(
+    architecture: str, random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    """Against the block's own forward, in which the additions are followed as they happen."""
+    folder, checked = random_model(architecture), 0
+    with Spill() as spill:
+        walk = Walk(build_skeleton(open_checkpoint(folder)), rows, spill, torch.float32, CPU)
+        start, other = walk.embed(), Activations(spill)
+        for hidden in start.each(CPU):
+            other.append(hidden * 1.1 + 0.1 * hidden.flip(-1))
+        given = [list(start.each(CPU)), list(other.each(CPU))]
+        with walk.resident_block(0):
+            original = {name: walk.skeleton.linear(name).weight.data for name in walk.skeleton.linears[0]}
+            current = dict(original)
+            for group, moments in passage(walk, 0, ResidualStreams(start, other), original, current).groups():
+                for name in group:
+                    seen = [
+                        [followed(walk, name, weights, stream, sample) for sample, stream in enumerate(inputs)]
+                        for weights, inputs in zip((original, current), given, strict=True)
+                    ]
+                    if seen[0][0].added_to:
+                        expected = without_chance(as_rows(walk.skeleton.module(name), original[name]), seen)
+                        assert torch.allclose(moments.pulls[name], expected, rtol=1e-3, atol=1e-4)
+                        checked += 1
+                for name in group:
+                    current[name] = current[name] * 0.9
+    assert checked == 2
+
+
+def followed(walk: Walk, name: str, weights: dict[str, Tensor], hidden: Tensor, sample: int) -> Additions:
+    """The additions behind a linear of the first block."""
+    with walk.skeleton.using(weights), torch.no_grad(), Additions(walk.skeleton.module(name)) as additions:
+        walk.run(0, sample, hidden)
+    walk.skeleton.module(name)._forward_hooks.clear()
+    return additions
+
+
+def without_chance(weight: Tensor, seen: list[list[Additions]]) -> Tensor:
+    """The mean of e y^T with e = W (x - y) + r - s, less its share that is chance; one term for each sample."""
+    total, tokens, chance = torch.zeros_like(weight), 0, Chance(len(weight), weight.dtype, CPU, diagonal=True)
+    for of_original, of_compressed in zip(*seen, strict=True):
+        x, y = (one.input.reshape(-1, weight.shape[1]) for one in (of_original, of_compressed))
+        apart = sum(r - s for r, s in zip(of_original.added_to, of_compressed.added_to, strict=True))
+        lost = (x - y) @ weight.T + apart.reshape(len(y), -1) / of_original.factor
+        total, tokens = total + lost.T @ y, tokens + len(y)
+        chance.add(lost, y)
+    return total / tokens * (1 - chance.share(torch.ones(len(weight)), tokens))
 
 
 @pytest.mark.parametrize("streams", ["original", "compressed"])

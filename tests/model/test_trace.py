@@ -90,6 +90,27 @@ def test_every_architecture_is_traced(architecture: str, random_model: Callable[
                 assert torch.allclose(computed, walk.run(0, sample, hidden), atol=1e-6)
 
 
+ADDED_TO = {"llama": [1, 1], "opt": [1, 1], "gpt2": [1, 1], "neox": [1, 2], "gemma2": [], "granite": [1, 1]}
+
+
+@pytest.mark.parametrize("architecture", list(ADDED_TO))
+def test_what_a_linears_output_is_added_to(
+    architecture: str, random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    """The stream, in the order of the calls; where branches run side by side the second is added to the first too, and
+    behind a norm there is nothing. All of it stands when the linear's turn comes."""
+    with walking(random_model(architecture), rows) as (walk, inputs):
+        trace = walk.trace(0, inputs)
+        assert trace is not None
+        order = list(dict(trace.calls))
+        found = {name: trace.added_to(name) for name in order}
+        assert [len(values) for values, _ in found.values() if values] == ADDED_TO[architecture]
+        factors = {factor for values, factor in found.values() if values}
+        assert factors <= ({0.5} if architecture == "granite" else {1.0})
+        for name, (values, _) in found.items():
+            assert trace.cut([name])[0].leaves.issuperset(values)
+
+
 @pytest.mark.parametrize("stops", [[0], [3], [0, 3, 4, 6], [1, 2], [0, 1, 2, 3, 4, 5, 6]])
 def test_pieces_compute_what_the_whole_computes(
     stops: list[int], random_model: Callable[..., Path], rows: list[Tensor]
@@ -189,6 +210,31 @@ def test_what_a_linear_got_is_not_written_over() -> None:
         before = got.clone()
         assert torch.equal(last.run(values, [], lambda name, x: block.get_submodule(name)(x)), block(hidden))
     assert torch.equal(got, before)
+
+
+class Twice(Block):
+    """The first linear's output is added to two things, the second is called two times."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.first(hidden)
+        one, other = hidden + x, hidden * 2.0 + x
+        output: Tensor = one + self.second(one) + self.second(other)
+        return output
+
+
+class Broadcast(Block):
+    """The first linear's output is added to a column, the second's to itself."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self.second(self.first(hidden) + hidden[..., :1])
+        return x + x
+
+
+@pytest.mark.parametrize("kind", [Twice, Broadcast])
+def test_what_is_no_plain_addition_is_none(kind: type[Block]) -> None:
+    trace = trace_of(kind(), torch.randn(1, 3, 4))
+    assert trace is not None
+    assert [trace.added_to(name)[0] for name in ("first", "second")] == [[], []]
 
 
 def test_a_block_that_changes_values_in_place_is_traced() -> None:

@@ -186,9 +186,10 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             one._buffers.update(buffers)
 
 
-def _shape(node: fx.Node) -> torch.Size:
-    value: Tensor = node.meta["val"]
-    return value.shape
+def _shape(node: fx.Node) -> torch.Size | None:
+    """Of what a node gives; None for several tensors, and for a parameter of the block."""
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def _mark(number: int, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
