@@ -122,9 +122,11 @@ class OutputPulls:
         self._weight, self._sum = weight, torch.zeros_like(weight)
         self._chance = Chance(len(weight), weight.dtype, weight.device, diagonal=True)
 
-    def add(self, x: Tensor, y: Tensor, apart: Tensor) -> None:
-        """x, y [tokens, cols]; apart [tokens, rows]: r - s"""
-        lost = torch.addmm(apart, x - y, self._weight.T)
+    def add(self, x: Tensor, y: Tensor, apart: Tensor | None) -> None:
+        """x, y [tokens, cols]; apart [tokens, rows]: r - s, None if nothing is added for these tokens"""
+        lost = (x - y) @ self._weight.T
+        if apart is not None:
+            lost += apart
         self._chance.add(lost, y)
         self._sum.addmm_(lost.T, y)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, fusion_groups
+from llmsqueeze.measure.streams.additions import Additions, Followed
 from llmsqueeze.measure.streams.residual import GroupMoments, ResidualStreams, Weights, drifting
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
@@ -35,15 +36,19 @@ class Restarted:
     def observe(self, group: FusionGroup) -> Moments:
         """The moments of a group's input over all samples."""
         differ = drifting(self.streams, self.original, self.current)
-        moments = GroupMoments(self.walk, group, self.original, differ)
-        x_of = self._capture(group, self.streams.original, self.original)
-        y_of = self._capture(group, self.streams.compressed, self.current) or x_of
-        if y_of is None:
+        of_original = self._capture(group, self.streams.original, self.original)
+        of_compressed = self._capture(group, self.streams.compressed, self.current) or of_original
+        if of_compressed is None:
             raise ValueError("the moments need one stream at least")
+        adds = differ and of_compressed(0).added_to is not None
+        moments = GroupMoments(self.walk, group, self.original, differ, adds)
         for sample in range(len(self.walk.samples)):
-            y = y_of(sample)
-            if len(y):  # else nothing of this sample reaches the group
-                moments.add(x_of(sample) if x_of is not None and differ else None, y)
+            compressed = of_compressed(sample)
+            if not len(compressed.input):
+                continue  # nothing of this sample reaches the group
+            original = of_original(sample) if of_original is not None and differ else None
+            apart = None if original is None or not adds else original.apart(compressed)
+            moments.add(None if original is None else original.input, compressed.input, apart=apart)
         return moments.mean()
 
     def ahead(self) -> ResidualStreams:
@@ -60,13 +65,24 @@ class Restarted:
             return self.walk.through(self.index, stream)
 
 
-class _Enough(Exception):  # noqa: N818 - no error
-    """Ends a block's forward pass once the group's inputs have been seen."""
+@dataclass(frozen=True)
+class _Seen:
+    """What a group got from a sample [tokens, cols], and what the output of its one linear is added to [tokens, rows],
+    in units of that output; None if it is not added to anything."""
+
+    input: Tensor
+    added_to: Tensor | None
+
+    def apart(self, compressed: _Seen) -> Tensor | None:
+        if self.added_to is None or compressed.added_to is None:
+            return None
+        return self.added_to - compressed.added_to
 
 
 @dataclass(frozen=True)
 class _Capture:
-    """Runs a block with given weights until a fusion group has seen its input."""
+    """Runs a block with given weights until a fusion group has seen its input, and the output of a group of one linear
+    has been added to what it is added to."""
 
     walk: Walk
     index: int
@@ -75,19 +91,25 @@ class _Capture:
     stream: Activations
 
     @timed("forward")
-    def __call__(self, sample: int) -> Tensor:
-        """[tokens, cols]"""
+    def __call__(self, sample: int) -> _Seen:
         seen: list[Tensor] = []
+        additions = Additions()
+        follows = len(self.group.names) == self.group.calls == 1
 
         def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0].reshape(-1, args[0].shape[-1]))
-            if len(seen) == self.group.calls:
-                raise _Enough
+            if len(seen) == self.group.calls and not follows:
+                raise Followed
 
-        handle = self.walk.skeleton.module(self.group.names[0]).register_forward_pre_hook(note)
+        module = self.walk.skeleton.module(self.group.names[0])
+        handles = [module.register_forward_pre_hook(note)]
+        if follows:
+            handles.append(module.register_forward_hook(lambda _module, _args, output: additions.follow(output)))
         try:
-            with suppress(_Enough), self.walk.skeleton.using(self.weights), torch.no_grad():
+            with suppress(Followed), self.walk.skeleton.using(self.weights), torch.no_grad(), additions:
                 self.walk.run(self.index, sample, self.stream.get(sample, self.walk.device))
         finally:
-            handle.remove()
-        return torch.cat(seen)
+            for handle in handles:
+                handle.remove()
+        total = additions.total
+        return _Seen(torch.cat(seen), None if total is None else (total / additions.factor).flatten(0, -2))
