@@ -29,8 +29,8 @@ class FusionGroup:
 
 @dataclass
 class Moments:
-    """Of the inputs of a fusion group: xtx = mean over the tokens of y y^T [cols, cols]; pulls: linear -> W D [rows,
-    cols] with D = mean of (x - y) y^T, empty where x is y.
+    """Of the inputs of a fusion group: xtx = mean over the tokens of y y^T [cols, cols]; pulls: linear -> mean of e y^T
+    [rows, cols] with e = W (x - y), empty where x is y; e has more to it if the output is added (`OutputPulls`).
 
     y: the inputs that the linears will see; x: the original model's for the same tokens. chance: the share of the
     entries off the diagonal that was chance, and is taken away.

@@ -14,7 +14,8 @@ product for each sample. A few random vectors z of +-1 stand for all columns: th
 squares of A (M. Hutchinson, 1989), and A z of a sample is Y^T (Y z) without its diagonal. z is divided by the sizes of
 the columns before they are known: it takes those of the first sample.
 
-The drift D = mean of (x - y) y^T shrinks towards nothing: D* = (1 - share) D, with the sums over all its entries.
+The drift, D = mean of (x - y) y^T or the mean of e y^T for what an output e has lost, shrinks towards nothing: D* =
+(1 - share) D, with the sums over all its entries.
 
     Y [tokens, cols]: one sample's inputs.  Cost: 4 * PROBES * cols products for a token of the first samples, and as
     many for the drift; the moments take 9/8 * cols^2.  Memory: 3 * PROBES * cols.

@@ -12,11 +12,14 @@ A pass cannot raise the error, because each new code is the exact minimiser of t
 The target is the weight corrected for the drift of its inputs (`corrected_target`). If X are the original inputs of the
 linear, and Y its inputs in the model whose earlier weights are compressed, it is
 
-    T = W + 1/2 * W (X - Y)^T Y (Y^T Y + damp)^-1 = W + 1/2 * W D U^T U,  D = mean of (x - y) y^T
+    T = W + 1/2 * E^T Y (Y^T Y + damp)^-1 = W + 1/2 * C U^T U,  E = X W^T - Y W^T,  C = mean of e y^T
 
-which goes half of the way to the least-squares solution of X W^T = Y T^T, less by the share of D that is chance
-(measure/shrinkage.py). The form of the correction is that of QEP (arXiv 2504.09629); its strength was measured
-(evals/results/choices.md). The rest is ours, after LNQ, which alternates scales and codes (arXiv 2505.07004).
+which goes half of the way to the least-squares solution of E = Y (T - W)^T, less by the share of C that is chance
+(measure/shrinkage.py). Where the output is added to the residual stream, E is what the sum has lost: it also has R - S,
+the difference of the streams to which the two outputs are added. So the linears at the end of a branch make good what
+all earlier blocks have lost, as far as their inputs tell it. The form of the correction is that of QEP (arXiv
+2504.09629), which has no stream in it; its strength was measured (evals/results/choices.md). The rest is ours, after
+LNQ, which alternates scales and codes (arXiv 2505.07004).
 
 On a CPU the loops are compiled (loops/refit.py, loops/descent.py), and what a pass changes is carried along: of nine
 and a half products with H, GPTQ's half among them, five are left. Other devices take descent_on_device.py, and where
@@ -87,9 +90,9 @@ def rounds_compiled(rounded: Rounded, target: Tensor, H: Tensor, pinned: Tensor 
     return Rounded.joined(chunks)
 
 
-def corrected_target(weight: Tensor, weight_drift: Tensor, curvature: Curvature, strength: float = STRENGTH) -> Tensor:
-    """`weight` [rows, cols] corrected for the drift of its inputs; `weight_drift` = weight @ D."""
-    return torch.add(weight, curvature.inverse_product(weight_drift), alpha=strength)
+def corrected_target(weight: Tensor, pull: Tensor, curvature: Curvature, strength: float = STRENGTH) -> Tensor:
+    """`weight` [rows, cols] corrected for what its output has lost; `pull` [rows, cols]: C above."""
+    return torch.add(weight, curvature.inverse_product(pull), alpha=strength)
 
 
 @dataclass(frozen=True)
