@@ -12,6 +12,7 @@ function while they run:
     half, one and a half, twice   the share that is taken for chance times this
     damping X            X of the mean of the diagonal is added to it, instead of 0.01
     correction X         targets go X of the way to the least-squares solution, instead of 0.5
+    without the stream   targets make good the drift of their inputs only, not of the stream that they are added to
     rounds N             rounds of refit and coordinate descent, instead of 3
 """
 
@@ -66,6 +67,10 @@ def correction(strength: float) -> Replacement:
     return "llmsqueeze.compress.weights.weight.corrected_target", partial(corrected_target, strength=strength)
 
 
+def without_the_stream() -> Replacement:
+    return "llmsqueeze.model.blockwise.trace.BlockTrace.added_to", lambda _trace, _name: ([], 1.0)
+
+
 def rounds(count: int) -> Replacement:
     return "llmsqueeze.quantizers.descent.ROUNDS", count
 
@@ -87,12 +92,16 @@ ROWS: dict[str, tuple[dict[str, Any], Sequence[Replacement]]] = {
     "correction 0.25": (DESCENT, (correction(0.25),)),
     "correction 0.75": (DESCENT, (correction(0.75),)),
     "correction 1": (DESCENT, (correction(1.0),)),
+    "without the stream": (DESCENT, (without_the_stream(),)),
+    "coded without the stream": (CODED, (without_the_stream(),)),
+    "gptq with the targets": (GPTQ | {"inputs": "corrected"}, ()),
     "rounds 1": (DESCENT, (rounds(1),)),
     "rounds 6": (DESCENT, (rounds(6),)),
     "scales by search": (DESCENT | {"search": True}, ()),
     "original inputs": (DESCENT | {"inputs": "original"}, ()),
     "sequential inputs": (DESCENT | {"inputs": "sequential"}, ()),
     "asymmetric": (DESCENT | {"symmetric": False}, ()),
+    "asymmetric, groups of 128": (DESCENT | {"symmetric": False, "group_size": 128}, ()),
     "groups of 128": (DESCENT | {"group_size": 128}, ()),
     "groups of 32": (DESCENT | {"group_size": 32}, ()),
 }
