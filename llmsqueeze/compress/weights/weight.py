@@ -41,8 +41,8 @@ class WeightSettings:
 def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[dict[str, Tensor], Curvature | None]:
     """The target [rows, cols] of each linear of a fusion group, and the curvature that it is rounded under.
 
-    The target is the weight, corrected for what its output has lost (descent.py). Uses up the moments: they are as large
-    as the result.
+    The target is the weight, corrected for what its output has lost (descent.py). Uses up the moments: they are as
+    large as the result.
     """
     if moments is None:
         return group, None
