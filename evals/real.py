@@ -49,6 +49,8 @@ def rows(bits: int) -> dict[str, dict[str, Any]]:
         "descent": {"method": "descent", "bits": bits, **GROUPS},
         "budget, portable": {"method": "budget", "bits": size, "portable": True},
         "budget": {"method": "budget", "bits": size},
+        "budget, per linear": {"method": "budget", "bits": size, "granularity": "linear"},
+        "budget, by the trace": {"method": "budget", "bits": size, "granularity": "linear", "importance": "trace"},
         "coded": {"method": "coded", "bits": size},
         "gwq, the paper's ranking": outliers,
         "gwq, gradient times weight": {**outliers, "outlier_ranking": "gradient-weight", "outlier_scope": "global"},

@@ -21,6 +21,7 @@ def request_of(recipe: Recipe) -> Request:
         options=priced(recipe) if recipe.needs_costs else (),
         gains=recipe.buys_ranks,
         rates=recipe.packs and recipe.needs_costs,
+        trace=recipe.importance == "trace",
         coded=recipe.needs_steps,
         ends=recipe.code_embeddings,
         salience=salience_grids(recipe, (recipe.code_bits,)) if recipe.needs_salience else (),

@@ -94,7 +94,7 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
         "loss": profile.loss,
         "rows": table(decision, job.skeleton.linears, profile),
         **portability(job, decision),
-        "curve": curve(job.plan, job.recipe, profile),
+        "curve": curve(job.plan, job.recipe, profile) if decision.predicted is not None else [],
         "blocks": job.skeleton.linears,
         "weights": {name: 8 * plan.nbytes_of(name) / weight.numel for name, weight in plan.weights.items()},
     }

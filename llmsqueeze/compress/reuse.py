@@ -41,6 +41,7 @@ def origin_of(job: Job, stored: Profile | None = None) -> dict[str, Any]:
         "calibration": job.calibration.sha256 if job.calibration is not None else None,
         "seed": recipe.seed,
         "labels": recipe.labels,
+        "prices": "trace" if recipe.importance == "trace" else "cost",
         "products": recipe.products,
         "quantizer": recipe.quantizer,
         "search": recipe.search,

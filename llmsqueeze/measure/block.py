@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.measure import importance, outliers
-from llmsqueeze.measure.costs import Rounding, coded_points, low_rank_gains, packed_rates, price
+from llmsqueeze.measure.costs import Rounding, average_trace, coded_points, low_rank_gains, packed_rates, price
 from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
@@ -175,10 +175,14 @@ def priced(
 ) -> Profile:
     """The prices of `weight` [rows, cols] that are requested, from the mean squared `gradient` [rows] of its outputs
     over so many labels."""
+    curves = {name: coded_points(weight, shrunk_gradient(gradient, labels), curvature)} if request.coded else {}
+    row_gradient = {name: gradient.cpu()}
+    if request.trace:
+        gradient, curvature = average_trace(gradient, curvature)
     about = curvature, request.options, Rounding(request.quantizer, dtype, request.search)
     return Profile(
-        row_gradient={name: gradient.cpu()},
-        curves={name: coded_points(weight, shrunk_gradient(gradient, labels), curvature)} if request.coded else {},
+        row_gradient=row_gradient,
+        curves=curves,
         costs={name: price(weight, gradient, *about)} if request.options else {},
         rates={name: packed_rates(weight, *about)} if request.rates else {},
         gains={name: low_rank_gains(weight, gradient, *about)} if request.gains else {},

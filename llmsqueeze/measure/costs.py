@@ -7,6 +7,10 @@ over its inputs. With labels drawn from the model this is the second-order term 
 stands for the curvature, in the form of a Kronecker product (KFAC, arXiv 1503.05671) cut to the rows' diagonal. Costs
 of rows, linears and blocks add up.
 
+By the average trace (HAWQ-V2, arXiv 1911.03852): the same with the mean over the weights of a linear in the place of g
+and H, that is tr(Hessian) / numel * |d|^2, with d from rounding that knows no inputs. What differs from the paper: the
+trace is that of the Kronecker product above, not drawn by Hutchinson's method; the factor 1/2.
+
 Stand-in: the errors are those of GPTQ with searched scales, times the ratio by which the quantizer that will be used
 (descent) lowered them on some rows of the same linear. Memory: a copy of the rows being rounded, [options, rows] costs.
 """
@@ -85,6 +89,12 @@ def price(
             error = error * (exact.sum() / error[some].sum().clamp(min=1e-30)).clamp(max=1.0)
         costs.append((0.5 * row_gradient * error).cpu())
     return torch.stack(costs)
+
+
+def average_trace(row_gradient: Tensor, curvature: Curvature) -> tuple[Tensor, Curvature]:
+    """A gradient [rows] and a curvature in which every weight of the linear counts as the average of all does."""
+    average = row_gradient.mean() * (curvature.diagonal - curvature.damping).mean()
+    return average.expand_as(row_gradient), Curvature.flat(len(curvature.H), curvature.H)
 
 
 def low_rank_gains(

@@ -14,15 +14,16 @@ class Request:
     """What to measure of a model, and how.
 
     options: to be priced with `quantizer`, scales searched or not (`search`); with them `gains` of a low-rank
-    compensation and `rates` of entropy-coded codes. coded: bytes and loss of coded weights, with `ends` of embeddings
-    and head too. salience: the grids whose rounding errors rank rows. outliers: the ranking of single weights.
-    groups: the fusion groups, which a backward sweep gives anyway. labels: of the loss whose gradient is measured:
-    `text`, or `model`, drawn by `seed`.
+    compensation and `rates` of entropy-coded codes; trace: by the average trace of the Hessian (costs.py). coded: bytes
+    and loss of coded weights, with `ends` of embeddings and head too. salience: the grids whose rounding errors rank
+    rows. outliers: the ranking of single weights. groups: the fusion groups, which a backward sweep gives anyway.
+    labels: of the loss whose gradient is measured: `text`, or `model`, drawn by `seed`.
     """
 
     options: tuple[Option, ...] = ()
     gains: bool = False
     rates: bool = False
+    trace: bool = False
     coded: bool = False
     ends: bool = False
     salience: tuple[Grid, ...] = ()

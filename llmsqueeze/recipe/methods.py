@@ -94,7 +94,7 @@ ENTRIES = (
             *("group_sizes", "row_outliers", "dual"),
         ),
         implies={"labels": "model", "levels": "by-width"},
-        importance={"cost": "costs", "uniform": ""},
+        importance={"cost": "costs", "trace": "costs", "uniform": ""},
         budget=True,
     ),
     Method(

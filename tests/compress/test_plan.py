@@ -86,6 +86,21 @@ def test_the_budget_is_kept_and_used(demo: Source, settings: dict[str, Any], pla
     assert (1 - smallest_step) * allowed <= spent <= allowed
 
 
+def test_a_plan_by_the_trace_keeps_the_budget_and_promises_nothing(demo: Source, planned: Path, tmp_path: Path) -> None:
+    """An average over a linear ranks it, but is no loss; and a profile by costs does not serve."""
+    shutil.copy(planned / "profile.safetensors", tmp_path)
+    before = (tmp_path / "profile.safetensors").read_bytes()
+    settings = {"bits": 2.5, "importance": "trace"} | FAST
+    result = plan(demo, settings, tmp_path, trial=False)
+    assert 2.4 < result["bits_per_weight"] <= 2.5
+    assert result["predicted_loss_increase"] is None
+    assert all(row["predicted_loss_increase"] is None for row in result["rows"])
+    assert result["curve"] == []
+    assert (tmp_path / "profile.safetensors").read_bytes() != before
+    by_cost = plan(demo, settings | {"importance": "cost"}, tmp_path / "cost", trial=False)
+    assert by_cost["weights"] != result["weights"]
+
+
 def test_a_second_plan_reads_no_weight(demo: Source, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")

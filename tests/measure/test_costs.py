@@ -135,6 +135,25 @@ def test_costs_are_half_the_gradient_times_the_output_error(
             assert torch.allclose(profile.costs[name][at].double(), expected, rtol=1e-4, atol=1e-12), name
 
 
+def test_costs_by_the_trace_are_half_the_average_diagonal_times_the_squared_rounding_error(
+    skeleton: Skeleton,
+    profile: Profile,
+    model: nn.Module,
+    hooked: dict[str, tuple[Tensor, Tensor]],
+    tokens: list[Tensor],
+) -> None:
+    """tr(G x A) / numel with G and A the mean squares of output gradients and inputs; no input is known to rounding."""
+    by_trace = measured(skeleton, tokens, PRICED[:2], trace=True)
+    for name, (x, gradient) in hooked.items():
+        weight, labels = model.get_submodule(name).weight.detach(), len(x) - 4
+        average = gradient.square().sum(dim=0).mean() / labels * x.square().mean()
+        for at in (0, 1):
+            d = weight - rtn(weight, PRICED[at].grid, torch.bfloat16).dense()
+            expected = 0.5 * average * d.square().sum(dim=1)
+            assert torch.allclose(by_trace.costs[name][at].double(), expected, rtol=1e-4), name
+        assert torch.equal(by_trace.row_gradient[name], profile.row_gradient[name])
+
+
 # ----------------------------------------------------------------------------------------------- a weight by itself
 
 

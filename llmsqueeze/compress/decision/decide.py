@@ -95,5 +95,6 @@ def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:
         chosen = chosen_rows(plan, profile)
     elif plan.mixed:
         chosen = rows.by_score(plan, rows.row_scores(plan, profile, recipe))
-    promised = predicted(profile, plan, chosen) if profile.costs else None
+    promises = profile.costs and recipe.importance != "trace"  # an average of a linear ranks, but promises nothing
+    promised = predicted(profile, plan, chosen) if promises else None
     return Decision(plan, chosen, taken_outliers(profile, plan), promised)

@@ -61,7 +61,7 @@ def _predicted(part: Plan, decision: Decision, profile: Profile) -> float | None
     if decision.coding is not None:
         curves = {name: curve for name, curve in decision.coding.curves.items() if name in part.weights}
         return coded.predicted_of_steps(part, curves)
-    return predicted(profile, part, decision.chosen) if profile.costs else None
+    return predicted(profile, part, decision.chosen) if decision.predicted is not None else None
 
 
 def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, float]]:
