@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
+from llmsqueeze.allocation.prediction import likely
 from llmsqueeze.compress.decision.decide import Decision, decide
 from llmsqueeze.compress.decision.outlook import curve, table
 from llmsqueeze.compress.job import Job, model_name, open_job
@@ -92,6 +93,7 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
         "bits": plan.code_bits,
         "nbytes_original": job.checkpoint.nbytes,
         "loss": profile.loss,
+        "predicted_loss_interval": likely(decision.predicted),
         "rows": table(decision, job.skeleton.linears, profile),
         **portability(job, decision),
         "curve": curve(job.plan, job.recipe, profile) if decision.predicted is not None else [],

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmsqueeze.allocation.plan import unfit, why_native
+from llmsqueeze.allocation.prediction import likely
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
 from llmsqueeze.formats import compressed_tensors, native
@@ -15,9 +16,10 @@ from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in numbers; the JSON names are these. bits: mean width of the codes. verified: how much of the result was
-    read back and compared; opens: runtime -> why it does not open the result, "" if it does. why_native: what
-    compressed-tensors cannot represent; predicted_portable: the loss increase that the same bytes promise there.
+    """A run in numbers; the JSON names are these. bits: mean width of the codes. predicted_loss_interval: where the
+    loss lies in nine of ten cases. verified: how much of the result was read back and compared; opens: runtime -> why
+    it does not open the result, "" if it does. why_native: what compressed-tensors cannot represent;
+    predicted_portable: the loss increase that the same bytes promise there.
     """
 
     out: str
@@ -29,6 +31,7 @@ class Summary:
     nbytes_original: int
     outliers: int
     predicted_loss_increase: float | None
+    predicted_loss_interval: list[float] | None
     calibration: dict[str, object] | None
     seconds: float
     peak_memory_mb: float
@@ -63,6 +66,7 @@ def summarize(
         nbytes_original=job.checkpoint.nbytes,
         outliers=sum(weight.kept for weight in plan.weights.values()),
         predicted_loss_increase=decision.predicted,
+        predicted_loss_interval=likely(decision.predicted),
         calibration=job.calibration.as_dict() if job.calibration else None,
         seconds=round(seconds, 3),
         peak_memory_mb=peak_memory_mb(),
