@@ -1,4 +1,4 @@
-"""Every method on a real LLM at equal bytes; with `peers.py --table real` the field's tools beside them.
+"""Every method on a real LLM at equal bytes, and the field's tools beside them (`peers.py`).
 
     python evals/real.py MODEL CALIBRATION EVAL_TEXT [--bits 2 3 4] [--rows NAME ...] [--window 512] [--limit 40]
         [--samples 32] [--out FILE.json]
@@ -141,14 +141,14 @@ def line(row: Row) -> str:
 def tables(results: list[Row]) -> list[str]:
     """A table for each width, the least loss last."""
     lines: list[str] = []
-    for bits in sorted({row["bits"] for row in results}):
+    for bits in sorted({row["bits"] for row in results if row.get("bits")}):
         lines += [
             f"## {bits + QUARTER} bits per weight",
             "",
             "| | bits per weight | loss | KL | top-1 changed | perplexity | processor time | peak memory |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
-        own = [row for row in results if row["bits"] == bits]
+        own = [row for row in results if row.get("bits") == bits]
         for row in sorted(own, key=lambda row: row.get("nll_difference", float("inf")), reverse=True):
             lines.append("| " + " | ".join(cells(row)) + " |")
         lines.append("")
