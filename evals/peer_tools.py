@@ -358,8 +358,11 @@ def by_llmcompressor(work: Path, job: Settings) -> Quantized:
     )
     result = Quantized({}, 0, time.monotonic() - start, version("llmcompressor"))
     for file in packed.glob("*.safetensors"):
-        stored = load_file(file)
-        result.stored += nbytes(*(stored[name] for name in stored if "_proj.weight_" in name and "shape" not in name))
+        for name, tensor in load_file(file).items():
+            if name.endswith("_proj.weight_packed"):
+                result.stored += nbytes(tensor)
+            elif name.endswith("_proj.weight_scale"):  # in float32 only because the model came so
+                result.stored += 2 * tensor.numel()
     whole = CompressedTensorsConfig(run_compressed=False)
     model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=whole, dtype=torch.float32)
     known = checkpoint(Path(job["model"]))
