@@ -8,11 +8,11 @@ loss of the folder written, on the held-back text, above the original's. No text
 the rows that are done, and goes on with the others. The rows that change what is no option do so by replacing a
 function while they run:
 
-    ... as measured      second moments and drift as they are, nothing of them taken for chance
+    ... as measured      second moments and drift as they are, nothing of them taken for chance, and without the stream
     half, one and a half, twice   the share that is taken for chance times this
     damping X            X of the mean of the diagonal is added to it, instead of 0.01
     correction X         targets go X of the way to the least-squares solution, instead of 0.5
-    without the stream   targets make good the drift of their inputs only, not of the stream that they are added to
+    ... without the stream   targets make good the drift of their inputs only, not of the stream that they are added to
     rounds N             rounds of refit and coordinate descent, instead of 3
 """
 
@@ -79,9 +79,9 @@ ROWS: dict[str, tuple[dict[str, Any], Sequence[Replacement]]] = {
     "gptq": (GPTQ, ()),
     "gptq as measured": (GPTQ, (shrinking(0),)),
     "coded": (CODED, ()),
-    "coded as measured": (CODED, (shrinking(0),)),
+    "coded as measured": (CODED, (shrinking(0), without_the_stream())),
     "descent": (DESCENT, ()),
-    "descent as measured": (DESCENT, (shrinking(0),)),
+    "descent as measured": (DESCENT, (shrinking(0), without_the_stream())),
     "half": (DESCENT, (shrinking(0.5),)),
     "one and a half": (DESCENT, (shrinking(1.5),)),
     "twice": (DESCENT, (shrinking(2),)),
@@ -102,6 +102,8 @@ ROWS: dict[str, tuple[dict[str, Any], Sequence[Replacement]]] = {
     "sequential inputs": (DESCENT | {"inputs": "sequential"}, ()),
     "asymmetric": (DESCENT | {"symmetric": False}, ()),
     "asymmetric, groups of 128": (DESCENT | {"symmetric": False, "group_size": 128}, ()),
+    "asymmetric, groups of 96": (DESCENT | {"symmetric": False, "group_size": 96}, ()),
+    "groups of 96": (DESCENT | {"group_size": 96}, ()),
     "groups of 128": (DESCENT | {"group_size": 128}, ()),
     "groups of 32": (DESCENT | {"group_size": 32}, ()),
 }

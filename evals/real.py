@@ -3,13 +3,15 @@
     python evals/real.py MODEL CALIBRATION EVAL_TEXT [--bits 2 3 4] [--rows NAME ...] [--window 512] [--limit 40]
         [--samples 32] [--out FILE.json]
     python evals/real.py --show FILE.json ... [--plot FILE.svg]
+    python evals/real.py --promises FILE.json ...
 
 Codes of so many bits and a quarter of a bit for scales: symmetric grids with groups of 64 columns. A method with a
 budget gets the same bytes. One with outliers, factors or mixed rows gets groups of 128 columns, and as much of its own
 as fits. Every row is a `quantize` in a process of its own, whose processor time and peak memory are shown,
 and a real `eval` of the folder, against the original on the same windows. Rows that are done stay in --out.
 
---show: a table for each width; the files of `peers.py` may be among the files.
+--show: a table for each width; the files of `peers.py` may be among the files. --promises: what was predicted beside
+what was measured, and how much of it lies in the interval that `quantize` prints.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 
 from methods import add_arguments
 
+from llmsqueeze.allocation.prediction import LIKELY
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.model.text import evaluation_text
@@ -69,15 +72,16 @@ def rows(bits: int) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    if "--show" not in sys.argv:
+    if not {"--show", "--promises"} & set(sys.argv):
         measure_all()
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--show", type=Path, nargs="+")
+    parser.add_argument("--show", type=Path, nargs="+", default=[])
+    parser.add_argument("--promises", type=Path, nargs="+", default=[])
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    results = [row for file in args.show for row in json.loads(file.read_text())]
-    print("\n".join(tables(results)))
+    results = [row for file in (*args.show, *args.promises) for row in json.loads(file.read_text())]
+    print("\n".join(promises(results) if args.promises else tables(results)))
     if args.plot:
         plot(results, args.plot)
 
@@ -153,6 +157,24 @@ def tables(results: list[Row]) -> list[str]:
             lines.append("| " + " | ".join(cells(row)) + " |")
         lines.append("")
     return lines
+
+
+def promises(results: list[Row]) -> list[str]:
+    """What was promised and measured, and the share of it that lies in the interval of a promise."""
+    lines = [
+        "| model | | bits per weight | promised | measured | measured / promised |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    ratios = []
+    for row in (row for row in results if row.get("predicted")):
+        ratios.append(row["nll_difference"] / row["predicted"])
+        measured = f"{row['nll_difference']:.4f} ± {row['nll_difference_stderr']:.4f}"
+        lines.append(
+            f"| {row['model']} | {row['row']} | {row['bits_per_weight']:.3f} | {row['predicted']:.4f} | {measured} | "
+            f"{ratios[-1]:.2f} |"
+        )
+    within = sum(LIKELY[0] <= ratio <= LIKELY[1] for ratio in ratios)
+    return [*lines, "", f"{within} of {len(ratios)} lie between {LIKELY[0]:g} and {LIKELY[1]:g} times the promise."]
 
 
 def cells(row: Row) -> list[str]:
