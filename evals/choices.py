@@ -150,13 +150,19 @@ def main() -> None:
 
 
 def split(args: argparse.Namespace, folder: Path) -> Texts:
-    """Every fourth line of the calibration text is held back."""
-    lines = args.calibration.read_text().splitlines(keepends=True)
-    calibration, held_back = (folder / f"{name}{args.calibration.suffix}" for name in ("calibration", "held-back"))
-    calibration.write_text("".join(line for i, line in enumerate(lines) if i % HELD_BACK))
-    held_back.write_text("".join(lines[::HELD_BACK]))
-    rows = windows(read_text(str(held_back), "train"), load_tokenizer(args.model), args.window)[: args.limit]
+    """The texts, and what the original loses on them."""
+    calibration, rows = held_back(args, folder)
     return Texts(calibration, rows, losses(opened(args.model), rows, Progress()))
+
+
+def held_back(args: argparse.Namespace, folder: Path) -> tuple[Path, list[Tensor]]:
+    """Every fourth line of the calibration text is held back: the file of the others, and token rows of these."""
+    lines = args.calibration.read_text().splitlines(keepends=True)
+    calibration, others = (folder / f"{name}{args.calibration.suffix}" for name in ("calibration", "held-back"))
+    calibration.write_text("".join(line for i, line in enumerate(lines) if i % HELD_BACK))
+    others.write_text("".join(lines[::HELD_BACK]))
+    rows = windows(read_text(str(others), "train"), load_tokenizer(args.model), args.window)
+    return calibration, rows[: args.limit]
 
 
 def opened(model: str) -> OpenModel:
