@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from llmsqueeze.allocation.prediction import likely
 from llmsqueeze.recipe.resolve import make_recipe
 
 EVALS = Path(__file__).parents[1] / "evals"
@@ -61,6 +62,15 @@ def test_the_choices_resolve_and_what_they_replace_exists(monkeypatch: pytest.Mo
         assert methods.recipe_of(settings, text).method == settings["method"]
         for name, value in replacements:
             assert callable(value) == callable(pkgutil.resolve_name(name)), name
+
+
+def test_nine_of_ten_measured_losses_lie_in_the_interval_of_their_promise() -> None:
+    """What `quantize` prints beside a promise holds for the rows on record."""
+    rows = [row for file in (EVALS / "results").glob("real-*.json") for row in json.loads(file.read_text())]
+    promised = [row for row in rows if row.get("predicted")]
+    assert len({row["model"] for row in promised}) >= 4
+    within = [least <= row["nll_difference"] <= most for row in promised for least, most in [likely(row["predicted"])]]
+    assert sum(within) >= 0.9 * len(within)
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.outliers import Candidates
 from llmsqueeze.measure.profile import Profile
 
-LIKELY = 0.5, 2.0  # times the promise: within these lie nine of ten measured losses (evals/results/real.md)
+LIKELY = 0.4, 2.0  # times the promise: within these lie nine of ten measured losses (evals/results/real.md)
 
 
-def likely(promised: float | None) -> list[float] | None:
-    """The interval in which the loss increase of a promise lies in nine of ten cases; None without a promise."""
-    return None if promised is None else [times * promised for times in LIKELY]
+def likely(promised: float) -> list[float]:
+    """The interval in which the loss increase of a promise lies in nine of ten cases."""
+    return [times * promised for times in LIKELY]
 
 
 def predicted(profile: Profile, plan: Plan, chosen: Mapping[str, Tensor]) -> float | None:

@@ -93,7 +93,7 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
         "bits": plan.code_bits,
         "nbytes_original": job.checkpoint.nbytes,
         "loss": profile.loss,
-        "predicted_loss_interval": likely(decision.predicted),
+        "predicted_loss_interval": None if decision.predicted is None else likely(decision.predicted),
         "rows": table(decision, job.skeleton.linears, profile),
         **portability(job, decision),
         "curve": curve(job.plan, job.recipe, profile) if decision.predicted is not None else [],

@@ -66,7 +66,7 @@ def summarize(
         nbytes_original=job.checkpoint.nbytes,
         outliers=sum(weight.kept for weight in plan.weights.values()),
         predicted_loss_increase=decision.predicted,
-        predicted_loss_interval=likely(decision.predicted),
+        predicted_loss_interval=None if decision.predicted is None else likely(decision.predicted),
         calibration=job.calibration.as_dict() if job.calibration else None,
         seconds=round(seconds, 3),
         peak_memory_mb=peak_memory_mb(),
