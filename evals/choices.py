@@ -249,9 +249,12 @@ def plot(models: list[list[Row]], path: Path) -> None:
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     with matplotlib.rc_context({"svg.hashsalt": "llmsqueeze", "font.size": 9}):
-        figure, panels = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 4), squeeze=False)
+        figure, panels = pyplot.subplots(
+            1, len(models), figsize=(4.2 * len(models), 4), squeeze=False, layout="constrained"
+        )
         for rows, axes in zip(models, panels[0], strict=True):
             for color, name in enumerate(("gptq", "descent", "coded")):
                 for style, shown in (("o-", name), ("o:", f"{name} as measured")):
@@ -260,11 +263,12 @@ def plot(models: list[list[Row]], path: Path) -> None:
             axes.set(title=rows[0]["model"], xlabel="calibration tokens")
             tokens = sorted({row["samples"] * row["window"] for row in rows})
             axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.minorticks_off()
             axes.grid(alpha=0.3)
         panels[0][0].set_ylabel("loss increase on held-back text, nats per token")
-        panels[0][0].legend()
-        figure.tight_layout()
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
 
