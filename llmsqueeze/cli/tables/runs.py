@@ -28,7 +28,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
     if summary["predicted_loss_increase"] is not None:
         table.add_row("predicted", predicted_increase(summary["predicted_loss_increase"]))
-        table.add_row("", likely(summary["predicted_loss_interval"]))
+        table.add_row("", predicted_interval(summary["predicted_loss_interval"]))
     if "kl_before" in summary:
         table.add_row("distilled", divergence(summary))
     elif summary["method"] == "dbllm":
@@ -151,7 +151,7 @@ def predicted_increase(loss: float) -> str:
     return f"loss {fixed(loss, 4, sign=True)} nats per token, perplexity {increase} %"
 
 
-def likely(interval: list[float]) -> str:
+def predicted_interval(interval: list[float]) -> str:
     """Where the loss lies that was predicted."""
     least, most = (fixed(loss, 4, sign=True) for loss in interval)
     return f"in nine of ten cases loss {least} to {most}"
@@ -180,7 +180,7 @@ def print_plan(plan: dict[str, Any]) -> None:
             out.print(f"{unit}: {', '.join(values)}")
     if plan["predicted_loss_increase"] is not None:
         out.print(f"predicted: {predicted_increase(plan['predicted_loss_increase'])} ({predicted_perplexity(plan)})")
-        out.print(f"predicted: {likely(plan['predicted_loss_interval'])}")
+        out.print(f"predicted: {predicted_interval(plan['predicted_loss_interval'])}")
     out.print(f"format: {format_and_why(plan)}")
     if plan["predicted_seconds"] is not None:
         memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
