@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
 from llmsqueeze.measure.shrinkage import Chance
+from llmsqueeze.measure.streams.additions import Additions
 from llmsqueeze.measure.streams.passage import Paused, passage
 from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.measure.streams.restarted import Restarted
@@ -121,6 +122,16 @@ def test_what_adds_to_the_stream_makes_good_what_the_sum_has_lost(
                 for changed in group:
                     current[changed] = current[changed] * 0.9
     assert checked == len(of_stream)
+
+
+def test_one_of_several_results_behind_a_linear_did_not_stand_before_it() -> None:
+    hidden, output = torch.randn(2, 4), torch.randn(2, 4)
+    with Additions() as additions:
+        additions.follow(output)
+        later, _ = torch.randn(4, 4).chunk(2)
+        _ = output + later + hidden
+    assert additions.total is not None
+    assert torch.equal(additions.total, hidden)
 
 
 def inputs_of(walk: Walk, names: tuple[str, ...], weights: dict[str, Tensor], hidden: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ADD = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
@@ -39,7 +40,7 @@ class Additions(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if not any(value is now for value in args):
             result = func(*args, **(kwargs or {}))
-            self._later += [value for value in (result,) if isinstance(value, Tensor)]
+            self._later += [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
             return result
         others = [value for value in args if value is not now]
         other = others[0] if len(others) == 1 else None
