@@ -330,33 +330,14 @@ def write_gguf(config: dict[str, Any], tensors: dict[str, Any], file: Path) -> N
 def by_llmcompressor(work: Path, job: Settings) -> Quantized:
     """GPTQ or AWQ of llm-compressor with its defaults, in float32; AWQ changes norms too."""
     import torch
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
-    settings, rows, packed = job["settings"], job["tokens"], work / "packed"
-    weights = QuantizationArgs(
-        num_bits=settings["bits"], type="int", symmetric=True, strategy="group", group_size=settings["group_size"]
-    )
-    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
-    modifier = {"gptq": GPTQModifier, "awq": AWQModifier}[settings["modifier"]]
+    packed = work / "packed"
     shutil.rmtree(packed, ignore_errors=True)
-    start = time.monotonic()
-    oneshot(
-        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(job["model"]),
-        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
-        recipe=[modifier(config_groups=scheme, ignore=["lm_head"])],
-        num_calibration_samples=len(rows),
-        max_seq_length=len(rows[0]),
-        output_dir=str(packed),
-    )
-    result = Quantized({}, 0, time.monotonic() - start, version("llmcompressor"))
+    seconds = llmcompressor(job["model"], job["tokens"], packed, **job["settings"])
+    result = Quantized({}, 0, seconds, version("llmcompressor"))
     for file in packed.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             if name.endswith("_proj.weight_packed"):
@@ -370,6 +351,32 @@ def by_llmcompressor(work: Path, job: Settings) -> Quantized:
         if name in known and ".layers." in name:
             result.dense[name] = weight.detach().float().clone()
     return result
+
+
+def llmcompressor(model: str, rows: list[list[int]], out: Path, modifier: str, bits: int, group_size: int) -> float:
+    """Writes the packed folder; the seconds that it took."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=group_size)
+    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    modifiers = {"gptq": GPTQModifier, "awq": AWQModifier}
+    start = time.monotonic()
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(model),
+        dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
+        recipe=[modifiers[modifier](config_groups=scheme, ignore=["lm_head"])],
+        num_calibration_samples=len(rows),
+        max_seq_length=len(rows[0]),
+        output_dir=str(out),
+    )
+    return time.monotonic() - start
 
 
 def by_bitsandbytes(_: Path, job: Settings) -> Quantized:
