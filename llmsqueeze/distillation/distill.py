@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmsqueeze.distillation.blockwise import train_blocks
@@ -27,9 +28,10 @@ from llmsqueeze.files import read_json, whole_file
 from llmsqueeze.formats.folder import check_writable
 from llmsqueeze.formats.opened import open_compressed
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
-from llmsqueeze.model.calibration import read_calibration
+from llmsqueeze.model.calibration import Earlier, read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoint, weights_digest
 from llmsqueeze.model.original import Source, open_original, pick_device
+from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.progress import Progress
@@ -57,11 +59,13 @@ def distill(
     student = open_compressed(folder, "distill needs one that `llmsqueeze quantize` wrote", trust_remote_code)
     out = out or student.path.with_name(student.path.resolve().name + "-distilled")
     check_writable(out, overwrite)
+    settings = with_products(settings, chosen_device)
     check_trainable(student, settings)
     original = open_original(Source(teacher or original_of(student), revision, trust_remote_code))
     skeleton = original.skeleton
     check_teacher(skeleton, student, original.source.model)
-    text = read_calibration(original, settings.text, progress, settings.held_back, chosen_device)
+    earlier = Earlier.of(student.record)
+    text = read_calibration(original, settings.text, progress, settings.held_back, chosen_device, earlier)
     rows, held_back = split(text.rows, text.held_back, settings.held_back)
     work = working_folder(out, student.checkpoint, skeleton, settings, text.sha256)
     cache = teacher_cache or work / "teacher"
@@ -70,7 +74,10 @@ def distill(
     if settings.blockwise:
         state, best = train_blocks(skeleton, student, rows, held_back, settings, answers, work, chosen_device, progress)
     else:
-        opened = Student(folder, student.checkpoint, frozenset(settings.train), chosen_device, trust_remote_code)
+        products = getattr(torch, settings.products)
+        opened = Student(
+            folder, student.checkpoint, frozenset(settings.train), chosen_device, trust_remote_code, products
+        )
         state, best = train(opened, rows, held_back, settings, answers, work, progress)
     if not best:
         progress.note("no step made it better on held-back text: the result is the same folder again")
@@ -84,6 +91,14 @@ def distill(
         "peak_memory_mb": peak_memory_mb(),
         "peak_device_memory_mb": peak_device_memory_mb(str(chosen_device)),
     }
+
+
+def with_products(settings: Distillation, device: torch.device) -> Distillation:
+    """The settings with the dtype of the products decided: by a short trial, if it is open."""
+    if settings.products != "auto":
+        return settings
+    chosen = torch.float32 if settings.blockwise else fastest_dtype(device)
+    return replace(settings, products=str(chosen).removeprefix("torch."))
 
 
 def summary_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from llmsqueeze.recipe.options import Asked
+from llmsqueeze.recipe.options import Asked, one_of
 from llmsqueeze.recipe.table import Option, Table, option
 from llmsqueeze.recipe.values import boolean, choice, number, several, whole
 
@@ -49,3 +49,8 @@ class DistillationOptions(Table):
     samples: int | None = as_in_recipes("samples", "256")
     seq_len: int | None = as_in_recipes("seq_len")
     seed: int | None = as_in_recipes("seed")
+    products: str | None = one_of(
+        ("auto", "float32", "bfloat16"),
+        "What the linears multiply in while the whole model is trained; auto: bfloat16 if that is clearly faster here",
+        "auto",
+    )

@@ -13,6 +13,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.recipe import TextSettings
 
 CODE_LEVELS, CODE_LEVELS_PER_STEP = 3.0, 0.03  # over a run at the full rate, and at most in one step
+CHECKS = 10  # measurements on held-back samples, over a run, at most
 LAST_RATE = 0.1  # share of the learning rate at the end
 
 
@@ -24,7 +25,8 @@ class Distillation:
     `weight` and `gamma`). lr: learning rate, relative to the trained values. train: their kinds. moves: if codes are
     trained, the share of them that may move in a step. targets: if `blockwise`, the inputs of the original block whose
     output is the target (blockwise.py). top_k: how many of the teacher's most likely tokens are kept. held_back:
-    samples to measure on. The rest: the text, as in a recipe.
+    samples to measure on. products: the dtype that the linears of the whole model multiply in while it is trained. The
+    rest: the text, as in a recipe.
     """
 
     steps: int = 100
@@ -43,6 +45,14 @@ class Distillation:
     samples: int = 256
     seq_len: int = 2048
     seed: int = 0
+    products: str = "auto"
+
+    @property
+    def every(self) -> int:
+        """Optimizer steps between two measurements on held-back samples, which together read no more samples than the
+        training."""
+        checks = min(CHECKS, max(1, self.steps * self.batch_size // self.held_back))
+        return max(1, self.steps // checks)
 
     def rate(self, step: int) -> float:
         """The share of the learning rate at an optimizer step: a half cosine down to a tenth."""
@@ -82,6 +92,8 @@ def _contradictions(settings: Distillation, asked: Mapping[str, Any]) -> list[st
         )
     if not settings.blockwise and "targets" in asked:
         messages.append(f"--targets {settings.targets} needs --blockwise")
+    if settings.blockwise and "products" in asked:
+        messages.append(f"--products {settings.products} contradicts --blockwise, which computes in float32")
     if "moves" in asked and "codes" not in settings.train:
         messages.append(f"--moves {settings.moves:g} needs --train codes")
     return messages

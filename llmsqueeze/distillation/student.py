@@ -1,7 +1,8 @@
 """The compressed model, with scales, norms, factors and codes that can be trained: as a whole, and one block of it.
 
 The weights stay compressed as in the file. A dense weight exists only while its block computes, once forward and once
-more backward, because every block is checkpointed. Memory of the whole: the bytes of the file (norms and embeddings in
+more backward, because every block is checkpointed. In training linears multiply in `products`, if that is another
+dtype; what is measured is computed in float32. Memory of the whole: the bytes of the file (norms and embeddings in
 float32), Adam's two copies of the trained numbers, one batch's activations between blocks, those inside one block, and
 its logits. Of a block: the same for the block alone.
 """
@@ -9,6 +10,7 @@ its logits. Of a block: the same for the block alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from llmsqueeze.formats import load
 from llmsqueeze.formats.entries import read_tensors
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.formats.opened import Folder
+from llmsqueeze.model.casting import is_plain, multiplied_in
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.linears import as_rows, find_blocks
 from llmsqueeze.model.skeleton import Skeleton
@@ -29,7 +32,13 @@ class Student:
     """The whole model in memory. trained: its trained numbers."""
 
     def __init__(
-        self, model: str, files: Checkpoint, train: frozenset[str], device: torch.device, trust_remote_code: bool
+        self,
+        model: str,
+        files: Checkpoint,
+        train: frozenset[str],
+        device: torch.device,
+        trust_remote_code: bool,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self.model: Any = load.load(
             model,
@@ -44,9 +53,11 @@ class Student:
         weights: dict[str, TrainedWeight] = {}
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, SumOfParts):
-                linear = TrainedLinear(layer, train)
+                linear = TrainedLinear(layer, train, products)
                 weights[name] = linear.weight
                 self.model.set_submodule(name, linear)
+            elif products != torch.float32 and is_plain(layer):
+                layer.forward = partial(_in_training, layer.forward, partial(multiplied_in, products, layer))
         dtypes = {name: stored.dtype for name, stored in files.tensors.items()}
         names = [n for n in norm_names(self.model) if n in dtypes] if "norms" in train else []
         norms: dict[str, nn.Parameter] = {name: self.model.get_parameter(name) for name in names}
@@ -71,15 +82,24 @@ class Student:
 class TrainedLinear(nn.Module):
     """A linear layer whose weight is trained."""
 
-    def __init__(self, layer: SumOfParts, train: frozenset[str]) -> None:
+    def __init__(self, layer: SumOfParts, train: frozenset[str], products: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.products = products
         tensors = [dict(holder.named_buffers()) for holder in layer.parts]
         self.weight = TrainedWeight(layer.shape, layer.specs, tensors, train)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return nn.functional.linear(x, self.weight.dense().to(x.dtype), self.bias)
+        weight = self.weight.dense()
+        if self.products == torch.float32 or not torch.is_grad_enabled():
+            return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+        product = nn.functional.linear(x.to(self.products), weight.to(self.products)).to(x.dtype)
+        return product if self.bias is None else product + self.bias
+
+
+def _in_training(exact: Callable[[Tensor], Tensor], faster: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return faster(x) if torch.is_grad_enabled() else exact(x)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,7 +29,6 @@ from llmsqueeze.files import whole_file
 from llmsqueeze.progress import Progress
 
 STATE = "state.safetensors"
-CHECKS = 10  # measurements on held-back samples, over a run
 BATCH_TOKENS = 2048  # tokens that go through the student at once; a larger batch is split
 LOGITS_BYTES = 256 << 20  # likewise, by the size of their logits
 
@@ -76,7 +75,6 @@ def train(
         raise RecipeError(f"--train {','.join(settings.train)}: the folder holds no such values")
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     state, best = load_state(work, trained, optimizer)
-    every = max(1, settings.steps // CHECKS)
     if state.step == 0:
         state.before = state.best = held_back_kl(student, held_back, answers)
         best = trained.stored()
@@ -89,7 +87,7 @@ def train(
         if not math.isfinite(loss):
             state.stopped = f"the loss became {loss} at step {state.step}; the result is the best before it"
             progress.note(state.stopped)
-        elif state.step % every == 0 or state.step == settings.steps:
+        elif state.step % settings.every == 0 or state.step == settings.steps:
             divergence = held_back_kl(student, held_back, answers)
             if divergence < state.best:
                 state.best, state.best_step, best = divergence, state.step, trained.stored()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -211,16 +212,35 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: b
 
 
 def calibration_rows(
-    text: Text, tokenizer: PreTrainedTokenizerBase, samples: int, seq_len: int, seed: int, held_back: int = 0
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    held_back: int = 0,
+    seen: Sequence[Tensor] = (),
 ) -> Calibration:
     """`samples` rows drawn by seed, or all rows if there are fewer, and the hash of their tokens.
 
-    The next `held_back` rows in that order, or those that are left, are kept apart for measurements.
+    The next `held_back` rows in that order, or those that are left, are kept apart for measurements. Rows that are
+    among the `seen` are drawn last; if they are needed, at most half of the others is kept apart.
     Raises CalibrationError if the text does not fill one row.
     """
     # to tokenize a text far longer than the rows would only cost time and memory
-    text = Text(text.source, text.content[: max(1 << 24, 64 * (samples + held_back) * seq_len)])
+    text = Text(text.source, text.content[: max(1 << 24, 64 * (samples + held_back + len(seen)) * seq_len)])
     rows = windows(text, tokenizer, seq_len)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [rows[i] for i in order[:samples]]
-    return hashed(text.source, chosen, [rows[i] for i in order[samples : samples + held_back]])
+    known = {_key(row) for row in seen}
+    fresh = [rows[i] for i in order if _key(rows[i]) not in known]
+    again = [rows[i] for i in order if _key(rows[i]) in known]
+    if not fresh:
+        fresh, again = again, fresh
+    left = max(0, len(fresh) - samples)
+    apart = min(held_back, max(left, len(fresh) // 2) if again else left)
+    start = min(samples, len(fresh) - apart)
+    return hashed(text.source, [*fresh[:start], *again][:samples], fresh[start : start + apart])
+
+
+def _key(row: Tensor) -> bytes:
+    """What a row [1, length] is told by."""
+    return row.numpy().tobytes()

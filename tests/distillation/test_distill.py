@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ from llmsqueeze.demo import stories as demo_stories
 from llmsqueeze.distillation import blockwise, teacher, training
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.losses import distillation_loss
-from llmsqueeze.distillation.settings import make_distillation
+from llmsqueeze.distillation.settings import Distillation, make_distillation
 from llmsqueeze.errors import OutputError, RecipeError
+from llmsqueeze.model.calibration import Earlier, read_calibration, rows_of
+from llmsqueeze.model.original import Source, open_original
 from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.recipe import TextSettings
 from llmsqueeze.recipe.resolve import make_recipe
 
 VOCABULARY = 626  # of the demo
@@ -125,7 +129,10 @@ def measured(original_of: Callable[[Path], Path]) -> Callable[[Path], float]:
         original = AutoModelForCausalLM.from_pretrained(original_of(folder), dtype=torch.float32).eval()
         text = calibration_text(None, "demo")
         tokenizer = load_tokenizer(original_of(folder))
-        rows = calibration_rows(text, tokenizer, SHORT["samples"], SHORT["seq_len"], 0, SHORT["held_back"]).held_back
+        earlier = Earlier.of(json.loads((folder / "llmsqueeze.json").read_text()))
+        seen = rows_of(earlier, text, tokenizer) if earlier else ()
+        of = SHORT["samples"], SHORT["seq_len"], 0, SHORT["held_back"]
+        rows = calibration_rows(text, tokenizer, *of, seen).held_back
         assert len(rows) == 3
         opened = llmsqueeze.load(str(folder), dtype=torch.float32)
         per_token = []
@@ -136,6 +143,29 @@ def measured(original_of: Callable[[Path], Path]) -> Callable[[Path], float]:
         return float(torch.cat(per_token).mean())
 
     return divergence
+
+
+def test_it_learns_from_rows_that_the_rounding_has_not_seen(tiny: Path, squeezed: Callable[..., Path]) -> None:
+    """Of the same text and seed, at other counts; a text that is used up gives the same rows again."""
+    record = json.loads((squeezed("gwq") / "llmsqueeze.json").read_text())
+    earlier, original = Earlier.of(record), open_original(Source(str(tiny)))
+    assert earlier is not None
+    assert earlier.seed == 0
+    settings = TextSettings("demo", 6, TEXT["seq_len"], 0)
+    drawn = {count: read_calibration(original, settings, Progress(), 3, earlier=count) for count in (earlier, None)}
+    first = read_calibration(original, replace(settings, samples=earlier.samples), Progress())
+    assert first.sha256 == earlier.sha256
+    old, new = ({tuple(row[0].tolist()) for row in one.rows + one.held_back} for one in (first, drawn[earlier]))
+    assert len(new) == 9
+    assert not old & new
+    assert old & {tuple(row[0].tolist()) for row in drawn[None].rows}, "without the record they would be among them"
+    other = replace(earlier, sha256="of another text")
+    assert read_calibration(original, settings, Progress(), 3, earlier=other).sha256 == drawn[None].sha256
+
+
+@pytest.mark.parametrize("record", [{}, {"calibration": None}, {"calibration": {"samples": 3}, "recipe": {"seed": 0}}])
+def test_a_record_that_tells_of_no_text(record: dict[str, Any]) -> None:
+    assert Earlier.of(record) is None
 
 
 CONTINUOUS_NAMES = ("scale", "weight_scale", "zero", "alpha1", "alpha2", "left", "right")
@@ -371,14 +401,14 @@ KILLS_ITSELF = """
 import itertools, os, signal
 from llmsqueeze.distillation import training
 from llmsqueeze.distillation.distill import distill
-from llmsqueeze.distillation.settings import make_distillation
+from llmsqueeze.distillation.settings import Distillation, make_distillation
 
 steps, step = itertools.count(), training.optimizer_step
 def dies(*arguments):
     if next(steps) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*arguments)
-training.optimizer_step, training.CHECKS = dies, 3
+training.optimizer_step = dies
 """
 
 
@@ -398,8 +428,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     out, work = tmp_path / "out", tmp_path / "out.distill"
     (tmp_path / "text.txt").write_text(stories)
     settings = {"steps": 6, "train": "scales,norms,codes", "loss": "dad", "lr": 0.002, "batch_size": 1}
-    settings["calibration"] = str(tmp_path / "text.txt")
-    monkeypatch.setattr(training, "CHECKS", 3)
+    settings |= {"calibration": str(tmp_path / "text.txt"), "held_back": 2}  # measured at every other step
     folders = str(squeezed("dbllm")), str(original_of(squeezed("dbllm")))
     call = f"distill(*{folders!r}, make_distillation({SHORT | settings!r}), Path({str(out)!r}), device='cpu')"
     program = f"from pathlib import Path\n{KILLS_ITSELF}\n{call}"
@@ -485,6 +514,7 @@ BAD_OPTIONS = [
     (["--weight", 2], "--weight 2 does not apply to --loss kd"),
     (["--gamma", 2], "--gamma 2 does not apply to --loss kd"),
     (["--blockwise", "--loss", "dad"], "--blockwise contradicts --loss dad"),
+    (["--blockwise", "--products", "bfloat16"], "--products bfloat16 contradicts --blockwise"),
     (["--targets", "inputs"], "--targets inputs needs --blockwise"),
     (["--blockwise", "--targets", "outputs"], "did you mean 'inputs'?"),
     (["--moves", 0.1], "--moves 0.1 needs --train codes"),
@@ -661,6 +691,17 @@ def test_quantize_distils_afterwards(tiny: Path, tmp_path: Path) -> None:
     assert about["kl_after"] == summary["kl_after"]
     assert str(tmp_path) not in json.dumps(record), "no paths"
     assert summary["nbytes"] == sum(t.nbytes for t in tensors_of(out).values())
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "held_back", "every"),
+    [(100, 4, 32, 10), (16, 4, 32, 8), (3, 1, 32, 3), (1000, 4, 32, 100), (1, 4, 1, 1), (7, 2, 7, 3)],
+)
+def test_measuring_reads_no_more_than_training(steps: int, batch_size: int, held_back: int, every: int) -> None:
+    settings = Distillation(steps=steps, batch_size=batch_size, held_back=held_back)
+    assert settings.every == every
+    assert steps // every <= 10
+    assert (steps // every) * held_back <= max(steps * batch_size, held_back)
 
 
 def test_a_bound_on_quality_is_not_distilled() -> None:

@@ -57,6 +57,27 @@ def test_the_student_computes_what_the_folder_does(
         assert torch.allclose(student.logits(tokens), expected, atol=1e-4)
 
 
+def test_products_in_bfloat16_are_for_training_alone(
+    pair: tuple[Path, Path], student: Student, rows: list[torch.Tensor]
+) -> None:
+    files = open_checkpoint(pair[1])
+    faster = Student(str(pair[1]), files, EVERYTHING, CPU, trust_remote_code=False, products=torch.bfloat16)
+    tokens = torch.cat(rows)
+    with torch.no_grad():
+        assert torch.equal(faster.logits(tokens), student.logits(tokens))
+    gradients = []
+    for one in (student, faster):
+        logits = one.logits(tokens)
+        trained = [p for w in one.trained.weights.values() for p in w.parameters() if p.requires_grad]
+        found = torch.autograd.grad(logits.square().mean(), trained)
+        gradients.append(torch.cat([g.flatten() for g in found]))
+        gradients.append(logits.detach().flatten())
+    exact, exact_logits, rough, rough_logits = gradients
+    assert not torch.equal(exact_logits, rough_logits), "they are multiplied in bfloat16"
+    assert torch.allclose(exact_logits, rough_logits, atol=0.05 * float(exact_logits.abs().max()))
+    assert float(torch.nn.functional.cosine_similarity(exact, rough, dim=0)) > 0.98
+
+
 def test_everything_that_is_trained_gets_a_gradient(
     student: Student, rows: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

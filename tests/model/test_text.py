@@ -62,6 +62,33 @@ def test_rows_follow_the_seed_and_the_hash_follows_the_tokens() -> None:
     assert everything.as_dict()["tokens"] == 24
 
 
+@pytest.mark.parametrize(
+    ("seen", "samples", "held_back", "fresh_rows", "fresh_apart", "count"),
+    [
+        (3, 2, 2, 2, 2, 2),  # there are enough others
+        (3, 4, 2, 3, 2, 4),  # one row of the seen is needed
+        (6, 4, 4, 1, 1, 4),  # at most half of the two others is kept apart
+        (8, 3, 2, 0, 0, 3),  # all are seen
+        (0, 7, 4, 7, 1, 7),
+    ],
+)
+def test_seen_rows_come_last(
+    seen: int, samples: int, held_back: int, fresh_rows: int, fresh_apart: int, count: int
+) -> None:
+    """Of eight rows; what is kept apart is never trained on."""
+    text, letters = Text("t", "abcdefghijklmnopqrstuvwxyz"), Letters(None)
+    known = calibration_rows(text, letters, seen, 3, 1).rows if seen else []  # type: ignore[arg-type]
+    drawn = calibration_rows(text, letters, samples, 3, 0, held_back, known)  # type: ignore[arg-type]
+    old = {tuple(row[0].tolist()) for row in known}
+    rows, apart = ([tuple(row[0].tolist()) for row in some] for some in (drawn.rows, drawn.held_back))
+    assert len(rows) == count
+    assert len(set(rows + apart)) == len(rows + apart), "no row twice"
+    assert [row in old for row in rows] == [False] * fresh_rows + [True] * (count - fresh_rows)
+    if seen < 8:
+        assert len(apart) == fresh_apart
+        assert not old & set(apart)
+
+
 def test_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
