@@ -1,7 +1,8 @@
 """The smallest result within a bound on quality: compress, measure on held-back text, move along the allocator's order.
 
 The predicted curve gives the first size and, scaled by the last measurement, the next ones; the bracket between a
-result within the bound and one beyond it halves at worst. The result returned was measured, not assumed.
+result within the bound and one beyond it halves at worst. Of blocks on two widths nothing is predicted, and the split
+between them is found by bisection. The result returned was measured, not assumed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmsqueeze.allocation.layerwise import sizes
 from llmsqueeze.allocation.options import request_of
 from llmsqueeze.compress.decision.outlook import curve
 from llmsqueeze.compress.job import Job, measure_job
@@ -60,7 +62,10 @@ def smallest_within(
     with partial_folder(out) as folder:
         profile = profile or measure_job(job, request_of(job.recipe), folder, progress)
         search = _Search(job, folder, profile, verify, progress)
-        rounds = bisect(search.try_size, curve(job.plan, job.recipe, profile), search.bound)
+        if job.recipe.decides == "blocks":
+            rounds = split(search.try_size, sizes(job.plan, profile, job.recipe, job.skeleton.linears))
+        else:
+            rounds = bisect(search.try_size, curve(job.plan, job.recipe, profile), search.bound)
         rounds = [one for one in rounds if math.isfinite(one.measured)]
         if not rounds and search.refused is not None:
             raise search.refused
@@ -156,6 +161,18 @@ def bisect(try_size: Callable[[float], Round], points: Sequence[tuple[float, flo
         by_prediction = _bits_at(points, bound / scale)
         guess = min(by_prediction, last.bits - step) if last.kept else max(by_prediction, last.bits + step)
         guess, step = min(max(guess, smallest), largest), 2 * step
+    return rounds
+
+
+def split(try_size: Callable[[float], Round], sizes: Sequence[float]) -> list[Round]:
+    """The rounds of a bisection over the sizes (bits per weight) of a method, which rise. A larger one is taken to
+    measure less."""
+    rounds: list[Round] = []
+    first, last = 0, len(sizes)
+    while first < last and len(rounds) < ROUNDS:
+        middle = (first + last) // 2
+        rounds.append(try_size(sizes[middle]))
+        first, last = (first, middle) if rounds[-1].kept else (middle + 1, last)
     return rounds
 
 

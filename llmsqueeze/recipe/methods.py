@@ -118,11 +118,14 @@ ENTRIES = (
         report="important decoder blocks get more bits, the others fewer",
         source="arXiv 2406.17415",
         decides="blocks",
-        allows=(*ON_GRIDS, *OUTLIERS, "size", "quantizer", "labels", "importance", "high_bits", "low_bits"),
+        allows=(
+            *(*ON_GRIDS, *OUTLIERS, *BOUNDS, "size", "quantizer", "labels", "importance", "high_bits", "low_bits"),
+        ),
         implies={"bits": 3},
         importance={
             "lim": "lim",
             "zd": "zd",
+            "cost": "costs",
             "random": "",
             "reverse": "lim",
             "first": "",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from llmsqueeze.allocation import layerwise
-from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
+from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan, recipe_grid
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.measure.costs import Option
+from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parts import Grid
+from llmsqueeze.recipe.resolve import make_recipe
 
 HIGH, LOW = Grid(4, 16, True), Grid(2, 16, True)
 
@@ -93,6 +99,36 @@ def test_the_rest_goes_to_fusion_groups_of_the_next_blocks(plan: Plan) -> None:
     assert grouped.weights["b0.mlp"].grid == HIGH, "the group that is called first"
     together = layerwise.allocate(plan, BLOCKS, ORDER, HIGH, LOW, target, [tuple(names) for names in BLOCKS])
     assert widths(together) == [{2}, {2}, {2}, {4}, {2}], "a group is never split"
+
+
+def test_blocks_in_the_order_of_what_the_low_width_costs_a_weight(plan: Plan) -> None:
+    """Linears without a price, and those outside the plan, count nothing."""
+    costs = {"b0.attn": [2.0], "b0.mlp": [1.0], "b1.attn": [5.0], "b3.mlp": [2.0, 2.5], "b4.attn": [0.1]}
+    priced = {name: torch.tensor([rows]) for name, rows in costs.items()}
+    assert layerwise.by_cost(plan, BLOCKS, priced) == [1, 3, 0, 4, 2]
+    wide = plan.having({"b1.mlp": replace(plan.weights["b1.mlp"], shape=(960, 64))})
+    assert layerwise.by_cost(wide, BLOCKS, priced) == [3, 0, 1, 4, 2], "a larger block must lose more"
+
+
+@pytest.mark.parametrize("importance", ["cost", "lim", "random"])
+def test_every_size_is_a_plan_with_one_more_fusion_group_on_the_high_width(plan: Plan, importance: str) -> None:
+    recipe = make_recipe({"method": "layerwise", "importance": importance, "max_kl": 0.1})
+    grid = recipe_grid(recipe, 2)
+    costs = {
+        name: torch.full((1, weight.shape[0]), float(i % 7)) for i, (name, weight) in enumerate(plan.weights.items())
+    }
+    profile = Profile(options=(Option(grid),), costs=costs, lim=(1.0, 3.0, 2.0, 0.0, 5.0))
+    sizes = layerwise.sizes(plan, profile, recipe, BLOCKS)
+    assert len(sizes) == 11
+    assert sizes == sorted(set(sizes))
+    high = []
+    for size in sizes:
+        target = int(size * plan.numel / 8)
+        allocated = layerwise.layerwise(plan, profile, recipe, BLOCKS, target)
+        assert allocated.nbytes == target
+        high.append({name for name, weight in allocated.weights.items() if weight.grid.bits == 4})
+    assert [len(names) for names in high] == list(range(11))
+    assert all(before < after for before, after in itertools.pairwise(high))
 
 
 def test_a_smaller_block_may_still_fit_if_a_larger_one_does_not(plan: Plan) -> None:

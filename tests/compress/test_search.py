@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from support import TEXT
 from llmsqueeze.compress import search
 from llmsqueeze.compress.job import Job
 from llmsqueeze.compress.quantize import quantize
-from llmsqueeze.compress.search import WIDTH, Round, bisect
+from llmsqueeze.compress.search import WIDTH, Round, bisect, split
 from llmsqueeze.errors import BudgetError
 from llmsqueeze.model import calibration, original
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -68,6 +69,34 @@ def test_sizes_that_cannot_be_had_bound_the_search_from_below() -> None:
 
     rounds = bisect(try_size, points, 0.9)
     assert 2.4 <= min(one.bits for one in rounds if one.kept) <= 2.4 + WIDTH
+
+
+@pytest.mark.parametrize("smallest", range(12))
+def test_the_split_between_two_widths_is_found_by_bisection(smallest: int) -> None:
+    """The least size within the bound; the largest is tried before none is said to be."""
+    sizes = [2 + i / 5 for i in range(11)]
+
+    def try_size(bits: float) -> Round:
+        return Round(bits, 0.0, 0.0, 0.0, 0.0, 0.0, bits >= 2 + smallest / 5)
+
+    rounds = split(try_size, sizes)
+    kept = [one.bits for one in rounds if one.kept]
+    assert min(kept, default=None) == (sizes[smallest] if smallest < 11 else None)
+    assert len(rounds) <= 4
+    assert len({one.bits for one in rounds}) == len(rounds), "no size twice"
+    assert smallest < 11 or max(one.bits for one in rounds) == sizes[-1]
+
+
+def test_blocks_on_two_widths_within_a_bound(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
+    """By what their weights cost: between all on the low width, which is beyond the bound, and all on the high one."""
+    settings = {**TEXT, "method": "layerwise", "importance": "cost", "quantizer": "rtn", "max_ppl_increase": 0.02}
+    summary = quantize(Source(str(demo_of(2))), settings, tmp_path / "out", verify=False)
+    assert summary["perplexity_increase"] <= 0.02
+    beyond = [one["bits"] for one in summary["rounds"] if not one["kept"]]
+    assert beyond, summary["rounds"]
+    assert max(beyond) < summary["bits_per_weight"]
+    widths = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {group["weights"]["num_bits"] for group in widths.values()} == {2, 4}
 
 
 def test_a_size_that_is_not_possible_ends_no_search(

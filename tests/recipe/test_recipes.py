@@ -220,7 +220,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "mixllm", "widths": "2,3"}, "--widths 2,3", "--method mixllm"),
     ({"method": "layerwise", "group_sizes": "64,128"}, "--group-sizes", "--method layerwise"),
     ({"method": "gwq", "row_outliers": "0.01"}, "--row-outliers", "--method gwq"),
-    ({"method": "layerwise", "max_ppl_increase": 0.02}, "--max-ppl-increase", "--method layerwise"),
+    ({"method": "gwq", "max_ppl_increase": 0.02}, "--max-ppl-increase", "--method gwq"),
     ({"method": "mixllm", "max_kl": 0.02}, "--max-kl", "--method mixllm"),
     ({"method": "budget", "bits": 3, "row_outliers": "0.01", "outliers": 0.02}, "--row-outliers", "--outliers 0.02"),
     ({"method": "budget", "bits": 3, "group_size": 64, "group_sizes": "64,128"}, "--group-size 64", "--group-sizes"),
