@@ -87,7 +87,7 @@ def compress(args: argparse.Namespace, settings: dict[str, Any], folder: Path) -
 def teach(args: argparse.Namespace, folder: Path, out: Path, cache: Path, settings: dict[str, Any]) -> dict[str, Any]:
     text = {"calibration": args.calibration, "samples": 400, "seq_len": args.window}
     steps = args.steps if not settings.get("blockwise") else 200
-    given = make_distillation({"steps": steps, **text, **settings})
+    given = make_distillation({"steps": steps, "batch_size": 4, "lr": 5e-3, **text, **settings})
     return distill(str(folder), args.model, given, out, teacher_cache=cache, overwrite=True)
 
 

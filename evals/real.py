@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -38,6 +39,7 @@ Row = dict[str, Any]
 CHILD = "import json, sys, llmsqueeze; print(json.dumps(llmsqueeze.quantize(**json.loads(sys.argv[1]))))"
 GROUPS = {"group_size": 64}
 QUARTER = 0.25  # of a bit, for scales
+STEPS = 64  # of distillation, each on one further sample of the calibration text
 SCORES = ("perplexity", "nll_difference", "nll_difference_stderr", "kl_mean", "top1_changed")
 
 
@@ -50,11 +52,13 @@ def rows(bits: int) -> dict[str, dict[str, Any]]:
         "rtn": {"method": "rtn", "bits": bits, **GROUPS},
         "gptq": {"method": "gptq", "bits": bits, **GROUPS},
         "descent": {"method": "descent", "bits": bits, **GROUPS},
+        "descent, distilled": {"method": "descent", "bits": bits, **GROUPS, "distill_steps": STEPS},
         "budget, portable": {"method": "budget", "bits": size, "portable": True},
         "budget": {"method": "budget", "bits": size},
         "budget, per linear": {"method": "budget", "bits": size, "granularity": "linear"},
         "budget, by the trace": {"method": "budget", "bits": size, "granularity": "linear", "importance": "trace"},
         "coded": {"method": "coded", "bits": size},
+        "coded, distilled": {"method": "coded", "bits": size, "distill_steps": STEPS},
         "gwq, the paper's ranking": outliers,
         "gwq, gradient times weight": {**outliers, "outlier_ranking": "gradient-weight", "outlier_scope": "global"},
         "gwq, random outliers": {**outliers, "outlier_ranking": "random"},
@@ -206,7 +210,8 @@ def plot(results: list[Row], path: Path) -> None:
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in results:
             if "nll_difference" in row:
-                name = f"{row['tool']}: {row['row']}" if "tool" in row else row["row"]
+                of_tool = re.sub(r"\d bit ", "", row["row"])  # a line for all widths
+                name = f"{row['tool']}: {of_tool}" if "tool" in row else row["row"]
                 lines.setdefault(name, []).append((row["bits_per_weight"], row["nll_difference"]))
         for name, points in lines.items():
             style = "s:" if ":" in name else "o-"

@@ -98,7 +98,7 @@ def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progr
         steps=recipe.distill_steps,
         loss=recipe.distill_loss,
         calibration=recipe.calibration,
-        samples=max(recipe.samples, min(4 * recipe.distill_steps, MOST_SAMPLES)),
+        samples=max(recipe.samples, min(recipe.distill_steps, MOST_SAMPLES)),
         seq_len=recipe.seq_len,
         seed=recipe.seed,
     )

@@ -28,11 +28,13 @@ class DistillationOptions(Table):
     loss: str | None = option(
         choice(LOSSES), "kd, or dad (the paper's: ambiguous tokens count more)", "kd", choices=LOSSES
     )
-    lr: float | None = option(number(1e-7, 1.0), "Learning rate, relative to the trained values", "0.005")
+    lr: float | None = option(
+        number(1e-7, 1.0), "Learning rate, relative to the trained values", "0.003; --blockwise 0.005"
+    )
     weight: float | None = option(number(0.0, 1e6), "With --loss dad: how much ambiguity counts", "1")
     gamma: float | None = option(number(0.0, 100.0), "With --loss dad: power of the ambiguity", "1")
     train: Any = option(several(TRAINABLE), "Of scales, norms, lowrank, codes", "scales,norms,lowrank")
-    batch_size: int | None = option(whole(1), "Samples in a step", "4")
+    batch_size: int | None = option(whole(1), "Samples in a step", "1; --blockwise 4")
     moves: float | None = option(number(0.0, 0.5), "With --train codes: share of them that a step may move", "0.01")
     blockwise: bool | None = option(
         boolean, "Match the output of every block in turn: one block in memory", flag="--blockwise"

@@ -14,6 +14,7 @@ from llmsqueeze.recipe.recipe import TextSettings
 
 CODE_LEVELS, CODE_LEVELS_PER_STEP = 3.0, 0.03  # over a run at the full rate, and at most in one step
 CHECKS = 10  # measurements on held-back samples, over a run, at most
+BLOCKWISE: dict[str, Any] = {"steps": 200, "batch_size": 4, "lr": 5e-3}  # defaults where they differ
 LAST_RATE = 0.1  # share of the learning rate at the end
 
 
@@ -31,11 +32,11 @@ class Distillation:
 
     steps: int = 100
     loss: str = "kd"
-    lr: float = 5e-3
+    lr: float = 3e-3
     weight: float = 1.0
     gamma: float = 1.0
     train: tuple[str, ...] = ("scales", "norms", "lowrank")
-    batch_size: int = 4
+    batch_size: int = 1
     moves: float = 1e-2
     blockwise: bool = False
     targets: str = "stream"
@@ -77,7 +78,8 @@ def make_distillation(given: Mapping[str, Any]) -> Distillation:
     settings = Distillation(**values)
     if wrong := _contradictions(settings, values):
         raise RecipeError("\n       ".join(wrong))
-    return dataclasses.replace(settings, steps=200) if settings.blockwise and "steps" not in values else settings
+    of_blocks = {name: value for name, value in BLOCKWISE.items() if name not in values}
+    return dataclasses.replace(settings, **of_blocks) if settings.blockwise else settings
 
 
 def _contradictions(settings: Distillation, asked: Mapping[str, Any]) -> list[str]:

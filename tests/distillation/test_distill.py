@@ -704,6 +704,15 @@ def test_measuring_reads_no_more_than_training(steps: int, batch_size: int, held
     assert (steps // every) * held_back <= max(steps * batch_size, held_back)
 
 
+def test_blocks_have_defaults_of_their_own() -> None:
+    """In steps of four samples; what is asked for stays."""
+    whole, blocks = make_distillation({}), make_distillation({"blockwise": True})
+    assert (whole.steps, whole.batch_size, whole.lr) == (100, 1, 3e-3)
+    assert (blocks.steps, blocks.batch_size, blocks.lr) == (200, 4, 5e-3)
+    asked = make_distillation({"blockwise": True, "batch_size": 2, "lr": 1e-3})
+    assert (asked.steps, asked.batch_size, asked.lr) == (200, 2, 1e-3)
+
+
 def test_a_bound_on_quality_is_not_distilled() -> None:
     with pytest.raises(RecipeError, match="--distill-steps 5 contradicts a bound on quality"):
         make_recipe({"method": "budget", "max_kl": 0.1, "distill_steps": 5})
