@@ -36,6 +36,8 @@ from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.progress import Progress
 
+SETTINGS = "settings.json"
+
 
 def distill(
     folder: str,
@@ -59,7 +61,7 @@ def distill(
     student = open_compressed(folder, "distill needs one that `llmsqueeze quantize` wrote", trust_remote_code)
     out = out or student.path.with_name(student.path.resolve().name + "-distilled")
     check_writable(out, overwrite)
-    settings = with_products(settings, chosen_device)
+    settings = with_products(settings, chosen_device, working_path(out))
     check_trainable(student, settings)
     original = open_original(Source(teacher or original_of(student), revision, trust_remote_code))
     skeleton = original.skeleton
@@ -93,10 +95,13 @@ def distill(
     }
 
 
-def with_products(settings: Distillation, device: torch.device) -> Distillation:
-    """The settings with the dtype of the products decided: by a short trial, if it is open."""
+def with_products(settings: Distillation, device: torch.device, work: Path) -> Distillation:
+    """The settings with the dtype of the products decided: if it is open, by a short trial, or as the killed run in
+    `work` did."""
     if settings.products != "auto":
         return settings
+    if (work / SETTINGS).exists() and (before := read_json(work / SETTINGS).get("products")) is not None:
+        return replace(settings, products=before)
     chosen = torch.float32 if settings.blockwise else fastest_dtype(device)
     return replace(settings, products=str(chosen).removeprefix("torch."))
 
@@ -146,17 +151,22 @@ def record_of(teacher: str, text: Calibration, settings: Distillation, state: Tr
     }
 
 
+def working_path(out: Path) -> Path:
+    """Where a run keeps what it needs to continue."""
+    return out.with_name(out.name + ".distill")
+
+
 def working_folder(out: Path, student: Checkpoint, skeleton: Skeleton, settings: Distillation, text: str) -> Path:
     """`<out>.distill`, with the settings of the run. Raises OutputError if it is there with other settings."""
-    work = out.with_name(out.name + ".distill")
+    work = working_path(out)
     about: dict[str, Any] = asdict(settings) | {
         "text": text,
         "student": weights_digest(file_digests(student)),
         "original": weights_digest(file_digests(skeleton.checkpoint)),
     }
     about = json.loads(json.dumps(about))
-    if (work / "settings.json").exists():
-        before = read_json(work / "settings.json")
+    if (work / SETTINGS).exists():
+        before = read_json(work / SETTINGS)
         differing = next((key for key in about if about[key] != before.get(key)), None)
         if differing is not None:
             raise OutputError(
@@ -168,6 +178,6 @@ def working_folder(out: Path, student: Checkpoint, skeleton: Skeleton, settings:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {work}: {error}") from error
-    with whole_file(work / "settings.json") as half:
+    with whole_file(work / SETTINGS) as half:
         half.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return work

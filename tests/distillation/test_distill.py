@@ -28,6 +28,7 @@ import llmsqueeze
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo import stories as demo_stories
 from llmsqueeze.distillation import blockwise, teacher, training
+from llmsqueeze.distillation import distill as distillation
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.losses import distillation_loss
 from llmsqueeze.distillation.settings import Distillation, make_distillation
@@ -429,6 +430,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
     (tmp_path / "text.txt").write_text(stories)
     settings = {"steps": 6, "train": "scales,norms,codes", "loss": "dad", "lr": 0.002, "batch_size": 1}
     settings |= {"calibration": str(tmp_path / "text.txt"), "held_back": 2}  # measured at every other step
+    settings["products"] = "float32"
     folders = str(squeezed("dbllm")), str(original_of(squeezed("dbllm")))
     call = f"distill(*{folders!r}, make_distillation({SHORT | settings!r}), Path({str(out)!r}), device='cpu')"
     program = f"from pathlib import Path\n{KILLS_ITSELF}\n{call}"
@@ -458,6 +460,24 @@ def test_a_killed_run_goes_on_to_the_same_end(
     assert (out / "llmsqueeze.json").read_text() == (tmp_path / "whole" / "llmsqueeze.json").read_text()
     assert [first[key] for key in SAME_AT_THE_END] == [second[key] for key in SAME_AT_THE_END]
     assert second["codes_moved"] > 0
+
+
+def test_a_killed_run_goes_on_in_the_dtype_that_it_had_chosen(
+    run: Run, squeezed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is busy now may choose another."""
+    out, work = tmp_path / "out", tmp_path / "out.distill"
+    settings = {"steps": 2, "batch_size": 3}
+    monkeypatch.setattr(distillation, "fastest_dtype", lambda _device: torch.bfloat16)
+    with killed(training, "optimizer_step", 1, work):
+        run(squeezed("rtn"), out, **settings)
+    monkeypatch.setattr(distillation, "fastest_dtype", lambda _device: torch.float32)
+    run(squeezed("rtn"), out, **settings)
+    (entry,) = json.loads((out / "llmsqueeze.json").read_text())["distillation"]
+    assert entry["settings"]["products"] == "bfloat16"
+    run(squeezed("rtn"), tmp_path / "new", **settings)
+    (entry,) = json.loads((tmp_path / "new" / "llmsqueeze.json").read_text())["distillation"]
+    assert entry["settings"]["products"] == "float32"
 
 
 def test_a_killed_blockwise_run_goes_on_behind_its_last_block(
