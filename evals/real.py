@@ -206,10 +206,10 @@ def plot(results: list[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     with matplotlib.rc_context({"svg.hashsalt": "llmsqueeze", "font.size": 9}):
-        figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
+        figure, axes = pyplot.subplots(figsize=(8.0, 3.6))
         lines: dict[str, list[tuple[float, float]]] = {}
         for row in results:
-            if "nll_difference" in row:
+            if "nll_difference" in row and row.get("bits"):
                 of_tool = re.sub(r"\d bit ", "", row["row"])  # a line for all widths
                 name = f"{row['tool']}: {of_tool}" if "tool" in row else row["row"]
                 lines.setdefault(name, []).append((row["bits_per_weight"], row["nll_difference"]))
@@ -218,7 +218,8 @@ def plot(results: list[Row], path: Path) -> None:
             axes.semilogy(*zip(*sorted(points), strict=True), style, label=name, markersize=4)
         axes.set(xlabel="bits per weight", ylabel="loss increase, nats per token", title=results[0]["model"])
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
+        axes.set_yticks([0.03, 0.1, 0.3, 1.0, 3.0], ["0.03", "0.1", "0.3", "1", "3"])
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None, "Creator": None})
 
