@@ -138,9 +138,14 @@ def test_every_order_spends_the_same_budget(importance: str, job: Job) -> None:
     recipe = make_recipe(settings)
     request = request_of(recipe)
     assert (request.lim, request.zd) == (importance in ("lim", "reverse"), importance == "zd")
-    profile = Profile(lim=(-0.9, -0.2), zd=(0.2, 0.1), groups=tuple(tuple(names) for names in job.skeleton.linears))
+    assert bool(request.options) == (importance == "cost")
+    blocks = job.skeleton.linears
+    costs = {name: torch.full((1, job.skeleton.shape(name)[0]), float(i)) for i in (0, 1) for name in blocks[i]}
+    measured = {"lim": (-0.9, -0.2), "zd": (0.2, 0.1), "groups": tuple(tuple(names) for names in blocks)}
+    profile = Profile(**measured, options=request.options, costs=costs if request.options else {})
     plan = decided(job, settings, profile).plan
-    order = layerwise.order_blocks(importance, 2, profile.lim, profile.zd, recipe.seed)
+    given = profile.lim, profile.zd, recipe.seed
+    order = [1, 0] if importance == "cost" else layerwise.order_blocks(importance, 2, *given)
     for index, names in enumerate(job.skeleton.linears):
         assert {plan.weights[name].grid.bits for name in names} == {4 if index == order[0] else 2}
     assert plan.bits_per_weight <= 3.2
