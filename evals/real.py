@@ -218,7 +218,7 @@ def plot(results: list[Row], path: Path) -> None:
             axes.semilogy(*zip(*sorted(points), strict=True), style, label=name, markersize=4)
         axes.set(xlabel="bits per weight", ylabel="loss increase, nats per token", title=results[0]["model"])
         axes.grid(alpha=0.3, which="both")
-        axes.set_yticks([0.03, 0.1, 0.3, 1.0, 3.0], ["0.03", "0.1", "0.3", "1", "3"])
+        axes.set_yticks([0.03, 0.1, 0.3, 1.0, 3.0, 10.0], ["0.03", "0.1", "0.3", "1", "3", "10"])
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         figure.tight_layout()
         figure.savefig(path, metadata={"Date": None, "Creator": None})
