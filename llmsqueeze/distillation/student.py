@@ -94,8 +94,7 @@ class TrainedLinear(nn.Module):
         weight = self.weight.dense()
         if self.products == torch.float32 or not torch.is_grad_enabled():
             return nn.functional.linear(x, weight.to(x.dtype), self.bias)
-        product = nn.functional.linear(x.to(self.products), weight.to(self.products)).to(x.dtype)
-        return product if self.bias is None else product + self.bias
+        return multiplied_in(self.products, self, x, weight)
 
 
 def _in_training(exact: Callable[[Tensor], Tensor], faster: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
