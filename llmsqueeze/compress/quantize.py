@@ -101,6 +101,7 @@ def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progr
         samples=max(recipe.samples, min(recipe.distill_steps, MOST_SAMPLES)),
         seq_len=recipe.seq_len,
         seed=recipe.seed,
+        products=recipe.products,
     )
     try:
         summary = distill(

@@ -34,9 +34,11 @@ from llmsqueeze.model.original import Source, open_original, pick_device
 from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
+from llmsqueeze.parts.grid import dtype_name
 from llmsqueeze.progress import Progress
 
 SETTINGS = "settings.json"
+PRODUCTS = ("float32", "bfloat16")
 
 
 def distill(
@@ -100,10 +102,9 @@ def with_products(settings: Distillation, device: torch.device, work: Path) -> D
     `work` did."""
     if settings.products != "auto":
         return settings
-    if (work / SETTINGS).exists() and (before := read_json(work / SETTINGS).get("products")) is not None:
-        return replace(settings, products=before)
-    chosen = torch.float32 if settings.blockwise else fastest_dtype(device)
-    return replace(settings, products=str(chosen).removeprefix("torch."))
+    before = read_json(work / SETTINGS).get("products") if (work / SETTINGS).exists() else None
+    chosen = dtype_name(torch.float32 if settings.blockwise else fastest_dtype(device))
+    return replace(settings, products=before if before in PRODUCTS else chosen)
 
 
 def summary_of(

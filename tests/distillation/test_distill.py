@@ -689,11 +689,12 @@ def test_kept_answers_serve_the_next_run(
 # with quantize
 
 
-def test_quantize_distils_afterwards(tiny: Path, tmp_path: Path) -> None:
+def test_quantize_distils_afterwards(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "fastest_dtype", lambda _device: torch.bfloat16)
     out = tmp_path / "out"
     few = ["--calibration", "demo", "--samples", 4, "--seq-len", 32, "--device", "cpu"]
     arguments = ["quantize", tiny, "--method", "dbllm", "--quantizer", "rtn", "--distill-steps", 3, *few]
-    arguments += ["--distill-loss", "dad"]
+    arguments += ["--distill-loss", "dad", "--products", "float32"]
     code, stdout, stderr = command(*arguments, "--out", out, "--json")
     assert code == 0, stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
@@ -707,6 +708,7 @@ def test_quantize_distils_afterwards(tiny: Path, tmp_path: Path) -> None:
     (about,) = record["distillation"]
     assert about["settings"]["loss"] == "dad"
     assert about["settings"]["steps"] == 3
+    assert about["settings"]["products"] == "float32", "as it was asked for"
     assert about["teacher"] == "demo-1"
     assert about["kl_after"] == summary["kl_after"]
     assert str(tmp_path) not in json.dumps(record), "no paths"
