@@ -16,6 +16,7 @@ import torch
 
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import Grid, Spec
@@ -207,13 +208,18 @@ def planned_linears(skeleton: Skeleton, skip: Sequence[str]) -> list[str]:
     names = [name for block in skeleton.linears for name in block]
     skipped = set()
     for pattern in skip:
-        matched = {name for name in names if fnmatch.fnmatch(name, pattern) or name.split(".")[-1] == pattern}
+        matched = {name for name in names if fnmatch.fnmatch(name, pattern) or leaf(name) == pattern}
         if not matched:
-            leaves = sorted({name.split(".")[-1] for name in names})
+            leaves = sorted({leaf(name) for name in names})
             hint = nearest(pattern, [*leaves, *names])
             raise RecipeError(f"--skip {pattern!r} matches no linear{hint or ';'} there are {', '.join(leaves)}")
         skipped |= matched
     return [name for name in names if name not in skipped]
+
+
+def leaf(linear: str) -> str:
+    """The last part of a linear's name, for an expert's without its number."""
+    return next(part for part in reversed(linear.split(".")) if not part.isdigit())
 
 
 def fused(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -265,6 +271,9 @@ def unfit(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan])
     transposed = next((name for name in weights if is_transposed(skeleton.module(name))), None)
     if transposed is not None:
         return f"{transposed}: a weight that is stored transposed (Conv1D)"
+    expert = next((name for name in expert_linears(skeleton.model) if name in weights), None)
+    if expert is not None:
+        return f"{expert}: a matrix of one of the model's experts"
     shapes = {name: weight.shape for name, weight in weights.items()}
     return short_groups(shapes, recipe.group_sizes or (recipe.group_size,))
 

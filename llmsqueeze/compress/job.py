@@ -67,8 +67,7 @@ class Job:
     @property
     def kept_nbytes(self) -> int:
         """Bytes of all weights beside the planned linears."""
-        names = (self.skeleton.sources[f"{name}.weight"] for name in self.plan.weights)
-        return self.checkpoint.nbytes - sum(self.checkpoint.tensors[name].nbytes for name in names)
+        return self.checkpoint.nbytes - sum(self.skeleton.nbytes(f"{name}.weight") for name in self.plan.weights)
 
     def target(self) -> int:
         """Bytes that the linears may take; UNBOUNDED without a budget. Raises RecipeError if no plan can meet it."""

@@ -14,6 +14,8 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.experts.find import stack_experts
+from llmsqueeze.model.linears import find_blocks
 from llmsqueeze.model.skeleton import empty_model, load_config
 
 
@@ -58,4 +60,7 @@ def open_compressed(folder: str, purpose: str, trust_remote_code: bool) -> Folde
 
 def _with_model(checkpoint: Checkpoint, entries: Mapping[str, Entry], trust_remote_code: bool) -> Folder:
     config = load_config(checkpoint.path, trust_remote_code)
-    return Folder(checkpoint, entries, empty_model(checkpoint.path, config, trust_remote_code), trust_remote_code)
+    model = empty_model(checkpoint.path, config, trust_remote_code)
+    if entries:
+        stack_experts(model, find_blocks(model))
+    return Folder(checkpoint, entries, model, trust_remote_code)

@@ -7,7 +7,7 @@ headers only. It finds files that are missing, cut short, or outside the folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,14 @@ class Checkpoint:
     @timed("read")
     def read(self, name: str) -> Tensor:
         """The tensor in its stored shape and dtype. Raises CheckpointError if it contains NaN or Inf."""
-        tensor = self.read_raw(name)
+        return self._finite(name, self.read_raw(name))
+
+    @timed("read")
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Some entries of the first dimension of a tensor, as `read` gives all; the others are not read."""
+        return self._finite(name, self._read(name, lambda handle: handle.get_slice(name)[rows]))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
             kind = "NaN" if bool(tensor.isnan().any()) else "Inf"
             raise CheckpointError(
@@ -62,15 +69,17 @@ class Checkpoint:
     @timed("read")
     def read_raw(self, name: str) -> Tensor:
         """The tensor in its stored shape and dtype; its values are not checked. Raises CheckpointError."""
+        return self._read(name, lambda handle: handle.get_tensor(name))
+
+    def _read(self, name: str, of: Callable[[Any], Tensor]) -> Tensor:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks {name}, which its config describes")
         file = self.tensors[name].file
         try:
             with safe_open(file, framework="pt") as handle:
-                tensor: Tensor = handle.get_tensor(name)
+                return of(handle)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {file}: {error}") from error
-        return tensor
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.model.experts.find import routers
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -28,9 +29,11 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 def find_linears(model: nn.Module, block: str) -> list[str]:
-    """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D."""
-    inside = model.get_submodule(block).named_modules()
-    return [f"{block}.{name}" for name, module in inside if isinstance(module, nn.Linear) or is_transposed(module)]
+    """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D. Without those that choose
+    experts: they are small, and what they choose is not to change."""
+    inside, aside = model.get_submodule(block).named_modules(), routers(model, block)
+    linears = (f"{block}.{name}" for name, module in inside if isinstance(module, nn.Linear) or is_transposed(module))
+    return [name for name in linears if name not in aside]
 
 
 def all_linears(model: nn.Module) -> set[str]:

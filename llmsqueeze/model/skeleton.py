@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
+from llmsqueeze.model.experts.find import stack_experts
+from llmsqueeze.model.experts.stack import ExpertStack
 from llmsqueeze.model.linears import find_blocks, find_linears, is_transposed
+from llmsqueeze.model.sources import Compressed, Converted, Slice, Source, Stored, described, find_sources
 from llmsqueeze.progress.stopwatch import timed
 
 if TYPE_CHECKING:
@@ -32,14 +35,14 @@ META = torch.device("meta")
 class Skeleton:
     """A model on the meta device, and the source of each tensor. It changes: see its contexts.
 
-    `sources`: parameter or buffer name -> checkpoint tensor; `tied`: parameter -> the parameter that it shares.
+    `sources`: parameter or buffer name -> where it comes from; `tied`: parameter -> the parameter that it shares.
     `blocks`: full module names of the decoder blocks, in order. `linears`: for each block, the names of its linears.
     `overrides`: parameter -> a function that gives its tensor; these are not read from the checkpoint.
     """
 
     model: PreTrainedModel
     checkpoint: Checkpoint
-    sources: dict[str, str]
+    sources: dict[str, Source]
     tied: dict[str, str]
     blocks: list[str]
     linears: list[list[str]]
@@ -47,7 +50,16 @@ class Skeleton:
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer in its stored shape and dtype."""
-        return self.overrides[name]() if name in self.overrides else self.checkpoint.read(self.sources[name])
+        return self.overrides[name]() if name in self.overrides else self.read_stored(name)
+
+    def read_stored(self, name: str) -> Tensor:
+        """A parameter or buffer as the checkpoint has it, in its stored dtype."""
+        return self.sources[name].read(self.checkpoint)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a parameter or buffer in its stored dtype."""
+        source = self.sources[name]
+        return torch.Size(source.shape).numel() * source.dtype.itemsize
 
     @contextmanager
     def overriding(self, tensors: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
@@ -101,12 +113,12 @@ class Skeleton:
 
     def shape(self, linear: str) -> tuple[int, int]:
         """[out_features, in_features] of a linear."""
-        rows, cols = self.checkpoint.tensors[self.sources[f"{linear}.weight"]].shape
+        rows, cols = self.sources[f"{linear}.weight"].shape
         return (cols, rows) if is_transposed(self.module(linear)) else (rows, cols)
 
     def dtype(self, linear: str) -> torch.dtype:
         """The stored dtype of a linear's weight."""
-        return self.checkpoint.tensors[self.sources[f"{linear}.weight"]].dtype
+        return self.sources[f"{linear}.weight"].dtype
 
     def names_in(self, module: str) -> list[str]:
         """The stored parameters and buffers inside a module."""
@@ -165,10 +177,11 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     config = load_config(checkpoint.path, trust_remote_code)
     check_supported(checkpoint.config, config)
     model = empty_model(checkpoint.path, config, trust_remote_code)
-    sources = _sources(model, checkpoint)
+    sources = find_sources(model, checkpoint)
     tied = _tied(model, sources)
     _check_complete(model, checkpoint, sources, tied)
     blocks = find_blocks(model)
+    sources = _of_experts(sources, stack_experts(model, blocks))
     linears = [find_linears(model, block) for block in blocks]
     _check_linears(model, blocks, linears)
     return Skeleton(model, checkpoint, sources, tied, blocks, linears)
@@ -182,9 +195,15 @@ def compressed_skeleton(
     The weight of a compressed linear has no source. `ends`: compressed embeddings and head, each by its weight's name.
     """
     model = empty_model(checkpoint.path, load_config(checkpoint.path, trust_remote_code), trust_remote_code)
-    overrides = ends or {}
-    sources = {name: name for name in model.state_dict() if name in checkpoint.tensors or name in overrides}
     blocks = find_blocks(model)
+    stack_experts(model, blocks)
+    overrides = ends or {}
+    sources: dict[str, Source] = {}
+    for name, tensor in model.state_dict().items():
+        if name in checkpoint.tensors:
+            sources[name] = Stored.of(checkpoint, name)
+        elif name in overrides:
+            sources[name] = Compressed(tuple(tensor.shape))
     linears = [find_linears(model, block) for block in blocks]
     return Skeleton(model, checkpoint, sources, _tied(model, sources), blocks, linears, overrides)
 
@@ -256,32 +275,21 @@ def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None
         )
 
 
-def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter or buffer -> checkpoint tensor, with the renamings that transformers applies on loading."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    sources: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        renamed, merges = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and name in state:
-            renamed, merges = name, None
-        if renamed not in state:
+def _of_experts(sources: Mapping[str, Source], stacks: Mapping[str, ExpertStack]) -> dict[str, Source]:
+    """The sources with one for every expert in the place of that of a parameter for all."""
+    found: dict[str, Source] = {}
+    for name, source in sources.items():
+        stack = stacks.get(name)
+        if stack is None:
+            found[name] = source
             continue
-        if merges is not None:
-            raise UnsupportedError(
-                f"transformers merges {name} with other tensors into {renamed} on loading (fused experts); "
-                "mixture-of-experts models are not supported"
-            )
-        sources[renamed] = name
-    return sources
+        assert isinstance(source, Stored | Converted)
+        for index in range(len(stack)):
+            found[f"{name}.{index}.weight"] = Slice(source, index, len(stack), stack.transposed)
+    return found
 
 
-def _tied(model: PreTrainedModel, sources: Mapping[str, str]) -> dict[str, str]:
+def _tied(model: PreTrainedModel, sources: Mapping[str, Source]) -> dict[str, str]:
     """Parameter that is not stored -> the stored one that it shares; either of the two can be the stored one."""
     tied = {}
     for alias, source in model.all_tied_weights_keys.items():
@@ -293,21 +301,22 @@ def _tied(model: PreTrainedModel, sources: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_complete(
-    model: PreTrainedModel, checkpoint: Checkpoint, sources: Mapping[str, str], tied: Mapping[str, str]
+    model: PreTrainedModel, checkpoint: Checkpoint, sources: Mapping[str, Source], tied: Mapping[str, str]
 ) -> None:
     missing = [name for name in model.state_dict() if name not in sources and name not in tied]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(f"{checkpoint.path} has no weight {missing[0]}{more}: is a shard missing or renamed?")
     for name, tensor in model.state_dict().items():
-        stored = checkpoint.tensors[sources[tied.get(name, name)]]
-        if tuple(tensor.shape) != stored.shape:
+        source = sources[tied.get(name, name)]
+        if tuple(tensor.shape) != source.shape:
+            file = checkpoint.tensors[source.names[0]].file.name
+            of = f", made of {described(source.names)}," if isinstance(source, Converted) else ""
             raise CheckpointError(
-                f"{name} has shape {list(stored.shape)} in {stored.file.name}, but config.json requires "
-                f"{list(tensor.shape)}"
+                f"{name}{of} has shape {list(source.shape)} in {file}, but config.json requires {list(tensor.shape)}"
             )
-        if stored.dtype.itemsize < 2 and stored.dtype.is_floating_point:
-            raise UnsupportedError(f"{name} is stored as {stored.dtype}: this model is already quantized")
+        if source.dtype.itemsize < 2 and source.dtype.is_floating_point:
+            raise UnsupportedError(f"{name} is stored as {source.dtype}: this model is already quantized")
 
 
 def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]) -> None:
@@ -317,5 +326,5 @@ def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]
         if inside * 2 < total:
             raise UnsupportedError(
                 f"only {100 * inside / max(total, 1):.0f} % of the weights of {block} are in linear layers: "
-                "mixture-of-experts and state-space blocks are not supported"
+                "state-space blocks and the like are not supported"
             )

@@ -152,7 +152,7 @@ def block_shard(skeleton: Skeleton, index: int, plan: Plan, compressed: Mapping[
     for name, one in compressed.items():
         shard |= (compressed_tensors if plan.portable else native).stored_tensors(name, one.parts)
     kept = set(skeleton.names_in(skeleton.blocks[index])) - {f"{name}.weight" for name in compressed}
-    return shard | {name: skeleton.checkpoint.read(skeleton.sources[name]) for name in sorted(kept)}
+    return shard | {name: skeleton.read_stored(name) for name in sorted(kept)}
 
 
 def compress_groups(

@@ -34,7 +34,7 @@ def outside_shard(skeleton: Skeleton, names: Sequence[str], ends: Mapping[str, C
         if module in ends:
             shard |= native.stored_tensors(module, ends[module].parts)
         else:
-            shard[name] = skeleton.checkpoint.read(skeleton.sources[name])
+            shard[name] = skeleton.read_stored(name)
     return shard
 
 
@@ -43,7 +43,7 @@ def outside_shards(skeleton: Skeleton) -> list[list[str]]:
     shards: list[list[str]] = []
     room = 0
     for name in skeleton.names_outside_blocks():
-        size = skeleton.checkpoint.tensors[skeleton.sources[name]].nbytes
+        size = skeleton.nbytes(name)
         if size > room:
             shards.append([])
             room = SHARD_BYTES

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -21,7 +22,8 @@ from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.formats import native
 from llmsqueeze.formats.hf.layer import SumOfParts
-from llmsqueeze.model.linears import is_transposed
+from llmsqueeze.model.experts.find import merge_stacks, stack_experts
+from llmsqueeze.model.linears import find_blocks, is_transposed
 
 
 def add_parts(model: PreTrainedModel, name: str, module: Any, entry: dict[str, Any]) -> None:
@@ -69,6 +71,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        stack_experts(model, find_blocks(model))
         for name, entry in native.weight_entries(self.quantization_config.to_dict()).items():
             try:
                 old: Any = model.get_submodule(name)
@@ -109,6 +112,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
             if isinstance(module, SumOfParts):
                 config.weights[name]["parts"] = module.specs
         if not config.weights:
+            merge_stacks(model)
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
             # an ordinary model now, which is saved without it
         return model
@@ -117,7 +121,12 @@ class LlmsqueezeQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, SumOfParts):
                 model.set_submodule(name, module.as_linear(dtype or model.dtype))
+        merge_stacks(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Without those that merge or split tensors: the folder has the model's own names."""
+        return [one for one in weight_conversions if not isinstance(one, WeightConverter)]
 
     def is_serializable(self) -> bool:
         return True

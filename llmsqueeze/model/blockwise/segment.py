@@ -83,9 +83,9 @@ class Segment:
 
     @cached_property
     def _function(self) -> Callable[..., tuple[list[Tensor], Tensor]]:
-        """The code. Its arguments: `linear`, the inputs, the tensors of the block's call."""
+        """The code. Its arguments: what computes a linear, the inputs, the tensors of the block's call."""
         graph, known = fx.Graph(), dict[fx.Node, fx.Node]()
-        linear = graph.placeholder("linear")
+        linear = graph.placeholder("computing")  # no operation of torch has this name
         for value in (*self._inputs, *self.given):
             known[value] = graph.placeholder(value.name)
 

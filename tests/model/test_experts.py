@@ -1,0 +1,165 @@
+"""Mixtures of experts: every expert's matrix is a linear, whatever the file and the module look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import command, refused, tensors_of
+from torch import Tensor
+
+import llmsqueeze
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.experts.find import routers
+from llmsqueeze.model.experts.stack import ExpertStack
+from llmsqueeze.model.skeleton import build_skeleton
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": SMALL
+    | {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "mlp_only_layers": [0]},
+    "gpt_oss": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},  # transposed, with biases
+    "llama4_text": SMALL  # transposed, all experts in one product
+    | {"num_local_experts": 4, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1, "attention_chunk_size": 16},
+    "jetmoe": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16, "intermediate_size": 32},
+    "dbrx": {  # [experts * rows, cols], the last one transposed
+        "vocab_size": 512,
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+}
+IDS = torch.arange(3, 35)[None]
+
+
+def make(name: str, folder: Path, **changes: Any) -> torch.nn.Module:
+    """A random model of a type, in float32, written with the tokenizer of the demo."""
+    import shutil
+
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from llmsqueeze.demo import MODEL_DIR
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**MIXTURES[name] | changes)).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL_DIR / file, folder / file)
+    return model
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, torch.nn.Module]]:
+    made: dict[str, tuple[Path, torch.nn.Module]] = {}
+
+    def get(name: str) -> tuple[Path, torch.nn.Module]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = folder, make(name, folder)
+        return made[name]
+
+    return get
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return result
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_stacked_experts_compute_what_the_parameter_does(
+    name: str, mixture: Callable[[str], tuple[Path, torch.nn.Module]]
+) -> None:
+    folder, model = mixture(name)
+    skeleton = build_skeleton(open_checkpoint(folder))
+    with skeleton.resident(skeleton.sources, torch.float32, torch.device("cpu")):
+        assert torch.allclose(logits(skeleton.model), logits(model), atol=1e-4)
+    stacks = [module for module in skeleton.model.modules() if isinstance(module, ExpertStack)]
+    assert stacks
+    inside = sum(p.numel() for p in model.parameters() if p.dim() == 3) or 2 * 3 * 4 * 64 * 64
+    assert sum(len(stack) * stack.linear(0).weight.numel() for stack in stacks) == inside
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_compressed_mixture_opens_with_the_right_logits(
+    name: str, mixture: Callable[[str], tuple[Path, torch.nn.Module]], tmp_path: Path
+) -> None:
+    folder, model = mixture(name)
+    flags = ("--method", "rtn", "--bits", 8, "--group-size", 32, "--native")
+    code, _, err = command("quantize", folder, *flags, "--out", tmp_path / "out")
+    assert code == 0, err
+    expected, opened = logits(model), llmsqueeze.load(str(tmp_path / "out"), dtype=torch.float32)
+    assert torch.corrcoef(torch.stack([expected.flatten(), logits(opened).flatten()]))[0, 1] > 0.99
+    compressed = logits(opened)
+    assert torch.allclose(logits(opened.dequantize()), compressed, atol=1e-4)
+    assert not any(isinstance(module, ExpertStack) for module in opened.modules())
+
+
+def test_files_with_experts_one_by_one_and_fused_give_the_same_codes(
+    mixture: Callable[[str], tuple[Path, torch.nn.Module]], tmp_path: Path
+) -> None:
+    folder, model = mixture("mixtral")
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    for file in folder.iterdir():
+        (fused / file.name).write_bytes(file.read_bytes())
+    save_file({name: p.contiguous() for name, p in model.state_dict().items()}, fused / "model.safetensors")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(fused / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in load_file(folder / "model.safetensors")
+    for path, out in ((folder, tmp_path / "a"), (fused, tmp_path / "b")):
+        code, _, err = command("quantize", path, "--method", "rtn", "--bits", 3, "--native", "--out", out)
+        assert code == 0, err
+    first, second = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sum("experts" in name for name in first) == 2 * 2 * 4 * 2  # codes and scales
+
+
+def test_routers_stay_dense(mixture: Callable[[str], tuple[Path, torch.nn.Module]]) -> None:
+    skeleton = build_skeleton(open_checkpoint(mixture("jetmoe")[0]))
+    found = routers(skeleton.model, skeleton.blocks[0])
+    prefix = skeleton.blocks[0]
+    assert found == {f"{prefix}.mlp.router.layer", f"{prefix}.self_attention.experts.router.layer"}
+    assert not found & set(skeleton.linears[0])
+
+
+@pytest.mark.parametrize("change", ["lost", "more", "other"])
+def test_experts_that_do_not_fit_the_config_are_named(
+    change: str, mixture: Callable[[str], tuple[Path, torch.nn.Module]], tmp_path: Path
+) -> None:
+    folder, _ = mixture("mixtral")
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    if change == "lost":
+        del tensors[name]
+    elif change == "more":
+        tensors[name.replace("experts.3", "experts.4")] = tensors[name].clone()
+    else:
+        tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = refused("quantize", tmp_path, "--method", "rtn", "--bits", 4, "--out", tmp_path / "out")
+    assert "model.layers.1.mlp.experts.down_proj" in message
+    assert "model.layers.1.block_sparse_moe.experts.0.w2.weight" in message
