@@ -147,12 +147,13 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
     def make(architecture: str, dtype: torch.dtype = torch.float32) -> Path:
         if (architecture, dtype) not in folders:
+            from architectures import unusual
             from support import configs
             from transformers import AutoModelForCausalLM
 
             torch.manual_seed(1)
-            folder = tmp_path_factory.mktemp(architecture)
-            model = AutoModelForCausalLM.from_config(configs()[architecture]).to(dtype)
+            folder = tmp_path_factory.mktemp(architecture.replace(" ", "-"))
+            model = AutoModelForCausalLM.from_config((configs() | unusual())[architecture]).to(dtype)
             model.save_pretrained(folder)
             folders[architecture, dtype] = folder
         return folders[architecture, dtype]

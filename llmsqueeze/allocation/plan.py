@@ -16,6 +16,7 @@ import torch
 
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, nearest
+from llmsqueeze.model.blockwise.dry_run import READ_BY_OTHERS
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.model.skeleton import Skeleton
@@ -261,9 +262,13 @@ def _to_be_coded(skeleton: Skeleton, name: str, end: bool = False) -> WeightPlan
 
 
 def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:
-    """What the recipe makes of these linears that compressed-tensors has no place for, and why; None if nothing."""
+    """What the recipe makes of these linears that compressed-tensors has no place for, and why; None if nothing. A
+    folder that stock transformers does not open is written only if the recipe asks for it."""
     reason = next((f"{setting}: {why}" for setting, why in unportable(recipe)), None)
-    return reason or unfit(recipe, skeleton, weights)
+    reason = reason or unfit(recipe, skeleton, weights)
+    if reason is None and recipe.portable is None and (name := skeleton.weight_read_by_others) is not None:
+        reason = f"{name}: {READ_BY_OTHERS}"
+    return reason
 
 
 def unfit(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:

@@ -206,7 +206,7 @@ def blockwise_kl(
             hidden = ahead
         with skeleton.overriding(outside_blocks(skeleton, student)), walk.head.resident():
             for row, last in zip(rows, hidden.each(device), strict=True):
-                logits = torch.cat([part for _, part in walk.head.logits(last)], dim=1)
+                logits = torch.cat([part for _, part in walk.head.logits(last, row)], dim=1)
                 total += float(kl_from_teacher(logits, answers.read([row], device)).double().sum())
                 tokens += len(logits)
     return total / tokens if math.isfinite(total) else math.inf

@@ -76,7 +76,9 @@ def ask(
                 hidden = ahead
             with walk.head.resident(), torch.no_grad():
                 for row, last in progress.over(zip(missing, hidden.each(device), strict=True), "answers", len(missing)):
-                    tensors = {name: value.cpu().contiguous() for name, value in vars(predict(walk, last, k)).items()}
+                    tensors = {
+                        name: value.cpu().contiguous() for name, value in vars(predict(walk, last, row, k)).items()
+                    }
                     with whole_file(answers.file(row)) as half:
                         save_file(tensors | {"index": tensors["index"].int()}, half)
     except OSError as error:
@@ -84,19 +86,19 @@ def ask(
     return answers
 
 
-def predict(walk: Walk, hidden: Tensor, k: int) -> Predictions:
-    """From the output of the last block [1, length, width]; the last token has no prediction.
+def predict(walk: Walk, hidden: Tensor, row: Tensor, k: int) -> Predictions:
+    """From the output of the last block for a row [1, length]; the last token has no prediction.
 
     Over slices of the vocabulary: log_z is the log of the sum of exp(logits) so far, mean the mean of the logits so far
     under their softmax, best and index the k largest logits so far.
     """
-    tokens = hidden.shape[1] - 1
+    tokens = row.shape[1] - 1
     log_z = torch.full((tokens,), -torch.inf, device=hidden.device)
     mean = torch.zeros(tokens, device=hidden.device)
     best = torch.empty(tokens, 0, device=hidden.device)
     index = torch.empty(tokens, 0, dtype=torch.long, device=hidden.device)
     size = 0
-    for part, logits in walk.head.logits(hidden):
+    for part, logits in walk.head.logits(hidden, row):
         total = torch.logaddexp(log_z, logits.logsumexp(dim=1))
         mean = (torch.exp(logits - total[:, None]) * logits).sum(dim=1) + mean * torch.exp(log_z - total)
         log_z = total

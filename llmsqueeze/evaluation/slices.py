@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.attention import AttentionInPieces
-from llmsqueeze.model.blockwise.recorder import replaced, skipped
+from llmsqueeze.model.blockwise.recorder import Returns, replaced, skipped
 from llmsqueeze.model.linears import find_blocks
 from llmsqueeze.model.logits import raw_logits, room_for_logits
 
@@ -62,7 +62,7 @@ class SlicedLogits:
         self.head = head
         self.head_forward: Callable[[Tensor], Tensor] = head.forward
         self.blocks = [model.get_submodule(name) for name in find_blocks(model)]
-        self.returns_tuple = False
+        self.returns: dict[type, Returns] = {}
         self._room: Tensor | None = None
 
     def states(self, tokens: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class SlicedLogits:
     def logits(self, states: Tensor) -> Tensor:
         raw = self._raw(states)[:, None]
         tokens = torch.zeros(len(states), 1, dtype=torch.long, device=self.model.device)
-        with skipped(self.blocks, self.returns_tuple):
+        with skipped(self.blocks, self.returns):
             return self._forward(tokens, lambda _: raw)[1][:, 0]
 
     def _raw(self, states: Tensor) -> Tensor:
@@ -88,14 +88,15 @@ class SlicedLogits:
     def agrees(self, tokens: Tensor) -> bool:
         """Whether the slices are the logits that the model itself gives for `tokens` [rows, length]."""
 
-        def observe(_module: nn.Module, _args: Any, output: Any) -> None:
-            self.returns_tuple = isinstance(output, tuple)
+        def observe(module: nn.Module, _args: Any, output: Any) -> None:
+            self.returns[type(module)] = Returns.of(output)
 
-        observer = self.blocks[0].register_forward_hook(observe)
+        observers = [block.register_forward_hook(observe) for block in self.blocks]
         try:
             states, whole = self._forward(tokens.to(self.model.device), self.head_forward)
         finally:
-            observer.remove()
+            for observer in observers:
+                observer.remove()
         difference = (self.logits(states.flatten(0, 1)) - whole.flatten(0, 1)).abs().max()
         return bool(difference <= TOLERANCE * whole.abs().max())
 

@@ -7,10 +7,10 @@
     tied        one weight is both; its second moments are the two, by the rows' total each, and a row's share is that
                 of its trace:  H = F G + Q X,  w[v] = (f[v] tr G + q[v] tr X) / tr H,  F = sum of f, Q = sum of q
 
-g [width] is the gradient of the summed loss at the first block's input, x the head's input, p the model's probability
+g [width] is the gradient of the summed loss at what the embeddings give, x the head's input, p the model's probability
 of token v, which makes p (1 - p) the mean squared gradient of the logit where labels are drawn from the model. The half
-token of every row is the prior that keeps a row alive which the calibration text does not use. An embedding that the
-model multiplies before its first block is found by how much larger the stream is. Soft caps on logits are not followed.
+token of every row is the prior that keeps a row alive which the calibration text does not use. Embeddings that multiply
+their rows are found by how much larger their results are. Soft caps on logits are not followed.
 Memory: three matrices [width, width], two numbers per token of the vocabulary.
 """
 
@@ -50,15 +50,16 @@ class Ends:
         self.inputs.add(x)
 
     @timed("moments")
-    def see_embeddings(self, sample: int, hidden: Tensor, gradient: Tensor) -> None:
-        """The first block's input [1, length, width] and the gradient there of the sample's mean loss."""
+    def see_embeddings(self, sample: int, gradient: Tensor) -> None:
+        """The gradient of the sample's mean loss at the first block's input. What is outside the blocks is resident."""
         tokens = self.walk.samples[sample][0].to(self.device)
         self.tokens += torch.bincount(tokens, minlength=len(self.tokens))
+        given, gradient = self.walk.embedding_gradient(sample, gradient)
         of_sum = gradient[0] * (len(tokens) - 1)
         self.gradients.add(of_sum)
         if not self.scale:
             rows = self.weight(self.names[0])[tokens]
-            self.scale = float((rows * hidden[0]).sum() / rows.square().sum().clamp(min=1e-30))
+            self.scale = float((rows * given[0]).sum() / rows.square().sum().clamp(min=1e-30))
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> second moments [width, width] and how much each row counts [vocabulary]; nothing can be seen

@@ -61,7 +61,7 @@ def gradient_sweeps(
         if index:  # the first block's inputs belong to the caller
             inputs[index].clear()
         progress.advance()
-    profile = joined([*reversed(blocks), *([price_ends(ends, first_inputs, gradients)] if ends is not None else [])])
+    profile = joined([*reversed(blocks), *([price_ends(ends, gradients)] if ends is not None else [])])
     gradients.clear()
     return replace(
         profile,
@@ -149,10 +149,11 @@ def head_sweep(
     return sum(losses) / len(losses), gradients
 
 
-def price_ends(ends: Ends, first_inputs: Activations, gradients: Activations) -> Profile:
+def price_ends(ends: Ends, gradients: Activations) -> Profile:
     """Embeddings and head, from the gradients at the first block's input and what `ends` has seen of the head."""
-    for sample, hidden in enumerate(first_inputs.each(ends.device)):
-        ends.see_embeddings(sample, hidden, gradients.get(sample, ends.device))
+    with ends.walk.resident_outside():
+        for sample, gradient in enumerate(gradients.each(ends.device)):
+            ends.see_embeddings(sample, gradient)
     profiles = []
     for name, (xtx, row_gradient) in ends.moments().items():
         moments = xtx.cpu().clone()

@@ -7,7 +7,8 @@ are cast in memory. So the model takes hardly more memory. Opened in float32, a 
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Hashable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,20 +22,39 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes `model` compute in `dtype`. A layer whose forward is not known has its parameters cast in memory.
 
     Integers, buffers and parameters of one byte stay as they are: they belong to compressed layers, which take the
-    dtype of their input.
+    dtype of their input. A module that reads the weight of a plain linear inside the model gets it cast.
     """
-    for module in model.modules():
+    whole: Any = model
+    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for module in list(model.modules()):
         kept = None
+        if hasattr(module, "weight_dtype"):  # of what a compressed layer gives as its weight
+            layer_of_parts: Any = module
+            layer_of_parts.weight_dtype = dtype
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(partial(_cast_output, dtype))
             kept = module.weight
         elif is_plain(module):
             layer: Any = module
-            layer.forward = partial(_casting, layer)
-            kept = layer.weight
+            layer.forward, kept = partial(_casting, layer), layer.weight
+            if layer is not head:
+                layer.__class__ = _read_as(layer.__class__, dtype)
         for parameter in module.parameters(recurse=False):
             if parameter is not kept and parameter.is_floating_point() and parameter.itemsize > 1:
                 parameter.data = parameter.data.to(dtype)
+
+
+@cache
+def _read_as(kind: Hashable, dtype: torch.dtype) -> Any:
+    """A class of linears whose weight is cast when it is read."""
+
+    def weight(self: nn.Module) -> Tensor:
+        stored = self._parameters["weight"]
+        assert stored is not None, "a linear has a weight"
+        return stored.to(dtype)
+
+    own: Any = kind
+    return type(own.__name__, (own,), {"weight": property(weight)})
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -59,7 +79,7 @@ def multiplied_in(dtype: torch.dtype, layer: Any, x: Tensor, weight: Tensor | No
 
 
 def _casting(layer: Any, x: Tensor) -> Tensor:
-    return plain_linear(layer, x, layer.weight.to(x.dtype))
+    return plain_linear(layer, x, layer._parameters["weight"].to(x.dtype))
 
 
 def _cast_output(dtype: torch.dtype, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:

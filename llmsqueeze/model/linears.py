@@ -9,31 +9,61 @@ from llmsqueeze.model.experts.find import routers
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """The decoder blocks: the members of the longest module list of one class; of equally long lists, the largest.
+    """The decoder blocks: the members of the module list with the most weights, of one class or of several. Lists
+    without linears do not count, nor those in towers for images or sound; the members of lists in the list are blocks.
 
     Raises UnsupportedError if there is no such list.
     """
+    towers = tuple(f"{name}." for name in find_towers(model))
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and not f"{name}.".startswith(towers)
+        and any(is_linear(inside) for inside in module.modules())
     }
     if not lists:
-        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks of one class")
+        raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
     # a list inside a block (experts) can be longer than the list of blocks: only outermost lists count
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    name, members = max(
-        outermost.items(), key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters()))
-    )
-    return [f"{name}.{i}" for i in range(len(members))]
+    name, _ = max(outermost.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return _members(name, outermost[name])
+
+
+def _members(name: str, module: nn.Module) -> list[str]:
+    if not isinstance(module, nn.ModuleList):
+        return [name]
+    return [block for i, member in enumerate(module) for block in _members(f"{name}.{i}", member)]
+
+
+def find_towers(model: nn.Module) -> list[str]:
+    """The parts of a multimodal model for other senses: submodels with the config of one, or with a config that is not
+    that of the text, if the text has one of its own."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    config, text = model.config, model.config.get_text_config(decoder=True)
+    senses = {type(getattr(config, f"{sense}_config", None)) for sense in ("vision", "audio")}
+    return [
+        name
+        for name, one in model.named_modules()
+        if isinstance(one, PreTrainedModel)
+        and (type(one.config) in senses or (text is not config and type(one.config) not in (type(config), type(text))))
+    ]
 
 
 def find_linears(model: nn.Module, block: str) -> list[str]:
     """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D. Without those that choose
     experts: they are small, and what they choose is not to change."""
     inside, aside = model.get_submodule(block).named_modules(), routers(model, block)
-    linears = (f"{block}.{name}" for name, module in inside if isinstance(module, nn.Linear) or is_transposed(module))
+    linears = (f"{block}.{name}" if name else block for name, module in inside if is_linear(module))
     return [name for name in linears if name not in aside]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is an nn.Linear or GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def all_linears(model: nn.Module) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.memory import give_back
+from llmsqueeze.model.blockwise.dry_run import weight_read_by_others
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.experts.find import stack_experts
 from llmsqueeze.model.experts.stack import ExpertStack
@@ -98,6 +99,11 @@ class Skeleton:
         """Whether embeddings and head share one weight."""
         return len(self.ends) == 1 and self.model.get_output_embeddings() is not None
 
+    @cached_property
+    def weight_read_by_others(self) -> str | None:
+        """A linear of the blocks whose weight another module than itself reads; None if there is none."""
+        return weight_read_by_others(self.model, self.blocks, [name for names in self.linears for name in names])
+
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
 
@@ -126,12 +132,6 @@ class Skeleton:
 
     def names_outside_blocks(self) -> list[str]:
         return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]
-
-    def stacks_in(self, index: int) -> dict[str, int]:
-        """The stacks of experts in block `index`, in their order, and how many experts each has."""
-        block = self.blocks[index]
-        inside = self.module(block).named_modules()
-        return {f"{block}.{name}": len(module) for name, module in inside if isinstance(module, ExpertStack)}
 
     @contextmanager
     def resident(
@@ -326,11 +326,10 @@ def _check_complete(
 
 
 def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]) -> None:
-    for block, names in zip(blocks, linears, strict=True):
-        total = sum(p.numel() for p in model.get_submodule(block).parameters())
-        inside = sum(cast(nn.Linear, model.get_submodule(name)).weight.numel() for name in names)
-        if inside * 2 < total:
-            raise UnsupportedError(
-                f"only {100 * inside / max(total, 1):.0f} % of the weights of {block} are in linear layers: "
-                "state-space blocks and the like are not supported"
-            )
+    total = sum(p.numel() for block in blocks for p in model.get_submodule(block).parameters())
+    inside = sum(cast(nn.Linear, model.get_submodule(name)).weight.numel() for names in linears for name in names)
+    if inside * 2 < total:
+        raise UnsupportedError(
+            f"only {100 * inside / max(total, 1):.0f} % of the weights of {blocks[0].rpartition('.')[0]} are in linear "
+            "layers"
+        )

@@ -18,7 +18,10 @@ from llmsqueeze.parts import Spec
 
 
 class SumOfParts(nn.Module):
-    """A linear layer whose weight [rows, cols] is a sum of parts; their tensors are buffers `parts.<i>.<name>`."""
+    """A linear layer whose weight [rows, cols] is a sum of parts; their tensors are buffers `parts.<i>.<name>`.
+
+    weight_dtype: the dtype of the model that the layer is in, which code that reads its weight expects.
+    """
 
     def __init__(self, shape: tuple[int, int], specs: Sequence[Spec], bias: bool, transposed: bool) -> None:
         """Empty tensors on the default device. shape: [rows, cols]; `transposed`: the layer replaces a Conv1D."""
@@ -30,6 +33,7 @@ class SumOfParts(nn.Module):
             layout = parts.layout(shape, spec)
             self.parts.append(buffers({name: torch.empty(size, dtype=dtype) for name, (size, dtype) in layout.items()}))
         self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
+        self.weight_dtype: torch.dtype = getattr(torch, specs[0]["dtype"])
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, cols]: the sum of the parts, taken in float32."""
@@ -45,8 +49,8 @@ class SumOfParts(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in the scales' dtype, for code that looks at a linear's weight; computed at every access."""
-        weight = self.dense(getattr(torch, self.specs[0]["dtype"]))
+        """The dense weight in the model's dtype, for code that reads a linear's weight; computed at every access."""
+        weight = self.dense(self.weight_dtype)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # GPT-2 would draw it at random on loading
         return weight
 

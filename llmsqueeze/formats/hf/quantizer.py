@@ -110,6 +110,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
                     raise CheckpointError(f"{name}: {error}") from error
         for name, module in model.named_modules():
             if isinstance(module, SumOfParts):
+                module.weight_dtype = model.dtype
                 config.weights[name]["parts"] = module.specs
         if not config.weights:
             merge_stacks(model)

@@ -11,7 +11,8 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import Entry
 from llmsqueeze.formats.inspection.reading import Findings
 from llmsqueeze.formats.opened import Folder
-from llmsqueeze.model.linears import all_linears
+from llmsqueeze.model.blockwise.dry_run import READ_BY_OTHERS, weight_read_by_others
+from llmsqueeze.model.linears import all_linears, find_blocks
 from llmsqueeze.parts import spec_grid
 
 # the linears that vLLM joins to one, by the last part of their names
@@ -32,6 +33,9 @@ def add_obstacles(folder: Folder, findings: Findings) -> None:
     elif folder.format == compressed_tensors.METHOD:
         config = folder.checkpoint.config["quantization_config"]
         findings.errors += _ignore_errors(config, folder.entries, folder.model)
+        name = weight_read_by_others(folder.model, find_blocks(folder.model), list(folder.entries))
+        if name is not None:
+            findings.obstacles["transformers"].append(f"does not open it: {name}: {READ_BY_OTHERS}")
         if len(config["config_groups"]) > 1:
             findings.notes.append(
                 "transformers with dequantize=True reads only the first of several widths correctly, and does not say "
@@ -63,10 +67,9 @@ def _for_vllm(entries: Mapping[str, Entry], model: nn.Module, findings: Findings
     widths = {grid.bits for grid in grids}
     if widths - {4}:
         findings.notes.append(f"vLLM needs a GPU for widths other than 4 (here {', '.join(map(str, sorted(widths)))})")
-    config: Any = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head < LEAST_HEAD:
-        findings.notes.append(f"vLLM's attention on a CPU needs heads of {LEAST_HEAD} or more (here {head})")
+    heads = [head for module in model.modules() if isinstance(head := getattr(module, "head_dim", None), int)]
+    if heads and min(heads) < LEAST_HEAD:
+        findings.notes.append(f"vLLM's attention on a CPU needs heads of {LEAST_HEAD} or more (here {min(heads)})")
     whole = [n for n in (1, 2, 4, 8) if all(_divides(name, entry, n) for name, entry in entries.items())]
     findings.notes.append(f"tensor parallelism over {', '.join(map(str, whole))} devices keeps groups whole")
 

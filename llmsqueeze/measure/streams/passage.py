@@ -46,8 +46,7 @@ class Passage(Protocol):
 
 def passage(walk: Walk, index: int, streams: ResidualStreams, original: Weights, current: Weights) -> Passage:
     """The best passage that the block allows. It uses up the streams."""
-    experts = walk.skeleton.stacks_in(index)  # whose tokens must be the same in both streams
-    trace = walk.trace(index, streams.all[0]) if streams.all and not experts else None
+    trace = walk.trace(index, streams.all[0]) if streams.all else None
     if trace is None:
         return Restarted(walk, index, streams, original, current)
     groups = [group for group in grouped(trace.calls) if any(name in original for name in group.names)]

@@ -1,20 +1,23 @@
 """The part of a model after its last decoder block, some tokens or a slice of the vocabulary at a time.
 
-Final norm, soft caps and scales are the model's own: its forward runs with stubs in the place of the blocks and of the
-head. The logits that exist at a time have at most `LOGITS_BYTES`. They become probabilities, and these the gradient, in
-one place in memory; the weight is cast some rows at a time.
+Final norm, soft caps and scales are the model's own: its forward runs with stubs in the place of the blocks, of the
+head, and of the embeddings, whose table is not read: they give zeros. A model that needs its embeddings behind its
+blocks gives another result with ones, and gets them. The logits that exist at a time have at most `LOGITS_BYTES`. They
+become probabilities, and these the gradient, in one place in memory; the weight is cast some rows at a time. A head
+that gets more than one vector for each token computes whole logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.model.blockwise.recorder import replaced
+from llmsqueeze.model.blockwise.recorder import Ended, replaced
 from llmsqueeze.model.logits import raw_logits, room_for_logits, rows_at_a_time, slices_within
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
@@ -38,13 +41,14 @@ class Head:
         self.skeleton, self.dtype, self.device = skeleton, dtype, device
         self._blocks_giving = blocks_giving
         self._ends_with_linear = False  # as far as it is known
+        self._needs_embeddings: bool | None = None
+        self._behind = torch.empty(0), torch.empty(0)  # the last hidden states, and their tokens
 
     @contextmanager
     def resident(self) -> Iterator[None]:
         """In the context all parameters outside the blocks are real, except untied embeddings."""
-        embeddings = f"{self._name_of(self.skeleton.model.get_input_embeddings())}.weight"
         stored = self.skeleton.tied.get(self.weight_name, self.weight_name)
-        others = set(self.skeleton.names_outside_blocks()) - {stored, embeddings}
+        others = set(self.skeleton.names_outside_blocks()) - {stored, self._table}
         with (
             self.skeleton.resident([stored], None, self.device),  # each slice is cast for its use
             self.skeleton.resident(others, self.dtype, self.device),
@@ -63,8 +67,10 @@ class Head:
         of all but the last; it must not keep them.
         """
         hidden = hidden.detach().requires_grad_(True)
-        normed = self.final_norm(hidden)
-        x, labels = normed.detach()[0, :-1], tokens.to(self.device)[0, 1:]
+        normed, labels = self.final_norm(hidden, tokens), tokens.to(self.device)[0, 1:]
+        if normed.shape[:-1] != tokens.shape:
+            return self._whole_gradient(hidden, normed, labels, draw, on_head)
+        x = normed.detach()[0, :-1]
         gradient, loss = torch.zeros_like(normed), 0.0  # the last token predicts nothing
         tokens_at_once = self._tokens(len(labels))
         room = room_for_logits(tokens_at_once[0].stop, len(self.module.weight), x)
@@ -83,22 +89,62 @@ class Head:
         (at_hidden,) = torch.autograd.grad(normed, hidden, gradient)
         return loss / len(labels), at_hidden
 
-    def logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Next-token logits [length - 1, part] at `hidden`, the last block's output, slice by slice."""
-        x = self.final_norm(hidden)[:, :-1]
-        for part in self._slices(x.shape[1]):
-            yield part, self._logits(x, part)[0]
+    def _whole_gradient(
+        self, hidden: Tensor, normed: Tensor, labels: Tensor, draw: Tensor | None, on_head: OnHead | None
+    ) -> tuple[float, Tensor]:
+        """`gradient` for a head that gets other than one vector for each token: from whole logits. `on_head` gets the
+        first vector of each token."""
+        head = self.module
+        bias = None if head.bias is None else head.bias.to(self.dtype)
+        with torch.enable_grad():
+            raw = nn.functional.linear(normed, head.weight.to(self.dtype), bias)
+            logits = self._model_tail(*self._behind, lambda _: raw)[0, :-1]
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = float(losses.detach().mean())
+            probability = logits.detach().softmax(dim=1)
+            if on_head is not None:
+                on_head(probability, normed.detach().flatten(0, -2)[: len(labels)])
+            if draw is not None:
+                drawn = drawn_labels(probability, draw.to(self.device))
+                losses = nn.functional.cross_entropy(logits, drawn, reduction="none")
+            (at_hidden,) = torch.autograd.grad(losses.mean(), hidden)
+        return loss, at_hidden
+
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Next-token logits [length - 1, part] at `hidden`, the last block's output, slice by slice.
+
+        tokens: [1, length], which only a model asks for that needs its embeddings behind its blocks.
+        """
+        normed = self.final_norm(hidden, tokens)
+        if normed.shape[0] != 1 or normed.dim() != 3:
+            raise UnsupportedError(
+                "the output head gets more than one vector for each token; its logits have no slices"
+            )
+        for part in self._slices(normed.shape[1] - 1):
+            yield part, self._logits(normed[:, :-1], part)[0]
 
     @timed("forward")
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """The head's input [1, length, width] if the last block gives `hidden`."""
+    def final_norm(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The head's input, mostly [1, length, width], if the last block gives `hidden`."""
+        if tokens is None:
+            tokens = torch.zeros(1, hidden.shape[-2], dtype=torch.long)
+        self._behind = hidden, tokens.to(self.device)
+        if self._needs_embeddings is None:
+            self._needs_embeddings = False
+            with torch.no_grad():
+                zeros, ones = (self._head_input(value) for value in (0.0, 1.0))
+            self._needs_embeddings = not torch.equal(zeros, ones)
+        return self._head_input()
+
+    def _head_input(self, embedding: float = 0.0) -> Tensor:
         inputs: list[Tensor] = []
 
         def head(value: Tensor) -> Tensor:
             inputs.append(value)
-            return value[..., :1]
+            raise Ended
 
-        self._model_tail(hidden, head)
+        with suppress(Ended):
+            self._model_tail(*self._behind, head, embedding)
         return inputs[0]
 
     @property
@@ -121,7 +167,7 @@ class Head:
         with torch.enable_grad():
             leaf = raw.requires_grad_(True)
             given = leaf[None].clone()
-            logits = self._model_tail(x[None], lambda _: given)
+            logits = self._model_tail(self._behind[0].detach(), self._behind[1], lambda _: given)
             self._ends_with_linear = logits is given and given._version == 0
         return (raw.detach(), None) if self._ends_with_linear else (logits[0], leaf)
 
@@ -136,12 +182,55 @@ class Head:
         head = self.module
         bias = None if head.bias is None else head.bias[part].to(self.dtype)
         raw = nn.functional.linear(x, head.weight[part].to(self.dtype), bias)
-        return self._model_tail(x.detach(), lambda _: raw)
+        return self._model_tail(self._behind[0].detach(), self._behind[1], lambda _: raw)
 
-    def _model_tail(self, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        with replaced(self.module, head), self._blocks_giving(hidden):
-            logits: Tensor = self.skeleton.model(inputs_embeds=hidden.detach(), use_cache=False).logits
+    def _model_tail(
+        self, hidden: Tensor, tokens: Tensor, head: Callable[[Tensor], Tensor], embedding: float = 0.0
+    ) -> Tensor:
+        """The model's logits if its last block gives `hidden` and its head computes `head`."""
+        with (
+            self._weight_in_dtype(),
+            replaced(self.module, head),
+            self._blocks_giving(hidden),
+            self._embedding(embedding),
+        ):
+            logits: Tensor = self.skeleton.model(input_ids=tokens, use_cache=False).logits
         return logits
+
+    @contextmanager
+    def _weight_in_dtype(self) -> Iterator[None]:
+        """In the context the head's weight is zeros that take no memory: a model may cast to its dtype."""
+        parameters, zero = self.module._parameters, torch.zeros((), dtype=self.dtype, device=self.device)
+        weight = cast(nn.Parameter, self.module.weight)
+        parameters["weight"] = nn.Parameter(zero.expand(weight.shape), requires_grad=False)
+        try:
+            yield
+        finally:
+            parameters["weight"] = weight
+
+    @contextmanager
+    def _embedding(self, value: float) -> Iterator[None]:
+        """In the context the embeddings give `value`, or themselves if the model needs them."""
+        embeddings: Any = self.skeleton.model.get_input_embeddings()
+
+        def given(ids: Tensor, *_: Any) -> Tensor:
+            return torch.full((*ids.shape, embeddings.weight.shape[1]), value, dtype=self.dtype, device=self.device)
+
+        with ExitStack() as stack:
+            if not self._needs_embeddings:
+                stack.enter_context(replaced(embeddings, given))
+            else:
+                if embeddings.weight.is_meta:  # not tied to the head
+                    stack.enter_context(self.skeleton.resident([self._table], None, self.device))
+                hook = embeddings.register_forward_hook(lambda _module, _args, rows: rows.to(self.dtype))
+                stack.callback(hook.remove)
+            yield
+
+    @property
+    def _table(self) -> str:
+        """The name of the embeddings' weight as it is stored."""
+        name = f"{self._name_of(self.skeleton.model.get_input_embeddings())}.weight"
+        return self.skeleton.tied.get(name, name)
 
     def _slices(self, tokens: int) -> list[slice]:
         """Of the vocabulary, so that the logits of so many tokens stay within the limit."""

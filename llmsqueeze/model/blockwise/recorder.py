@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from torch import Tensor, equal, nn
+from torch import Tensor, equal, nn, zeros_like
+from torch.utils import _pytree as pytree
 
 from llmsqueeze.errors import UnsupportedError
 
@@ -23,66 +26,112 @@ class BlockCall:
         """This call, with the tensors of `first` where they are equal, so that equal masks exist once."""
         return BlockCall(_shared(first.args, self.args), _shared(first.kwargs, self.kwargs))
 
+    @property
+    def leaves(self) -> list[Any]:
+        """All that is in the arguments."""
+        return pytree.tree_leaves((self.args, self.kwargs))
+
+
+@dataclass(frozen=True)
+class Returns:
+    """What the blocks of a class return: hidden states alone (container None), or first in a tuple or a list."""
+
+    container: type[tuple[Any, ...]] | type[list[Any]] | None = None
+    others: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, output: Any) -> Returns:
+        """From what a block of the class has returned. Raises UnsupportedError if no hidden states are in it."""
+        hidden_of(output)
+        if isinstance(output, Tensor):
+            return cls()
+        return cls(list if isinstance(output, list) else tuple, tuple(output[1:]))
+
+    def holding(self, hidden: Tensor) -> Any:
+        """What a block would return with these hidden states."""
+        return hidden if self.container is None else self.container([hidden, *self.others])
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns. Raises UnsupportedError."""
+    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden, Tensor):
+        raise UnsupportedError(f"a decoder block returns {type(output).__name__}, which does not begin with a tensor")
+    return hidden
+
+
+class UnknownBlock(Exception):  # noqa: N818 - no error
+    """Ends a forward pass: the next block is of a class of which it is not known what it returns."""
+
+    def __init__(self, index: int, hidden: Tensor, call: BlockCall) -> None:
+        super().__init__(index)
+        self.index, self.hidden, self.call = index, hidden, call
+
 
 class Recorder:
     """Replaces all blocks in one forward pass: each stub records its call and passes its input on."""
 
-    def __init__(self, modules: list[nn.Module], returns_tuple: bool) -> None:
-        self.modules, self.returns_tuple = modules, returns_tuple
+    def __init__(self, modules: Sequence[nn.Module], returns: Mapping[type, Returns]) -> None:
+        """returns: what the blocks of each class return; the pass ends with UnknownBlock at another class."""
+        self.modules, self.returns = modules, returns
         self.calls: list[BlockCall] = []
         self.first_input: Tensor
-        self._last: Tensor | None = None
+        self._last: tuple[Tensor, int] | None = None
+        self._others: dict[int, Tensor] = {}  # tensors beside the hidden states that stubs have returned
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """In the context the stubs are in place. Raises UnsupportedError if not every block was called."""
         with ExitStack() as stack:
             for index, module in enumerate(self.modules):
-                stack.enter_context(replaced(module, self._stub(index)))
+                stack.enter_context(replaced(module, self._stub(index, first_parameter(type(module).forward))))
             yield
         if len(self.calls) != len(self.modules):
             raise UnsupportedError(
                 f"{len(self.calls)} of {len(self.modules)} decoder blocks were called in a forward pass"
             )
 
-    @contextmanager
-    def stopping_at_first(self) -> Iterator[None]:
-        """In the context the call of the first block ends the forward pass. Raises UnsupportedError without a call."""
-
-        def stub(*args: Any, **kwargs: Any) -> Tensor:
-            self._stub(0)(*args, **kwargs)
-            raise _Stop
-
-        with replaced(self.modules[0], stub):
-            try:
-                yield
-            except _Stop:
-                return
-        raise UnsupportedError("the decoder blocks are not called in a forward pass")
-
-    def _stub(self, index: int) -> Callable[..., Any]:
+    def _stub(self, index: int, name: str) -> Callable[..., Any]:
         def stub(*args: Any, **kwargs: Any) -> Any:
-            if not args:
-                args = (kwargs.pop("hidden_states", None),)
-            hidden = args[0]
+            hidden, *rest = args or (kwargs.pop(name, None),)
             if not isinstance(hidden, Tensor) or index != len(self.calls):
                 raise UnsupportedError("the decoder blocks are not called in turn with the hidden states first")
-            if index and hidden is not self._last:
-                raise UnsupportedError(
-                    f"the model changes the hidden states between decoder blocks {index - 1} and {index}; "
-                    "this architecture is not supported"
-                )
+            call = BlockCall(tuple(rest), kwargs)
+            self._check(index, hidden, call)
             if index == 0:
-                self.first_input = hidden
-            self._last = hidden
-            self.calls.append(BlockCall(tuple(args[1:]), kwargs))
-            return (hidden,) if self.returns_tuple else hidden
+                self.first_input = hidden.clone()  # the model may write over it
+            returns = self.returns.get(type(self.modules[index]))
+            if returns is None:
+                raise UnknownBlock(index, hidden, call)
+            self._last = hidden, hidden._version
+            self._others |= {id(one): one for one in pytree.tree_leaves(returns.others) if isinstance(one, Tensor)}
+            self.calls.append(call)
+            return returns.holding(hidden)
 
         return stub
 
+    def _check(self, index: int, hidden: Tensor, call: BlockCall) -> None:
+        if self._last is not None and (hidden is not self._last[0] or hidden._version != self._last[1]):
+            raise UnsupportedError(
+                f"the model changes the hidden states between decoder blocks {index - 1} and {index}; "
+                "this architecture is not supported"
+            )
+        if any(id(leaf) in self._others for leaf in call.leaves):
+            raise UnsupportedError(
+                f"decoder block {index} gets more than the hidden states from earlier blocks; this architecture is "
+                "not supported"
+            )
 
-class _Stop(Exception):  # noqa: N818 - no error
-    """Ends a forward pass after the first block's call."""
+
+@cache
+def first_parameter(forward: Callable[..., Any]) -> str:
+    """The name of the first argument of a class's `forward`: of a block it is the hidden states."""
+    names = inspect.signature(forward).parameters
+    return next((name for name in names if name != "self"), "hidden_states")
+
+
+class Ended(Exception):  # noqa: N818 - no error
+    """Ends a forward pass: all that was wanted of it is there."""
 
 
 @contextmanager
@@ -100,16 +149,26 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def skipped(modules: Sequence[nn.Module], returns_tuple: bool, hidden: Tensor | None = None) -> Iterator[None]:
-    """In the context the blocks compute nothing: each gives `hidden`, or its own input if there is none."""
+def skipped(
+    modules: Sequence[nn.Module], returns: Mapping[type, Returns], hidden: Tensor | None = None
+) -> Iterator[None]:
+    """In the context the blocks compute nothing: each gives its own input or, if `hidden` is given, the last one gives
+    that and all others zeros. The model may write over what they give."""
+    zeros = None if hidden is None else zeros_like(hidden)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        given = (args[0] if args else kwargs["hidden_states"]) if hidden is None else hidden
-        return (given,) if returns_tuple else given
+    def giving(module: nn.Module, is_last: bool) -> Callable[..., Any]:
+        name, form = first_parameter(type(module).forward), returns.get(type(module), Returns())
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if zeros is None or hidden is None:
+                return form.holding(args[0] if args else kwargs[name])
+            return form.holding(hidden.clone() if is_last else zeros)
+
+        return forward
 
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(replaced(module, forward))
+            stack.enter_context(replaced(module, giving(module, module is modules[-1])))
         yield
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from llmsqueeze.model.blockwise.recorder import BlockCall, replaced
+from llmsqueeze.model.blockwise.recorder import BlockCall, hidden_of, replaced
 from llmsqueeze.model.blockwise.segment import MARK, Linear, Segment, input_of, number_of
 from llmsqueeze.model.linears import as_rows
 
@@ -139,9 +139,7 @@ def trace_block(
     def forward(hidden: Tensor, *given: Tensor) -> Tensor:
         rest = iter(given)
         args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], structure)
-        output = module(hidden, *args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return hidden_of(module(hidden, *args, **kwargs))
 
     names = tuple(linears)
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ token rows [1, length].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,17 @@ from llmsqueeze.model.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
-from llmsqueeze.model.blockwise.recorder import BlockCall, Recorder, replaced, skipped
+from llmsqueeze.model.blockwise.recorder import (
+    BlockCall,
+    Ended,
+    Recorder,
+    Returns,
+    UnknownBlock,
+    first_parameter,
+    hidden_of,
+    replaced,
+    skipped,
+)
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors, structure_of, trace_block
 from llmsqueeze.model.casting import is_plain, multiplied_in, plain_linear
 from llmsqueeze.model.skeleton import Skeleton
@@ -57,7 +67,7 @@ class Walk:
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
         self._ahead = ReadAhead(skeleton.read)
         self._calls: list[list[BlockCall]] = []  # [sample][block]
-        self._returns_tuple = False
+        self._returns: dict[type, Returns] = {}
         self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
         for module in skeleton.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -81,12 +91,10 @@ class Walk:
         """The first block's input for every sample; records the arguments of every block."""
         self._calls.clear()
         inputs = Activations(self.spill)
-        self._returns_tuple = self._first_block_returns_tuple()
-        with self._resident_outside(), torch.no_grad():
+        self._learn_returns()
+        with self.resident_outside(), torch.no_grad():
             for sample in self.samples:
-                recorder = Recorder(self.modules, self._returns_tuple)
-                with recorder.installed():
-                    self._forward(sample)
+                recorder = self._record(sample)
                 inputs.append(recorder.first_input.to(self.dtype))
                 first = self._calls[0] if self._calls else recorder.calls
                 self._calls.append([new.sharing(old) for old, new in zip(first, recorder.calls, strict=True)])
@@ -130,8 +138,7 @@ class Walk:
                 output = self.modules[index](hidden, *call.args, **call.kwargs)
             else:
                 output = torch.func.functional_call(self.modules[index], tensors, (hidden, *call.args), call.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return hidden_of(output)
 
     def linear(self, name: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """What a linear of a resident block gives for x [..., cols]: [..., rows]. weight: in the place of its own, as
@@ -201,42 +208,75 @@ class Walk:
         assert hidden.grad is not None
         return hidden.grad
 
+    @timed("backward")
+    def embedding_gradient(self, sample: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """What the embeddings give for a sample [1, length, width], and the gradient there, from the gradient at the
+        first block's input. Whatever the model does between the two is its own. Call it inside `resident_outside`."""
+        given: list[Tensor] = []
+        inputs: list[Tensor] = []
+
+        def leaf(_module: nn.Module, _args: Any, rows: Tensor) -> Tensor:
+            given.append(rows.detach().requires_grad_(True))
+            return given[-1].clone()  # the model may write over it
+
+        def first_block(*args: Any, **kwargs: Any) -> Tensor:
+            inputs.append(args[0] if args else kwargs[first_parameter(type(self.modules[0]).forward)])
+            raise Ended
+
+        hook = self.skeleton.model.get_input_embeddings().register_forward_hook(leaf)
+        try:
+            with torch.enable_grad(), suppress(Ended), replaced(self.modules[0], first_block):
+                self.skeleton.model(input_ids=self.samples[sample].to(self.device), use_cache=False)
+        finally:
+            hook.remove()
+        (at_embeddings,) = torch.autograd.grad(inputs[0], given[0], gradient)
+        return given[0].detach(), at_embeddings
+
     def _blocks_giving(self, hidden: Tensor) -> AbstractContextManager[None]:
-        """In the context every block gives `hidden`."""
-        return skipped(self.modules, self._returns_tuple, hidden)
+        """In the context the last block gives `hidden`."""
+        return skipped(self.modules, self._returns, hidden)
 
     @contextmanager
-    def _resident_outside(self) -> Iterator[None]:
-        """In the context all that embedding needs is real. The table of the embeddings stays in its stored dtype, and
-        the rows that are looked up are cast: in float32 it would be the most memory of a run."""
-        embeddings = self.skeleton.model.get_input_embeddings()
+    def resident_outside(self) -> Iterator[None]:
+        """In the context all that embedding needs is real. Plain tables of embeddings stay in their stored dtype, and
+        the rows that are looked up are cast: in float32 they would be the most memory of a run."""
         names = {name for name in self.skeleton.names_outside_blocks() if name != self.head.weight_name}
-        plain = type(embeddings).forward is nn.Embedding.forward  # others compute with their table
-        table = {name for name in names if plain and self._belongs_to(name, embeddings)}
         with ExitStack() as stack:
-            stack.enter_context(self.skeleton.resident(table, None, self.device))
-            stack.enter_context(self.skeleton.resident(names - table, self.dtype, self.device))
-            if table:
-                hook = embeddings.register_forward_hook(lambda _module, _args, rows: rows.to(self.dtype))
-                stack.callback(hook.remove)
+            tables = set()
+            for name in names:
+                module = self.skeleton.module(name.rpartition(".")[0])
+                if type(module).forward is nn.Embedding.forward:  # others compute with their table
+                    tables.add(name)
+                    hook = module.register_forward_hook(lambda _module, _args, rows: rows.to(self.dtype))
+                    stack.callback(hook.remove)
+            stack.enter_context(self.skeleton.resident(tables, None, self.device))
+            stack.enter_context(self.skeleton.resident(names - tables, self.dtype, self.device))
             yield
 
-    def _belongs_to(self, name: str, module: nn.Module) -> bool:
-        return self.skeleton.module(name.rpartition(".")[0]) is module
+    def _record(self, tokens: Tensor) -> Recorder:
+        """The calls of all blocks for a sample. Raises UnknownBlock; what is outside the blocks must be resident."""
+        recorder = Recorder(self.modules, self._returns)
 
-    def _forward(self, tokens: Tensor) -> None:
-        with replaced(self.head.module, lambda hidden: hidden[..., :1]):
+        def head(_: Tensor) -> Tensor:
+            raise Ended
+
+        with recorder.installed(), suppress(Ended), replaced(self.head.module, head):
             self.skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
+        return recorder
 
-    def _first_block_returns_tuple(self) -> bool:
-        """Runs the first block once."""
-        recorder = Recorder(self.modules, returns_tuple=False)
-        with self._resident_outside(), torch.no_grad(), recorder.stopping_at_first():
-            self._forward(self.samples[0])
-        call = recorder.calls[0]
-        with self.resident_block(0), torch.no_grad():
-            output = self.modules[0](recorder.first_input.to(self.dtype), *call.args, **call.kwargs)
-        return isinstance(output, tuple)
+    def _learn_returns(self) -> None:
+        """Runs one block of each class once, to see what it returns."""
+        while True:
+            try:
+                with self.resident_outside(), torch.no_grad():
+                    self._record(self.samples[0])
+            except UnknownBlock as unknown:
+                module, call = self.modules[unknown.index], unknown.call
+                with self.resident_block(unknown.index), torch.no_grad():
+                    output = module(unknown.hidden.to(self.dtype), *call.args, **call.kwargs)
+                self._returns[type(module)] = Returns.of(output)
+            else:
+                return
 
 
 def _linear_hook(name: str, on_linear: OnLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -1,0 +1,136 @@
+"""A model run as compressed-tensors leaves it: its linears have no weight, and no tensor has data.
+
+A module that reads the weight of a linear itself, in its forward or when transformers initializes it, then fails, as
+it does when stock transformers opens such a folder. torch computes shapes alone (fake tensors). One block of every
+class is run, after the model's own `_init_weights` has seen every module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.model.blockwise.recorder import Returns, first_parameter, replaced
+from llmsqueeze.model.blockwise.trace import unchanged
+from llmsqueeze.model.casting import is_plain
+from llmsqueeze.model.experts.find import expert_linears
+from llmsqueeze.model.linears import is_transposed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOKENS = 8
+READ_BY_OTHERS = "another module reads its weight, which stock transformers does not have in compressed-tensors"
+
+
+def weight_read_by_others(model: PreTrainedModel, blocks: Sequence[str], linears: Sequence[str]) -> str | None:
+    """The first of `linears` found whose weight another module than itself reads; None if there is none.
+
+    `model`: on the meta device. A part of the model that torch cannot compute without data is not looked into, and the
+    linears of experts, which other formats hold in their own way, keep their weights.
+    """
+    read: list[str] = []
+    experts = expert_linears(model)
+    linears = [name for name in linears if name not in experts]
+    with without_weights(model, linears, read), torch.no_grad():
+        for run in (_initialize, _forward):
+            read.clear()
+            try:
+                run(model, blocks)
+            except AttributeError:
+                if read:
+                    return read[-1]
+            except Exception:  # a path that depends on data: torch has many errors for it, and the models their own
+                continue
+    return None
+
+
+@contextmanager
+def without_weights(model: nn.Module, linears: Sequence[str], read: list[str]) -> Iterator[None]:
+    """In the context the linears have no weight, and compute without it; `read` gets the name of each whose weight is
+    asked for."""
+    with ExitStack() as stack:
+        for name in linears:
+            module: Any = model.get_submodule(name)
+            stack.enter_context(_watched(module, name, read))
+            if is_plain(module):
+                rows = module.weight.shape[1] if is_transposed(module) else module.weight.shape[0]
+                stack.enter_context(replaced(module, _shapes_alone(rows)))
+        weights = {name: model.get_submodule(name)._parameters.pop("weight") for name in linears}
+        try:
+            read.clear()
+            yield
+        finally:
+            for name, weight in weights.items():
+                model.get_submodule(name)._parameters["weight"] = weight
+
+
+@contextmanager
+def _watched(module: nn.Module, name: str, read: list[str]) -> Iterator[None]:
+    """In the context `read` gets the name of the module whenever its weight is asked for."""
+    kind: Any = type(module)
+
+    def weight(self: nn.Module) -> Tensor:
+        read.append(name)
+        found: Any = self._parameters.get("weight")
+        if found is None:
+            raise AttributeError(f"{name} has no weight")
+        return found  # type: ignore[no-any-return]
+
+    module.__class__ = type(kind.__name__, (kind,), {"weight": property(weight)})
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+
+
+def _shapes_alone(rows: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.new_empty(*x.shape[:-1], rows)
+
+
+def _initialize(model: PreTrainedModel, _blocks: Sequence[str]) -> None:
+    """Lets the model initialize every module, as on loading. No tensor changes: all are marked as loaded."""
+    from transformers import PreTrainedModel
+
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:
+        tensor._is_hf_initialized = True
+
+    def visit(module: nn.Module, owner: Any) -> None:
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for child in module.children():
+            visit(child, owner)
+        owner._init_weights(module)
+
+    visit(model, model)
+
+
+def _forward(model: PreTrainedModel, blocks: Sequence[str]) -> None:
+    """A forward pass in which one block of every class computes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    returns: dict[type, Returns] = {}
+
+    def once(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            kind = type(module)
+            if kind not in returns:
+                output = forward(*args, **kwargs)
+                returns[kind] = Returns.of(output)
+                return output
+            return returns[kind].holding(args[0] if args else kwargs[first_parameter(kind.forward)])
+
+        return run
+
+    with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        for module in map(model.get_submodule, blocks):
+            stack.enter_context(replaced(module, once(module, module.forward)))
+        tensors = {name: torch.empty(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        ids = torch.zeros(1, TOKENS, dtype=torch.long)
+        torch.func.functional_call(model, tensors, (), {"input_ids": ids, "use_cache": False}, tie_weights=False)

@@ -1,0 +1,79 @@
+"""Tiny configs of models whose blocks, or what lies around them, are not like Llama's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COMMON = {"hidden_size": 64, "num_attention_heads": 4, "vocab_size": 96}
+ROPE = {"intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+def unusual() -> dict[str, Any]:
+    """By what is unusual."""
+    from transformers import (
+        BambaConfig,
+        CTRLConfig,
+        FalconConfig,
+        Gemma3nTextConfig,
+        GPTBigCodeConfig,
+        Mamba2Config,
+        MambaConfig,
+        OpenAIGPTConfig,
+        OPTConfig,
+        ProphetNetConfig,
+    )
+
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    layers = ["sliding_attention", "full_attention"]
+    return {
+        "narrow embeddings": OPTConfig(
+            **COMMON, num_hidden_layers=2, ffn_dim=96, word_embed_proj_dim=32, max_position_embeddings=64
+        ),
+        "lists from blocks": OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64),
+        "scaled in place": CTRLConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64, dff=96),
+        "state space": MambaConfig(
+            hidden_size=64,
+            state_size=8,
+            num_hidden_layers=2,
+            vocab_size=96,
+            time_step_rank=8,
+            tie_word_embeddings=False,
+        ),
+        "state space in heads": Mamba2Config(
+            hidden_size=64, state_size=8, num_hidden_layers=2, vocab_size=96, num_heads=8, head_dim=16, chunk_size=8
+        ),
+        "hybrid": BambaConfig(
+            **COMMON, **ROPE, **mamba, num_hidden_layers=3, attn_layer_indices=[1], tie_word_embeddings=True
+        ),
+        "stacked streams": Gemma3nTextConfig(
+            **COMMON,
+            num_hidden_layers=2,
+            intermediate_size=96,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            head_dim=16,
+            layer_types=layers,
+            sliding_window=8,
+            num_kv_shared_layers=0,
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=96,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.95, 0.0],
+        ),
+        "several predictions": ProphetNetConfig(
+            hidden_size=64,
+            vocab_size=96,
+            num_decoder_layers=2,
+            num_decoder_attention_heads=4,
+            decoder_ffn_dim=96,
+            max_position_embeddings=64,
+            is_decoder=True,
+            is_encoder_decoder=False,
+            add_cross_attention=False,
+        ),
+        "linears of its own": FalconConfig(**COMMON, num_hidden_layers=2),
+        "initialized by its parent": GPTBigCodeConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64),
+    }
+
+
+UNUSUAL = list(unusual())

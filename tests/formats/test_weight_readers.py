@@ -1,0 +1,63 @@
+"""Modules that read the weight of a linear themselves: their folders are native, for stock transformers fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import command
+
+from llmsqueeze.model.blockwise.dry_run import weight_read_by_others
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import build_skeleton
+
+RTN = ["--method", "rtn", "--bits", "4", "--group-size", "32", "--quiet"]
+READ = {
+    "linears of its own": "self_attention.query_key_value",  # its forward is not nn.Linear's
+    "state space": "mixer.dt_proj",  # the forward of the module around it
+    "state space in heads": "mixer.out_proj",  # _init_weights of the module around it
+    "initialized by its parent": "c_proj",
+}
+
+
+@pytest.mark.parametrize("architecture", [*READ, "llama", "hybrid", "stacked streams", "gemma2"])
+def test_they_are_found_by_running(architecture: str, random_model: Callable[..., Path]) -> None:
+    skeleton = build_skeleton(open_checkpoint(random_model(architecture)))
+    linears = [name for names in skeleton.linears for name in names]
+    kinds = [type(skeleton.module(name)) for name in linears]
+    found = weight_read_by_others(skeleton.model, skeleton.blocks, linears)
+    if architecture in READ:
+        assert found is not None
+        assert READ[architecture] in found
+    else:
+        assert found is None
+    assert [type(skeleton.module(name)) for name in linears] == kinds
+    assert all(skeleton.linear(name).weight.is_meta for name in linears), "the weights are back"
+
+
+def test_the_default_is_native_and_portable_says_what_fails(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = random_model("initialized by its parent")
+    code, out, err = command("quantize", folder, *RTN, "--out", tmp_path / "default", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["format"] == "llmsqueeze"
+    assert "another module reads its weight" in summary["why_native"]
+    code, out, err = command("quantize", folder, *RTN, "--portable", "--out", tmp_path / "portable", "--json")
+    assert code == 0, err
+    opens = json.loads(out)["opens"]
+    assert opens["native"] == ""
+    assert "another module reads its weight" in opens["transformers"]
+
+
+def test_stock_transformers_fails_where_it_is_said(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """If this passes one day, the folders of these models can be portable again."""
+    pytest.importorskip("compressed_tensors")
+    folder = random_model("initialized by its parent")
+    command("quantize", folder, *RTN, "--portable", "--out", tmp_path / "portable")
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'portable')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "has no attribute 'weight'" in done.stderr
