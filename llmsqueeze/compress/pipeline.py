@@ -84,7 +84,8 @@ def compress(
             opens = verification.inspected(output, trust)
         if (times := stopwatch.measured()) is not None:
             output.write_json(SIDECAR, recorded | {"time": times})
-    return summarize(job, decision, output, time.monotonic() - start, compared, opens)
+    tokens = by_weight.get("tokens", {})
+    return summarize(job, decision, output, time.monotonic() - start, compared, opens, tokens)
 
 
 def measure_and_decide(job: Job, target: int, profile: Profile | None, folder: Path, progress: Progress) -> Decision:

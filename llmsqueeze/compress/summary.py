@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from llmsqueeze.allocation.plan import unfit, why_native
 from llmsqueeze.allocation.prediction import likely
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
-from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats import compressed_tensors, native, record
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 
@@ -19,7 +20,8 @@ class Summary:
     """A run in numbers; the JSON names are these. bits: mean width of the codes. predicted_loss_interval: where the
     loss lies in nine of ten cases. verified: how much of the result was read back and compared; opens: runtime -> why
     it does not open the result, "" if it does. why_native: what compressed-tensors cannot represent;
-    predicted_portable: the loss increase that the same bytes promise there.
+    predicted_portable: the loss increase that the same bytes promise there. experts: of their matrices that were fitted
+    to inputs, how many there are (`matrices`), how many saw few tokens (`few`) and how many none (`none`).
     """
 
     out: str
@@ -41,6 +43,7 @@ class Summary:
     format: str
     why_native: str | None
     predicted_portable: float | None
+    experts: dict[str, int] | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,6 +56,7 @@ def summarize(
     seconds: float,
     verified: dict[str, float] | None,
     opens: dict[str, str],
+    tokens: Mapping[str, float],
 ) -> Summary:
     """The summary of a folder that has been written."""
     plan = decision.plan
@@ -74,6 +78,7 @@ def summarize(
         verified=verified,
         opens=opens,
         **portability(job, decision),
+        experts=record.experts(tokens),
     )
 
 

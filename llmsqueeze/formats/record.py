@@ -13,6 +13,7 @@ import torch
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.formats import native
+from llmsqueeze.measure.streams.pooled import PRIOR
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import Calibration
 from llmsqueeze.recipe.recipe import Recipe
@@ -63,6 +64,15 @@ def outcome(
         "nbytes_original": nbytes_original,
         **{kind: {name: float(f"{one:.6g}") for name, one in numbers.items()} for kind, numbers in by_weight.items()},
     }
+
+
+def experts(tokens: Mapping[str, float]) -> dict[str, int] | None:
+    """tokens: expert's matrix -> how many tokens its moments are of. How many matrices there are, and how many of them
+    saw few tokens (less than their prior counts for) and none; None if there are no experts."""
+    if not tokens:
+        return None
+    few = sum(0 < count < PRIOR for count in tokens.values())
+    return {"matrices": len(tokens), "few": few, "none": sum(count == 0 for count in tokens.values())}
 
 
 def license_of(directory: Path) -> dict[str, Any]:

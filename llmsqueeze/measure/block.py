@@ -6,8 +6,9 @@ the salience of rows and the statistic of outliers. No gradient of a whole block
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.salience import rounding_error, sample_salience
+from llmsqueeze.measure.streams.pooled import drawn, drawn_gradient, together
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.linears import as_rows
@@ -26,6 +28,7 @@ from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.quantizers.curvature import Curvature, factorize
 
+Measured = tuple[tuple[str, ...], Tensor, Mapping[str, Tensor]]  # linears, moments, summed squared gradients [rows]
 Linears = Mapping[str, torch.dtype]  # the linears to measure: name -> the dtype of their scales and outliers
 
 
@@ -135,7 +138,7 @@ class _InputMoments:
     def add(self, labels: int, name: str, x: Tensor, gradient: Tensor) -> None:
         """Takes a linear's input and output gradient, of a sample whose mean loss is over this many labels."""
         group = self.leaders.get(name)
-        if group is not None:
+        if group is not None and x.numel():
             x = x.reshape(-1, x.shape[-1])
             if group not in self.xtx:
                 self.xtx[group] = SecondMoments(x.shape[1], x.dtype, x.device)
@@ -148,20 +151,46 @@ class _InputMoments:
     @timed("round")
     def priced(self, skeleton: Skeleton, request: Request, labels: int) -> Profile:
         """The prices of the linears, group by group, from the gradients of so many labels; uses up the moments. A
-        linear that no sample reached has none."""
+        linear that no sample reached has none, but an expert has those of its pool."""
         profiles = []
-        for i, group in enumerate(self.groups):
-            if i not in self.xtx:
-                continue
-            moments = self.xtx.pop(i)
-            curvature = factorize(moments.shrunk(moments.mean())[0])
-            for name in group.names:
-                if name in self.squares:
-                    module = skeleton.linear(name)
-                    weight = as_rows(module, module.weight.detach())
-                    gradient = self.squares[name] / labels
-                    profiles.append(priced(name, weight, gradient, labels, curvature, self.linears[name], request))
+        for pool, numbers in groupby(range(len(self.groups)), lambda i: self.groups[i].pool):
+            inside = list(numbers)
+            for names, moments, gradients in self._pooled(inside) if pool else self._alone(inside):
+                curvature = factorize(moments)
+                for name in names:
+                    if name in gradients and name in self.linears:
+                        module = skeleton.linear(name)
+                        weight = as_rows(module, module.weight.detach())
+                        about = labels, curvature, self.linears[name], request
+                        profiles.append(priced(name, weight, gradients[name] / labels, *about))
         return joined(profiles)
+
+    def _alone(self, numbers: list[int]) -> Iterator[Measured]:
+        for i in numbers:
+            if i in self.xtx:
+                moments = self.xtx.pop(i)
+                yield self.groups[i].names, moments.shrunk(moments.mean())[0], self.squares
+
+    def _pooled(self, numbers: list[int]) -> Iterator[Measured]:
+        """Of experts: what each saw is drawn towards what all saw together (streams/pooled.py)."""
+        own = {i: self.xtx.pop(i) for i in numbers if i in self.xtx}
+        if not own:
+            return
+        pool = together(list(own.values()))
+        by_stack = [
+            sum(self.squares[n] for i in own if (n := self.groups[i].names[at]) in self.squares)
+            for at in range(len(self.groups[numbers[0]].names))
+        ]
+        moments, tokens = pool.shrunk(pool.mean())[0], pool.tokens
+        for i in numbers:
+            count = own[i].tokens if i in own else 0
+            mine = own[i].shrunk(own[i].mean())[0] if i in own else torch.zeros_like(moments)
+            gradients = {
+                name: drawn_gradient(self.squares.get(name), count, total / tokens)
+                for name, total in zip(self.groups[i].names, by_stack, strict=True)
+                if isinstance(total, Tensor)
+            }
+            yield self.groups[i].names, drawn(mine, count, moments), gradients
 
 
 def priced(

@@ -6,7 +6,7 @@ their input in a traced run, not by name, and share one second-moment matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -21,10 +21,12 @@ PANELS = 8  # of the columns of a second-moment matrix: of the products, 9/16 ar
 
 @dataclass(frozen=True)
 class FusionGroup:
-    """Linears with one input, and how often each is called in one forward pass."""
+    """Linears with one input, and how often each is called in one forward pass. Of experts: `pool`, the stacks that
+    they are in. The groups of a pool get what a router sends them, and none depends on another."""
 
     names: tuple[str, ...]
     calls: int
+    pool: tuple[str, ...] = ()
 
 
 @dataclass
@@ -33,12 +35,13 @@ class Moments:
     [rows, cols] with e = W (x - y), empty where x is y; e has more to it if the output is added (`OutputPulls`).
 
     y: the inputs that the linears will see; x: the original model's for the same tokens. chance: the share of the
-    entries off the diagonal that was chance, and is taken away.
+    entries off the diagonal that was chance, and is taken away. tokens: how many there were.
     """
 
     xtx: Tensor
     pulls: dict[str, Tensor]
     chance: float = 0.0
+    tokens: int = 0
 
 
 class SecondMoments:
@@ -151,7 +154,31 @@ def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
     finally:
         for handle in handles:
             handle.remove()
-    return grouped(seen)
+    return with_all_experts(grouped(seen), walk.skeleton.stacks_in(index))
+
+
+def with_all_experts(groups: Sequence[FusionGroup], stacks: Mapping[str, int]) -> list[FusionGroup]:
+    """The fusion groups with those of experts that no token was sent to, all of a pool one after the other. stacks:
+    stack -> number of its experts."""
+    pools: dict[tuple[str, ...], None] = {}
+    ordered: list[tuple[str, ...] | FusionGroup] = []
+    for group in groups:
+        pool = tuple(name.rpartition(".")[0] for name in group.names)
+        if not stacks.keys() >= set(pool):
+            ordered.append(group)
+        elif pool not in pools:
+            pools[pool] = None
+            ordered.append(pool)
+    reached = {stack for pool in pools for stack in pool}
+    ordered += [(stack,) for stack in stacks if stack not in reached]
+    complete: list[FusionGroup] = []
+    for one in ordered:
+        if isinstance(one, FusionGroup):
+            complete.append(one)
+        else:
+            numbers = range(min(stacks[stack] for stack in one))
+            complete += [FusionGroup(tuple(f"{stack}.{i}" for stack in one), 1, one) for i in numbers]
+    return complete
 
 
 def grouped(calls: Iterable[tuple[str, object]]) -> list[FusionGroup]:

@@ -133,6 +133,12 @@ class Skeleton:
     def names_outside_blocks(self) -> list[str]:
         return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]
 
+    def stacks_in(self, index: int) -> dict[str, int]:
+        """The stacks of experts in block `index`, in their order, and how many experts each has."""
+        block = self.blocks[index]
+        inside = self.module(block).named_modules()
+        return {f"{block}.{name}": len(module) for name, module in inside if isinstance(module, ExpertStack)}
+
     @contextmanager
     def resident(
         self,

@@ -6,6 +6,7 @@ Sizes are in powers of 1000. A negative number has a real minus sign. An unknown
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 UNKNOWN = "–"
@@ -85,3 +86,10 @@ def code_widths(bits: float) -> str:
     """The width of the codes: 'codes of 3 bits'; of codes of several widths 'codes of 2.21 bits on average'."""
     width = f"codes of {round(bits, 2):g} bits"
     return width if float(bits).is_integer() else f"{width} on average"
+
+
+def experts(counts: Mapping[str, int]) -> str:
+    """How many of the experts' matrices saw few tokens and none, of the counts in a record."""
+    few, none = counts["few"], counts["none"]
+    seen = f"{few} saw few tokens and are drawn towards the layer's" if few else "none saw few tokens"
+    return f"{counts['matrices']} matrices; {seen}" + (f"; {none} saw none and take the layer's" if none else "")

@@ -113,6 +113,9 @@ class Asked(Table):
     code_embeddings: bool | None = option(
         boolean, "Code embeddings and head too, and count them in the budget", "they stay", flag="--code-embeddings"
     )
+    all_experts: bool | None = option(
+        boolean, "While moments are taken, every token goes to all experts", "where it is routed", flag="--all-experts"
+    )
     labels: str | None = one_of(
         ("model", "text"), "Labels of the measured loss: drawn from the model, or the text", "coded, budget model; text"
     )

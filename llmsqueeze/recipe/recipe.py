@@ -59,6 +59,7 @@ class Recipe:
     portable: bool | None
     pack: str
     code_embeddings: bool
+    all_experts: bool
     labels: str
     lorc_rank: int | str
     lorc: str
@@ -185,6 +186,7 @@ class Recipe:
             "labels": (self.needs_gradients, no_gradient),
             "inputs": (self.needs_moments, f"does not apply to --quantizer {self.quantizer}, which sees no inputs"),
         }
+        needs["all_experts"] = needs["inputs"]
         needs |= dict.fromkeys(TEXT, (self.needs_text or self.distill_steps, no_text))
         return {name: why for name, (used, why) in needs.items() if not used}
 
@@ -199,5 +201,5 @@ class Recipe:
 
     def _has(self, option: str) -> bool:
         """Whether the option belongs to the method, and is not a flag that is off."""
-        off = option in ("dual", "code_embeddings") and not getattr(self, option)
+        off = option in ("dual", "code_embeddings", "all_experts") and not getattr(self, option)
         return not off and (option in self.entry.allows or not methods_of(option))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import command, refused, tensors_of
+from support import FAST, command, refused, tensors_of
 from torch import Tensor
 
 import llmsqueeze
@@ -163,3 +164,21 @@ def test_experts_that_do_not_fit_the_config_are_named(
     message = refused("quantize", tmp_path, "--method", "rtn", "--bits", 4, "--out", tmp_path / "out")
     assert "model.layers.1.mlp.experts.down_proj" in message
     assert "model.layers.1.block_sparse_moe.experts.0.w2.weight" in message
+
+
+def test_all_experts_see_every_token_if_asked(
+    mixture: Callable[[str], tuple[Path, torch.nn.Module]], tmp_path: Path
+) -> None:
+    folder, _ = mixture("mixtral")
+    flags = ("--method", "gptq", "--bits", 3, "--native", *FAST, "--calibration", "demo", "--json", "-q")
+    counts, tokens = [], []
+    for out, more in ((tmp_path / "a", ()), (tmp_path / "b", ("--all-experts",))):
+        code, printed, err = command("quantize", folder, *flags, *more, "--out", out)
+        assert code == 0, err
+        counts.append(json.loads(printed)["experts"])
+        tokens.append(json.loads((out / "llmsqueeze.json").read_text())["tokens"])
+    assert counts[0] == {"matrices": 16, "few": 16, "none": 0}
+    assert sum(tokens[0].values()) == 4 * 2 * 2 * 32  # matrices of a token's path, its experts, samples
+    assert set(tokens[1].values()) == {2 * 32}
+    refusal = refused("quantize", mixture("jetmoe")[0], *flags[:-2], "--all-experts", "--out", tmp_path / "c")
+    assert "--all-experts needs a model whose experts get the numbers" in refusal

@@ -72,17 +72,20 @@ class Run:
 @dataclass(frozen=True)
 class Result:
     """The plan after compression; each weight's relative output error, of coded ones the sensitivity, and the share of
-    the moments of its inputs that was chance, where they were measured."""
+    the moments of its inputs that was chance, where they were measured. tokens: of experts, how many were sent to them.
+    """
 
     plan: Plan
     errors: Mapping[str, float]
     sensitivities: Mapping[str, float]
     chances: Mapping[str, float]
+    tokens: Mapping[str, int]
 
     @property
     def by_weight(self) -> dict[str, Mapping[str, float]]:
         """For the record: kind of number -> weight -> number."""
-        kinds = {"errors": self.errors, "sensitivities": self.sensitivities, "chances": self.chances}
+        kinds: dict[str, Mapping[str, float]] = {"errors": self.errors, "sensitivities": self.sensitivities}
+        kinds |= {"chances": self.chances, "tokens": self.tokens}
         return {kind: numbers for kind, numbers in kinds.items() if numbers or kind == "errors"}
 
 
@@ -113,6 +116,7 @@ def compress_blocks(
     weights, errors = {}, {}
     sensitivities: dict[str, float] = {}
     chances: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     indices = range(len(skeleton.blocks))[:count]
     for index in run.progress.over(indices, "compress", len(indices)):
         compressed, streams = compress_block(run, index, streams, witness)
@@ -123,7 +127,9 @@ def compress_blocks(
                 sensitivities[name] = one.sensitivity
             if one.chance is not None:
                 chances[name] = one.chance
-    return Result(plan.having(weights), errors, sensitivities, chances)
+            if one.tokens is not None:
+                tokens[name] = one.tokens
+    return Result(plan.having(weights), errors, sensitivities, chances, tokens)
 
 
 def compress_block(
@@ -135,7 +141,7 @@ def compress_block(
         names = [name for name in skeleton.linears[index] if name in run.decision.plan.weights]
         original = {name: skeleton.linear(name).weight.data for name in names}
         current = dict(original)
-        through = passage(run.walk, index, streams, original, current)
+        through = passage(run.walk, index, streams, original, current, run.recipe.all_experts)
         compressed = compress_groups(run, index, through, original, current)
         if witness is not None:
             witness.see(index, current)
@@ -164,14 +170,17 @@ def compress_groups(
     """
     skeleton = run.walk.skeleton
     result: dict[str, Compressed] = {}
+    stacks = skeleton.stacks_in(index)
     for names, moments in group_moments(run, index, through):
         group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
         give_back()
         chance = None if moments is None else moments.chance
+        sent = moments.tokens if moments is not None else 0 if run.recipe.needs_moments else None
         targets, curvature = group_targets(group, moments)
         for name, one in run.compress(group, targets, curvature).items():
             current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
-            result[name] = one._replace(dense=NOTHING, chance=chance)
+            tokens = sent if name.rpartition(".")[0] in stacks else None
+            result[name] = one._replace(dense=NOTHING, chance=chance, tokens=tokens)
         give_back()
     return result
 

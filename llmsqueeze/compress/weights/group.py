@@ -21,13 +21,14 @@ from llmsqueeze.quantizers.curvature import Curvature
 class Compressed(NamedTuple):
     """A linear's parts, their sum [rows, cols], and its relative output error. sensitivity: of a coded linear, the cost
     of rounding it again: nats per token and square of an error in steps. chance: the share of its inputs' moments that
-    is chance, if they were measured."""
+    is chance, if they were measured. tokens: of an expert, how many were sent to it."""
 
     parts: list[Part]
     dense: Tensor
     error: float
     sensitivity: float | None
     chance: float | None = None
+    tokens: int | None = None
 
 
 def compress_group(

@@ -44,11 +44,20 @@ class Passage(Protocol):
         ...
 
 
-def passage(walk: Walk, index: int, streams: ResidualStreams, original: Weights, current: Weights) -> Passage:
-    """The best passage that the block allows. It uses up the streams."""
-    trace = walk.trace(index, streams.all[0]) if streams.all else None
+def passage(
+    walk: Walk,
+    index: int,
+    streams: ResidualStreams,
+    original: Weights,
+    current: Weights,
+    all_experts: bool = False,
+) -> Passage:
+    """The best passage that the block allows. It uses up the streams. all_experts: for their moments, every token goes
+    to all of them."""
+    experts = walk.skeleton.stacks_in(index)  # whose tokens must be the same in both streams
+    trace = walk.trace(index, streams.all[0]) if streams.all and not experts else None
     if trace is None:
-        return Restarted(walk, index, streams, original, current)
+        return Restarted(walk, index, streams, original, current, all_experts)
     groups = [group for group in grouped(trace.calls) if any(name in original for name in group.names)]
     if any(group.calls > 1 for group in groups):
         return Restarted(walk, index, streams, original, current)

@@ -71,7 +71,7 @@ class GroupMoments:
         pulls = {} if self.pulls is None else self.pulls.mean(tokens, xtx)
         pulls |= {name: of_output.mean(tokens) for name, of_output in self.of_outputs.items()}
         shrunk, chance = self.xtx.shrunk(xtx)
-        return Moments(shrunk, pulls, chance)
+        return Moments(shrunk, pulls, chance, tokens)
 
 
 def drifting(streams: ResidualStreams, original: Weights, current: Weights) -> bool:

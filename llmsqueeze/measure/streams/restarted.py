@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, fusion_groups
 from llmsqueeze.measure.streams.additions import Additions, Followed
+from llmsqueeze.measure.streams.pooled import PooledMoments
 from llmsqueeze.measure.streams.residual import GroupMoments, ResidualStreams, Weights, drifting
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.experts.routing import Routing, sent_to_all
 from llmsqueeze.progress.stopwatch import timed
 
 
@@ -26,12 +30,57 @@ class Restarted:
     streams: ResidualStreams
     original: Weights
     current: Weights
+    all_experts: bool = False
 
     def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
         first = self.streams.all[0].get(0, self.walk.device)
-        for group in fusion_groups(self.walk, self.index, first):
-            if any(name in self.original for name in group.names):
-                yield group.names, self.observe(group)
+        groups = fusion_groups(self.walk, self.index, first)
+        for pool, of_pool in groupby(groups, lambda group: group.pool):
+            wanted = [group for group in of_pool if any(name in self.original for name in group.names)]
+            if pool and wanted:
+                yield from self.observe_pool(wanted)
+            else:
+                for group in wanted:
+                    yield group.names, self.observe(group)
+
+    def observe_pool(self, groups: Sequence[FusionGroup]) -> Iterator[tuple[Sequence[str], Moments]]:
+        """The moments of experts' inputs over all samples; those of experts that few tokens were sent to are drawn
+        towards those of all."""
+        differ = drifting(self.streams, self.original, self.current)
+        pooled = PooledMoments({group.names: GroupMoments(self.walk, group, self.original, differ) for group in groups})
+        for sample in range(len(self.walk.samples)):
+            routing, x = Routing(), dict[tuple[str, ...], Tensor]()
+            if self.streams.original is not None and (differ or self.streams.compressed is None):
+                with routing:
+                    x = self._inputs(groups, self.streams.original, self.original, sample)
+            y = x
+            if self.streams.compressed is not None:
+                with Routing(follows=routing) if differ else routing:
+                    y = self._inputs(groups, self.streams.compressed, self.current, sample)
+            pooled.add(x if differ else {}, y)
+        yield from pooled.mean()
+
+    def _inputs(
+        self, groups: Sequence[FusionGroup], stream: Activations, weights: Weights, sample: int
+    ) -> dict[tuple[str, ...], Tensor]:
+        """What groups get from a sample, [tokens, cols] each; those that get nothing are left out."""
+        seen: dict[tuple[str, ...], Tensor] = {}
+
+        def note(names: tuple[str, ...], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].numel():
+                seen[names] = args[0].reshape(-1, args[0].shape[-1])
+
+        modules = {group.names: self.walk.skeleton.module(group.names[0]) for group in groups}
+        handles = [module.register_forward_pre_hook(partial(note, names)) for names, module in modules.items()]
+        try:
+            if self.all_experts:
+                handles += sent_to_all(self.walk.modules[self.index])
+            with self.walk.skeleton.using(weights), torch.no_grad():
+                self.walk.run(self.index, sample, stream.get(sample, self.walk.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
 
     def observe(self, group: FusionGroup) -> Moments:
         """The moments of a group's input over all samples."""
@@ -43,10 +92,13 @@ class Restarted:
         adds = differ and of_compressed(0).added_to is not None
         moments = GroupMoments(self.walk, group, self.original, differ, adds)
         for sample in range(len(self.walk.samples)):
-            compressed = of_compressed(sample)
+            routing = Routing()
+            with routing:
+                original = of_original(sample) if of_original is not None and differ else None
+            with Routing(follows=routing):
+                compressed = of_compressed(sample)
             if not len(compressed.input):
                 continue  # nothing of this sample reaches the group
-            original = of_original(sample) if of_original is not None and differ else None
             apart = None if original is None or not adds else original.apart(compressed)
             moments.add(None if original is None else original.input, compressed.input, apart=apart)
         return moments.mean()

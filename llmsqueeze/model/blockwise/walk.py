@@ -282,7 +282,8 @@ class Walk:
 def _linear_hook(name: str, on_linear: OnLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach()
-        output.register_hook(lambda gradient: on_linear(name, x, gradient))
+        if output.requires_grad:  # what is computed without gradients has none
+            output.register_hook(lambda gradient: on_linear(name, x, gradient))
 
     return hook
 

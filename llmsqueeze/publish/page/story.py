@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llmsqueeze.formats.record import experts
 from llmsqueeze.publish import numbers
-from llmsqueeze.publish.folder import Folder
+from llmsqueeze.publish.folder import Folder, mapping
 from llmsqueeze.publish.numbers import finite, fixed, percent, significant
 from llmsqueeze.publish.provenance import calibration, versions
 from llmsqueeze.publish.scores import perplexities
@@ -55,6 +56,7 @@ def history(folder: Folder) -> list[tuple[str, str]]:
         ("Budget", budget(recipe)),
         ("Compressed", f"{numbers.integer(folder.weights)} weights in {len(folder.linears):,} linear layers"),
         ("Calibration", calibration(folder)),
+        ("Experts", numbers.experts(counts) if (counts := experts(mapping(record.get("tokens")))) else ""),
         ("Predicted loss", f"{fixed(predicted, 4, sign=True)} nats per token" if predicted is not None else ""),
         *(("Distilled", distilled(one)) for one in folder.distillations),
         ("Format", folder.format),
