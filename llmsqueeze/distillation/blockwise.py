@@ -220,7 +220,7 @@ def outside_blocks(skeleton: Skeleton, student: Folder) -> dict[str, Callable[[]
             return student.checkpoint.read(name)
         return parts.sum_of_parts(read_parts(student.checkpoint, student.entries[name.removesuffix(".weight")]))
 
-    return {name: partial(read, name) for name in skeleton.names_outside_blocks()}
+    return {name: partial(read, name) for name in skeleton.names_around_blocks()}
 
 
 def block_file(work: Path, index: int) -> Path:

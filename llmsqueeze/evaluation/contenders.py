@@ -16,9 +16,9 @@ from llmsqueeze.evaluation import bnb
 from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.formats.entries import format_of
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.config import empty_model, load_config, vocabulary
 from llmsqueeze.model.linears import find_blocks, find_linears
 from llmsqueeze.model.original import locate
-from llmsqueeze.model.skeleton import empty_model, load_config
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def find_contenders(
     for name in folders:
         folder = locate(name)
         files = open_checkpoint(folder)
-        size = load_config(folder, trust_remote_code).vocab_size
-        if size != config.vocab_size:
+        size, expected = vocabulary(load_config(folder, trust_remote_code)), vocabulary(config)
+        if size != expected:
             raise UnsupportedError(
-                f"{name} has a vocabulary of {size} tokens and {original} one of {config.vocab_size}: {name} was not "
+                f"{name} has a vocabulary of {size} tokens and {original} one of {expected}: {name} was not "
                 f"made from {original}, so they cannot be compared"
             )
         others.append(stored(name, format_of(files), files))

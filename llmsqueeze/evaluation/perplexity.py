@@ -23,6 +23,7 @@ from llmsqueeze.evaluation.divergence import divergence, token_losses
 from llmsqueeze.evaluation.models import OpenModel
 from llmsqueeze.evaluation.scores import Evaluation, Scores
 from llmsqueeze.evaluation.slices import Logits, sliced
+from llmsqueeze.model.config import context_length, vocabulary
 from llmsqueeze.progress import Progress
 
 BATCH_TOKENS = 4096
@@ -57,7 +58,7 @@ class PairedLosses:
 
 def choose_window(opened: OpenModel, length: int | None) -> int:
     """Tokens in a window of text: `length`, but no more than the context; by default the context, at most 2048."""
-    context = getattr(opened.model.config, "max_position_embeddings", None) or DEFAULT_WINDOW
+    context = context_length(opened.model.config) or DEFAULT_WINDOW
     return min(length or min(context, DEFAULT_WINDOW), context)
 
 
@@ -105,7 +106,7 @@ def losses(opened: OpenModel, rows: Sequence[Tensor], progress: Progress) -> lis
 @torch.no_grad()
 def paired_losses(opened: OpenModel, baseline: OpenModel, rows: Sequence[Tensor], progress: Progress) -> PairedLosses:
     """The losses of both models on each row, and the divergences. Raises UnsupportedError for other vocabularies."""
-    if opened.model.config.vocab_size != baseline.model.config.vocab_size:
+    if vocabulary(opened.model.config) != vocabulary(baseline.model.config):
         raise UnsupportedError("model and baseline have vocabularies of different size, so they cannot be compared")
     own: list[Tensor] = []
     others: list[Tensor] = []
@@ -137,7 +138,7 @@ def _slices(models: Sequence[Logits], opened: OpenModel, batch: Tensor) -> Itera
     The vocabulary and the device are those of `opened`.
     """
     labels = batch[:, 1:].flatten().to(opened.model.device)
-    size = max(1, LOGITS_BYTES // (4 * opened.model.config.vocab_size))
+    size = max(1, LOGITS_BYTES // (4 * vocabulary(opened.model.config)))
     states = [model.states(batch)[:, :-1].flatten(0, 1) for model in models]
     for start in range(0, len(labels), size):
         part = slice(start, start + size)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.model.attention import AttentionInPieces
+from llmsqueeze.model.blockwise.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.recorder import Returns, replaced, skipped
 from llmsqueeze.model.linears import find_blocks
 from llmsqueeze.model.logits import raw_logits, room_for_logits

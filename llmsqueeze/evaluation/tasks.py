@@ -16,7 +16,7 @@ import torch
 from llmsqueeze.demo import task as demo_task
 from llmsqueeze.errors import HubError, RecipeError, first_line, nearest
 from llmsqueeze.evaluation.models import OpenModel
-from llmsqueeze.model.attention import AttentionInPieces
+from llmsqueeze.model.blockwise.attention import AttentionInPieces
 from llmsqueeze.progress import Progress
 
 SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's generator; NumPy's, torch's and few-shot's

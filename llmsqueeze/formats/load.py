@@ -10,15 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import llmsqueeze.formats.hf.quantizer  # noqa: F401 - makes the format known to transformers
 from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, first_line
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import format_of, is_compressed, native_config, read_entries
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.config import auto_class, load_config
 from llmsqueeze.model.original import locate
-from llmsqueeze.model.skeleton import load_config
 
 
 def load(model: str, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedModel:
@@ -35,7 +35,7 @@ def load(model: str, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedMo
         config.quantization_config["keep_codes"] = True
         kwargs["config"] = config
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        opened: Any = auto_class(config).from_pretrained(path, output_loading_info=True, **kwargs)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         raise explained(error, model) from error
     loaded, info = opened

@@ -14,9 +14,9 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.config import empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
 from llmsqueeze.model.linears import find_blocks
-from llmsqueeze.model.skeleton import empty_model, load_config
 
 
 @dataclass(frozen=True)

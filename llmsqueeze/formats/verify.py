@@ -224,7 +224,7 @@ def outside_blocks(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict
     """The parameters outside the blocks that embedding needs: all but an untied head."""
     heads = {f"{name}.weight" for name in skeleton.ends[1:]}
     tensors = {}
-    for name in skeleton.names_outside_blocks():
+    for name in skeleton.names_around_blocks():
         linear = name.removesuffix(".weight")
         if name not in heads:
             tensors[name] = reading.weight(linear) if linear in folder.entries else reading.kept(name)

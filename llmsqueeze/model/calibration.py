@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import CalibrationError, HubError, UnsupportedError, first_line
+from llmsqueeze.model.config import context_length
 from llmsqueeze.model.original import Original
 from llmsqueeze.model.sampling import SOURCE as SAMPLED
 from llmsqueeze.model.sampling import sample_rows
@@ -64,7 +65,7 @@ def read_calibration(
     so on `device` (default: the CPU). Raises CalibrationError, HubError or UnsupportedError.
     """
     skeleton, trust = original.skeleton, original.source.trust_remote_code
-    context = getattr(skeleton.model.config, "max_position_embeddings", None) or settings.seq_len
+    context = context_length(skeleton.model.config) or settings.seq_len
     tokenizer, seq_len = load_tokenizer(original.path, trust), min(settings.seq_len, context)
     text = text_or_self(original.source.model, settings.calibration, progress)
     if text is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.model.casting import compute_in
+from llmsqueeze.model.config import auto_class, load_config
 from llmsqueeze.model.precision import computing_dtype
 from llmsqueeze.parts import dtype_name
 from llmsqueeze.progress import Progress
@@ -55,10 +56,8 @@ def open_model(path: Path, device: torch.device, trust_remote_code: bool, progre
 
     Raises UnsupportedError if transformers cannot open it.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = auto_class(load_config(path, trust_remote_code)).from_pretrained(
             path, dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
+from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.dry_run import weight_read_by_others
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
+from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
 from llmsqueeze.model.experts.stack import ExpertStack
-from llmsqueeze.model.linears import find_blocks, find_linears, is_transposed
+from llmsqueeze.model.linears import find_blocks, find_linears, find_towers, is_transposed
 from llmsqueeze.model.sources import Compressed, Converted, Slice, Source, Stored, described, find_sources
 from llmsqueeze.progress.stopwatch import timed
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 META = torch.device("meta")
 
@@ -139,6 +140,11 @@ class Skeleton:
         inside = self.module(block).named_modules()
         return {f"{block}.{name}": len(module) for name, module in inside if isinstance(module, ExpertStack)}
 
+    def names_around_blocks(self) -> list[str]:
+        """The same without the towers for other senses: what a run on text needs."""
+        towers = tuple(f"{name}." for name in find_towers(self.model))
+        return [name for name in self.names_outside_blocks() if not name.startswith(towers)]
+
     @contextmanager
     def resident(
         self,
@@ -233,58 +239,6 @@ def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoin
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {name: shape for name, shape in shapes.items() if name not in model.all_tied_weights_keys}
     return Checkpoint(path, raw, {name: StoredTensor(path, shape, dtype) for name, shape in stored.items()})
-
-
-def empty_model(path: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder's config, without weights. Raises UnsupportedError if transformers cannot build it."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-        raise UnsupportedError(f"transformers cannot build the model of {path}: {first_line(error)}") from error
-    model.eval()
-    return model
-
-
-def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        hint = "" if trust_remote_code else "; a model with its own code needs --trust-remote-code"
-        raise UnsupportedError(f"transformers cannot read {path / 'config.json'}: {first_line(error)}{hint}") from error
-    return config
-
-
-def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None:
-    """Raises UnsupportedError if the model is quantized already, has an encoder, or reads images or sound."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    quantized = raw.get("quantization_config")
-    if isinstance(quantized, dict):
-        method = quantized.get("quant_method", "an unnamed method")
-        raise UnsupportedError(f"this model is already quantized (by {method}); start from the original weights")
-    if config.is_encoder_decoder:
-        raise UnsupportedError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
-    others = [key for key in ("vision_config", "audio_config") if getattr(config, key, None) is not None]
-    if others:
-        raise UnsupportedError(
-            f"{config.model_type} is not a text-only model (its config has {others[0]}); only these are supported"
-        )
-    architectures = config.architectures or []
-    foreign = [name for name in architectures if not name.endswith(("ForCausalLM", "LMHeadModel"))]
-    own_code = "auto_map" in raw
-    if (architectures and len(foreign) == len(architectures) and not own_code) or (
-        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code
-    ):
-        kind = foreign[0] if foreign else f"model type {config.model_type}"
-        raise UnsupportedError(
-            f"{kind} is not a causal language model; encoders, classifiers and vision models are not supported"
-        )
 
 
 def _of_experts(sources: Mapping[str, Source], stacks: Mapping[str, ExpertStack]) -> dict[str, Source]:

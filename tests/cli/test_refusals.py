@@ -193,10 +193,10 @@ def test_bad_models(spoil: Callable[[Path], object], expected: str, model: Path,
 
 
 def test_a_vision_model_is_refused(model: Path, tmp_path: Path) -> None:
-    from transformers import LlavaConfig
+    from transformers import CLIPVisionConfig
 
-    LlavaConfig().save_pretrained(model)
-    assert "is not a text-only model" in refused("quantize", model, "--out", tmp_path / "out")
+    CLIPVisionConfig(architectures=["CLIPVisionModel"]).save_pretrained(model)
+    assert "CLIPVisionModel is not a causal language model" in refused("quantize", model, "--out", tmp_path / "out")
 
 
 def test_a_compressed_model_is_refused(native: Path, tmp_path: Path) -> None:

@@ -12,9 +12,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as by_torch
 
 from llmsqueeze.evaluation.slices import sliced
-from llmsqueeze.model import attention
-from llmsqueeze.model.attention import ATTENTION, AttentionCall, AttentionInPieces, in_pieces, traced_attention
+from llmsqueeze.model.blockwise import attention
 from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.attention import (
+    ATTENTION,
+    AttentionCall,
+    AttentionInPieces,
+    in_pieces,
+    traced_attention,
+)
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton

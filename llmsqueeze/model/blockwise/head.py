@@ -48,7 +48,7 @@ class Head:
     def resident(self) -> Iterator[None]:
         """In the context all parameters outside the blocks are real, except untied embeddings."""
         stored = self.skeleton.tied.get(self.weight_name, self.weight_name)
-        others = set(self.skeleton.names_outside_blocks()) - {stored, self._table}
+        others = set(self.skeleton.names_around_blocks()) - {stored, self._table}
         with (
             self.skeleton.resident([stored], None, self.device),  # each slice is cast for its use
             self.skeleton.resident(others, self.dtype, self.device),

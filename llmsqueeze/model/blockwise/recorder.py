@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -17,14 +17,18 @@ from llmsqueeze.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class BlockCall:
-    """The arguments of a block after the hidden states: positional ones and keywords (masks, rotary embeddings)."""
+    """The arguments of a block after the hidden states: positional ones and keywords (masks, rotary embeddings).
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    called: whether the model calls the block at all. It leaves out blocks that look at images alone.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    called: bool = True
 
     def sharing(self, first: BlockCall) -> BlockCall:
         """This call, with the tensors of `first` where they are equal, so that equal masks exist once."""
-        return BlockCall(_shared(first.args, self.args), _shared(first.kwargs, self.kwargs))
+        return BlockCall(_shared(first.args, self.args), _shared(first.kwargs, self.kwargs), self.called)
 
     @property
     def leaves(self) -> list[Any]:
@@ -81,30 +85,34 @@ class Recorder:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """In the context the stubs are in place. Raises UnsupportedError if not every block was called."""
+        """In the context the stubs are in place. Raises UnsupportedError if no block was called."""
         with ExitStack() as stack:
             for index, module in enumerate(self.modules):
                 stack.enter_context(replaced(module, self._stub(index, first_parameter(type(module).forward))))
             yield
-        if len(self.calls) != len(self.modules):
-            raise UnsupportedError(
-                f"{len(self.calls)} of {len(self.modules)} decoder blocks were called in a forward pass"
-            )
+        if not self.calls:
+            raise UnsupportedError("the decoder blocks are not called in a forward pass")
+        self._leave_out(len(self.modules))
+
+    def _leave_out(self, until: int) -> None:
+        """The blocks before `until` of which there is no call yet are not called."""
+        self.calls += [BlockCall(called=False)] * (until - len(self.calls))
 
     def _stub(self, index: int, name: str) -> Callable[..., Any]:
         def stub(*args: Any, **kwargs: Any) -> Any:
             hidden, *rest = args or (kwargs.pop(name, None),)
-            if not isinstance(hidden, Tensor) or index != len(self.calls):
+            if not isinstance(hidden, Tensor) or index < len(self.calls):
                 raise UnsupportedError("the decoder blocks are not called in turn with the hidden states first")
             call = BlockCall(tuple(rest), kwargs)
             self._check(index, hidden, call)
-            if index == 0:
+            if not self.calls:
                 self.first_input = hidden.clone()  # the model may write over it
             returns = self.returns.get(type(self.modules[index]))
             if returns is None:
                 raise UnknownBlock(index, hidden, call)
             self._last = hidden, hidden._version
             self._others |= {id(one): one for one in pytree.tree_leaves(returns.others) if isinstance(one, Tensor)}
+            self._leave_out(index)
             self.calls.append(call)
             return returns.holding(hidden)
 

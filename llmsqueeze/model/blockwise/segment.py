@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from llmsqueeze.model.attention import ATTENTION, traced_attention
+from llmsqueeze.model.blockwise.attention import ATTENTION, traced_attention
 
 MARKS = torch.library.Library("llmsqueeze", "DEF")
 MARKS.define("linear(Tensor x, int number, int rows) -> Tensor")

@@ -13,16 +13,16 @@ token rows [1, length].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.model.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
 from llmsqueeze.model.blockwise.recorder import (
@@ -70,6 +70,7 @@ class Walk:
         self._returns: dict[type, Returns] = {}
         self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
         for module in skeleton.model.modules():
+            compute_as(module, dtype, device)
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:  # computed when the model was built, such as rotary frequencies
                     setattr(module, name, buffer.to(device))
@@ -112,6 +113,8 @@ class Walk:
         """
         calls, hidden = [calls[index] for calls in self._calls], inputs.get(0, self.device)
         first = structure_of(calls[0])
+        if not all(call.called for call in calls):
+            return None
         if len({tokens.shape for tokens in self.samples}) > 1 or any(structure_of(call) != first for call in calls):
             return None
         linears = {name: self.skeleton.linear(name) for name in self.skeleton.linears[index]}
@@ -133,6 +136,8 @@ class Walk:
         The block's weights must be resident, or given as `tensors`.
         """
         call = self._calls[sample][index]
+        if not call.called:
+            return hidden
         with self._multiplying(index), AttentionInPieces():
             if tensors is None:
                 output = self.modules[index](hidden, *call.args, **call.kwargs)
@@ -219,13 +224,15 @@ class Walk:
             given.append(rows.detach().requires_grad_(True))
             return given[-1].clone()  # the model may write over it
 
+        first = next(module for module, call in zip(self.modules, self._calls[sample], strict=True) if call.called)
+
         def first_block(*args: Any, **kwargs: Any) -> Tensor:
-            inputs.append(args[0] if args else kwargs[first_parameter(type(self.modules[0]).forward)])
+            inputs.append(args[0] if args else kwargs[first_parameter(type(first).forward)])
             raise Ended
 
         hook = self.skeleton.model.get_input_embeddings().register_forward_hook(leaf)
         try:
-            with torch.enable_grad(), suppress(Ended), replaced(self.modules[0], first_block):
+            with torch.enable_grad(), suppress(Ended), replaced(first, first_block):
                 self.skeleton.model(input_ids=self.samples[sample].to(self.device), use_cache=False)
         finally:
             hook.remove()
@@ -234,13 +241,14 @@ class Walk:
 
     def _blocks_giving(self, hidden: Tensor) -> AbstractContextManager[None]:
         """In the context the last block gives `hidden`."""
-        return skipped(self.modules, self._returns, hidden)
+        called = [module for module, call in zip(self.modules, self._calls[0], strict=True) if call.called]
+        return skipped(called, self._returns, hidden)
 
     @contextmanager
     def resident_outside(self) -> Iterator[None]:
         """In the context all that embedding needs is real. Plain tables of embeddings stay in their stored dtype, and
         the rows that are looked up are cast: in float32 they would be the most memory of a run."""
-        names = {name for name in self.skeleton.names_outside_blocks() if name != self.head.weight_name}
+        names = {name for name in self.skeleton.names_around_blocks() if name != self.head.weight_name}
         with ExitStack() as stack:
             tables = set()
             for name in names:
@@ -277,6 +285,23 @@ class Walk:
                 self._returns[type(module)] = Returns.of(output)
             else:
                 return
+
+
+def compute_as(module: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Makes a model of transformers, or a part of one, say that it computes in `dtype` on `device`, whatever its
+    parameters are: most have no data, and the first of them would tell."""
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel):
+        kind: Any = module.__class__
+        module.__class__ = _computing(getattr(kind, "computes_as", kind), dtype, device)
+
+
+@cache
+def _computing(kind: Hashable, dtype: torch.dtype, device: torch.device) -> Any:
+    base: Any = kind
+    says = {"computes_as": base, "dtype": property(lambda _: dtype), "device": property(lambda _: device)}
+    return type(base.__name__, (base,), says)
 
 
 def _linear_hook(name: str, on_linear: OnLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

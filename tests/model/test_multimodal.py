@@ -1,0 +1,131 @@
+"""The language tower of a multimodal model is compressed; everything else in the folder stays as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support import command, refused, tensors_of
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, LlavaConfig, MllamaConfig
+
+import llmsqueeze
+from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.config import auto_class, context_length, load_config, vocabulary
+from llmsqueeze.model.skeleton import build_skeleton
+
+CPU = torch.device("cpu")
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT |= {"vocab_size": 96, "max_position_embeddings": 64}
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+CONFIGS = {
+    # a tower with more blocks than the text has
+    "llava": LlavaConfig(
+        text_config={"model_type": "llama", "num_hidden_layers": 2, **TEXT},
+        vision_config={"model_type": "clip_vision_model", "num_hidden_layers": 4, **VISION},
+        image_token_index=95,
+    ),
+    # blocks that look at images alone
+    "mllama": MllamaConfig(
+        text_config={"num_hidden_layers": 3, "cross_attention_layers": [1], "pad_token_id": 0, **TEXT},
+        vision_config={
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "attention_heads": 4,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "image_size": 16,
+            "patch_size": 8,
+            "vision_output_dim": 128,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp(request.param)
+    AutoModelForImageTextToText.from_config(CONFIGS[request.param]).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": 16}')
+    return folder
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def test_only_the_language_tower_is_compressed(original: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed, err = command(
+        "quantize", original, "--method", "rtn", "--bits", "8", "--group-size", "32", "--out", out, "--json", "--quiet"
+    )
+    assert code == 0, err
+    assert json.loads(printed)["opens"]["transformers"] == ""
+    skeleton, after = build_skeleton(open_checkpoint(original)), tensors_of(out)
+    compressed = {name for name in skeleton.sources if name not in after}
+    assert compressed
+    assert compressed == {f"{name}.weight" for names in skeleton.linears for name in names}
+    assert all("language_model.layers" in name for name in compressed)
+    assert all(torch.equal(after[name], skeleton.read(name)) for name in skeleton.sources if name not in compressed)
+    assert (out / "preprocessor_config.json").read_text() == '{"size": 16}'
+    tokens = torch.arange(20)[None] + 3
+    expected = logits_of(AutoModelForImageTextToText.from_pretrained(original, dtype=torch.float32).eval(), tokens)
+    loaded = llmsqueeze.load(str(out), dtype=torch.float32)
+    assert type(loaded).__name__ == load_config(original).architectures[0]
+    close = torch.corrcoef(torch.stack([logits_of(loaded, tokens).flatten(), expected.flatten()]))[0, 1]
+    assert close > 0.999
+    opened = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(opened, tokens), logits_of(loaded, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_the_walk_is_the_models_forward_pass_on_text(original: Path) -> None:
+    tokens = torch.arange(20)[None] + 3
+    with Spill() as spill, torch.no_grad():
+        walk = Walk(build_skeleton(open_checkpoint(original)), [tokens], spill, torch.float32, CPU)
+        hidden = next(walk.embed().each(CPU))
+        for index in range(len(walk.modules)):
+            with walk.resident_block(index):
+                hidden = walk.run(index, 0, hidden)
+        with walk.head.resident():
+            walked = torch.cat([part for _, part in walk.head.logits(hidden, tokens)], dim=1)
+        towers = [p for n, p in walk.skeleton.model.named_parameters() if "vision" in n]
+        assert all(p.is_meta for p in towers), "a run on text reads no tower"
+    expected = logits_of(AutoModelForImageTextToText.from_pretrained(original, dtype=torch.float32).eval(), tokens)
+    torch.testing.assert_close(walked, expected[0, :-1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_config_says_of_the_text(original: Path) -> None:
+    config = load_config(original)
+    assert auto_class(config) is AutoModelForImageTextToText
+    assert (vocabulary(config), context_length(config)) == (96, 64)
+
+
+def test_the_config_alone_is_enough_for_a_plan(original: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "config"
+    folder.mkdir()
+    (folder / "config.json").write_text((original / "config.json").read_text())
+    code, printed, err = command(
+        "plan", folder, "--weights", "none", "--bits", "4.5", "--out", tmp_path / "plan", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(printed)["nbytes"] < json.loads(printed)["nbytes_original"]
+
+
+def test_a_class_without_text_is_named(original: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "config"
+    folder.mkdir()
+    config = json.loads((original / "config.json").read_text()) | {"architectures": ["LlavaForImageClassification"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "LlavaForImageClassification is not a causal language model" in refused(
+        "plan", folder, "--weights", "none", "--bits", "4.5", "--out", tmp_path / "plan"
+    )
