@@ -45,20 +45,20 @@ def unusual() -> dict[str, Any]:
         "hybrid": BambaConfig(
             **COMMON, **ROPE, **mamba, num_hidden_layers=3, attn_layer_indices=[1], tie_word_embeddings=True
         ),
-        "stacked streams": Gemma3nTextConfig(
+        "stacked streams, keys handed on": Gemma3nTextConfig(
             **COMMON,
-            num_hidden_layers=2,
+            num_hidden_layers=4,
             intermediate_size=96,
             num_key_value_heads=2,
             max_position_embeddings=64,
             head_dim=16,
-            layer_types=layers,
+            layer_types=2 * layers,
             sliding_window=8,
-            num_kv_shared_layers=0,
+            num_kv_shared_layers=2,
             hidden_size_per_layer_input=16,
             vocab_size_per_layer_input=96,
             laurel_rank=8,
-            activation_sparsity_pattern=[0.95, 0.0],
+            activation_sparsity_pattern=[0.95, 0.0, 0.0, 0.0],
         ),
         "several predictions": ProphetNetConfig(
             hidden_size=64,

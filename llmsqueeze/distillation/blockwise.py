@@ -180,6 +180,8 @@ def block_loss(
     """The loss of a sample, relative to the change that the original block makes."""
     hidden, target = inputs.get(sample, walk.device), targets.get(sample, walk.device)
     output = walk.run(index, sample, hidden, tensors)
+    hidden = walk.hidden_in(index, sample, hidden)
+    output, target = (walk.hidden_in(index + 1, sample, one) for one in (output, target))
     return (output - target).square().sum() / (target - hidden).square().sum().clamp(min=1e-12)
 
 

@@ -122,7 +122,7 @@ def forward_block(
             groups += [group.names for group in fusion_groups(walk, index, inputs.get(0, walk.device))]
         for sample, hidden in enumerate(inputs.each(walk.device)):
             output = walk.run(index, sample, hidden)
-            similar += similarity(hidden, output)
+            similar += similarity(walk.hidden_in(index, sample, hidden), walk.hidden_in(index + 1, sample, output))
             outputs.append(output)
     return outputs, similar / len(inputs)
 

@@ -24,7 +24,7 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("architecture", [*READ, "llama", "hybrid", "stacked streams", "gemma2"])
+@pytest.mark.parametrize("architecture", [*READ, "llama", "hybrid", "stacked streams, keys handed on", "gemma2"])
 def test_they_are_found_by_running(architecture: str, random_model: Callable[..., Path]) -> None:
     skeleton = build_skeleton(open_checkpoint(random_model(architecture)))
     linears = [name for names in skeleton.linears for name in names]

@@ -141,7 +141,9 @@ def test_gradients_of_unusual_blocks(architecture: str, random_model: Callable[.
     assert largest_difference(walked, model) < 1e-5
 
 
-@pytest.mark.parametrize("architecture", ["narrow embeddings", "scaled in place", "stacked streams", "llama"])
+@pytest.mark.parametrize(
+    "architecture", ["narrow embeddings", "scaled in place", "stacked streams, keys handed on", "llama"]
+)
 def test_gradients_at_the_embeddings(architecture: str, random_model: Callable[..., Path], rows: list[Tensor]) -> None:
     """They are those of the model's own backward pass at what its embeddings give."""
     folder = random_model(architecture)
@@ -169,6 +171,30 @@ def test_gradients_at_the_embeddings(architecture: str, random_model: Callable[.
     assert given.shape == at_embeddings.shape == seen[0].shape
     torch.testing.assert_close(given, seen[0].detach())
     torch.testing.assert_close(at_embeddings, seen[0].grad)
+
+
+def test_each_stream_hands_on_its_own_keys(random_model: Callable[..., Path], rows: list[Tensor]) -> None:
+    """Blocks 2 and 3 attend to the keys and values of blocks 0 and 1: those of the same stream, of the same sample."""
+    folder = random_model("stacked streams, keys handed on")
+    with walking(folder, rows, torch.float64) as walk, torch.no_grad():
+        streams = [walk.embed(), walk.embed()]
+        for index in range(len(walk.modules)):
+            with walk.resident_block(index):
+                halved = {name: walk.skeleton.linear(name).weight * 0.5 for name in walk.skeleton.linears[index]}
+                for number, weights in enumerate(({}, halved)):
+                    with walk.skeleton.using(weights):
+                        streams[number] = walk.through(index, streams[number])
+        names = {f"{name}.weight" for linears in walk.skeleton.linears for name in linears}
+        with walk.head.resident():
+            walked = [[walk.head.final_norm(hidden) for hidden in stream.each(CPU)] for stream in streams]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    for stream in walked:
+        for tokens, hidden in zip(rows, stream, strict=True):
+            with torch.no_grad():
+                expected = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+            torch.testing.assert_close(hidden, expected, rtol=1e-6, atol=1e-6)
+        for name in names:  # for the second
+            model.get_parameter(name).data *= 0.5
 
 
 def test_forward_is_bit_equal(demo_dir: Path) -> None:

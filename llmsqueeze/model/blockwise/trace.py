@@ -124,12 +124,17 @@ class BlockTrace:
 
 
 def trace_block(
-    module: nn.Module, linears: Mapping[str, nn.Linear], call: BlockCall, hidden: Tensor
+    module: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    call: BlockCall,
+    hidden: Tensor,
+    compute: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
 ) -> BlockTrace | None:
     """The operations of a block for `hidden` [1, length, width]; None if they depend on the data.
 
     `linears`: the linears inside the block by name. The arguments of other calls may hold other values, but must have
-    the structure of `call` (see `given_tensors`).
+    the structure of `call` (see `given_tensors`). compute: computes the block for hidden states and other arguments, in
+    the place of the module alone.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -139,7 +144,7 @@ def trace_block(
     def forward(hidden: Tensor, *given: Tensor) -> Tensor:
         rest = iter(given)
         args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], structure)
-        return hidden_of(module(hidden, *args, **kwargs))
+        return hidden_of(module(hidden, *args, **kwargs)) if compute is None else compute(hidden, args, kwargs)
 
     names = tuple(linears)
     with ExitStack() as stack:

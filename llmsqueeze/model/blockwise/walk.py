@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
+from llmsqueeze.model.blockwise.handed import Layout, board_in
 from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
 from llmsqueeze.model.blockwise.recorder import (
@@ -68,6 +69,7 @@ class Walk:
         self._ahead = ReadAhead(skeleton.read)
         self._calls: list[list[BlockCall]] = []  # [sample][block]
         self._returns: dict[type, Returns] = {}
+        self._layouts: dict[tuple[int, int], Layout] = {}  # (block, sample) -> of the block's input, if it is packed
         self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
         for module in skeleton.model.modules():
             compute_as(module, dtype, device)
@@ -91,6 +93,7 @@ class Walk:
     def embed(self) -> Activations:
         """The first block's input for every sample; records the arguments of every block."""
         self._calls.clear()
+        self._layouts.clear()
         inputs = Activations(self.spill)
         self._learn_returns()
         with self.resident_outside(), torch.no_grad():
@@ -118,7 +121,7 @@ class Walk:
         if len({tokens.shape for tokens in self.samples}) > 1 or any(structure_of(call) != first for call in calls):
             return None
         linears = {name: self.skeleton.linear(name) for name in self.skeleton.linears[index]}
-        trace = trace_block(self.modules[index], linears, calls[0], hidden)
+        trace = trace_block(self.modules[index], linears, calls[0], hidden, partial(self._compute, index, 0, None))
         if trace is None or trace.graph.code in self._compared:
             return trace
         with torch.no_grad():
@@ -131,19 +134,52 @@ class Walk:
 
     @timed("forward")
     def run(self, index: int, sample: int, hidden: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
-        """The output of block `index` for `hidden`, both [1, length, width].
+        """The output of block `index` for `hidden`, both [1, length, width], or packed with what earlier blocks hand to
+        later ones (handed.py).
 
         The block's weights must be resident, or given as `tensors`.
         """
         call = self._calls[sample][index]
-        if not call.called:
-            return hidden
         with self._multiplying(index), AttentionInPieces():
-            if tensors is None:
-                output = self.modules[index](hidden, *call.args, **call.kwargs)
-            else:
-                output = torch.func.functional_call(self.modules[index], tensors, (hidden, *call.args), call.kwargs)
-        return hidden_of(output)
+            return self._compute(index, sample, tensors, hidden, call.args, call.kwargs)
+
+    def _compute(
+        self,
+        index: int,
+        sample: int,
+        tensors: dict[str, Tensor] | None,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """`run` with these arguments, which have the structure of the sample's own."""
+        content, call = dict[Any, Any](), self._calls[sample][index]
+        if (layout := self._layouts.get((index, sample))) is not None:
+            hidden, content = layout.unpacked(hidden)
+        if call.called:
+            board = board_in(call.leaves)
+            if board is not None:
+                board.update(content)
+            try:
+                if tensors is None:
+                    output = self.modules[index](hidden, *args, **kwargs)
+                else:
+                    output = torch.func.functional_call(self.modules[index], tensors, (hidden, *args), kwargs)
+                hidden, content = hidden_of(output), content if board is None else dict(board)
+            finally:
+                if board is not None:
+                    board.clear()
+        if index + 1 == len(self.modules):
+            return hidden
+        hidden, layout = Layout.of(hidden, content)
+        if layout is not None:
+            self._layouts[index + 1, sample] = layout
+        return hidden
+
+    def hidden_in(self, index: int, sample: int, given: Tensor) -> Tensor:
+        """The hidden states in what block `index` gets, without what earlier blocks hand to later ones."""
+        layout = self._layouts.get((index, sample))
+        return given if layout is None else layout.unpacked(given)[0]
 
     def linear(self, name: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """What a linear of a resident block gives for x [..., cols]: [..., rows]. weight: in the place of its own, as
@@ -283,6 +319,8 @@ class Walk:
                 with self.resident_block(unknown.index), torch.no_grad():
                     output = module(unknown.hidden.to(self.dtype), *call.args, **call.kwargs)
                 self._returns[type(module)] = Returns.of(output)
+                if (board := board_in(call.leaves)) is not None:
+                    board.clear()
             else:
                 return
 
