@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmsqueeze import parts
 from llmsqueeze.errors import UnsupportedError
@@ -23,6 +23,8 @@ from llmsqueeze.formats.exports import peft
 from llmsqueeze.formats.exports.reround import reround
 from llmsqueeze.formats.folder import Output, digest, rewrite
 from llmsqueeze.formats.opened import Folder
+from llmsqueeze.model.experts.find import expert_linears
+from llmsqueeze.model.experts.stack import ExpertStack
 from llmsqueeze.model.linears import all_linears, is_transposed
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.progress import Progress
@@ -128,9 +130,27 @@ def converter(plan: Conversion, notes: Converted) -> Callable[[list[str]], dict[
                 tensors[name] = kept(plan, plan.folder.checkpoint.read(name))
             elif name in first:
                 tensors |= converted(plan, linear_of[name], notes)
-        return tensors
+        return with_merged_experts(plan.folder.model, tensors)
 
     return shard_of
+
+
+def with_merged_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with one for all experts' matrices in the place of one for each, as the model has them."""
+    for name, stack in model.named_modules():
+        if isinstance(stack, ExpertStack) and f"{name}.0.weight" in tensors:
+            matrices = [tensors.pop(f"{name}.{index}.weight") for index in range(len(stack))]
+            tensors[name] = stack.merged(matrices)
+    return tensors
+
+
+def refuse_experts(folder: Folder, to: str) -> None:
+    """Raises UnsupportedError if the folder holds experts, for which the format has no place."""
+    expert = next((name for name in expert_linears(folder.model) if name in folder.entries), None)
+    if expert is not None and to != DENSE:
+        raise UnsupportedError(
+            f"{expert} in {folder.path} is one of the model's experts, which {to} has no place for; export --to dense"
+        )
 
 
 def kept(plan: Conversion, tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from llmsqueeze.formats.entries import Entry
 from llmsqueeze.formats.inspection.reading import Findings
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.blockwise.dry_run import READ_BY_OTHERS, weight_read_by_others
+from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import all_linears, find_blocks
 from llmsqueeze.parts import spec_grid
 
@@ -26,6 +27,7 @@ def add_obstacles(folder: Folder, findings: Findings) -> None:
     """Adds the obstacles of the folder's format, and the errors in its list of ignored linears."""
     if folder.format == native.METHOD:
         reasons = {compressed_tensors.lost(entry.shape, entry.specs) or "" for entry in folder.entries.values()}
+        reasons |= {"experts"} if expert_linears(folder.model).keys() & folder.entries.keys() else set()
         kinds = sorted(reasons - {""})
         why = f"it holds {' and '.join(kinds)}" if kinds else "export --to compressed-tensors would"
         findings.obstacles["transformers"].append("needs `import llmsqueeze.hf`; without it the weights are random")

@@ -54,8 +54,11 @@ class ExpertStack(nn.Module):
 
     def dense(self) -> Tensor:
         """The parameter whose place this takes."""
-        matrices = [weight.T if self.transposed else weight for weight in map(_weight, self.linears)]
-        return torch.stack(matrices).reshape(self.shape)
+        return self.merged([_weight(linear) for linear in self.linears])
+
+    def merged(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The parameter that holds these matrices [rows, cols], one for each expert."""
+        return torch.stack([one.T if self.transposed else one for one in matrices]).reshape(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
