@@ -21,6 +21,7 @@ def unusual() -> dict[str, Any]:
         OpenAIGPTConfig,
         OPTConfig,
         ProphetNetConfig,
+        Zamba2Config,
     )
 
     mamba = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
@@ -70,6 +71,24 @@ def unusual() -> dict[str, Any]:
             is_decoder=True,
             is_encoder_decoder=False,
             add_cross_attention=False,
+        ),
+        "linears in several blocks": Zamba2Config(
+            **COMMON,
+            num_hidden_layers=4,
+            layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+            hybrid_layer_ids=[1, 3],
+            intermediate_size=96,
+            num_key_value_heads=4,
+            attention_hidden_size=128,
+            attention_head_dim=32,
+            n_mamba_heads=8,
+            mamba_d_state=8,
+            mamba_headdim=16,
+            mamba_ngroups=1,
+            chunk_size=8,
+            adapter_rank=8,
+            num_query_groups=4,
+            max_position_embeddings=64,
         ),
         "linears of its own": FalconConfig(**COMMON, num_hidden_layers=2),
         "initialized by its parent": GPTBigCodeConfig(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64),

@@ -109,6 +109,8 @@ def open_job(
     recipe, note = fitted(recipe, columns(original.skeleton, recipe))
     if note is not None:
         progress.note(note)
+    if shared := original.skeleton.shared_linears:
+        progress.note(f"{len(shared)} linears, among them {shared[0]}, serve several blocks and stay as they are")
     recipe = with_products(recipe, progress, device)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
     return with_text(job, progress) if (recipe.needs_text if text is None else text) else job

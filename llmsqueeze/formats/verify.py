@@ -31,6 +31,7 @@ from llmsqueeze.formats.inspection.reading import (
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.recorder import Returns
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import as_rows, find_blocks
@@ -46,11 +47,13 @@ CPU = torch.device("cpu")
 @dataclass
 class Computed:
     """What the run computed with. weights: linear -> digest of its weight (float32, [rows, cols]), None if not known;
-    sample: tokens [1, length]; outputs: each block's output for the sample."""
+    sample: tokens [1, length]; outputs: each block's output for the sample; returns: what blocks of each class
+    return."""
 
     weights: dict[str, bytes] | None = field(default_factory=dict)
     sample: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
+    returns: dict[type, Returns] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Witness:
         self._walk = Walk(walk.skeleton, [row], walk.spill, walk.dtype, walk.device)
         try:
             self._hidden = next(self._walk.embed().each(walk.device))
-            self.computed.sample = row
+            self.computed.sample, self.computed.returns = row, self._walk.returns
         except UnsupportedError as error:  # rounding alone needs no walk
             progress.note(f"no forward pass in the verification: {error}")
 
@@ -125,6 +128,7 @@ def verify(
                     raise VerificationError(
                         f"the folder describes {len(walk.modules)} blocks, not {len(computed.outputs)}"
                     )
+                walk.returns |= computed.returns
                 largest = rerun(walk, folder, reading, computed.outputs, progress or Progress())
         reading.rest()
         findings.errors += reading.errors
@@ -192,11 +196,10 @@ def rerun(walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor
     output and the given one, relative to the block's largest output. Raises VerificationError above the tolerance."""
     skeleton, largest = walk.skeleton, 0.0
     with torch.no_grad():
-        kept = kept_in(skeleton, 0, reading)  # the walk probes the first block before it embeds
-        with skeleton.overriding(outside_blocks(skeleton, folder, reading) | kept):
+        with skeleton.overriding(outside_blocks(skeleton, folder, reading)):
             hidden = next(walk.embed().each(walk.device))
         for index in progress.over(range(len(outputs)), "verify", len(outputs)):
-            kept = kept_in(skeleton, index, reading) if index else kept
+            kept = kept_in(skeleton, index, reading)
             weights = {
                 name: as_rows(skeleton.module(name), reading.weight(name)).contiguous()
                 for name in skeleton.linears[index]
@@ -233,7 +236,7 @@ def outside_blocks(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict
 
 def kept_in(skeleton: Skeleton, index: int, reading: Reading) -> dict[str, Tensor]:
     """The tensors of a block that are not compressed."""
-    return {name: reading.kept(name) for name in skeleton.names_in(skeleton.blocks[index])}
+    return {name: reading.kept(name) for name in skeleton.names_used_by(skeleton.blocks[index])}
 
 
 def difference(output: Tensor, computed: Tensor, block: str) -> float:

@@ -131,6 +131,18 @@ class Skeleton:
         """The stored parameters and buffers inside a module."""
         return [name for name in self.sources if name.startswith(module + ".")]
 
+    def names_used_by(self, module: str) -> list[str]:
+        """The same, and those elsewhere that the module shares."""
+        prefix, own = f"{module}.", self.names_in(module)
+        shared = dict.fromkeys(source for alias, source in self.tied.items() if alias.startswith(prefix))
+        return own + [name for name in shared if name in self.sources and name not in own]
+
+    @property
+    def shared_linears(self) -> list[str]:
+        """The linears that several blocks use: they stay as they are."""
+        own = {name for names in self.linears for name in names}
+        return [name for block in self.blocks for name in find_linears(self.model, block) if name not in own]
+
     def names_outside_blocks(self) -> list[str]:
         return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]
 
@@ -200,8 +212,8 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     _check_complete(model, checkpoint, sources, tied)
     blocks = find_blocks(model)
     sources = _of_experts(sources, stack_experts(model, blocks))
-    linears = [find_linears(model, block) for block in blocks]
-    _check_linears(model, blocks, linears)
+    linears = _own_linears(model, blocks, tied)
+    _check_linears(model, blocks)
     return Skeleton(model, checkpoint, sources, tied, blocks, linears)
 
 
@@ -222,8 +234,8 @@ def compressed_skeleton(
             sources[name] = Stored.of(checkpoint, name)
         elif name in overrides:
             sources[name] = Compressed(tuple(tensor.shape))
-    linears = [find_linears(model, block) for block in blocks]
-    return Skeleton(model, checkpoint, sources, _tied(model, sources), blocks, linears, overrides)
+    tied = _tied(model, sources)
+    return Skeleton(model, checkpoint, sources, tied, blocks, _own_linears(model, blocks, tied), overrides)
 
 
 def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -285,7 +297,15 @@ def _check_complete(
             raise UnsupportedError(f"{name} is stored as {source.dtype}: this model is already quantized")
 
 
-def _check_linears(model: nn.Module, blocks: list[str], linears: list[list[str]]) -> None:
+def _own_linears(model: PreTrainedModel, blocks: list[str], tied: Mapping[str, str]) -> list[list[str]]:
+    """Of each block the linears that it shares with no other module: what several blocks use stays as it is."""
+    shared = {*tied, *tied.values()} | {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    found = [find_linears(model, block) for block in blocks]
+    return [[name for name in names if f"{name}.weight" not in shared] for names in found]
+
+
+def _check_linears(model: nn.Module, blocks: list[str]) -> None:
+    linears = [find_linears(model, block) for block in blocks]
     total = sum(p.numel() for block in blocks for p in model.get_submodule(block).parameters())
     inside = sum(cast(nn.Linear, model.get_submodule(name)).weight.numel() for names in linears for name in names)
     if inside * 2 < total:

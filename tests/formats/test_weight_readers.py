@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import command
+import torch
+from support import command, tensors_of
 
 from llmsqueeze.model.blockwise.dry_run import weight_read_by_others
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -61,3 +62,16 @@ def test_stock_transformers_fails_where_it_is_said(random_model: Callable[..., P
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'portable')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "has no attribute 'weight'" in done.stderr
+
+
+def test_what_several_blocks_use_stays_as_it_is(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = random_model("linears in several blocks")
+    code, out, err = command("quantize", folder, *RTN[:-1], "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    assert "serve several blocks and stay as they are" in " ".join(err.split())
+    assert json.loads(out)["opens"]["native"] == ""
+    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
+    shared = [name for name in before if "shared_transformer.self_attn" in name and name.endswith("proj.weight")]
+    assert shared
+    assert all(torch.equal(after[name], before[name]) for name in shared)
+    assert "model.layers.1.mamba_decoder.mamba.in_proj.weight" not in after

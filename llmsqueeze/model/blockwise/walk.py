@@ -68,7 +68,7 @@ class Walk:
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
         self._ahead = ReadAhead(skeleton.read)
         self._calls: list[list[BlockCall]] = []  # [sample][block]
-        self._returns: dict[type, Returns] = {}
+        self.returns: dict[type, Returns] = {}
         self._layouts: dict[tuple[int, int], Layout] = {}  # (block, sample) -> of the block's input, if it is packed
         self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
         for module in skeleton.model.modules():
@@ -87,7 +87,7 @@ class Walk:
             yield
 
     def _names_in(self, index: int) -> list[str]:
-        return self.skeleton.names_in(self.skeleton.blocks[index])
+        return self.skeleton.names_used_by(self.skeleton.blocks[index])
 
     @timed("forward")
     def embed(self) -> Activations:
@@ -278,7 +278,7 @@ class Walk:
     def _blocks_giving(self, hidden: Tensor) -> AbstractContextManager[None]:
         """In the context the last block gives `hidden`."""
         called = [module for module, call in zip(self.modules, self._calls[0], strict=True) if call.called]
-        return skipped(called, self._returns, hidden)
+        return skipped(called, self.returns, hidden)
 
     @contextmanager
     def resident_outside(self) -> Iterator[None]:
@@ -299,7 +299,7 @@ class Walk:
 
     def _record(self, tokens: Tensor) -> Recorder:
         """The calls of all blocks for a sample. Raises UnknownBlock; what is outside the blocks must be resident."""
-        recorder = Recorder(self.modules, self._returns)
+        recorder = Recorder(self.modules, self.returns)
 
         def head(_: Tensor) -> Tensor:
             raise Ended
@@ -318,7 +318,7 @@ class Walk:
                 module, call = self.modules[unknown.index], unknown.call
                 with self.resident_block(unknown.index), torch.no_grad():
                     output = module(unknown.hidden.to(self.dtype), *call.args, **call.kwargs)
-                self._returns[type(module)] = Returns.of(output)
+                self.returns[type(module)] = Returns.of(output)
                 if (board := board_in(call.leaves)) is not None:
                     board.clear()
             else:
