@@ -84,7 +84,7 @@ class TrainedLinear(nn.Module):
 
     def __init__(self, layer: SumOfParts, train: frozenset[str], products: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.products = products
+        self.products, self.in_features, self.out_features = products, layer.in_features, layer.out_features
         tensors = [dict(holder.named_buffers()) for holder in layer.parts]
         self.weight = TrainedWeight(layer.shape, layer.specs, tensors, train)
         self.bias = layer.bias

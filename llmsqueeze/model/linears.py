@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
@@ -20,14 +22,27 @@ def find_blocks(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and not f"{name}.".startswith(towers)
-        and any(is_linear(inside) for inside in module.modules())
+        and any(_has_matrix(inside) for inside in module.modules())
     }
     if not lists:
         raise UnsupportedError(f"{type(model).__name__} has no list of decoder blocks")
     # a list inside a block (experts) can be longer than the list of blocks: only outermost lists count
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
-    name, _ = max(outermost.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    name, _ = max(outermost.items(), key=lambda item: sum(map(_weights_of, item[1].modules())))
     return _members(name, outermost[name])
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether the module is a linear, or a compressed one in the place of one."""
+    return is_linear(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _weights_of(module: nn.Module) -> int:
+    """How many weights the module itself has, compressed or not."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        sizes: Any = module
+        return int(sizes.in_features * sizes.out_features)
+    return sum(p.numel() for p in module.parameters(recurse=False))
 
 
 def _members(name: str, module: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmsqueeze.evaluation import slices
 from llmsqueeze.evaluation.slices import SlicedLogits, WholeLogits, sliced
+from llmsqueeze.formats.load import load
 from llmsqueeze.model.casting import compute_in
 
 TOKENS = torch.arange(90).view(3, 30)
@@ -90,3 +91,9 @@ def test_a_model_that_multiplies_with_its_head_itself_is_computed_whole(random_m
 
     model.forward = own
     assert checked_way(model) is WholeLogits
+
+
+def test_a_compressed_model_has_slices_too(compressed: Callable[[str], Path]) -> None:
+    """Its blocks are found though no linear in them is an nn.Linear."""
+    model = load(str(compressed("native")), dtype=torch.float32)
+    assert isinstance(sliced(model, torch.arange(20)[None] + 3), SlicedLogits)
