@@ -17,6 +17,7 @@ from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.model.linears import find_towers
 from llmsqueeze.model.original import Original, Source, open_original
 from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
@@ -26,6 +27,7 @@ from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted
 
 CPU = torch.device("cpu")
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 # of a sample text that prices are measured on; gradients per row and moments differ little with more of it
 ENOUGH_TOKENS, TOKENS_PER_COLUMN = 8192, 4
 
@@ -111,6 +113,8 @@ def open_job(
         progress.note(note)
     if shared := original.skeleton.shared_linears:
         progress.note(f"{len(shared)} linears, among them {shared[0]}, serve several blocks and stay as they are")
+    if find_towers(original.skeleton.model) and not any((original.path / name).exists() for name in PROCESSORS):
+        progress.note(f"{original.path} has no processor ({PROCESSORS[0]}); the result will have none either")
     recipe = with_products(recipe, progress, device)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
     return with_text(job, progress) if (recipe.needs_text if text is None else text) else job

@@ -8,6 +8,7 @@ Memory: the whole model in the dtype of its file, and the keys and values of one
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from llmsqueeze.progress.stopwatch import timed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_CACHES = ("logits", "loss", "hidden_states", "attentions")
 SOURCE = "text sampled from the model itself"
 BATCH = 16
 
@@ -82,10 +84,13 @@ def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, gen
 @torch.no_grad()
 def continued(model: Any, tokens: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """[rows, length]: `tokens` [rows, any length], and after them tokens that the model draws."""
-    rows, past, last = tokens[:, :length], None, tokens[:, :length]
+    rows = tokens[:, :length]
+    arguments = inspect.signature(model.forward).parameters
+    kept: dict[str, Any] = {}  # what the model has kept of the tokens so far, by the name under which it takes it
     while rows.shape[1] < length:
-        output = model(input_ids=last, past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        given = rows[:, -1:] if kept else rows
+        output = model(input_ids=given, use_cache=bool(kept) or given.shape[1] == tokens.shape[1], **kept)
+        kept = {name: value for name, value in output.items() if name in arguments and name not in NO_CACHES}
         last = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
         rows = torch.cat([rows, last], dim=1)
     return rows

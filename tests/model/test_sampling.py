@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import command
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmsqueeze.compress.job import open_job, with_text
 from llmsqueeze.demo import MODEL_DIR
@@ -320,3 +321,16 @@ def test_without_a_network_the_command_succeeds(small: str, tmp_path: Path, monk
     assert about["calibration"]["source"] == sampling.SOURCE
     assert about["calibration"]["sha256"] == hashed("x", drawn(small, 3, 16), []).sha256
     assert "calibration" not in about["recipe"]
+
+
+@pytest.mark.parametrize("architecture", ["state space", "state space in heads", "hybrid", "llama"])
+def test_what_a_model_keeps_of_its_tokens_has_many_names(architecture: str, random_model: Callable[..., Path]) -> None:
+    """The tokens drawn with a cache are those drawn without one."""
+    model = AutoModelForCausalLM.from_pretrained(random_model(architecture), dtype=torch.float32).eval()
+    rows = continued(model, torch.tensor([[5, 9], [7, 3]]), 12, torch.Generator().manual_seed(2))
+    expected, generator = torch.tensor([[5, 9], [7, 3]]), torch.Generator().manual_seed(2)
+    while expected.shape[1] < 12:
+        with torch.no_grad():
+            chances = model(input_ids=expected, use_cache=False).logits[:, -1].softmax(-1)
+        expected = torch.cat([expected, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    assert torch.equal(rows, expected)

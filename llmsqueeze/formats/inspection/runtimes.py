@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from llmsqueeze.errors import first_line
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import Entry
 from llmsqueeze.formats.inspection.reading import Findings
@@ -43,7 +44,10 @@ def add_obstacles(folder: Folder, findings: Findings) -> None:
                 "transformers with dequantize=True reads only the first of several widths correctly, and does not say "
                 "so; its default path reads all"
             )
-        _for_vllm(folder.entries, folder.model, findings)
+        try:
+            _for_vllm(folder.entries, folder.model, findings)
+        except Exception as error:  # what is said of a program must not cost a result
+            findings.obstacles["vllm"].append(f"not known: {first_line(error)}")
 
 
 def _ignore_errors(config: Mapping[str, Any], entries: Mapping[str, Entry], model: nn.Module) -> Iterator[str]:
