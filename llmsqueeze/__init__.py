@@ -33,6 +33,7 @@ def quantize(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    restart: bool = False,
     profile_time: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -41,9 +42,10 @@ def quantize(
     options: the options of a recipe by name, for example bits=3, method="gptq", group_size=64; recipes/README.md has
     the table. They replace those of `recipe`, a YAML file or the name of a bundled recipe. plan: a `plan.yaml`, which
     takes the place of all options. profile: measurements of an earlier `plan`. verify: read the result back and compare
-    it with the intended weights. profile_time: measure the time of each stage ("time": wall and processor seconds).
-    The summary has sizes in bytes ("nbytes", "nbytes_original"), "bits_per_weight" with everything counted, "seconds",
-    peak memory in MB (10**6 bytes), and more.
+    it with the intended weights. restart: start over, instead of going on with what a killed run has done.
+    profile_time: measure the time of each stage ("time": wall and processor seconds). The summary has sizes in bytes
+    ("nbytes", "nbytes_original"), "bits_per_weight" with everything counted, "seconds", peak memory in MB (10**6
+    bytes), and more.
 
     Raises SqueezeError: RecipeError for an option, CheckpointError or UnsupportedError for the model, CalibrationError
     or HubError for the calibration text, OutputError for the folder, VerificationError for the result.
@@ -65,6 +67,7 @@ def quantize(
             device=device,
             overwrite=overwrite,
             verify=verify,
+            restart=restart,
         )
 
 

@@ -27,6 +27,9 @@ def quantize(
             "--verify/--no-verify", help="Read the result back from disk and compare it with the computed weights."
         ),
     ] = True,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start over, instead of going on with what a killed run has done.")
+    ] = False,
     profile_time: ProfileTime = False,
     device: Device = "auto",
     revision: Revision = None,
@@ -50,6 +53,7 @@ def quantize(
             device=device,
             overwrite=overwrite,
             verify=verify,
+            restart=restart,
             progress=progress,
         )
     return Outcome(summary, print_summary)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from llmsqueeze.errors import SqueezeError, first_line
 
 JSON = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
+UNFINISHED = "no half-written result was left under the final name"
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -91,13 +94,14 @@ def hush() -> None:
 def friendly(debug: bool) -> Iterator[None]:
     """Turns errors into one line and an exit code; `debug` lets them through."""
     try:
-        yield
+        with _terminable():
+            yield
     except typer.Exit:
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        fail("interrupted; no half-written result was left under the final name", 130)
+        fail(f"interrupted; {_note(error) or UNFINISHED}", 130)
     except SqueezeError as error:
         if debug:
             raise
@@ -107,7 +111,30 @@ def friendly(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        fail(_unexpected(error), 2 if _out_of_memory(error) else 1)
+        fail("; ".join(filter(None, [_unexpected(error), _note(error)])), 2 if _out_of_memory(error) else 1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """In the context SIGTERM interrupts as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _note(error: BaseException) -> str:
+    """What the outermost folder that was being written says of the error; empty if there is nothing to say."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return notes[-1] if notes else ""
 
 
 def _unexpected(error: Exception) -> str:

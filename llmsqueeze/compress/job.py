@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears
 from llmsqueeze.compress.decision.target import target_nbytes
+from llmsqueeze.journal import NO_JOURNAL, Journal
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
@@ -159,9 +160,9 @@ def measured_samples(job: Job, request: Request) -> list[Tensor]:
     return job.samples
 
 
-def measure_job(job: Job, request: Request, folder: Path, progress: Progress) -> Profile:
+def measure_job(job: Job, request: Request, folder: Path, progress: Progress, journal: Journal = NO_JOURNAL) -> Profile:
     """The profile of the job's linears; activations are kept in `folder` meanwhile."""
     with Spill(parent=folder) as spill:
         walk = job.walk_over(measured_samples(job, request), spill)
         inputs = walk.embed() if job.calibration is not None else Activations(spill)
-        return measure(walk, inputs, job.plan.dtypes, request, progress)
+        return measure(walk, inputs, job.plan.dtypes, request, progress, journal)

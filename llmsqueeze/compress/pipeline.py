@@ -11,8 +11,10 @@ from typing import Any
 from llmsqueeze.allocation.options import request_of
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.compress.decision.decide import Decision, decide
+from llmsqueeze.compress.fingerprint import fingerprint
 from llmsqueeze.compress.job import Job, measure_job, open_job
 from llmsqueeze.compress.summary import Summary, summarize
+from llmsqueeze.compress.weights import resume
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_streams
 from llmsqueeze.compress.weights.ends import compress_ends, outside_shard, outside_shards
 from llmsqueeze.compress.weights.group import with_final
@@ -21,15 +23,18 @@ from llmsqueeze.formats import compressed_tensors, native, record
 from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.folder import Output, check_writable, output_folder
 from llmsqueeze.formats.verify import Witness
-from llmsqueeze.measure.profile import Profile
+from llmsqueeze.journal import Journal
+from llmsqueeze.measure.profile import Profile, load, save
+from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.memory import keep_within_block
-from llmsqueeze.model.blockwise.activations import Spill
+from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.linears import all_linears
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 
+PROFILE = "profile"  # the step of a journal
 MUCH_CHANCE = 0.2  # of the moments: between what 8 and 32 samples of 512 tokens leave of SmolLM2-135M
 
 
@@ -60,19 +65,22 @@ def compress(
     profile: Profile | None = None,
     verify: bool,
     progress: Progress,
+    restart: bool = False,
 ) -> Summary:
     """Compresses a model into the folder `out`, which appears when all is written, checked and, with `verify`, read
     back and compared with the weights that were computed with.
 
-    `decision`, or the `profile` that it is made from: from an earlier run; without them they are made here. Raises
-    VerificationError for a result that differs, which stays in `<out>.partial`.
+    `decision`, or the `profile` that it is made from: from an earlier run; without them they are made here. A run that
+    was killed leaves a journal in `<out>.partial`, and the same run goes on from there, unless it is to `restart`.
+    Raises VerificationError for a result that differs, which stays in `<out>.partial`.
     """
     start = time.monotonic()
     check_writable(out, overwrite)
-    target = job.target()
+    target, about = job.target(), fingerprint(job, decision, profile, verify)
     shards = len(outside_shards(job.skeleton)) + len(job.skeleton.blocks)
-    with output_folder(out, shards, bytes_needed(job, decision), overwrite) as output:
-        decision = decision or measure_and_decide(job, target, profile, output.partial, progress)
+    with output_folder(out, shards, bytes_needed(job, decision), overwrite, about, restart) as output:
+        without_damaged(output.journal, progress)
+        decision = decision or measure_and_decide(job, target, profile, output, progress)
         decision = replace(decision, plan=compressed_tensors.writable_plan(decision.plan, job.recipe.portable))
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
         recorded = write_rest(output, job, decision, by_weight)
@@ -88,10 +96,29 @@ def compress(
     return summarize(job, decision, output, time.monotonic() - start, compared, opens, tokens)
 
 
-def measure_and_decide(job: Job, target: int, profile: Profile | None, folder: Path, progress: Progress) -> Decision:
-    """What every linear becomes within `target` bytes, from a profile that is there or measured now."""
-    profile = profile or measure_job(job, request_of(job.recipe), folder, progress)
+def without_damaged(journal: Journal, progress: Progress) -> None:
+    """Forgets what a killed run has noted, but for its profile, if a file of it is not what was written."""
+    if damaged := journal.damaged():
+        progress.note(f"{journal.file(damaged[0])} is not what was written: what came after it is done again")
+        journal.keep({PROFILE} - set(damaged))
+
+
+def measure_and_decide(job: Job, target: int, profile: Profile | None, output: Output, progress: Progress) -> Decision:
+    """What every linear becomes within `target` bytes, from a profile that is there, noted, or measured now."""
+    profile = profile or measured(job, output.partial, output.journal, progress)
     return decide(job.plan, profile, job.recipe, job.skeleton.linears, target)
+
+
+def measured(job: Job, folder: Path, journal: Journal, progress: Progress) -> Profile:
+    """The profile of the job, from the journal or measured now; activations are kept in `folder` meanwhile."""
+    if journal.value(PROFILE) is not None:
+        return load(journal.file(PROFILE))
+    profile = measure_job(job, request_of(job.recipe), folder, progress, journal)
+    if journal.active:
+        others = journal.files()
+        save(profile, journal.file(PROFILE))
+        journal.note(PROFILE, {}, [PROFILE], others)
+    return profile
 
 
 def write_weights(
@@ -103,19 +130,42 @@ def write_weights(
         walk = job.walk(spill)
         inputs = walk.embed() if job.recipe.needs_text else None
         run = Run.of(walk, decision, job.recipe, progress)
-        ends = compress_ends(run)
-        decision = replace(decision, plan=with_final(decision.plan, ends))
-        for names in outside_shards(job.skeleton):
-            output.write_shard(outside_shard(job.skeleton, names, ends))
-        with job.skeleton.overriding({f"{name}.weight": one.dense for name, one in ends.items()}):
-            witness = Witness(walk, job.recipe.seed, progress) if verify else None
-            streams = needed_streams(walk, inputs, job.recipe, bool(ends))
-        if witness is not None:
-            witness.see_ends({name: one.dense for name, one in ends.items()})
-        result = compress_blocks(replace(run, decision=decision), streams, output, witness, count)
-        if note := short_text(result.chances, job):
+        witness = Witness(walk, job.recipe.seed, progress) if verify else None
+        before = resume.resumed(output, decision.plan, job.skeleton.linears, run.pace, witness, spill)
+        if before is None:
+            plan, streams, witness = begin_weights(run, output, inputs, witness)
+        else:
+            plan, streams = decision.plan.having(before.ends), before.streams
+            if inputs is not None:
+                inputs.clear()
+            progress.note(f"goes on behind block {before.blocks} of {len(job.skeleton.blocks)}")
+        decision = replace(decision, plan=plan)
+        result = compress_blocks(replace(run, decision=decision), streams, output, witness, count, before)
+        if note := short_text(result.numbers["chance"], job):
             progress.note(note)
     return replace(decision, plan=result.plan), result.by_weight, witness
+
+
+def begin_weights(
+    run: Run, output: Output, inputs: Activations | None, witness: Witness | None
+) -> tuple[Plan, ResidualStreams, Witness | None]:
+    """Compresses and writes what lies outside the blocks. Returns the plan after that, the streams at the first block,
+    and the witness, which has seen it."""
+    skeleton, recipe, decided = run.walk.skeleton, run.recipe, run.decision.plan
+    ends = compress_ends(run)
+    plan, shards = with_final(decided, ends), []
+    for names in outside_shards(skeleton):
+        output.write_shard(outside_shard(skeleton, names, ends))
+        shards.append(output.last_shard)
+    dense = {name: one.dense for name, one in ends.items()}
+    with skeleton.overriding({f"{name}.weight": weight for name, weight in dense.items()}):
+        streams = needed_streams(run.walk, inputs, recipe, bool(ends))
+        if ends and witness is not None:
+            witness = Witness(run.walk, recipe.seed, run.progress)
+    if witness is not None:
+        witness.see_ends(dense)
+    resume.note(output, resume.START, None, shards, decided, ends, run.pace, witness, streams)
+    return plan, streams, witness
 
 
 def short_text(chances: Mapping[str, float], job: Job) -> str | None:

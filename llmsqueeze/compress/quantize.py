@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.fingerprint import earlier_products, fingerprint
 from llmsqueeze.compress.job import Job, model_name, open_job, with_text
 from llmsqueeze.compress.pipeline import compress
 from llmsqueeze.compress.reuse import given_plan, given_profile, open_plan
 from llmsqueeze.compress.search import HELD_BACK, smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
+from llmsqueeze.files import read_json_if_there, write_json
 from llmsqueeze.formats.folder import check_writable
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.memory import keep_within_block
@@ -24,6 +27,7 @@ from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
 from llmsqueeze.recipe.values import flag
 
+DONE = ".done.json"  # in a folder that is to be distilled: the fingerprint and the summary of the run that wrote it
 MOST_SAMPLES = 1024  # of text that distillation reads
 
 
@@ -37,9 +41,11 @@ def quantize(
     device: str = "auto",
     overwrite: bool = False,
     verify: bool = True,
+    restart: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compresses as the command says; returns its summary."""
+    """Compresses as the command says; returns its summary. What a killed run of the same command has done is not done
+    again, unless it is to `restart`."""
     start, progress = time.monotonic(), progress or Progress()
     keep_within_block()
     others = [flag(name) for name in (*settings, *(["profile"] if profile else []))]
@@ -49,6 +55,9 @@ def quantize(
     recipe = file.recipe if file is not None else make_recipe(settings)
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
+    if recipe.products == "auto" and not restart:
+        before = undistilled(folder) if recipe.distill_steps else folder
+        recipe = replace(recipe, products=earlier_products(before) or recipe.products)
     job = open_job(source, recipe, progress, text=False, device=pick_device(device))
     recipe = job.recipe
     job.target()  # a budget that no plan can meet is refused before the text is read
@@ -62,9 +71,9 @@ def quantize(
         measured = given_profile(job, profile)
         job = job if recipe.needs_text else replace(job, calibration=None)
     if recipe.bounded:
-        result = smallest_within(job, folder, measured, overwrite, verify, progress)
+        result = smallest_within(job, folder, measured, overwrite, verify, progress, restart)
         return result | {"time": stopwatch.measured()}
-    result = run(job, folder, decision, measured, overwrite, verify, progress)
+    result = run(job, folder, decision, measured, overwrite, verify, progress, restart)
     # with all that was read before
     return result | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
 
@@ -77,15 +86,30 @@ def run(
     overwrite: bool,
     verify: bool,
     progress: Progress,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """One run, and the distillation of its result if the recipe has steps of it; returns the summary."""
+    from llmsqueeze.distillation.distill import working_path
+
+    given: dict[str, Any] = {"decision": decision, "profile": profile, "verify": verify, "progress": progress}
     if not job.recipe.distill_steps:
-        return compress(
-            job, out, overwrite=overwrite, decision=decision, profile=profile, verify=verify, progress=progress
-        ).as_dict()
-    first = out.with_name(out.name + ".undistilled")
-    summary = compress(job, first, overwrite=True, decision=decision, profile=profile, verify=verify, progress=progress)
-    return summary.as_dict() | distilled(job, first, out, overwrite, progress)
+        return compress(job, out, overwrite=overwrite, restart=restart, **given).as_dict()
+    first, about = undistilled(out), fingerprint(job, decision, profile, verify)
+    done = read_json_if_there(first / DONE)
+    if restart or done.get("about") != json.loads(json.dumps(about)):
+        if restart:
+            shutil.rmtree(working_path(out), ignore_errors=True)
+        summary = compress(job, first, overwrite=True, restart=restart, **given).as_dict()
+        write_json(first / DONE, {"about": about, "summary": summary})
+    else:
+        summary = done["summary"]
+        progress.note(f"goes on with {first}, which is to be distilled")
+    return summary | distilled(job, first, out, overwrite, progress)
+
+
+def undistilled(out: Path) -> Path:
+    """Where a result lies that is to be distilled."""
+    return out.with_name(out.name + ".undistilled")
 
 
 def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:

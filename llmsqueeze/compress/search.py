@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from llmsqueeze.allocation.layerwise import sizes
-from llmsqueeze.allocation.options import request_of
 from llmsqueeze.compress.decision.outlook import curve
-from llmsqueeze.compress.job import Job, measure_job
-from llmsqueeze.compress.pipeline import compress
+from llmsqueeze.compress.fingerprint import fingerprint
+from llmsqueeze.compress.job import Job
+from llmsqueeze.compress.pipeline import compress, measured, without_damaged
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate_rows
 from llmsqueeze.formats.folder import partial_folder, publish
+from llmsqueeze.journal import FOLDER, Journal, begin
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.progress import Progress
 
@@ -47,9 +48,16 @@ class Round:
 
 
 def smallest_within(
-    job: Job, out: Path, profile: Profile | None, overwrite: bool, verify: bool, progress: Progress
+    job: Job,
+    out: Path,
+    profile: Profile | None,
+    overwrite: bool,
+    verify: bool,
+    progress: Progress,
+    restart: bool = False,
 ) -> dict[str, Any]:
-    """Compresses to the smallest size within the recipe's bound; returns the summary, with every round.
+    """Compresses to the smallest size within the recipe's bound; returns the summary, with every round. Rounds that a
+    killed run has finished are not done again, unless it is to `restart`.
 
     The job's text has held-back samples. Raises CalibrationError if they are too few, RecipeError if no size is within
     the bound.
@@ -59,9 +67,12 @@ def smallest_within(
             f"a bound is measured on calibration text held back, at least {FEWEST} samples; the text fills only "
             f"{len(job.samples) + len(held_back(job))}: use fewer --samples or a longer text"
         )
-    with partial_folder(out) as folder:
-        profile = profile or measure_job(job, request_of(job.recipe), folder, progress)
-        search = _Search(job, folder, profile, verify, progress)
+    about = fingerprint(job, None, profile, verify)
+    with partial_folder(out, about, restart) as folder:
+        journal = begin(folder / FOLDER, about)
+        without_damaged(journal, progress)
+        profile = profile or measured(job, folder, journal, progress)
+        search = _Search(job, folder, profile, verify, progress, journal)
         if job.recipe.decides == "blocks":
             rounds = split(search.try_size, sizes(job.plan, profile, job.recipe, job.skeleton.linears))
         else:
@@ -94,8 +105,10 @@ def held_back(job: Job) -> list[Tensor]:
 class _Search:
     """Compresses to a size and measures it; keeps the smallest folder that is within the bound."""
 
-    def __init__(self, job: Job, folder: Path, profile: Profile, verify: bool, progress: Progress) -> None:
-        self.job, self.profile, self.verify, self.progress = job, profile, verify, progress
+    def __init__(
+        self, job: Job, folder: Path, profile: Profile, verify: bool, progress: Progress, journal: Journal
+    ) -> None:
+        self.job, self.profile, self.verify, self.progress, self.journal = job, profile, verify, progress, journal
         self.tried, self.best, self.best_bits = folder / "tried", folder / "best", math.inf
         self.summary: dict[str, Any] = {}
         self.refused: BudgetError | None = None
@@ -106,27 +119,65 @@ class _Search:
         return self.job.recipe.max_kl or self.job.recipe.max_ppl_increase or 0.0
 
     def try_size(self, bits: float) -> Round:
-        """Compresses to an average of `bits` and measures."""
+        """Compresses to an average of `bits` and measures; if a killed run has done it, it is not done again."""
+        step = f"tried {bits!r}"
+        noted = self.journal.value(step)
+        if noted is None:
+            summary = self._compressed(bits)
+            noted = self._tried(bits, summary)
+            self.journal.note(step, noted)
+            self.journal.wait()
+        one = Round(**noted["round"])
+        if noted["refused"]:
+            self.refused = BudgetError(noted["refused"])
+        if one.kept and one.bits < self.best_bits:
+            self._take(f"best {bits!r}")
+            self.best_bits, self.summary = one.bits, noted["summary"]
+        return one
+
+    def _take(self, step: str) -> None:
+        """The folder that was tried is the best; if this is noted, the one that lies there now is of a later round."""
+        if self.journal.value(step) is None:
+            if self.tried.exists():
+                shutil.rmtree(self.best, ignore_errors=True)
+                self.tried.rename(self.best)
+            self.journal.note(step, {})
+            self.journal.wait()
+
+    def _compressed(self, bits: float) -> dict[str, Any]:
+        """Compresses to an average of `bits`; returns the summary, or a refusal."""
+        step = f"compressed {bits!r}"
+        if (noted := self.journal.value(step)) is not None and (noted.get("refused") or self.tried.exists()):
+            return noted
         job = self.job.asking(replace(self.job.recipe, max_ppl_increase=None, max_kl=None, bits=float(bits)))
         try:
             summary = compress(
                 job, self.tried, overwrite=True, profile=self.profile, verify=self.verify, progress=self.progress
-            )
+            ).as_dict()
         except BudgetError as error:  # the least sizes are estimates: a run may need more
-            self.refused = error
-            self.progress.note(f"{bits:.3f} bits per weight are not possible: {error}")
-            return Round(bits, 0.0, 0.0, 0.0, 0.0, math.inf, False)
+            summary = {"refused": str(error)}
+        self.journal.note(step, summary)
+        self.journal.wait()
+        return summary
+
+    def _tried(self, bits: float, summary: dict[str, Any]) -> dict[str, Any]:
+        """The round of a folder that was compressed, and its summary, as JSON."""
+        if reason := summary.get("refused"):
+            self.progress.note(f"{bits:.3f} bits per weight are not possible: {reason}")
+            impossible = Round(bits, 0.0, 0.0, 0.0, 0.0, math.inf, False)
+            return {"round": asdict(impossible), "summary": {}, "refused": reason}
         loss_increase, kl = self._measured()
         increase = math.expm1(loss_increase)
         measured = increase if self.job.recipe.max_kl is None else kl
-        kept, spent = measured <= self.bound, summary.bits_per_weight
+        kept, spent = measured <= self.bound, summary["bits_per_weight"]
         verdict = f"{'within' if kept else 'beyond'} {self.bound:g}"
         self.progress.note(f"{spent:.3f} bits per weight measures {measured:.4g} on held-back text, {verdict}")
-        if kept and spent < self.best_bits:
-            shutil.rmtree(self.best, ignore_errors=True)
-            self.tried.rename(self.best)
-            self.best_bits, self.summary = spent, summary.as_dict()
-        return Round(spent, summary.predicted_loss_increase or 0.0, loss_increase, increase, kl, measured, kept)
+        predicted = summary["predicted_loss_increase"] or 0.0
+        return {
+            "round": asdict(Round(spent, predicted, loss_increase, increase, kl, measured, kept)),
+            "summary": summary,
+            "refused": None,
+        }
 
     def _measured(self) -> tuple[float, float]:
         """Rise of the loss, and mean KL, of the folder tried on the held-back text."""

@@ -1,7 +1,8 @@
 """Writing a model folder, shard by shard.
 
-It grows in a sibling `<name>.partial`, which takes the final name when it is complete. A run that fails removes it; the
-next run removes that of a run that was killed.
+It grows in a sibling `<name>.partial`, which takes the final name when it is complete. A run with a journal that was
+killed or interrupted leaves it, and the same command goes on from there (journal.py). All others that fail remove it;
+the next run removes that of a run that was killed.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmsqueeze.errors import OutputError, VerificationError
+from llmsqueeze import journal as journals
+from llmsqueeze.errors import OutputError, SqueezeError, VerificationError
 from llmsqueeze.files import (
     COMPARISON,
     EVALUATION,
@@ -34,6 +35,8 @@ from llmsqueeze.files import (
     TEMPLATES,
     write_json,
 )
+from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
+from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
@@ -59,10 +62,11 @@ NOT_COPIED = (
 class Output:
     """The folder under construction: shards as they come, the index at the end, then the final name."""
 
-    def __init__(self, path: Path, shards: int) -> None:
+    def __init__(self, path: Path, shards: int, journal: Journal = NO_JOURNAL) -> None:
         self.final = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial_of(path)
         self.shards = shards
+        self.journal = journal
         self.weight_map: dict[str, str] = {}
         self.nbytes = 0
         self.digests: dict[str, bytes] = {}  # of every tensor before it is written
@@ -77,11 +81,51 @@ class Output:
         """
         self.wait()
         self._written += 1
-        name = f"model-{self._written:05d}-of-{self.shards:05d}.safetensors"
+        name = self.last_shard
         stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
         self.weight_map.update(dict.fromkeys(stored, name))
         self.nbytes += sum(tensor.nbytes for tensor in stored.values())
-        self._writing = _writer().submit(self._write, name, stored)
+        self._writing = write_behind().submit(self._write, name, stored)
+
+    @property
+    def last_shard(self) -> str:
+        """The file name of the shard that was written last."""
+        return self._name(self._written)
+
+    def _name(self, number: int) -> str:
+        return f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+
+    def names_in(self, shard: str) -> list[str]:
+        """The tensors of a shard."""
+        return [key for key, file in self.weight_map.items() if file == shard]
+
+    def hex_digests(self, names: Sequence[str]) -> dict[str, str]:
+        """The digests of tensors that are on the disk."""
+        return {name: self.digests[name].hex() for name in names}
+
+    def take_over(self, shard: str, digests: Mapping[str, str]) -> bool:
+        """Takes the next shard from the run that was killed; False if it is not what that run wrote."""
+        if shard != self._name(self._written + 1):
+            return False
+        try:
+            with safe_open(self.partial / shard, framework="pt") as file:
+                read = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError):
+            return False
+        if {key: digest(tensor).hex() for key, tensor in read.items()} != digests:
+            return False
+        self._written += 1
+        self.weight_map.update(dict.fromkeys(digests, shard))
+        self.nbytes += sum(tensor.nbytes for tensor in read.values())
+        self.digests |= {key: bytes.fromhex(one) for key, one in digests.items()}
+        return True
+
+    def start_over(self) -> None:
+        """Forgets all shards."""
+        self.wait()
+        self._written, self.nbytes = 0, 0
+        self.weight_map.clear()
+        self.digests.clear()
 
     def _write(self, name: str, stored: Mapping[str, Tensor]) -> None:
         self.digests |= {key: digest(tensor) for key, tensor in stored.items()}
@@ -106,19 +150,13 @@ class Output:
             if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
                 shutil.copyfile(file, self.partial / file.name)
         if (source / TEMPLATES).is_dir():
-            shutil.copytree(source / TEMPLATES, self.partial / TEMPLATES)
+            shutil.copytree(source / TEMPLATES, self.partial / TEMPLATES, dirs_exist_ok=True)
 
     def finish(self) -> None:
         """Writes the index: now the folder can be opened."""
         self.wait()
         assert self._written == self.shards, f"{self._written} of {self.shards} shards were written"
         self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map})
-
-
-@cache
-def _writer() -> ThreadPoolExecutor:
-    """The one thread of the process that writes behind a run."""
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
 
 
 def digest(tensor: Tensor) -> bytes:
@@ -143,6 +181,11 @@ def flush(file: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def partial_of(path: Path) -> Path:
+    """Where the folder `path` grows."""
+    return path.with_name(path.name + ".partial")
+
+
 def check_writable(path: Path, overwrite: bool) -> None:
     """Raises OutputError unless the run may write a new folder at `path`."""
     if path.is_file():
@@ -157,17 +200,22 @@ def check_writable(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False) -> Iterator[Output]:
+def output_folder(
+    path: Path, shards: int, needed: int, overwrite: bool = False, about: About | None = None, restart: bool = False
+) -> Iterator[Output]:
     """A folder that appears at `path` only if the `with` block ends without error.
 
     The block calls `finish` when all is written. After a VerificationError the `.partial` stays. `needed` bytes must be
-    free. The `.partial` of a run that was killed is replaced. A folder at `path` at the end is replaced only with
-    `overwrite`, and put back if the new one cannot take the name. Raises OutputError.
+    free. about, restart: as `partial_folder` has them. A folder at `path` at the end is replaced only with `overwrite`,
+    and put back if the new one cannot take the name. Raises OutputError.
     """
     output = Output(path, shards)
     try:
-        with partial_folder(path) as partial:
-            free = shutil.disk_usage(partial).free
+        with partial_folder(path, about, restart) as partial:
+            output.journal = journals.begin(partial / journals.FOLDER, about) if about is not None else NO_JOURNAL
+            free = shutil.disk_usage(partial).free + sum(
+                file.stat().st_size for file in partial.rglob("*") if file.is_file()
+            )
             if free < needed:
                 raise OutputError(
                     f"{path} needs {needed / 1e9:.2f} GB during the run (activations included; fewer or shorter "
@@ -178,29 +226,48 @@ def output_folder(path: Path, shards: int, needed: int, overwrite: bool = False)
             except BaseException:
                 with suppress(Exception):  # the first error counts
                     output.wait()
+                    output.journal.wait()
                 raise
+            output.journal.wait()
             assert (partial / INDEX).exists(), "finish was called"
             publish(partial, path, overwrite)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
+        raise OutputError("; ".join([f"cannot write {path}: {error}", *getattr(error, "__notes__", [])])) from error
+
+
+About = Mapping[str, Any]  # the fingerprint of a run
 
 
 @contextmanager
-def partial_folder(path: Path) -> Iterator[Path]:
+def partial_folder(path: Path, about: About | None = None, restart: bool = False) -> Iterator[Path]:
     """`<path>.partial` with a mark of this process, removed at the end unless it was renamed or failed verification.
 
-    That of a run that was killed is replaced. Raises OutputError if it belongs to a living run or to the user.
+    about: the fingerprint of a run with a journal. Such a run goes on with what one with the same fingerprint has left,
+    unless it is to `restart`, and leaves its own if it is stopped by anything but an error of ours. All others replace
+    what was left. Raises OutputError if it belongs to a living run, to one with another fingerprint, or to the user.
     """
-    partial = path.with_name(path.name + ".partial")
-    _clear_leftover(partial)
-    partial.mkdir(parents=True)
+    partial = partial_of(path)
+    journal = partial / journals.FOLDER
+    _check_leftover(partial)
+    if about is not None and not restart and (journal / journals.ABOUT).exists():
+        journals.begin(journal, about)
+        for folder in partial.glob(f"{SPILL}*"):
+            shutil.rmtree(folder)
+    elif partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         _write_owner(partial)
         yield partial
     except VerificationError:
-        raise  # the folder stays for inspection
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(journal, ignore_errors=True)  # the rest stays for inspection
+        raise
+    except BaseException as error:
+        ours = isinstance(error, SqueezeError) and not isinstance(error, OutputError)
+        if not ours and (journal / journals.LINES).exists():
+            error.add_note(f"what was done is kept in {partial}: the same command goes on from there")
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -236,36 +303,47 @@ def rewrite(
 
 def publish(folder: Path, path: Path, overwrite: bool) -> None:
     """Gives a finished folder its final name; a folder at `path` is replaced only with `overwrite`."""
-    (folder / OWNER).unlink(missing_ok=True)
     check_writable(path, overwrite)
+    (folder / OWNER).unlink(missing_ok=True)
     _take_name(folder, path)
+    shutil.rmtree(path / journals.FOLDER, ignore_errors=True)
 
 
-def _clear_leftover(partial: Path) -> None:
-    """Removes the `.partial` of a dead run. Raises OutputError if it belongs to a living run or to the user."""
+def _check_leftover(partial: Path) -> None:
+    """Raises OutputError if there is a `.partial` of a living run or of the user."""
     if not partial.exists():
         return
     try:
-        owner = int((partial / OWNER).read_text())
+        pid, _, start = (partial / OWNER).read_text().partition(" ")
+        owner = int(pid)
     except (OSError, ValueError) as error:
         raise OutputError(f"{partial} exists, and llmsqueeze did not write it; remove or rename it") from error
-    if owner != os.getpid() and _alive(owner):
+    if owner != os.getpid() and _alive(owner, start):
         raise OutputError(f"another run (process {owner}) is writing {partial}; wait for it, or choose another --out")
-    shutil.rmtree(partial)
 
 
 def _write_owner(partial: Path) -> None:
-    (partial / OWNER).write_text(str(os.getpid()))
+    (partial / OWNER).write_text(f"{os.getpid()} {_started(os.getpid())}")
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: int, start: str) -> bool:
+    """Whether the process that started then still runs: after a restart of the machine another may have its number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return not start or _started(pid) in ("", start)
+
+
+def _started(pid: int) -> str:
+    """When a process started, as Linux counts, and in which run of the machine; empty if the system does not tell."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{ticks}"
+    except (OSError, IndexError):
+        return ""
 
 
 def _take_name(partial: Path, path: Path) -> None:

@@ -85,6 +85,24 @@ class Witness:
         except UnsupportedError as error:  # rounding alone needs no walk
             progress.note(f"no forward pass in the verification: {error}")
 
+    @property
+    def hidden(self) -> Tensor | None:
+        """The sample's hidden states behind the last block that was seen; None if there is no forward pass."""
+        return None if self.computed.sample is None else self._hidden
+
+    def digest_of(self, linear: str) -> str:
+        """The digest of the weight that was seen."""
+        return self._weights[linear].hex()
+
+    def restore(self, digests: Mapping[str, str], hidden: Tensor | None, block: bool) -> None:
+        """Takes over what the witness of a killed run has seen: weights and, behind a block or before the first, the
+        hidden states."""
+        self._weights |= {name: bytes.fromhex(one) for name, one in digests.items()}
+        if hidden is not None:
+            self._hidden = hidden.to(self._walk.device)
+            if block:
+                self.computed.outputs.append(hidden)
+
     @timed("verify")
     def see_ends(self, weights: Mapping[str, Tensor]) -> None:
         """Compressed embeddings and head, by the names of their modules."""

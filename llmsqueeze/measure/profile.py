@@ -118,6 +118,7 @@ def save(profile: Profile, path: Path) -> None:
     for name, candidates in profile.candidates.items():
         tensors |= {f"{name}.outliers": candidates.index, f"{name}.outlier_scores": candidates.score}
     about = {one.name: one.metadata["encode"](getattr(profile, one.name)) for one in IN_JSON}
+    about["order"] = list(tensors)  # a file has an order of its own, and what is allocated first may depend on it
     save_file(tensors, path, metadata={"llmsqueeze_profile": json.dumps({"version": VERSION, **about})})
 
 
@@ -129,10 +130,12 @@ def load(path: Path) -> Profile:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("llmsqueeze_profile", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = set(file.keys())
+            order = [name for name in about.get("order", []) if name in names] if isinstance(about, dict) else []
+            tensors = {name: file.get_tensor(name) for name in dict.fromkeys([*order, *sorted(names)])}
     except FileNotFoundError as error:
         raise RecipeError(f"there is no profile {path}; `llmsqueeze plan` writes one") from error
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or no profile: {error}") from error
     if not isinstance(about, dict) or "version" not in about:
         raise CheckpointError(f"{path} is no profile; `llmsqueeze plan` writes one")

@@ -1,7 +1,8 @@
 """Measuring the original model by one forward and one backward sweep of the block walk.
 
 The backward sweep reduces the gradients of the block that is resident (block.py); no gradient of a whole model ever
-exists. A request that needs no gradients (LIM, ZD, rankings without data) is measured with less.
+exists. A request that needs no gradients (LIM, ZD, rankings without data) is measured with less. A journal has every
+block's outputs until the backward sweep has used them, and the gradients and measurements of the blocks behind.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import replace
 import torch
 
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.journal import NO_JOURNAL, Journal
 from llmsqueeze.measure.block import Linears, label_counts, reduce_block, reduce_weights
 from llmsqueeze.measure.costs import coded_points
 from llmsqueeze.measure.ends import Ends
 from llmsqueeze.measure.importance import similarity
 from llmsqueeze.measure.moments import fusion_groups
-from llmsqueeze.measure.profile import Profile, joined
+from llmsqueeze.measure.profile import Profile, joined, load, save
 from llmsqueeze.measure.request import Request
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
@@ -28,14 +30,21 @@ from llmsqueeze.quantizers.curvature import factorize
 TOKENS = 32  # of a sample that shows the fusion groups
 
 
-def measure(walk: Walk, first_inputs: Activations, linears: Linears, request: Request, progress: Progress) -> Profile:
+def measure(
+    walk: Walk,
+    first_inputs: Activations,
+    linears: Linears,
+    request: Request,
+    progress: Progress,
+    journal: Journal = NO_JOURNAL,
+) -> Profile:
     """The profile of `linears`. `first_inputs`: the first block's, for every sample; none if the request needs no
     text."""
     if request.gradients:
-        return gradient_sweeps(walk, first_inputs, linears, request, progress)
+        return gradient_sweeps(walk, first_inputs, linears, request, progress, journal)
     profiles = []
     if request.lim:
-        profiles.append(forward_profile(walk, first_inputs, progress))
+        profiles.append(forward_profile(walk, first_inputs, progress, journal))
     elif request.groups:
         profiles.append(groups_profile(walk, request.seed, progress))
     if request.zd or request.outliers is not None:
@@ -47,19 +56,27 @@ def measure(walk: Walk, first_inputs: Activations, linears: Linears, request: Re
 
 
 def gradient_sweeps(
-    walk: Walk, first_inputs: Activations, linears: Linears, request: Request, progress: Progress
+    walk: Walk,
+    first_inputs: Activations,
+    linears: Linears,
+    request: Request,
+    progress: Progress,
+    journal: Journal = NO_JOURNAL,
 ) -> Profile:
     """The profile of a request that needs gradients."""
-    inputs, lim = forward_sweep(walk, first_inputs, progress)
+    inputs, lim = forward_sweep(walk, first_inputs, progress, journal)
     ends = Ends(walk) if request.ends else None
-    loss, gradients = head_sweep(walk, inputs.pop(), request, progress, ends)
+    loss, gradients = head_sweep(walk, inputs.pop(), request, progress, ends, journal)
     blocks: list[Profile] = []
     progress.stage("gradients", len(walk.skeleton.blocks))
     for index in reversed(range(len(walk.skeleton.blocks))):
-        with walk.resident_block(index, then=index - 1):
-            blocks.append(reduce_block(walk, index, inputs[index], gradients, linears, request))
-        if index:  # the first block's inputs belong to the caller
-            inputs[index].clear()
+        if (measured := noted_block(walk, index, gradients, journal)) is None:
+            with walk.resident_block(index, then=index - 1):
+                measured = reduce_block(walk, index, inputs[index], gradients, linears, request)
+            if index:  # the first block's inputs belong to the caller
+                inputs[index].clear()
+            note_block(walk, index, measured, gradients, journal)
+        blocks.append(measured)
         progress.advance()
     profile = joined([*reversed(blocks), *([price_ends(ends, gradients)] if ends is not None else [])])
     gradients.clear()
@@ -73,22 +90,71 @@ def gradient_sweeps(
     )
 
 
-def forward_sweep(walk: Walk, first_inputs: Activations, progress: Progress) -> tuple[list[Activations], list[float]]:
-    """The input of every block, and the output of the last, for every sample; and every block's LIM."""
+def noted_block(walk: Walk, index: int, gradients: Activations, journal: Journal) -> Profile | None:
+    """The measurements of a block that the journal has, with the gradients at its input in `gradients`, if they are
+    the last; None if it does not have them."""
+    step = f"backward-{index}"
+    if journal.value(step) is None:
+        return None
+    if journal.holds(step):
+        gradients.take(Activations.stored(walk.spill, journal.file(step)))
+    return load(journal.file(f"{step}.profile"))
+
+
+def note_block(walk: Walk, index: int, measured: Profile, gradients: Activations, journal: Journal) -> None:
+    """Notes the measurements of a block, and the gradients at its input."""
+    if not journal.active:
+        return
+    step, last = f"backward-{index}", index == len(walk.skeleton.blocks) - 1
+    gradients.move_to(journal.file(step))
+    save(measured, journal.file(f"{step}.profile"))
+    without = ["head" if last else f"backward-{index + 1}", *([f"forward-{index - 1}"] if index else [])]
+    journal.note(step, {}, [step, f"{step}.profile"], without)
+
+
+def forward_sweep(
+    walk: Walk, first_inputs: Activations, progress: Progress, journal: Journal = NO_JOURNAL
+) -> tuple[list[Activations], list[float]]:
+    """The input of every block, and the output of the last, for every sample; and every block's LIM.
+
+    The journal may have them, but for those that are of no use any more: these are empty."""
     inputs, lim = [first_inputs], []
     for index in progress.over(range(len(walk.modules)), "forward", len(walk.modules)):
-        outputs, similar = forward_block(walk, index, inputs[-1])
+        step = f"forward-{index}"
+        if (noted := journal.value(step)) is not None:
+            outputs, similar = stored(walk, step, journal), noted["similar"]
+        else:
+            outputs, similar = forward_block(walk, index, inputs[-1])
+            if journal.active:
+                outputs.move_to(journal.file(step))
+                journal.note(step, {"similar": similar}, [step])
         inputs.append(outputs)
         lim.append(-similar)
     return inputs, lim
 
 
-def forward_profile(walk: Walk, first_inputs: Activations, progress: Progress) -> Profile:
+def stored(walk: Walk, name: str, journal: Journal) -> Activations:
+    """The activations that the journal has in a file; none if they are of no use any more."""
+    return Activations.stored(walk.spill, journal.file(name)) if journal.holds(name) else Activations(walk.spill)
+
+
+def forward_profile(
+    walk: Walk, first_inputs: Activations, progress: Progress, journal: Journal = NO_JOURNAL
+) -> Profile:
     """Every block's LIM and fusion groups, with the activations of one block at a time."""
     inputs, lim = first_inputs, []
     groups: list[tuple[str, ...]] = []
     for index in progress.over(range(len(walk.modules)), "forward", len(walk.modules)):
-        outputs, similar = forward_block(walk, index, inputs, groups)
+        step, before = f"forward-{index}", len(groups)
+        if (noted := journal.value(step)) is not None:
+            outputs, similar = stored(walk, step, journal), noted["similar"]
+            groups += [tuple(names) for names in noted["groups"]]
+        else:
+            outputs, similar = forward_block(walk, index, inputs, groups)
+            if journal.active:
+                outputs.move_to(journal.file(step))
+                value = {"similar": similar, "groups": groups[before:]}
+                journal.note(step, value, [step], [f"forward-{index - 1}"] if index else [])
         lim.append(-similar)
         if inputs is not first_inputs:
             inputs.clear()
@@ -128,13 +194,20 @@ def forward_block(
 
 
 def head_sweep(
-    walk: Walk, outputs: Activations, request: Request, progress: Progress, ends: Ends | None = None
+    walk: Walk,
+    outputs: Activations,
+    request: Request,
+    progress: Progress,
+    ends: Ends | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[float, Activations]:
     """Mean loss over the samples, and per sample the gradient of its loss at the last block's output; `ends` sees the
-    head's inputs and probabilities.
+    head's inputs and probabilities, for which the sweep is done again if the journal has its result.
 
     The loss behind the gradient is that on the text, or on labels that the model draws by the request's seed.
     """
+    if (noted := journal.value("head")) is not None and ends is None:
+        return noted["loss"], stored(walk, "head", journal)
     gradients = Activations(walk.spill)
     losses = []
     generator = torch.Generator().manual_seed(request.seed)
@@ -146,7 +219,12 @@ def head_sweep(
             losses.append(loss)
             gradients.append(gradient)
     outputs.clear()
-    return sum(losses) / len(losses), gradients
+    loss = sum(losses) / len(losses)
+    if journal.active and noted is None:
+        gradients.move_to(journal.file("head"))
+        last = f"forward-{len(walk.modules) - 1}"
+        journal.note("head", {"loss": loss}, ["head"], [last] if ends is None else [])
+    return loss, gradients
 
 
 def price_ends(ends: Ends, gradients: Activations) -> Profile:

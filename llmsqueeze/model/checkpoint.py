@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,16 @@ def file_digests(checkpoint: Checkpoint, previous: Mapping[str, Any] | None = No
         identity = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         before = (previous or {}).get(file.name, {})
         if not identity.items() <= before.items():
-            with file.open("rb") as stream:
-                before = {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+            before = {"sha256": _sha256(file, stat.st_size, stat.st_mtime_ns)}
         digests[file.name] = identity | {"sha256": before["sha256"]}
     return digests
+
+
+@cache
+def _sha256(file: Path, _size: int, _mtime_ns: int) -> str:
+    """A file with the same size and time is read once in a process."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def weights_digest(files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.weights.group import Compressed, compress_group, compressed_nbytes, final_plan
 from llmsqueeze.compress.weights.pace import Pace
+from llmsqueeze.compress.weights.resume import START, Resumed, Tally, note, numbers_of, step_of
 from llmsqueeze.compress.weights.weight import WeightSettings, group_targets
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.folder import Output
@@ -71,22 +72,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """The plan after compression; each weight's relative output error, of coded ones the sensitivity, and the share of
-    the moments of its inputs that was chance, where they were measured. tokens: of experts, how many were sent to them.
-    """
+    """The plan after compression, and by kind the numbers of each weight: its relative output error; of coded ones the
+    sensitivity; the share of the moments of its inputs that was chance, where they were measured; of experts, how many
+    tokens were sent to them."""
 
     plan: Plan
-    errors: Mapping[str, float]
-    sensitivities: Mapping[str, float]
-    chances: Mapping[str, float]
-    tokens: Mapping[str, int]
+    numbers: Mapping[str, Mapping[str, float]]
 
     @property
     def by_weight(self) -> dict[str, Mapping[str, float]]:
         """For the record: kind of number -> weight -> number."""
-        kinds: dict[str, Mapping[str, float]] = {"errors": self.errors, "sensitivities": self.sensitivities}
-        kinds |= {"chances": self.chances, "tokens": self.tokens}
-        return {kind: numbers for kind, numbers in kinds.items() if numbers or kind == "errors"}
+        kinds = {"errors": "error", "sensitivities": "sensitivity", "chances": "chance", "tokens": "tokens"}
+        return {
+            plural: self.numbers[kind] for plural, kind in kinds.items() if self.numbers[kind] or plural == "errors"
+        }
 
 
 def needed_streams(
@@ -109,27 +108,26 @@ def needed_streams(
 
 
 def compress_blocks(
-    run: Run, streams: ResidualStreams, output: Output, witness: Witness | None = None, count: int | None = None
+    run: Run,
+    streams: ResidualStreams,
+    output: Output,
+    witness: Witness | None = None,
+    count: int | None = None,
+    before: Resumed | None = None,
 ) -> Result:
-    """Compresses and writes every block in turn, or the first `count`; `witness` sees each compressed block."""
+    """Compresses and writes every block in turn, or the first `count`; `witness` sees each compressed block, and the
+    journal of the output gets it. before: the blocks that a killed run has left, with which `streams` belongs."""
     skeleton, plan = run.walk.skeleton, run.decision.plan
-    weights, errors = {}, {}
-    sensitivities: dict[str, float] = {}
-    chances: dict[str, float] = {}
-    tokens: dict[str, int] = {}
-    indices = range(len(skeleton.blocks))[:count]
+    done, tally = (0, Tally()) if before is None else (before.blocks, before.tally)
+    indices = range(len(skeleton.blocks))[done:count]
     for index in run.progress.over(indices, "compress", len(indices)):
         compressed, streams = compress_block(run, index, streams, witness)
         output.write_shard(block_shard(skeleton, index, plan, compressed))
+        step, last = step_of(index), step_of(index - 1) if index else START
+        note(output, step, last, [output.last_shard], plan, compressed, run.pace, witness, streams)
         for name, one in compressed.items():
-            weights[name], errors[name] = final_plan(plan.weights[name], one.parts), one.error
-            if one.sensitivity is not None:
-                sensitivities[name] = one.sensitivity
-            if one.chance is not None:
-                chances[name] = one.chance
-            if one.tokens is not None:
-                tokens[name] = one.tokens
-    return Result(plan.having(weights), errors, sensitivities, chances, tokens)
+            tally.add(plan.weights[name], final_plan(plan.weights[name], one.parts), numbers_of(one))
+    return Result(plan.having(tally.plans), tally.numbers)
 
 
 def compress_block(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmsqueeze.allocation.coded import Curve
 from llmsqueeze.allocation.plan import Plan
@@ -33,6 +33,14 @@ class Pace:
         self.plan, self.curves, self.target = plan, curves, target
         self.spent: dict[str, int] = {}
         self.expected = 0.0  # bytes predicted for what was written, at its steps
+
+    def state(self) -> dict[str, Any]:
+        """What was written so far, as JSON."""
+        return {"spent": dict(self.spent), "expected": self.expected}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of another run of the same plan."""
+        self.spent, self.expected = dict(state["spent"]), state["expected"]
 
     def shift(self, names: Sequence[str]) -> float:
         """By how many octaves the steps of `names`, which are next, differ from the plan's."""

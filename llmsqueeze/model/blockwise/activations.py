@@ -3,15 +3,19 @@
 Spilled tensors are written and read with plain file calls, not mapped, so that they do not count as memory. The place
 of one that is released, in memory or in the file, is taken by the next of its size: the system then has no new pages
 to find. The memory is not the C library's heap, where what is kept would lie between what is not, and leave holes.
+
+A list that a killed run has to find again moves to a file of its own (`move_to`), from which it can be read later.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import mmap
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_LIMIT = 24 << 20  # bytes
+SPILL = "llmsqueeze-"  # how the names of folders with spilled activations begin
 
 
 class Spill:
@@ -29,8 +34,8 @@ class Spill:
         self.limit = limit
         self.nbytes = 0  # in use, in memory
         self.on_disk = 0  # bytes of the file
-        self._folder = Path(tempfile.mkdtemp(prefix="llmsqueeze-", dir=parent))
-        self._file = (self._folder / "activations.bin").open("w+b", buffering=0)
+        self._folder = Path(tempfile.mkdtemp(prefix=SPILL, dir=parent))
+        self._file = io.FileIO(self._folder / "activations.bin", "w+")
         self._lock = threading.Lock()
         self._places: dict[int, list[int]] = {}  # size -> free places in the file
         self._buffers: dict[int, list[Tensor]] = {}  # size -> free memory
@@ -79,13 +84,7 @@ class Spill:
     def read(self, data: memoryview, place: int) -> None:
         """Fills `data` with the bytes at a place. Several threads may read at once, and one may write."""
         with self._lock:
-            self._file.seek(place)
-            done = 0
-            while done < data.nbytes:
-                count = self._file.readinto(data[done:])
-                if not count:
-                    raise OSError("the file of spilled activations is shorter than what was written to it")
-                done += count
+            _fill(self._file, data, place)
 
     def free(self, place: int, nbytes: int) -> None:
         """The next bytes of this size may be written there."""
@@ -97,7 +96,7 @@ class Activations:
 
     def __init__(self, spill: Spill) -> None:
         self._spill = spill
-        self._items: list[_InMemory | _OnDisk | None] = []
+        self._items: list[_InMemory | _OnDisk | _InFile | None] = []
 
     def __len__(self) -> int:
         return len(self._items)
@@ -127,6 +126,41 @@ class Activations:
         for index in range(len(self)):
             self.release(index)
         self._items.clear()
+
+    def move_to(self, path: Path) -> None:
+        """Writes all tensors to a new file, from which they are read from now on. Nobody may remove it before the
+        list is cleared."""
+        cpu, places, shapes, place = torch.device("cpu"), [], [], 0
+        with path.open("wb") as file:
+            for index in range(len(self)):
+                tensor = self.get(index, cpu).contiguous()
+                file.write(_bytes_of(tensor))
+                shapes.append([list(tensor.shape), str(tensor.dtype).removeprefix("torch.")])
+                places.append(place)
+                place += tensor.nbytes
+            about = json.dumps(shapes).encode()
+            file.write(about + len(about).to_bytes(8, "little"))
+        self.clear()
+        self._items += _stored(path, shapes, places)
+
+    def take(self, other: Activations) -> None:
+        """Has the tensors of another list instead of its own; the other one has none afterwards."""
+        self.clear()
+        self._items, other._items = other._items, []
+
+    @classmethod
+    def stored(cls, spill: Spill, path: Path) -> Activations:
+        """The list that `move_to` wrote."""
+        with path.open("rb") as file:
+            file.seek(-8, 2)
+            end = file.tell()
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(end - length)
+            shapes = json.loads(file.read(length))
+        sizes = [torch.Size(shape).numel() * getattr(torch, dtype).itemsize for shape, dtype in shapes]
+        activations = cls(spill)
+        activations._items += _stored(path, shapes, [sum(sizes[:at]) for at in range(len(sizes))])
+        return activations
 
     def _keep(self, tensor: Tensor) -> _InMemory | _OnDisk:
         tensor = tensor.detach()
@@ -158,6 +192,39 @@ class _OnDisk:
 
     def release(self, spill: Spill) -> None:
         spill.free(self._place, self._nbytes)
+
+
+class _InFile:
+    """A tensor in a file that stays as it is."""
+
+    def __init__(self, file: io.FileIO, lock: threading.Lock, place: int, shape: Sequence[int], dtype: str) -> None:
+        self._file, self._lock, self._place, self._shape, self._dtype = file, lock, place, shape, getattr(torch, dtype)
+
+    def load(self, _spill: Spill, device: torch.device) -> Tensor:
+        tensor = torch.empty(self._shape, dtype=self._dtype)
+        with self._lock:
+            _fill(self._file, _bytes_of(tensor), self._place)
+        return tensor.to(device)
+
+    def release(self, _spill: Spill) -> None:
+        pass  # the file is closed with the last of its tensors
+
+
+def _stored(path: Path, shapes: Sequence[Any], places: Sequence[int]) -> list[_InFile]:
+    """The tensors in a file, by their shapes and dtypes and their places."""
+    file, lock = io.FileIO(path), threading.Lock()
+    return [_InFile(file, lock, place, *about) for place, about in zip(places, shapes, strict=True)]
+
+
+def _fill(file: io.FileIO, data: memoryview, place: int) -> None:
+    """Fills `data` with the bytes at a place of a file."""
+    file.seek(place)
+    done = 0
+    while done < data.nbytes:
+        count = file.readinto(data[done:])
+        if not count:
+            raise OSError(f"{file.name} is shorter than what was written to it")
+        done += count
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
