@@ -76,7 +76,7 @@ def test_a_run_that_is_stopped_after_every_step_does_nothing_twice(
         quantize(demo, RUNS[name], tmp_path / "whole")
     every: list[str] = []
     while not (tmp_path / "out").exists():
-        with stopped_after(1) as noted:
+        with stopped_after(5 if name == "search" else 1) as noted:
             try:
                 quantize(demo, RUNS[name], tmp_path / "out")
             except KeyboardInterrupt:
