@@ -131,7 +131,7 @@ def write_weights(
         inputs = walk.embed() if job.recipe.needs_text else None
         run = Run.of(walk, decision, job.recipe, progress)
         witness = Witness(walk, job.recipe.seed, progress) if verify else None
-        before = resume.resumed(output, decision.plan, job.skeleton.linears, run.pace, witness, spill)
+        before = resume.resumed(output, decision.plan, job.skeleton.linears, run.pace, witness, walk)
         if before is None:
             plan, streams, witness = begin_weights(run, output, inputs, witness)
         else:
@@ -164,7 +164,7 @@ def begin_weights(
             witness = Witness(run.walk, recipe.seed, run.progress)
     if witness is not None:
         witness.see_ends(dense)
-    resume.note(output, resume.START, None, shards, decided, ends, run.pace, witness, streams)
+    resume.note(output, run.walk, resume.START, None, shards, decided, ends, run.pace, witness, streams)
     return plan, streams, witness
 
 

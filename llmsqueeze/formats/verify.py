@@ -9,10 +9,11 @@ and a few activations; at the start, the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -90,18 +91,20 @@ class Witness:
         """The sample's hidden states behind the last block that was seen; None if there is no forward pass."""
         return None if self.computed.sample is None else self._hidden
 
-    def digest_of(self, linear: str) -> str:
-        """The digest of the weight that was seen."""
-        return self._weights[linear].hex()
+    def state(self, linears: Iterable[str]) -> dict[str, Any]:
+        """For a journal: the digests of these linears, and how the hidden states are packed."""
+        digests = {name: self._weights[name].hex() for name in linears}
+        return {"weights": digests, "layouts": self._walk.layouts(len(self.computed.outputs))}
 
-    def restore(self, digests: Mapping[str, str], hidden: Tensor | None, block: bool) -> None:
+    def restore(self, state: Mapping[str, Any], hidden: Tensor | None, block: bool) -> None:
         """Takes over what the witness of a killed run has seen: weights and, behind a block or before the first, the
         hidden states."""
-        self._weights |= {name: bytes.fromhex(one) for name, one in digests.items()}
+        self._weights |= {name: bytes.fromhex(one) for name, one in state["weights"].items()}
         if hidden is not None:
             self._hidden = hidden.to(self._walk.device)
             if block:
                 self.computed.outputs.append(hidden)
+            self._walk.restore_layouts(len(self.computed.outputs), state["layouts"])
 
     @timed("verify")
     def see_ends(self, weights: Mapping[str, Tensor]) -> None:

@@ -123,11 +123,12 @@ def forward_sweep(
         step = f"forward-{index}"
         if (noted := journal.value(step)) is not None:
             outputs, similar = stored(walk, step, journal), noted["similar"]
+            walk.restore_layouts(index + 1, noted["layouts"])
         else:
             outputs, similar = forward_block(walk, index, inputs[-1])
             if journal.active:
                 outputs.move_to(journal.file(step))
-                journal.note(step, {"similar": similar}, [step])
+                journal.note(step, {"similar": similar, "layouts": walk.layouts(index + 1)}, [step])
         inputs.append(outputs)
         lim.append(-similar)
     return inputs, lim
@@ -148,12 +149,13 @@ def forward_profile(
         step, before = f"forward-{index}", len(groups)
         if (noted := journal.value(step)) is not None:
             outputs, similar = stored(walk, step, journal), noted["similar"]
+            walk.restore_layouts(index + 1, noted["layouts"])
             groups += [tuple(names) for names in noted["groups"]]
         else:
             outputs, similar = forward_block(walk, index, inputs, groups)
             if journal.active:
                 outputs.move_to(journal.file(step))
-                value = {"similar": similar, "groups": groups[before:]}
+                value = {"similar": similar, "groups": groups[before:], "layouts": walk.layouts(index + 1)}
                 journal.note(step, value, [step], [f"forward-{index - 1}"] if index else [])
         lim.append(-similar)
         if inputs is not first_inputs:

@@ -153,7 +153,7 @@ def cut_off(file: Path) -> None:
 
 def test_another_run_does_not_go_on_with_it(demo: Source, tmp_path: Path, half: Path) -> None:
     before = contents(half)
-    with pytest.raises(OutputError, match="recipe bits 3, not 4.*--restart"):
+    with pytest.raises(OutputError, match=r"recipe bits 3, not 4.*--restart"):
         quantize(demo, {**RUNS["descent"], "bits": 4}, tmp_path / "out")
     assert contents(half) == before, "nothing is lost"
     quantize(demo, {**RUNS["descent"], "bits": 4}, tmp_path / "out", restart=True)
@@ -169,15 +169,14 @@ def test_a_disk_that_is_full_loses_nothing(demo: Source, tmp_path: Path, monkeyp
         patched.setattr("llmsqueeze.formats.folder.Output.finish", full)
         code, _, err = command("quantize", demo.model, "--method", "rtn", "--out", tmp_path / "out", "--quiet")
     assert code == 2
-    assert "No space left" in err and "the same command goes on" in err
+    assert "No space left" in err
+    assert "the same command goes on" in err
     with stopped_after(-1) as noted:
         quantize(demo, {"method": "rtn"}, tmp_path / "out")
     assert noted == [], "all blocks were there"
 
 
-def test_a_signal_to_terminate_says_how_to_go_on(
-    demo: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_to_terminate_says_how_to_go_on(demo: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = journal.Journal.note
 
     def terminated(self: journal.Journal, *given: Any) -> None:
@@ -188,4 +187,5 @@ def test_a_signal_to_terminate_says_how_to_go_on(
     monkeypatch.setattr(journal.Journal, "note", terminated)
     code, _, err = command("quantize", demo.model, "--method", "rtn", "--out", tmp_path / "out", "--quiet")
     assert code == 130
-    assert "interrupted; what was done is kept in" in err and "the same command goes on" in err
+    assert "interrupted; what was done is kept in" in err
+    assert "the same command goes on" in err

@@ -124,7 +124,7 @@ def compress_blocks(
         compressed, streams = compress_block(run, index, streams, witness)
         output.write_shard(block_shard(skeleton, index, plan, compressed))
         step, last = step_of(index), step_of(index - 1) if index else START
-        note(output, step, last, [output.last_shard], plan, compressed, run.pace, witness, streams)
+        note(output, run.walk, step, last, [output.last_shard], plan, compressed, run.pace, witness, streams)
         for name, one in compressed.items():
             tally.add(plan.weights[name], final_plan(plan.weights[name], one.parts), numbers_of(one))
     return Result(plan.having(tally.plans), tally.numbers)

@@ -21,15 +21,16 @@ from llmsqueeze.formats.verify import Witness
 from llmsqueeze.journal import Journal
 from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
 
-START = "start"
+START, BLOCK = "start", "block-"
 STREAMS = ("original", "compressed")
 NUMBERS = ("error", "sensitivity", "chance", "tokens")  # of a compressed linear, for the record
 
 
 def step_of(index: int) -> str:
     """The step of a block."""
-    return f"block-{index}"
+    return f"{BLOCK}{index}"
 
 
 @dataclass
@@ -52,6 +53,7 @@ def numbers_of(one: Compressed) -> dict[str, float | None]:
 
 def note(
     output: Output,
+    walk: Walk,
     step: str,
     before: str | None,
     shards: Sequence[str],
@@ -80,7 +82,8 @@ def note(
             for name, final in finals.items()
         },
         "pace": None if pace is None else pace.state(),
-        "weights": {} if witness is None else {name: witness.digest_of(name) for name in compressed},
+        "witness": None if witness is None else witness.state(compressed),
+        "layouts": walk.layouts(0 if before is None else int(step.removeprefix(BLOCK)) + 1),
         "streams": [
             None if stream is None else f"{step}.{STREAMS[0] if stream is streams.original else kind}"
             for kind, stream in zip(STREAMS, (streams.original, streams.compressed), strict=True)
@@ -111,7 +114,7 @@ def resumed(
     blocks: Sequence[Sequence[str]],
     pace: Pace | None,
     witness: Witness | None,
-    spill: Spill,
+    walk: Walk,
 ) -> Resumed | None:
     """What the journal has of the block loop; output, pace and witness become what they were. None if it has nothing,
     or if a shard is not what was written: then all blocks are compressed again.
@@ -138,7 +141,8 @@ def resumed(
     last = values[steps[-1]]
     if pace is not None:
         pace.restore(last["pace"])
-    return Resumed(len(steps) - 1, streams_of(journal, last["streams"], spill), ends.plans, tally)
+    walk.restore_layouts(len(steps) - 1, last["layouts"])
+    return Resumed(len(steps) - 1, streams_of(journal, last["streams"], walk.spill), ends.plans, tally)
 
 
 def streams_of(journal: Journal, names: Sequence[str | None], spill: Spill) -> ResidualStreams:
@@ -152,4 +156,4 @@ def _show(journal: Journal, step: str, value: Mapping[str, Any], witness: Witnes
     """Lets the witness know what it had seen at a step."""
     file = f"{step}.witness"
     hidden = load_file(journal.file(file))["hidden"] if journal.holds(file) else None
-    witness.restore(value["weights"], hidden, step != START)
+    witness.restore(value["witness"], hidden, step != START)

@@ -38,6 +38,15 @@ class Layout:
         shapes = tuple(tensor.shape for tensor in tensors)
         return torch.cat([tensor.reshape(-1) for tensor in tensors]), cls(shapes, structure)
 
+    def as_json(self) -> list[Any]:
+        """For a journal; `from_json` makes the same layout of it."""
+        return [[list(shape) for shape in self.shapes], pytree.treespec_dumps(self.structure)]
+
+    @classmethod
+    def from_json(cls, value: Sequence[Any]) -> Layout:
+        shapes, structure = value
+        return cls(tuple(torch.Size(shape) for shape in shapes), pytree.treespec_loads(structure))
+
     def unpacked(self, packed: Tensor) -> tuple[Tensor, dict[Any, Any]]:
         """The hidden states and the content."""
         parts = packed.split([shape.numel() for shape in self.shapes])

@@ -13,7 +13,7 @@ token rows [1, length].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, partial
 from typing import Any
@@ -175,6 +175,15 @@ class Walk:
         if layout is not None:
             self._layouts[index + 1, sample] = layout
         return hidden
+
+    def layouts(self, index: int) -> dict[str, Any]:
+        """How what block `index` gets is packed, by sample, as JSON; empty if it is hidden states alone."""
+        of_block = {sample: layout for (at, sample), layout in self._layouts.items() if at == index}
+        return {str(sample): layout.as_json() for sample, layout in sorted(of_block.items())}
+
+    def restore_layouts(self, index: int, layouts: Mapping[str, Any]) -> None:
+        """Takes over what `layouts` of another walk over the same samples gave."""
+        self._layouts |= {(index, int(sample)): Layout.from_json(layout) for sample, layout in layouts.items()}
 
     def hidden_in(self, index: int, sample: int, given: Tensor) -> Tensor:
         """The hidden states in what block `index` gets, without what earlier blocks hand to later ones."""
