@@ -51,6 +51,7 @@ class Student:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         weights: dict[str, TrainedWeight] = {}
+        blocks = find_blocks(self.model)
         for name, layer in list(self.model.named_modules()):
             if isinstance(layer, SumOfParts):
                 linear = TrainedLinear(layer, train, products)
@@ -64,7 +65,7 @@ class Student:
         for norm in norms.values():
             norm.requires_grad_(True)
         self.trained = Trained(weights, norms, dtypes)
-        for block in find_blocks(self.model):
+        for block in blocks:
             module: Any = self.model.get_submodule(block)
             module.forward = _checkpointed(module.forward)
 

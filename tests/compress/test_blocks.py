@@ -28,6 +28,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.hf.layer import SumOfParts
+from llmsqueeze.journal import NO_JOURNAL
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.model.blockwise.activations import Activations, Spill
@@ -274,6 +275,9 @@ def test_an_interruption_leaves_nothing(
 
 class NoOutput(Output):
     """Takes shards without writing them."""
+
+    last_shard = ""
+    journal = NO_JOURNAL
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
