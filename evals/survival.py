@@ -4,9 +4,9 @@
         [--out FILE.json]
     python evals/survival.py --show FILE.json ...
 
-A moment is drawn evenly from the time that an uninterrupted run takes. The process gets signal 9. What is compared: every
-file of the folder with that of the uninterrupted run, byte for byte; and the time of all runs together, the starts of
-Python among them, with that of the uninterrupted one. steps: how many the journal held at each kill.
+A moment is drawn evenly from the time that an uninterrupted run takes. The process gets signal 9. What is compared:
+every file of the folder with that of the uninterrupted run, byte for byte; and the time of all runs together, the
+starts of Python among them, with that of the uninterrupted one. steps: how many the journal held at each kill.
 """
 
 from __future__ import annotations
@@ -108,15 +108,12 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def table(results: list[Row]) -> list[str]:
-    head = [
-        "| model | run | kills, at so many steps | the same bytes | time, of an uninterrupted run |",
-        "|---|---|---|---|---:|",
-    ]
-    return head + [
-        f"| {row['model']} | {row['row']} | {', '.join(map(str, row['steps']))} | {'yes' if row['identical'] else '**no**'} "
-        f"| {row['seconds_killed'] / row['seconds']:.2f} |"
-        for row in results
-    ]
+    lines = ["| model | run | steps noted at the kills | the same bytes | time |", "|---|---|---|---|---:|"]
+    for row in results:
+        steps, same = ", ".join(map(str, row["steps"])), "yes" if row["identical"] else "**no**"
+        cells = [row["model"], row["row"], steps, same, f"{row['seconds_killed'] / row['seconds']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":
