@@ -1,0 +1,238 @@
+"""Which architectures are handled: tiny random models, made of transformers' own config classes, through every stage.
+
+    python evals/architectures.py [TYPE ...] [--variants] [--multimodal] [--add] [--out FILE.json]
+
+TYPE: causal types of transformers, all of them if none is named; --variants: the variants below instead; --multimodal:
+the image-text types instead; --add: keep the rows that the file has of others. A model gets small values for the usual
+fields of its config. Stages: `quantize` at 8 and 4 bits (rtn), 3 bits (gptq), and 3.0 bits on average (coded). whole:
+all stages end well, the logits of the 8-bit folder correlate with the original's at more than 0.99, and at least 0.9 of
+the weights in matrices outside embeddings, head and towers is compressed. partly: less of them, or a stage refuses.
+Writes the rows as JSON, and a table beside it (`.md`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers.models.auto import modeling_auto
+
+import llmsqueeze
+from llmsqueeze.demo import MODEL_DIR
+from llmsqueeze.errors import SqueezeError
+from llmsqueeze.model.checkpoint import open_checkpoint
+
+VOCABULARY = 512
+SMALL: dict[str, int] = (
+    dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim_model", "word_embed_proj_dim", "embedding_size"), 64)
+    | dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "dff", "dim_ff", "d_inner"), 128)
+    | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "lru_width"), 64)
+    | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2)
+    | dict.fromkeys(("num_decoder_layers", "num_encoder_layers", "depth", "num_blocks"), 2)
+    | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4)
+    | dict.fromkeys(("num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "moe_topk", "top_k_experts"), 2)
+    | dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "d_kv", "d_head"), 16)
+    | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
+    | dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCABULARY)
+    | dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions"), 256)
+    | dict.fromkeys(("state_size", "ssm_state_size", "mamba_d_state", "time_step_rank", "sliding_window"), 16)
+    | {"q_lora_rank": 32, "kv_lora_rank": 32, "image_size": 32, "patch_size": 8, "rotary_dim": 16}
+)
+LLAMA = {"num_key_value_heads": 2}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases in attention and MLP": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "tied embeddings": ("llama", {"tie_word_embeddings": True}),
+    "untied embeddings": ("llama", {"tie_word_embeddings": False}),
+    "one head of keys and values": ("llama", {"num_key_value_heads": 1}),
+    "heads wider than the model": ("llama", {"head_dim": 32}),
+    "columns that no group size divides": ("llama", {"intermediate_size": 100}),
+    "windows and full attention in turn": (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "keys and values of earlier blocks": (
+        "gemma3n_text",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "intermediate_size": 128,
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+            "hidden_size_per_layer_input": 32,
+            "laurel_rank": 16,
+        },
+    ),
+    "embeddings narrower than blocks": ("opt", {"word_embed_proj_dim": 32}),
+    "attention among state spaces": (
+        "bamba",
+        {"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    ),
+    "convolutions and attention": (
+        "lfm2",
+        {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "full_attn_idxs": [1]},
+    ),
+    "a linear whose weight others read": ("mamba", {}),
+    "parallel branches": ("gpt_neox", {"use_parallel_residual": True}),
+    "transposed linears": ("gpt2", {}),
+    "lists from blocks": ("openai-gpt", {}),
+    "hidden states scaled in place": ("ctrl", {}),
+}
+ASIDE = re.compile(r"embed|lm_head|wte|wpe|word_emb|position|^head|shared\.weight|vision|image|audio|projector|merger")
+STAGES: dict[str, dict[str, Any]] = {
+    "rtn8": {"method": "rtn", "bits": 8, "group_size": 32},
+    "rtn4": {"method": "rtn", "bits": 4, "group_size": 32},
+    "gptq3": {"method": "gptq", "bits": 3, "group_size": 32, "samples": 4, "seq_len": 32},
+    "coded3": {"method": "coded", "bits": 3.0, "samples": 4, "seq_len": 32},
+}
+
+
+def shrunk(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config with small values, and then with the changes."""
+    small = copy.deepcopy(values)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            small[key] = shrunk(value, {})
+        elif key in SMALL and isinstance(value, int) and not isinstance(value, bool):
+            small[key] = SMALL[key]
+        elif key == "layer_types" and isinstance(value, list):
+            small[key] = value[:2]
+        elif key.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
+            small[key] = 1
+    return small | changes
+
+
+def make(kind: str, changes: dict[str, Any], multimodal: bool, folder: Path) -> Any:
+    """Writes a tiny random model of a type; returns it in float32."""
+    config_class = CONFIG_MAPPING[kind]
+    dropped = ("model_type", "transformers_version", "architectures", "dtype", "id2label", "label2id")
+    values = {key: value for key, value in config_class().to_dict().items() if key not in dropped}
+    config = config_class.from_dict(shrunk(values, changes))
+    torch.manual_seed(0)
+    auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    model = auto.from_config(config).float().eval()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # transformers' own would leave a model of this size without blocks
+        if id(parameter) in tables:
+            parameter.data.normal_(std=0.5)
+        elif parameter.dim() >= 2 and min(parameter.shape[-2:]) >= 2 and "A_log" not in name:
+            parameter.data.normal_(std=1.2 * parameter.shape[-1] ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """[tokens * vocabulary] for the same few tokens."""
+    ids = torch.randint(3, 300, (2, 32), generator=torch.Generator().manual_seed(11))
+    output: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return output.double().flatten()
+
+
+def share(original: Path, compressed: Path) -> float:
+    """Of the weights in matrices that could be compressed, those that are."""
+    before, after = open_checkpoint(original).tensors, open_checkpoint(compressed).tensors
+    sizes = {
+        name: torch.Size(tensor.shape).numel()
+        for name, tensor in before.items()
+        if len(tensor.shape) > 1 and min(tensor.shape[-2:]) >= 8 and not ASIDE.search(name)
+    }
+    dense = {n for n, t in after.items() if n in before and t.shape == before[n].shape}
+    return 1 - sum(size for name, size in sizes.items() if name in dense) / max(1, sum(sizes.values()))
+
+
+def judged(name: str, kind: str, changes: dict[str, Any], multimodal: bool) -> dict[str, Any]:
+    """A model's row: what became of each stage, and the verdict."""
+    row: dict[str, Any] = {"name": name, "type": kind, "stages": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        try:
+            expected = logits(make(kind, changes, multimodal, folder / "original"))
+        except Exception as error:
+            return row | {"verdict": "not built", "why": f"{type(error).__name__}: {str(error)[:160]}"}
+        for stage, recipe in STAGES.items():
+            text = {} if recipe["method"] == "rtn" else {"calibration": "demo"}
+            try:
+                summary = llmsqueeze.quantize(str(folder / "original"), str(folder / stage), **recipe, **text)
+                row["stages"][stage] = "ok"
+            except SqueezeError as error:
+                row["stages"][stage] = f"refused: {error}"[:300]
+                continue
+            except Exception:
+                row["stages"][stage] = f"failed: {traceback.format_exc()[-300:]}"
+                continue
+            if stage == "rtn8":
+                row |= {"format": summary["format"], "share": round(share(folder / "original", folder / stage), 3)}
+                opened = llmsqueeze.load(str(folder / stage), dtype=torch.float32).eval()
+                both = torch.stack([expected, logits(opened)])
+                row["correlation"] = round(float(torch.corrcoef(both)[0, 1]), 5)
+    return row | {"verdict": verdict(row)}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """whole, partly, refused or failing."""
+    stages = list(row["stages"].values())
+    if any(stage.startswith("failed") for stage in stages) or row.get("correlation", 1.0) <= 0.99:
+        return "failing"
+    if stages[0] != "ok":
+        return "refused"
+    return "whole" if set(stages) == {"ok"} and row["share"] >= 0.9 else "partly"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = ["# Architectures", "", "Tiny random models through every stage (`evals/architectures.py`).", ""]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        some = [row for row in rows if row["group"] == group]
+        counts = Counter(row["verdict"] for row in some)
+        totals = ", ".join(f"{counts[kind]} {kind}" for kind in dict.fromkeys(counts))
+        lines += [f"## {group}: {len(some)}, of which {totals}", ""]
+        lines += ["| model | type | verdict | compressed | correlation | format |", "|---|---|---|---|---|---|"]
+        for row in some:
+            numbers = (f"{row['share']:.2f}", f"{row['correlation']:.4f}") if "share" in row else ("", "")
+            lines.append(
+                f"| {row['name']} | {row['type']} | {row['verdict']} | {' | '.join(numbers)} "
+                f"| {row.get('format', '')} |"
+            )
+        said = [(r["name"], r.get("why") or next((s for s in r["stages"].values() if s != "ok"), "")) for r in some]
+        lines += ["", *(f"- {name}: {' '.join(why.split())}" for name, why in said if why), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--variants", action="store_true")
+    parser.add_argument("--multimodal", action="store_true")
+    parser.add_argument("--add", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("evals/results/architectures.json"))
+    options = parser.parse_args()
+    mapping: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if options.multimodal:
+        mapping = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    group = "variants" if options.variants else "image-text types" if options.multimodal else "causal types"
+    wanted = VARIANTS if options.variants else {kind: (kind, {}) for kind in options.types or mapping}
+    rows = json.loads(options.out.read_text()) if options.add and options.out.exists() else []
+    for name, (kind, changes) in wanted.items():
+        row = {"group": group} | judged(name, kind, changes, options.multimodal)
+        rows = [one for one in rows if (one["group"], one["name"]) != (group, name)] + [row]
+        print(f"{name:36} {row['verdict']:9} {row.get('share', '')} {row.get('correlation', '')}", flush=True)
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
