@@ -230,6 +230,11 @@ def fused(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[s
     return [*filter(None, together), *((name,) for name in names if name not in grouped)]
 
 
+def dtype_of_parts(stored: torch.dtype) -> torch.dtype:
+    """The dtype of scales and outliers of a weight that is stored so: nothing here computes in more than float32."""
+    return torch.float32 if stored == torch.float64 else stored
+
+
 def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
     weights = {name: _base_weight(skeleton, name, recipe) for name in planned_linears(skeleton, recipe.skip)}
@@ -252,13 +257,13 @@ def _base_weight(skeleton: Skeleton, name: str, recipe: Recipe) -> WeightPlan:
     if recipe.quantizer == "coded":
         return replace(_to_be_coded(skeleton, name), rank=recipe.rank)
     grids = (Rows(recipe_grid(recipe, recipe.code_bits), rows),)
-    return WeightPlan(name, shape, skeleton.dtype(name), recipe.quantizer, grids, rank=recipe.rank)
+    return WeightPlan(name, shape, dtype_of_parts(skeleton.dtype(name)), recipe.quantizer, grids, rank=recipe.rank)
 
 
 def _to_be_coded(skeleton: Skeleton, name: str, end: bool = False) -> WeightPlan:
     rows, cols = shape = skeleton.shape(name)
     expected = rows * cols * UNMEASURED_BITS // 8
-    return WeightPlan(name, shape, skeleton.dtype(name), "coded", coded_nbytes=expected, end=end)
+    return WeightPlan(name, shape, dtype_of_parts(skeleton.dtype(name)), "coded", coded_nbytes=expected, end=end)
 
 
 def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan]) -> str | None:

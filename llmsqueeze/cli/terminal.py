@@ -111,7 +111,9 @@ def friendly(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        fail("; ".join(filter(None, [_unexpected(error), _note(error)])), 2 if _out_of_memory(error) else 1)
+        if _out_of_memory(error):
+            fail("; ".join(filter(None, [_unexpected(error), _note(error)])), 2)
+        fail(_unexpected(error), 1)
 
 
 @contextmanager

@@ -185,7 +185,9 @@ def write_rest(
 ) -> dict[str, Any]:
     """Everything in the folder beside the shards; returns the record."""
     output.copy_rest(job.path)
-    config = job.checkpoint.config | {"quantization_config": quantization_config(job.skeleton, decision.plan)}
+    config = record.without_paths(job.checkpoint.config) | {
+        "quantization_config": quantization_config(job.skeleton, decision.plan)
+    }
     output.write_json("config.json", config)
     result = record.outcome(decision.plan, decision.predicted, output.nbytes, job.checkpoint.nbytes, by_weight)
     origin = record.provenance(job.source, job.path) | record.settings(job.recipe, job.calibration)

@@ -29,6 +29,12 @@ def provenance(source: Source, path: Path) -> dict[str, Any]:
     return {"model": name, "revision": commit or source.revision, **license_of(path)}
 
 
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config without the places that it was loaded from, which can be somebody's folders."""
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {key: without_paths(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
 def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
     """The recipe, text and versions: enough to compress the model again."""
     import transformers
