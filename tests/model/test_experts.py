@@ -14,6 +14,9 @@ from support import FAST, command, refused, tensors_of
 from torch import Tensor
 
 import llmsqueeze
+from llmsqueeze import parts
+from llmsqueeze.formats.hf.layer import SumOfParts
+from llmsqueeze.model.blockwise.walk import _linear_hook
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.experts.find import routers
 from llmsqueeze.model.experts.stack import ExpertStack
@@ -187,3 +190,41 @@ def test_all_experts_see_every_token_if_asked(
     assert set(tokens[1].values()) == {2 * 32}
     refusal = refused("quantize", mixture("jetmoe")[0], *flags[:-2], "--all-experts", "--out", tmp_path / "c")
     assert "--all-experts needs a model whose experts get the numbers" in refusal
+
+
+class Grouped(torch.nn.Linear):
+    """Rows that belong to groups of inputs: [..., groups, cols] -> [..., groups, rows / groups]."""
+
+    groups = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...gc,grc->...gr", x, self.weight.view(self.groups, -1, x.shape[-1]))
+
+
+def grouped() -> tuple[Grouped, Tensor]:
+    torch.manual_seed(0)
+    module = Grouped(8, 12, bias=False)
+    module.groups = 3
+    return module, torch.randn(5, 3, 8)
+
+
+def test_a_linear_with_a_forward_of_its_own_keeps_it_when_it_is_compressed() -> None:
+    module, x = grouped()
+    layer = SumOfParts((12, 8), [parts.lowrank_spec(8, torch.float32)], bias=False, transposed=False)
+    for buffer in layer.buffers():
+        buffer.copy_(torch.randn(buffer.shape) * 40)
+    layer.compute_as(module)
+    module.weight.data = layer.dense()
+    linear = layer.as_linear(torch.float32)
+    assert type(linear) is Grouped
+    for one in (layer, linear):
+        assert torch.allclose(one(x), module(x), atol=1e-5)
+
+
+def test_the_gradient_at_rows_in_groups_is_told_for_every_row() -> None:
+    module, x = grouped()
+    seen: list[Tensor] = []
+    module.register_forward_hook(_linear_hook("grouped", 12, lambda _name, _x, gradient: seen.append(gradient)))
+    weights = torch.randn(5, 3, 4)
+    (module(x) * weights).sum().backward()
+    assert torch.equal(seen[0], weights.reshape(5, 12))

@@ -20,8 +20,12 @@ from llmsqueeze.parts import Spec
 class SumOfParts(nn.Module):
     """A linear layer whose weight [rows, cols] is a sum of parts; their tensors are buffers `parts.<i>.<name>`.
 
-    weight_dtype: the dtype of the model that the layer is in, which code that reads its weight expects.
+    weight_dtype: the dtype of the model that the layer is in, which code that reads its weight expects. kind: the class
+    of linears whose forward it has, with their attributes; None: that of plain ones.
     """
+
+    kind: Any = None
+    attributes: Mapping[str, Any] = {}
 
     def __init__(self, shape: tuple[int, int], specs: Sequence[Spec], bias: bool, transposed: bool) -> None:
         """Empty tensors on the default device. shape: [rows, cols]; `transposed`: the layer replaces a Conv1D."""
@@ -47,6 +51,15 @@ class SumOfParts(nn.Module):
                 part = parts.decoded(parts.restore(self.shape, spec, dict(stored.named_buffers())))
                 self.specs[i], self.parts[i] = part.spec(), buffers(part.tensors())
 
+    def compute_as(self, module: nn.Module) -> None:
+        """Makes the layer compute what `module` does, whose weight it holds, if that is of a class of linears with a
+        forward of its own: one whose rows belong to groups of inputs, for example."""
+        kind: Any = type(module)
+        if kind.forward not in (nn.Linear.forward, Conv1D.forward):
+            self.kind, self.attributes = kind, {n: v for n, v in vars(module).items() if n not in vars(self)}
+            self.__class__ = type(kind.__name__, (SumOfParts, kind), {"forward": kind.forward})
+            vars(self).update(self.attributes)
+
     @property
     def weight(self) -> Tensor:
         """The dense weight in the model's dtype, for code that reads a linear's weight; computed at every access."""
@@ -65,6 +78,9 @@ class SumOfParts(nn.Module):
             layer: Any = kind(*self.shape) if self.transposed else kind(*reversed(self.shape))
         layer.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False) if self.transposed else weight
         layer.bias = self.bias
+        if self.kind is not None:
+            layer.__class__ = self.kind
+            vars(layer).update(self.attributes)
         linear: nn.Module = layer
         return linear
 

@@ -85,6 +85,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
                 layer = SumOfParts((rows, cols), entry["parts"], old.bias is not None, is_transposed(old))
             if layer.bias is not None:
                 layer.bias = nn.Parameter(layer.bias.to(old.bias.dtype), requires_grad=False)
+            layer.compute_as(old)
             model.set_submodule(name, layer)
         # a linear's shape, which compressed-tensors stores, is in the config too
         ignored: Any = model._keys_to_ignore_on_load_unexpected or ()

@@ -237,7 +237,7 @@ class Walk:
         Both are [1, length, width]; the block runs again, and its weights must be resident.
         `on_gradient(linear, gradient)` gets the gradient of each linear's weight in the module's orientation:
         [rows, cols], transposed for Conv1D. `on_linear(linear, x, gradient)` gets the linear's input [1, length, cols]
-        and the gradient at its output. Neither may keep its tensors.
+        and the gradient at its output [tokens, rows]. Neither may keep its tensors.
         """
         hidden = hidden.detach().requires_grad_(True)
         handles = []
@@ -246,7 +246,8 @@ class Walk:
                 weight = self.skeleton.linear(name).weight.requires_grad_(True)
                 handles.append(weight.register_post_accumulate_grad_hook(_gradient_hook(name, on_gradient)))
             if on_linear is not None:
-                handles.append(self.skeleton.module(name).register_forward_hook(_linear_hook(name, on_linear)))
+                hook = _linear_hook(name, self.skeleton.shape(name)[0], on_linear)
+                handles.append(self.skeleton.module(name).register_forward_hook(hook))
         try:
             with torch.enable_grad():
                 self.run(index, sample, hidden).backward(upstream)
@@ -351,11 +352,15 @@ def _computing(kind: Hashable, dtype: torch.dtype, device: torch.device) -> Any:
     return type(base.__name__, (base,), says)
 
 
-def _linear_hook(name: str, on_linear: OnLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _linear_hook(
+    name: str, rows: int, on_linear: OnLinear
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """The output may have its rows in several dimensions: those of each group of inputs in one of their own."""
+
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0].detach()
         if output.requires_grad:  # what is computed without gradients has none
-            output.register_hook(lambda gradient: on_linear(name, x, gradient))
+            output.register_hook(lambda gradient: on_linear(name, x, gradient.reshape(-1, rows)))
 
     return hook
 
