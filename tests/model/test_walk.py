@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from llmsqueeze.measure.moments import fusion_groups
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.recorder import Recorder, Returns
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import find_blocks
@@ -349,3 +350,25 @@ def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(type(layers[1]), "__call__", doubled)
         with pytest.raises(UnsupportedError, match="changes the hidden states between decoder blocks 0 and 1"):
             walk.embed()
+
+
+def test_what_a_block_gets_of_earlier_blocks_is_refused_also_if_the_model_computes_it() -> None:
+    class Block(nn.Module):
+        def forward(self, hidden: Tensor, _earlier: Tensor) -> Tensor:
+            return hidden
+
+    def run(blocks: Sequence[nn.Module], hidden: Tensor) -> None:
+        earlier = torch.zeros(0, *hidden.shape)
+        for block in blocks:
+            new = block(hidden, earlier)
+            earlier, hidden = torch.cat([earlier, hidden[None]]), new
+
+    for count in (2, 3):  # the second block gets what the embeddings gave, which does not change
+        blocks = [Block() for _ in range(count)]
+        recorder = Recorder(blocks, {Block: Returns()})
+        with recorder.installed(), torch.enable_grad():
+            if count == 2:
+                run(blocks, torch.ones(1, 4, 8))
+                continue
+            with pytest.raises(UnsupportedError, match="block 2 gets more than the hidden states"):
+                run(blocks, torch.ones(1, 4, 8))

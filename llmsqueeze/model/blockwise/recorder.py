@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from torch import Tensor, equal, nn, zeros_like
+from torch import Tensor, enable_grad, equal, nn, zeros_like
 from torch.utils import _pytree as pytree
 
 from llmsqueeze.errors import UnsupportedError
@@ -106,10 +106,12 @@ class Recorder:
             call = BlockCall(tuple(rest), kwargs)
             self._check(index, hidden, call)
             if not self.calls:
-                self.first_input = hidden.clone()  # the model may write over it
+                self.first_input = hidden.detach().clone()  # the model may write over it
+                with enable_grad():  # marks all that the model computes from what blocks give
+                    hidden = hidden.detach().requires_grad_(True).clone()
             returns = self.returns.get(type(self.modules[index]))
             if returns is None:
-                raise UnknownBlock(index, hidden, call)
+                raise UnknownBlock(index, hidden.detach(), call)
             self._last = hidden, hidden._version
             self._others |= {id(one): one for one in pytree.tree_leaves(returns.others) if isinstance(one, Tensor)}
             self._leave_out(index)
@@ -124,7 +126,7 @@ class Recorder:
                 f"the model changes the hidden states between decoder blocks {index - 1} and {index}; "
                 "this architecture is not supported"
             )
-        if any(id(leaf) in self._others for leaf in call.leaves):
+        if any(id(leaf) in self._others or (isinstance(leaf, Tensor) and leaf.requires_grad) for leaf in call.leaves):
             raise UnsupportedError(
                 f"decoder block {index} gets more than the hidden states from earlier blocks; this architecture is "
                 "not supported"

@@ -314,7 +314,7 @@ class Walk:
         def head(_: Tensor) -> Tensor:
             raise Ended
 
-        with recorder.installed(), suppress(Ended), replaced(self.head.module, head):
+        with recorder.installed(), suppress(Ended), replaced(self.head.module, head), torch.enable_grad():
             self.skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
         return recorder
 
@@ -352,9 +352,7 @@ def _computing(kind: Hashable, dtype: torch.dtype, device: torch.device) -> Any:
     return type(base.__name__, (base,), says)
 
 
-def _linear_hook(
-    name: str, rows: int, on_linear: OnLinear
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _linear_hook(name: str, rows: int, on_linear: OnLinear) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     """The output may have its rows in several dimensions: those of each group of inputs in one of their own."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
