@@ -18,7 +18,7 @@ from llmsqueeze import parts
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.model.blockwise.walk import _linear_hook
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.experts.find import routers
+from llmsqueeze.model.experts.find import routers, stack_experts
 from llmsqueeze.model.experts.stack import ExpertStack
 from llmsqueeze.model.skeleton import build_skeleton
 
@@ -228,3 +228,15 @@ def test_the_gradient_at_rows_in_groups_is_told_for_every_row() -> None:
     weights = torch.randn(5, 3, 4)
     (module(x) * weights).sum().backward()
     assert torch.equal(seen[0], weights.reshape(5, 12))
+
+
+def test_a_router_with_several_rows_for_every_expert_holds_no_experts() -> None:
+    class Router(torch.nn.Module):
+        num_experts: int
+
+    router = Router()
+    router.num_experts = 4
+    router.weight = torch.nn.Parameter(torch.randn(8, 64))
+    model = torch.nn.ModuleDict({"router": router})
+    model.config = torch.nn.Module()  # type: ignore[assignment]
+    assert stack_experts(model, ["router"]) == {}

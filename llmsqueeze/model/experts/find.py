@@ -107,6 +107,8 @@ def _matrices(module: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[int, 
         elif len(sizes) == 2 and (count := next((n for n in counts if sizes[0] > n and not sizes[0] % n), 0)):
             shapes[leaf] = (count, sizes[0] // count, sizes[1])
     flat = any(getattr(module, leaf).dim() == 2 for leaf in shapes)
+    if flat and len(shapes) == 1:  # a router with several rows for every expert
+        return
     for leaf, shape in shapes.items():
         yield leaf, shape, _transposed(module, shape, hidden, leaf == list(shapes)[-1], flat, len(shapes))
 
