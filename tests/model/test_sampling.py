@@ -13,6 +13,7 @@ import torch
 from support import command
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmsqueeze.compress.job import open_job, with_text
 from llmsqueeze.demo import MODEL_DIR
@@ -144,11 +145,15 @@ def test_an_end_of_text_does_not_end_a_row() -> None:
     class Ends:
         """Draws nothing but the end of text."""
 
-        def __call__(self, input_ids: Tensor, past_key_values: object, use_cache: bool) -> Any:
+        def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
             calls.append(input_ids.shape[1])
+            assert use_cache
+            assert (past_key_values == "kept") == (len(calls) > 1)
             logits = torch.full((*input_ids.shape, 7), -100.0)
             logits[..., 2] = 100.0
-            return type("Output", (), {"logits": logits, "past_key_values": "kept"})()
+            return CausalLMOutputWithPast(logits=logits, past_key_values="kept")
+
+        __call__ = forward
 
     rows = continued(Ends(), torch.tensor([[1, 5], [1, 6]]), 6, torch.Generator().manual_seed(0))
     assert rows.tolist() == [[1, 5, 2, 2, 2, 2], [1, 6, 2, 2, 2, 2]]
@@ -203,7 +208,7 @@ def test_without_the_hub_it_falls_back_and_says_so(small: str, no_hub: list[str]
     text = text_of(small, notes)
     assert no_hub == ["Salesforce/wikitext"]
     assert text.source == sampling.SOURCE
-    (note,) = notes.texts
+    (note,) = [text for text in notes.texts if "faster here" not in text]  # which depends on the processor
     assert "cannot be read from the Hub" in note
     assert "the model generates the calibration text" in note
     assert "--calibration" in note
