@@ -121,10 +121,8 @@ def make(kind: str, changes: dict[str, Any], multimodal: bool, folder: Path) -> 
     auto: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     model = auto.from_config(config).float().eval()
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for (
-        name,
-        parameter,
-    ) in model.named_parameters():  # transformers' own would leave a model of this size without blocks
+    # the numbers that transformers draws are so small that the blocks of a model of this size would do nothing
+    for name, parameter in model.named_parameters():
         if id(parameter) in tables:
             parameter.data.normal_(std=0.5)
         elif parameter.dim() >= 2 and min(parameter.shape[-2:]) >= 2 and "A_log" not in name:
