@@ -164,5 +164,5 @@ def measure_job(job: Job, request: Request, folder: Path, progress: Progress, jo
     """The profile of the job's linears; activations are kept in `folder` meanwhile."""
     with Spill(parent=folder) as spill:
         walk = job.walk_over(measured_samples(job, request), spill)
-        inputs = walk.embed() if job.calibration is not None else Activations(spill)
+        inputs = walk.embed() if request.needs_text else Activations(spill)
         return measure(walk, inputs, job.plan.dtypes, request, progress, journal)

@@ -54,3 +54,8 @@ class Request:
     def gradients(self) -> bool:
         """Whether there is a backward sweep."""
         return self.prices or self.weight_gradients
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the samples run through the model."""
+        return self.gradients or self.lim
