@@ -53,7 +53,8 @@ def texts_are_tokenized_once() -> Iterator[None]:
 def products_are_float32() -> Iterator[None]:
     """What tests see does not depend on the processor's units for bfloat16."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("llmsqueeze.compress.job.fastest_dtype", lambda _: torch.float32)
+        for user in ("compress.job", "distillation.distill"):
+            patched.setattr(f"llmsqueeze.{user}.fastest_dtype", lambda _: torch.float32)
         yield
 
 

@@ -25,7 +25,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
 
 def test_ctrl_c_leaves_no_result(tmp_path: Path) -> None:
     """A real process, really interrupted while it compresses."""
-    command = [sys.executable, "-u", "-m", "llmsqueeze.cli", "quantize", "demo", "--samples", "32", "--out"]
+    command = [sys.executable, "-u", "-m", "llmsqueeze.cli", "quantize", "demo", "--samples", "4", "--out"]
     command.append(str(tmp_path / "out"))
 
     def listen() -> None:

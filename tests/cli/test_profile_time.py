@@ -11,6 +11,7 @@ import pytest
 from support import FAST, command
 
 import llmsqueeze
+from llmsqueeze.cli.tables.runs import print_plan
 from llmsqueeze.progress import stopwatch
 from llmsqueeze.progress.stopwatch import STAGES
 
@@ -62,14 +63,18 @@ def test_without_the_option_nothing_is_kept(compressed: Callable[[str], Path], t
     assert "Where the time went" not in (tmp_path / "page.html").read_text()
 
 
-def test_a_plan_shows_its_own_time_and_the_forecast(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
+def test_a_plan_shows_its_own_time_and_the_forecast(
+    demo_of: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["plan", demo_of(2), "--bits", 3.5, "--widths", "3,4", *OPTIONS, "--out", tmp_path, "--profile-time"]
-    code, stdout, stderr = command(*arguments)
+    code, stdout, stderr = command(*arguments, "--json")
     assert code == 0, stderr
-    assert max(map(len, stdout.splitlines()[:-1])) <= 100
-    assert "time of this plan" in stdout
-    assert "predicted time" in stdout
-    result = json.loads(command(*arguments, "--json")[1])
+    result = json.loads(stdout)
+    print_plan(result)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[:-1])) <= 100
+    assert "time of this plan" in shown
+    assert "predicted time" in shown
     assert {"start", "read", "trial", "other"} <= set(result["time"])
     assert set(result["predicted_time"]) >= EVERY_RUN
     assert "trial" not in result["predicted_time"]
