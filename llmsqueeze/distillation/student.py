@@ -24,7 +24,7 @@ from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.casting import is_plain, multiplied_in
 from llmsqueeze.model.checkpoint import Checkpoint
-from llmsqueeze.model.linears import as_rows, find_blocks
+from llmsqueeze.model.linears import as_rows, find_blocks, output_head
 from llmsqueeze.model.skeleton import Skeleton
 
 
@@ -72,7 +72,8 @@ class Student:
     @property
     def vocabulary(self) -> int:
         """Tokens in the vocabulary."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        head: Any = output_head(self.model)
+        return int(head.weight.shape[0])
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Next-token logits [rows * (length - 1), V] float32 for `tokens` [rows, length]."""

@@ -8,7 +8,7 @@ head or blocks are not found, the model computes whole logits, which are then sl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
-from llmsqueeze.model.blockwise.recorder import Returns, replaced, skipped
-from llmsqueeze.model.linears import find_blocks
+from llmsqueeze.model.blockwise.recorder import Returns, kind_of, replaced, skipped
+from llmsqueeze.model.linears import find_blocks, output_head
 from llmsqueeze.model.logits import raw_logits, room_for_logits
 
 TRIAL_TOKENS = 8
@@ -56,13 +56,13 @@ class SlicedLogits:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        head = model.get_output_embeddings()
+        head = output_head(model)
         if not isinstance(head, nn.Module):
             raise UnsupportedError(f"{type(model).__name__} has no output head")
         self.head = head
         self.head_forward: Callable[[Tensor], Tensor] = head.forward
         self.blocks = [model.get_submodule(name) for name in find_blocks(model)]
-        self.returns: dict[type, Returns] = {}
+        self.returns: dict[Hashable, Returns] = {}
         self._room: Tensor | None = None
 
     def states(self, tokens: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class SlicedLogits:
         """Whether the slices are the logits that the model itself gives for `tokens` [rows, length]."""
 
         def observe(module: nn.Module, _args: Any, output: Any) -> None:
-            self.returns[type(module)] = Returns.of(output)
+            self.returns[kind_of(module)] = Returns.of(output)
 
         observers = [block.register_forward_hook(observe) for block in self.blocks]
         try:

@@ -9,7 +9,7 @@ and a few activations; at the start, the embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +48,13 @@ CPU = torch.device("cpu")
 @dataclass
 class Computed:
     """What the run computed with. weights: linear -> digest of its weight (float32, [rows, cols]), None if not known;
-    sample: tokens [1, length]; outputs: each block's output for the sample; returns: what blocks of each class
+    sample: tokens [1, length]; outputs: each block's output for the sample; returns: what blocks of each kind
     return."""
 
     weights: dict[str, bytes] | None = field(default_factory=dict)
     sample: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
-    returns: dict[type, Returns] = field(default_factory=dict)
+    returns: dict[Hashable, Returns] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,8 @@ def rerun(walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor
             }
             with skeleton.overriding(kept), walk.resident_block(index), skeleton.using(weights):
                 hidden = walk.run(index, 0, hidden)
-            largest = max(largest, difference(hidden, outputs[index].to(hidden), skeleton.blocks[index]))
+            output, computed = (walk.hidden_in(index + 1, 0, one) for one in (hidden, outputs[index].to(hidden)))
+            largest = max(largest, difference(output, computed, skeleton.blocks[index]))
     return largest
 
 

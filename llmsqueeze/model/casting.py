@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmsqueeze.model.linears import as_rows, is_transposed
+from llmsqueeze.model.linears import as_rows, is_transposed, output_head
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
@@ -24,8 +24,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     Integers, buffers and parameters of one byte stay as they are: they belong to compressed layers, which take the
     dtype of their input. A module that reads the weight of a plain linear inside the model gets it cast.
     """
-    whole: Any = model
-    head = whole.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     for module in list(model.modules()):
         kept = None
         if hasattr(module, "weight_dtype"):  # of what a compressed layer gives as its weight

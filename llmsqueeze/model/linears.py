@@ -68,6 +68,19 @@ def find_towers(model: nn.Module) -> list[str]:
     ]
 
 
+def output_head(model: nn.Module) -> nn.Module | None:
+    """What makes logits of hidden states; None if there is no such module. A model around a language model may not name
+    it: then it is the language model's own."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    text = model.config.get_text_config(decoder=True)
+    inside = (one for one in model.modules() if isinstance(one, PreTrainedModel) and one.config is text)
+    heads = (one.get_output_embeddings() for one in (model, *inside))
+    return next((head for head in heads if isinstance(head, nn.Module)), None)
+
+
 def find_linears(model: nn.Module, block: str) -> list[str]:
     """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D. Without those that choose
     experts: they are small, and what they choose is not to change."""

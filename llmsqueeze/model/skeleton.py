@@ -23,7 +23,7 @@ from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
 from llmsqueeze.model.experts.stack import ExpertStack
-from llmsqueeze.model.linears import find_blocks, find_linears, find_towers, is_transposed
+from llmsqueeze.model.linears import find_blocks, find_linears, find_towers, is_transposed, output_head
 from llmsqueeze.model.sources import Compressed, Converted, Slice, Source, Stored, described, find_sources
 from llmsqueeze.progress.stopwatch import timed
 
@@ -91,14 +91,14 @@ class Skeleton:
     @property
     def ends(self) -> list[str]:
         """The names of embeddings and head as stored; if they are tied, one name."""
-        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        ends = [self.model.get_input_embeddings(), output_head(self.model)]
         names = [name for end in ends for name, module in self.model.named_modules() if module is end]
         return [name for name in dict.fromkeys(names) if f"{name}.weight" in self.sources]
 
     @property
     def ties_head(self) -> bool:
         """Whether embeddings and head share one weight."""
-        return len(self.ends) == 1 and self.model.get_output_embeddings() is not None
+        return len(self.ends) == 1 and output_head(self.model) is not None
 
     @cached_property
     def weight_read_by_others(self) -> str | None:

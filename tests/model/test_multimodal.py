@@ -9,13 +9,20 @@ import pytest
 import torch
 from support import command, refused, tensors_of
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, LlavaConfig, MllamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    MllamaConfig,
+    PreTrainedModel,
+)
 
 import llmsqueeze
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.config import auto_class, context_length, load_config, vocabulary
+from llmsqueeze.model.linears import output_head
 from llmsqueeze.model.skeleton import build_skeleton
 
 CPU = torch.device("cpu")
@@ -129,3 +136,19 @@ def test_a_class_without_text_is_named(original: Path, tmp_path: Path) -> None:
     assert "LlavaForImageClassification is not a causal language model" in refused(
         "plan", folder, "--weights", "none", "--bits", "4.5", "--out", tmp_path / "plan"
     )
+
+
+def test_the_head_may_be_the_language_models_own() -> None:
+    class Around(PreTrainedModel):
+        _supports_sdpa = True
+
+        def __init__(self, config: LlavaConfig) -> None:
+            super().__init__(config)
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+
+    with torch.device("meta"):
+        around, plain = Around(CONFIGS["llava"]), AutoModelForImageTextToText.from_config(CONFIGS["llava"])
+    assert around.get_output_embeddings() is None
+    assert output_head(around) is around.language_model.lm_head
+    assert output_head(plain) is plain.lm_head
+    assert output_head(plain.model) is None

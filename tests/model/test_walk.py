@@ -11,14 +11,16 @@ import torch
 from architectures import UNUSUAL
 from support import ARCHITECTURES
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ZayaConfig
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure.moments import fusion_groups
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
 from llmsqueeze.model.blockwise.activations import Activations, Spill
-from llmsqueeze.model.blockwise.recorder import Recorder, Returns
+from llmsqueeze.model.blockwise.handed import Layout
+from llmsqueeze.model.blockwise.recorder import Recorder, Returns, kind_of
+from llmsqueeze.model.blockwise.trace import given_tensors
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.linears import find_blocks
@@ -136,10 +138,51 @@ def test_gradients_of_unusual_blocks(architecture: str, random_model: Callable[.
     folder = random_model(architecture)
     with walking(folder, rows, torch.float64) as walk:
         losses, walked = walk_gradients(walk)
-        assert set(walked) == {name for names in walk.skeleton.linears for name in names}
+        linears = {name for names in walk.skeleton.linears for name in names}
+        # what picks indices has no gradient
+        assert set(walked) == {name for name in linears if ".indexer." not in name}
     expected, model = ordinary_gradients(folder, rows, torch.float64)
     assert losses == pytest.approx(expected, rel=1e-6)
     assert largest_difference(walked, model) < 1e-5
+
+
+def test_gradients_through_outputs_that_later_blocks_get(tmp_path: Path, rows: list[Tensor]) -> None:
+    """Zaya's routers get what the router of the block before has computed."""
+    torch.manual_seed(1)
+    config = ZayaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_hidden_layers=3,
+        vocab_size=96,
+        moe_intermediate_size=32,
+        num_experts=2,
+        router_hidden_size=16,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with walking(tmp_path, rows, torch.float32) as walk:
+        losses, walked = walk_gradients(walk)
+        attention = {name: gradient for name, gradient in walked.items() if ".self_attn." in name}
+        assert [Layout.from_json(one) for one in walk.layouts(1).values()] == 3 * [walk._layouts[1, 0]]
+    expected, model = ordinary_gradients(tmp_path, rows, torch.float32)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert largest_difference(attention, model) < 1e-4
+
+
+def test_the_trace_of_a_block_hands_on_alike_for_all_samples(
+    random_model: Callable[..., Path], rows: list[Tensor]
+) -> None:
+    with walking(random_model("indices handed on"), rows, torch.float32) as walk:
+        inputs = walk.embed()
+        with walk.resident_block(0), torch.no_grad():
+            trace = walk.trace(0, inputs)
+            assert trace is not None
+            assert len(walk.layouts(1)) == len(rows)
+            traced = trace.run(inputs.get(1, CPU), given_tensors(walk.call(0, 1)), walk.linear)
+            assert torch.allclose(traced, walk.run(0, 1, inputs.get(1, CPU)), atol=1e-5)
+        assert walk.hidden_in(1, 1, traced).numel() < traced.numel(), "the indices lie behind the hidden states"
 
 
 @pytest.mark.parametrize(
@@ -365,7 +408,7 @@ def test_what_a_block_gets_of_earlier_blocks_is_refused_also_if_the_model_comput
 
     for count in (2, 3):  # the second block gets what the embeddings gave, which does not change
         blocks = [Block() for _ in range(count)]
-        recorder = Recorder(blocks, {Block: Returns()})
+        recorder = Recorder(blocks, {kind_of(blocks[0]): Returns()})
         with recorder.installed(), torch.enable_grad():
             if count == 2:
                 run(blocks, torch.ones(1, 4, 8))

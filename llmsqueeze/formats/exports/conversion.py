@@ -25,7 +25,7 @@ from llmsqueeze.formats.folder import Output, digest, rewrite
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.experts.stack import ExpertStack
-from llmsqueeze.model.linears import all_linears, is_transposed
+from llmsqueeze.model.linears import all_linears, is_transposed, output_head
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
 from llmsqueeze.progress import Progress
 
@@ -79,7 +79,7 @@ class Converted:
 def conversion(folder: Folder, to: str, dtype: torch.dtype | None, grid: Grid | None) -> Conversion:
     model = folder.model
     transposed = frozenset(name for name in folder.entries if is_transposed(model.get_submodule(name)))
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (model.get_input_embeddings(), output_head(model))
     compressed_ends = frozenset(name for name in folder.entries if model.get_submodule(name) in ends)
     return Conversion(folder, to, dtype, grid, transposed, compressed_ends)
 

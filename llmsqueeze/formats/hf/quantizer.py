@@ -23,7 +23,7 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.formats import native
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.model.experts.find import merge_stacks, stack_experts
-from llmsqueeze.model.linears import find_blocks, is_transposed
+from llmsqueeze.model.linears import find_blocks, is_transposed, output_head
 
 
 def add_parts(model: PreTrainedModel, name: str, module: Any, entry: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
                 old: Any = model.get_submodule(name)
             except AttributeError as error:
                 raise CheckpointError(f"quantization_config names {name}, which the model does not have") from error
-            if old in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if old in (model.get_input_embeddings(), output_head(model)):
                 add_parts(model, name, old, entry)
                 continue
             with torch.device("meta"):

@@ -2,19 +2,19 @@
 
 A module that reads the weight of a linear itself, in its forward or when transformers initializes it, then fails, as
 it does when stock transformers opens such a folder. torch computes shapes alone (fake tensors). One block of every
-class is run, after the model's own `_init_weights` has seen every module.
+kind is run, after the model's own `_init_weights` has seen every module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.model.blockwise.recorder import Returns, first_parameter, replaced
+from llmsqueeze.model.blockwise.recorder import Returns, first_parameter, kind_of, replaced
 from llmsqueeze.model.blockwise.trace import unchanged
 from llmsqueeze.model.casting import is_plain
 from llmsqueeze.model.experts.find import expert_linears
@@ -113,16 +113,16 @@ def _forward(model: PreTrainedModel, blocks: Sequence[str]) -> None:
     """A forward pass in which one block of every class computes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    returns: dict[type, Returns] = {}
+    returns: dict[Hashable, Returns] = {}
 
     def once(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            kind = type(module)
+            kind = kind_of(module)
             if kind not in returns:
                 output = forward(*args, **kwargs)
                 returns[kind] = Returns.of(output)
                 return output
-            return returns[kind].holding(args[0] if args else kwargs[first_parameter(kind.forward)])
+            return returns[kind].holding(args[0] if args else kwargs[first_parameter(type(module).forward)])
 
         return run
 

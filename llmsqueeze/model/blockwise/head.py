@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.blockwise.recorder import Ended, replaced
+from llmsqueeze.model.linears import output_head
 from llmsqueeze.model.logits import raw_logits, room_for_logits, rows_at_a_time, slices_within
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
@@ -150,7 +151,7 @@ class Head:
     @property
     def module(self) -> nn.Linear:
         """The head's linear. Raises UnsupportedError if it is none."""
-        head = self.skeleton.model.get_output_embeddings()
+        head = output_head(self.skeleton.model)
         if not isinstance(head, nn.Linear):
             raise UnsupportedError(f"the output head is {type(head).__name__}, not a linear layer")
         return head

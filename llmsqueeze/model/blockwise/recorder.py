@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -19,16 +19,18 @@ from llmsqueeze.errors import UnsupportedError
 class BlockCall:
     """The arguments of a block after the hidden states: positional ones and keywords (masks, rotary embeddings).
 
-    called: whether the model calls the block at all. It leaves out blocks that look at images alone.
+    called: whether the model calls the block at all. It leaves out blocks that look at images alone. links: leaf ->
+    block and number, if the leaf is that output of the block beside its hidden states.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     called: bool = True
+    links: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def sharing(self, first: BlockCall) -> BlockCall:
         """This call, with the tensors of `first` where they are equal, so that equal masks exist once."""
-        return BlockCall(_shared(first.args, self.args), _shared(first.kwargs, self.kwargs), self.called)
+        return BlockCall(_shared(first.args, self.args), _shared(first.kwargs, self.kwargs), self.called, self.links)
 
     @property
     def leaves(self) -> list[Any]:
@@ -38,14 +40,14 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Returns:
-    """What the blocks of a class return: hidden states alone (container None), or first in a tuple or a list."""
+    """What the blocks of a kind return: hidden states alone (container None), or first in a tuple or a list."""
 
     container: type[tuple[Any, ...]] | type[list[Any]] | None = None
     others: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, output: Any) -> Returns:
-        """From what a block of the class has returned. Raises UnsupportedError if no hidden states are in it."""
+        """From what a block of the kind has returned. Raises UnsupportedError if no hidden states are in it."""
         hidden_of(output)
         if isinstance(output, Tensor):
             return cls()
@@ -54,6 +56,27 @@ class Returns:
     def holding(self, hidden: Tensor) -> Any:
         """What a block would return with these hidden states."""
         return hidden if self.container is None else self.container([hidden, *self.others])
+
+    def copied(self) -> Returns:
+        """The same with tensors of its own, marked like the hidden states (`Recorder`)."""
+        with enable_grad():
+            return Returns(self.container, pytree.tree_map_only(Tensor, _marked, self.others))
+
+
+def _marked(tensor: Tensor) -> Tensor:
+    """A copy that requires a gradient if it can, and so does all that is computed from it."""
+    copy = tensor.detach().clone()
+    return copy.requires_grad_(True).clone() if copy.is_floating_point() else copy
+
+
+def kind_of(module: nn.Module) -> Hashable:
+    """What blocks that return the same have in common: their class and the names of what they consist of."""
+    return type(module), tuple(name for name, _ in module.named_modules())
+
+
+def others_of(output: Any) -> list[Any]:
+    """All that a block returns beside the hidden states, by number."""
+    return [] if isinstance(output, Tensor) else pytree.tree_leaves(tuple(output[1:]))
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -65,7 +88,7 @@ def hidden_of(output: Any) -> Tensor:
 
 
 class UnknownBlock(Exception):  # noqa: N818 - no error
-    """Ends a forward pass: the next block is of a class of which it is not known what it returns."""
+    """Ends a forward pass: the next block is of a kind of which it is not known what it returns."""
 
     def __init__(self, index: int, hidden: Tensor, call: BlockCall) -> None:
         super().__init__(index)
@@ -75,13 +98,14 @@ class UnknownBlock(Exception):  # noqa: N818 - no error
 class Recorder:
     """Replaces all blocks in one forward pass: each stub records its call and passes its input on."""
 
-    def __init__(self, modules: Sequence[nn.Module], returns: Mapping[type, Returns]) -> None:
-        """returns: what the blocks of each class return; the pass ends with UnknownBlock at another class."""
+    def __init__(self, modules: Sequence[nn.Module], returns: Mapping[Hashable, Returns]) -> None:
+        """returns: what the blocks of each kind return; the pass ends with UnknownBlock at another kind."""
         self.modules, self.returns = modules, returns
         self.calls: list[BlockCall] = []
         self.first_input: Tensor
         self._last: tuple[Tensor, int] | None = None
-        self._others: dict[int, Tensor] = {}  # tensors beside the hidden states that stubs have returned
+        # tensors beside the hidden states that stubs have returned, by identity; of which block, and their numbers
+        self._others: dict[int, tuple[Tensor, tuple[int, int]]] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -104,33 +128,40 @@ class Recorder:
             if not isinstance(hidden, Tensor) or index < len(self.calls):
                 raise UnsupportedError("the decoder blocks are not called in turn with the hidden states first")
             call = BlockCall(tuple(rest), kwargs)
-            self._check(index, hidden, call)
+            call = replace(call, links=self._links(index, hidden, call))
             if not self.calls:
                 self.first_input = hidden.detach().clone()  # the model may write over it
-                with enable_grad():  # marks all that the model computes from what blocks give
-                    hidden = hidden.detach().requires_grad_(True).clone()
-            returns = self.returns.get(type(self.modules[index]))
+                with enable_grad():
+                    hidden = _marked(hidden)  # all that the model computes from what blocks give is known by its mark
+            returns = self.returns.get(kind_of(self.modules[index]))
             if returns is None:
                 raise UnknownBlock(index, hidden.detach(), call)
-            self._last = hidden, hidden._version
-            self._others |= {id(one): one for one in pytree.tree_leaves(returns.others) if isinstance(one, Tensor)}
+            self._last, returns = (hidden, hidden._version), returns.copied()
+            for number, one in enumerate(pytree.tree_leaves(returns.others)):
+                if isinstance(one, Tensor):
+                    self._others[id(one)] = one, (index, number)
             self._leave_out(index)
             self.calls.append(call)
             return returns.holding(hidden)
 
         return stub
 
-    def _check(self, index: int, hidden: Tensor, call: BlockCall) -> None:
+    def _links(self, index: int, hidden: Tensor, call: BlockCall) -> dict[int, tuple[int, int]]:
+        """The links of a call. Raises UnsupportedError if the block gets more than outputs of earlier blocks."""
         if self._last is not None and (hidden is not self._last[0] or hidden._version != self._last[1]):
             raise UnsupportedError(
                 f"the model changes the hidden states between decoder blocks {index - 1} and {index}; "
                 "this architecture is not supported"
             )
-        if any(id(leaf) in self._others or (isinstance(leaf, Tensor) and leaf.requires_grad) for leaf in call.leaves):
+        links = {at: self._others[id(leaf)][1] for at, leaf in enumerate(call.leaves) if id(leaf) in self._others}
+        if any(
+            isinstance(leaf, Tensor) and leaf.requires_grad and at not in links for at, leaf in enumerate(call.leaves)
+        ):
             raise UnsupportedError(
-                f"decoder block {index} gets more than the hidden states from earlier blocks; this architecture is "
-                "not supported"
+                f"decoder block {index} gets more than the hidden states and outputs of earlier blocks; this "
+                "architecture is not supported"
             )
+        return links
 
 
 @cache
@@ -160,14 +191,14 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def skipped(
-    modules: Sequence[nn.Module], returns: Mapping[type, Returns], hidden: Tensor | None = None
+    modules: Sequence[nn.Module], returns: Mapping[Hashable, Returns], hidden: Tensor | None = None
 ) -> Iterator[None]:
     """In the context the blocks compute nothing: each gives its own input or, if `hidden` is given, the last one gives
     that and all others zeros. The model may write over what they give."""
     zeros = None if hidden is None else zeros_like(hidden)
 
     def giving(module: nn.Module, is_last: bool) -> Callable[..., Any]:
-        name, form = first_parameter(type(module).forward), returns.get(type(module), Returns())
+        name, form = first_parameter(type(module).forward), returns.get(kind_of(module), Returns())
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if zeros is None or hidden is None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
-from llmsqueeze.model.blockwise.handed import Layout, board_in
+from llmsqueeze.model.blockwise.handed import Layout, Outputs, board_in
 from llmsqueeze.model.blockwise.head import Head
 from llmsqueeze.model.blockwise.read_ahead import ReadAhead
 from llmsqueeze.model.blockwise.recorder import (
@@ -34,6 +34,7 @@ from llmsqueeze.model.blockwise.recorder import (
     UnknownBlock,
     first_parameter,
     hidden_of,
+    kind_of,
     replaced,
     skipped,
 )
@@ -68,7 +69,7 @@ class Walk:
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
         self._ahead = ReadAhead(skeleton.read)
         self._calls: list[list[BlockCall]] = []  # [sample][block]
-        self.returns: dict[type, Returns] = {}
+        self.returns: dict[Hashable, Returns] = {}
         self._layouts: dict[tuple[int, int], Layout] = {}  # (block, sample) -> of the block's input, if it is packed
         self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
         for module in skeleton.model.modules():
@@ -122,6 +123,8 @@ class Walk:
             return None
         linears = {name: self.skeleton.linear(name) for name in self.skeleton.linears[index]}
         trace = trace_block(self.modules[index], linears, calls[0], hidden, partial(self._compute, index, 0, None))
+        if (layout := self._layouts.get((index + 1, 0))) is not None:  # what is traced packs alike for all samples
+            self._layouts |= {(index + 1, sample): layout for sample in range(len(self.samples))}
         if trace is None or trace.graph.code in self._compared:
             return trace
         with torch.no_grad():
@@ -153,25 +156,29 @@ class Walk:
         kwargs: dict[str, Any],
     ) -> Tensor:
         """`run` with these arguments, which have the structure of the sample's own."""
-        content, call = dict[Any, Any](), self._calls[sample][index]
+        content, call = dict[str, dict[Any, Any]](), self._calls[sample][index]
         if (layout := self._layouts.get((index, sample))) is not None:
             hidden, content = layout.unpacked(hidden)
+        on_board, outputs = content.get("board", {}), Outputs(self._calls[sample], content.get("outputs", {}))
+        output: Any = hidden
         if call.called:
+            args, kwargs = outputs.given(index, args, kwargs)
             board = board_in(call.leaves)
             if board is not None:
-                board.update(content)
+                board.update(on_board)
             try:
                 if tensors is None:
                     output = self.modules[index](hidden, *args, **kwargs)
                 else:
                     output = torch.func.functional_call(self.modules[index], tensors, (hidden, *args), kwargs)
-                hidden, content = hidden_of(output), content if board is None else dict(board)
+                on_board = on_board if board is None else dict(board)
             finally:
                 if board is not None:
                     board.clear()
+        hidden = hidden_of(output)
         if index + 1 == len(self.modules):
             return hidden
-        hidden, layout = Layout.of(hidden, content)
+        hidden, layout = Layout.of(hidden, {"board": on_board, "outputs": outputs.behind(index, output)})
         if layout is not None:
             self._layouts[index + 1, sample] = layout
         return hidden
@@ -319,20 +326,35 @@ class Walk:
         return recorder
 
     def _learn_returns(self) -> None:
-        """Runs one block of each class once, to see what it returns."""
+        """Runs one block of each kind once, to see what it returns."""
+        alike: dict[type, Returns] = {}
         while True:
             try:
                 with self.resident_outside(), torch.no_grad():
                     self._record(self.samples[0])
             except UnknownBlock as unknown:
-                module, call = self.modules[unknown.index], unknown.call
-                with self.resident_block(unknown.index), torch.no_grad():
-                    output = module(unknown.hidden.to(self.dtype), *call.args, **call.kwargs)
-                self.returns[type(module)] = Returns.of(output)
-                if (board := board_in(call.leaves)) is not None:
-                    board.clear()
+                module = self.modules[unknown.index]
+                returns = self._returned(unknown, alike.get(type(module)))
+                alike[type(module)] = self.returns[kind_of(module)] = returns
             else:
                 return
+
+    def _returned(self, unknown: UnknownBlock, alike: Returns | None) -> Returns:
+        """What a block returns. alike: what another kind of its class returns, which is taken if it is hidden states
+        alone, or if the block cannot run without what blocks before it would put on a board."""
+        if alike is not None and not alike.others:
+            return alike
+        module, call = self.modules[unknown.index], unknown.call
+        try:
+            with self.resident_block(unknown.index), torch.no_grad():
+                return Returns.of(module(unknown.hidden.to(self.dtype), *call.args, **call.kwargs))
+        except KeyError:
+            if alike is None:
+                raise
+            return alike
+        finally:
+            if (board := board_in(call.leaves)) is not None:
+                board.clear()
 
 
 def compute_as(module: Any, dtype: torch.dtype, device: torch.device) -> None:
