@@ -16,7 +16,6 @@ import torch
 
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.model.blockwise.dry_run import READ_BY_OTHERS
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.model.skeleton import Skeleton
@@ -271,8 +270,8 @@ def why_native(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightP
     folder that stock transformers does not open is written only if the recipe asks for it."""
     reason = next((f"{setting}: {why}" for setting, why in unportable(recipe)), None)
     reason = reason or unfit(recipe, skeleton, weights)
-    if reason is None and recipe.portable is None and (name := skeleton.weight_read_by_others) is not None:
-        reason = f"{name}: {READ_BY_OTHERS}"
+    if reason is None and recipe.portable is None:
+        reason = skeleton.obstacle_in_stock
     return reason
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.memory import give_back
-from llmsqueeze.model.blockwise.dry_run import weight_read_by_others
+from llmsqueeze.model.blockwise.dry_run import obstacle_in_stock
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
@@ -101,9 +101,9 @@ class Skeleton:
         return len(self.ends) == 1 and output_head(self.model) is not None
 
     @cached_property
-    def weight_read_by_others(self) -> str | None:
-        """A linear of the blocks whose weight another module than itself reads; None if there is none."""
-        return weight_read_by_others(self.model, self.blocks, [name for names in self.linears for name in names])
+    def obstacle_in_stock(self) -> str | None:
+        """Why stock transformers does not open the model with compressed linears; None if nothing is in the way."""
+        return obstacle_in_stock(self.model, self.blocks, [name for names in self.linears for name in names])
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)

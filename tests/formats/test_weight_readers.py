@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from support import command, tensors_of
+from transformers import AutoModelForImageTextToText, QianfanOCRConfig
 
-from llmsqueeze.model.blockwise.dry_run import weight_read_by_others
+from llmsqueeze.model.blockwise.dry_run import obstacle_in_stock, weight_read_by_others
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.linears import find_blocks, find_linears
 from llmsqueeze.model.skeleton import build_skeleton
 
 RTN = ["--method", "rtn", "--bits", "4", "--group-size", "32", "--quiet"]
@@ -75,3 +77,17 @@ def test_what_several_blocks_use_stays_as_it_is(random_model: Callable[..., Path
     assert shared
     assert all(torch.equal(after[name], before[name]) for name in shared)
     assert "model.layers.1.mamba_decoder.mamba.in_proj.weight" not in after
+
+
+def test_a_conversion_that_transformers_cannot_prepare_is_an_obstacle() -> None:
+    """Qianfan-OCR stores query, key and value of its vision tower in one tensor, which is split on loading."""
+    blocks = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
+    text = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, **blocks}
+    config = QianfanOCRConfig(vision_config={"image_size": 16, "patch_size": 8, **blocks}, text_config=text)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    names = find_blocks(model)
+    obstacle = obstacle_in_stock(model, names, find_linears(model, names[0]))
+    assert obstacle is not None
+    assert "cannot convert the model's stored tensors" in obstacle
+    assert "attn.qkv.weight_packed" in obstacle

@@ -12,7 +12,7 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import Entry
 from llmsqueeze.formats.inspection.reading import Findings
 from llmsqueeze.formats.opened import Folder
-from llmsqueeze.model.blockwise.dry_run import READ_BY_OTHERS, weight_read_by_others
+from llmsqueeze.model.blockwise.dry_run import obstacle_in_stock
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import all_linears, find_blocks
 from llmsqueeze.parts import spec_grid
@@ -36,9 +36,9 @@ def add_obstacles(folder: Folder, findings: Findings) -> None:
     elif folder.format == compressed_tensors.METHOD:
         config = folder.checkpoint.config["quantization_config"]
         findings.errors += _ignore_errors(config, folder.entries, folder.model)
-        name = weight_read_by_others(folder.model, find_blocks(folder.model), list(folder.entries))
-        if name is not None:
-            findings.obstacles["transformers"].append(f"does not open it: {name}: {READ_BY_OTHERS}")
+        obstacle = obstacle_in_stock(folder.model, find_blocks(folder.model), list(folder.entries))
+        if obstacle is not None:
+            findings.obstacles["transformers"].append(f"does not open it: {obstacle}")
         if len(config["config_groups"]) > 1:
             findings.notes.append(
                 "transformers with dequantize=True reads only the first of several widths correctly, and does not say "

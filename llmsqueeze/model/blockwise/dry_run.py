@@ -2,7 +2,8 @@
 
 A module that reads the weight of a linear itself, in its forward or when transformers initializes it, then fails, as
 it does when stock transformers opens such a folder. torch computes shapes alone (fake tensors). One block of every
-kind is run, after the model's own `_init_weights` has seen every module.
+kind is run, after the model's own `_init_weights` has seen every module. Before that, transformers prepares the
+conversions of stored tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmsqueeze.errors import first_line
 from llmsqueeze.model.blockwise.recorder import Returns, first_parameter, kind_of, replaced
 from llmsqueeze.model.blockwise.trace import unchanged
 from llmsqueeze.model.casting import is_plain
@@ -25,6 +27,42 @@ if TYPE_CHECKING:
 
 TOKENS = 8
 READ_BY_OTHERS = "another module reads its weight, which stock transformers does not have in compressed-tensors"
+
+
+def obstacle_in_stock(model: PreTrainedModel, blocks: Sequence[str], linears: Sequence[str]) -> str | None:
+    """Why stock transformers does not open a compressed-tensors folder of the model, whose `linears` are compressed;
+    None if nothing is in the way. `model`: on the meta device."""
+    if (failure := failing_conversion(model, linears)) is not None:
+        return f"it cannot convert the model's stored tensors if some are compressed: {failure}"
+    name = weight_read_by_others(model, blocks, linears)
+    return None if name is None else f"{name}: {READ_BY_OTHERS}"
+
+
+def failing_conversion(model: PreTrainedModel, linears: Sequence[str]) -> str | None:
+    """What transformers says when it prepares the conversions for compressed linears; None if it does not fail."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    quantizer: Any = object.__new__(CompressedTensorsHfQuantizer)  # its constructor needs the package
+    quantizer.pre_quantized = True
+    try:
+        quantizer.update_weight_conversions(get_model_conversion_mapping(model), _Compressed(model, linears))
+    except ValueError as error:
+        return first_line(error)
+    except AttributeError:  # what comes after the model's conversions asks for a config
+        return None
+    return None
+
+
+class _Compressed:
+    """What transformers asks of a model with compressed linears: its parameters by name."""
+
+    def __init__(self, model: nn.Module, linears: Sequence[str]) -> None:
+        self._model, self._linears = model, linears
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        yield from self._model.named_parameters()
+        yield from ((f"{name}.weight_scale", None) for name in self._linears)
 
 
 def weight_read_by_others(model: PreTrainedModel, blocks: Sequence[str], linears: Sequence[str]) -> str | None:
