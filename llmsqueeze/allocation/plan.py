@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from llmsqueeze.recipe.recipe import Recipe
 
 Format = Literal["native", "compressed-tensors"]
 BESIDE_NBYTES: dict[Format, int] = {"native": 0, "compressed-tensors": 16}  # the latter stores each weight's shape
+TOWER_BITS, TOWER_GROUPS = 8, (128, 64, 32)
 UNMEASURED_BITS = 7  # of a weight in a linear to be coded that no sample reaches
 
 
@@ -146,10 +147,12 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The linears to compress, by block, and the format of the result. Everything else stays as it is."""
+    """The linears to compress, by block, and the format of the result. Everything else stays as it is, but for those of
+    other towers and projectors that are rounded (`towers`), which no budget counts."""
 
     weights: Mapping[str, WeightPlan]
     format: Format = "native"
+    towers: Mapping[str, WeightPlan] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -159,6 +162,11 @@ class Plan:
     def nbytes_of(self, name: str) -> int:
         """Bytes of everything stored for one linear."""
         return self.weights[name].nbytes + BESIDE_NBYTES[self.format]
+
+    @property
+    def towers_nbytes(self) -> int:
+        """Bytes of everything stored for the linears of other towers and projectors."""
+        return sum(weight.nbytes for weight in self.towers.values())
 
     @property
     def numel(self) -> int:
@@ -245,8 +253,23 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     if why and recipe.portable:
         raise RecipeError(f"--portable contradicts {why}")
     if why or recipe.portable is False:
-        return Plan(weights)
+        return Plan(weights, towers=_tower_plans(skeleton) if recipe.rounds_towers else {})
     return Plan(weights, "compressed-tensors")
+
+
+def _tower_plans(skeleton: Skeleton) -> dict[str, WeightPlan]:
+    """The linears of other towers and projectors, at 8 bits. Raises RecipeError if there are none."""
+    names = skeleton.tower_linears
+    if not names:
+        kind = type(skeleton.model).__name__
+        raise RecipeError(f"--vision rtn8 belongs to multimodal models: {kind} has no tower for another sense")
+    plans = {}
+    for name in names:
+        rows, cols = shape = skeleton.shape(name)
+        size = next((size for size in TOWER_GROUPS if cols % size == 0), -1)
+        grids = (Rows(Grid(TOWER_BITS, size, True), rows),)
+        plans[name] = WeightPlan(name, shape, dtype_of_parts(skeleton.dtype(name)), "rtn", grids)
+    return plans
 
 
 def _base_weight(skeleton: Skeleton, name: str, recipe: Recipe) -> WeightPlan:

@@ -69,8 +69,10 @@ class Job:
 
     @property
     def kept_nbytes(self) -> int:
-        """Bytes of all weights beside the planned linears."""
-        return self.checkpoint.nbytes - sum(self.skeleton.nbytes(f"{name}.weight") for name in self.plan.weights)
+        """Bytes of all weights beside the planned linears, of rounded towers as they will be."""
+        replaced = (*self.plan.weights, *self.plan.towers)
+        dense = sum(self.skeleton.nbytes(f"{name}.weight") for name in replaced)
+        return self.checkpoint.nbytes - dense + self.plan.towers_nbytes
 
     def target(self) -> int:
         """Bytes that the linears may take; UNBOUNDED without a budget. Raises RecipeError if no plan can meet it."""

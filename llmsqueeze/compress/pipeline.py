@@ -154,16 +154,16 @@ def begin_weights(
     skeleton, recipe, decided = run.walk.skeleton, run.recipe, run.decision.plan
     ends = compress_ends(run)
     plan, shards = with_final(decided, ends), []
-    for names in outside_shards(skeleton):
-        output.write_shard(outside_shard(skeleton, names, ends))
-        shards.append(output.last_shard)
     dense = {name: one.dense for name, one in ends.items()}
     with skeleton.overriding({f"{name}.weight": weight for name, weight in dense.items()}):
         streams = needed_streams(run.walk, inputs, recipe, bool(ends))
         if ends and witness is not None:
             witness = Witness(run.walk, recipe.seed, run.progress)
+    for names in outside_shards(skeleton):
+        output.write_shard(outside_shard(run, names, ends, witness))
+        shards.append(output.last_shard)
     if witness is not None:
-        witness.see_ends(dense)
+        witness.see_outside(dense)
     resume.note(output, run.walk, resume.START, None, shards, decided, ends, run.pace, witness, streams)
     return plan, streams, witness
 

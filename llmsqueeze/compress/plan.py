@@ -13,7 +13,7 @@ from llmsqueeze.compress.decision.decide import Decision, decide
 from llmsqueeze.compress.decision.outlook import curve, table
 from llmsqueeze.compress.job import Job, model_name, open_job
 from llmsqueeze.compress.reuse import rows_by, stored_or_measured
-from llmsqueeze.compress.summary import portability
+from llmsqueeze.compress.summary import portability, rounded_towers
 from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.measure.profile import Profile
@@ -96,6 +96,7 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
         "predicted_loss_interval": None if decision.predicted is None else likely(decision.predicted),
         "rows": table(decision, job.skeleton.linears, profile),
         **portability(job, decision),
+        "towers": rounded_towers(job),
         "curve": curve(job.plan, job.recipe, profile) if decision.predicted is not None else [],
         "blocks": job.skeleton.linears,
         "weights": {name: 8 * plan.nbytes_of(name) / weight.numel for name, weight in plan.weights.items()},

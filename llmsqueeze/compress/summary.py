@@ -22,6 +22,8 @@ class Summary:
     it does not open the result, "" if it does. why_native: what compressed-tensors cannot represent;
     predicted_portable: the loss increase that the same bytes promise there. experts: of their matrices that were fitted
     to inputs, how many there are (`matrices`), how many saw few tokens (`few`) and how many none (`none`).
+    towers: of the rounded linears of other towers and projectors, their number (`linears`), their bytes (`nbytes`) and
+    those of the original (`nbytes_original`); None if they stay as they are.
     """
 
     out: str
@@ -44,6 +46,7 @@ class Summary:
     why_native: str | None
     predicted_portable: float | None
     experts: dict[str, int] | None
+    towers: dict[str, int] | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,7 +82,16 @@ def summarize(
         opens=opens,
         **portability(job, decision),
         experts=record.experts(tokens),
+        towers=rounded_towers(job),
     )
+
+
+def rounded_towers(job: Job) -> dict[str, int] | None:
+    """`towers` of a summary."""
+    if not (towers := job.plan.towers):
+        return None
+    original = sum(job.skeleton.nbytes(f"{name}.weight") for name in towers)
+    return {"linears": len(towers), "nbytes": job.plan.towers_nbytes, "nbytes_original": original}
 
 
 def portability(job: Job, decision: Decision) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def check_teacher(skeleton: Skeleton, student: Folder, teacher: str) -> None:
             f"{source} was made from {made_from}"
         )
     wrong = f"{source} was made from {made_from}, and {teacher} is another model: "
-    linears = {name for block in skeleton.linears for name in block}
+    linears = {name for block in skeleton.linears for name in block} | {*skeleton.ends, *skeleton.tower_linears}
     for linear, entry in student.entries.items():
-        if linear not in {*linears, *skeleton.ends} or skeleton.shape(linear) != entry.shape:
+        if linear not in linears or skeleton.shape(linear) != entry.shape:
             raise RecipeError(f"{wrong}it has no {linear} of {entry.shape[0]} x {entry.shape[1]}")
     if name.removesuffix(".weight") in student.entries:
         return  # coded embeddings differ from the original's

@@ -52,7 +52,8 @@ NEW_IN_2 = {"rows", "half"}
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The entry `quantization_config` of `config.json`."""
-    weights = {name: {"shape": list(w.shape), "parts": w.specs} for name, w in plan.weights.items()}
+    planned = {**plan.weights, **plan.towers}
+    weights = {name: {"shape": list(w.shape), "parts": w.specs} for name, w in planned.items()}
     return {"quant_method": METHOD, "format_version": format_version(plan), "weights": weights}
 
 

@@ -68,6 +68,7 @@ def outcome(
         "quantized_weights": plan.numel,
         "nbytes": nbytes,
         "nbytes_original": nbytes_original,
+        **({"towers": list(plan.towers)} if plan.towers else {}),
         **{kind: {name: float(f"{one:.6g}") for name, one in numbers.items()} for kind, numbers in by_weight.items()},
     }
 

@@ -107,8 +107,8 @@ class Witness:
             self._walk.restore_layouts(len(self.computed.outputs), state["layouts"])
 
     @timed("verify")
-    def see_ends(self, weights: Mapping[str, Tensor]) -> None:
-        """Compressed embeddings and head, by the names of their modules."""
+    def see_outside(self, weights: Mapping[str, Tensor]) -> None:
+        """Compressed embeddings and head, and linears of other towers, by the names of their modules."""
         self._weights |= {name: digest(weight) for name, weight in weights.items()}
 
     @timed("verify")

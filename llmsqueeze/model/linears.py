@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +80,29 @@ def output_head(model: nn.Module) -> nn.Module | None:
     inside = (one for one in model.modules() if isinstance(one, PreTrainedModel) and one.config is text)
     heads = (one.get_output_embeddings() for one in (model, *inside))
     return next((head for head in heads if isinstance(head, nn.Module)), None)
+
+
+def find_tower_linears(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """The linears of a multimodal model that text does not use: those of its towers for other senses, and those between
+    these and the language model."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not (towers := find_towers(model)):
+        return []
+    text = model.config.get_text_config(decoder=True)
+    language = [name for name, one in model.named_modules() if isinstance(one, PreTrainedModel) and one.config is text]
+    # without a language model of its own, what lies between cannot be told from the text's
+    apart = bool(language) and "" not in language
+    own, head = tuple(f"{name}." for name in (*language, *blocks)), output_head(model)
+    inside = tuple(f"{name}." for name in towers)
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not head
+        and (name.startswith(inside) if not apart else not name.startswith(own))
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
 
 
 def find_linears(model: nn.Module, block: str) -> list[str]:

@@ -23,7 +23,14 @@ from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
 from llmsqueeze.model.experts.stack import ExpertStack
-from llmsqueeze.model.linears import find_blocks, find_linears, find_towers, is_transposed, output_head
+from llmsqueeze.model.linears import (
+    find_blocks,
+    find_linears,
+    find_tower_linears,
+    find_towers,
+    is_transposed,
+    output_head,
+)
 from llmsqueeze.model.sources import Compressed, Converted, Slice, Source, Stored, described, find_sources
 from llmsqueeze.progress.stopwatch import timed
 
@@ -142,6 +149,13 @@ class Skeleton:
         """The linears that several blocks use: they stay as they are."""
         own = {name for names in self.linears for name in names}
         return [name for block in self.blocks for name in find_linears(self.model, block) if name not in own]
+
+    @property
+    def tower_linears(self) -> list[str]:
+        """The linears of other towers and projectors that share no weight."""
+        shared = {*self.tied, *self.tied.values()}
+        weights = {name: f"{name}.weight" for name in find_tower_linears(self.model, self.blocks)}
+        return [name for name, weight in weights.items() if weight in self.sources and weight not in shared]
 
     def names_outside_blocks(self) -> list[str]:
         return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]

@@ -113,6 +113,7 @@ def _sizes(folder: Folder) -> str:
         ("Bits per weight, everything counted", "", fixed(folder.bits_per_weight, 2)),
         *([("Bits per code, on average", "", significant(codes))] if codes else []),
         *([("Quantized linear layers", "", f"{len(folder.linears):,}")] if folder.linears else []),
+        *([("Linear layers of other towers, at 8 bits", "", f"{len(folder.towers):,}")] if folder.towers else []),
     ]
     return (
         f"{table(('', 'Original', 'This model'), rows)}\n\n"

@@ -38,7 +38,8 @@ class Folder:
     """A compressed folder.
 
     `record`: `llmsqueeze.json`. `evaluation`, `comparison`: the scores, empty if not measured. `entries`: the linears
-    in the config, empty if the folder holds ordinary weights. `linears`: in the order of their compression.
+    in the config, empty if the folder holds ordinary weights. `linears`: in the order of their compression. `towers`:
+    those of other towers and projectors, which are not among them.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Folder:
     comparison: Mapping[str, Any]
     entries: Mapping[str, Entry]
     linears: Sequence[Linear]
+    towers: Sequence[Linear] = ()
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -113,7 +115,8 @@ def read_folder(path: Path) -> Folder:
     checkpoint = open_checkpoint(path)
     record = read_json_if_there(path / SIDECAR)
     entries = read_entries(checkpoint) if is_compressed(checkpoint) or not record else {}
-    errors = output_errors(record)
+    errors, towers = output_errors(record), set(names) if isinstance(names := record.get("towers"), list) else set()
+    linears = compressed_linears(checkpoint, entries, errors) if entries else dense_linears(checkpoint, errors)
     return Folder(
         name=path.resolve().name,
         checkpoint=checkpoint,
@@ -121,7 +124,8 @@ def read_folder(path: Path) -> Folder:
         evaluation=read_json_if_there(path / EVALUATION),
         comparison=read_json_if_there(path / COMPARISON),
         entries=entries,
-        linears=compressed_linears(checkpoint, entries, errors) if entries else dense_linears(checkpoint, errors),
+        linears=[linear for linear in linears if linear.name not in towers],
+        towers=[linear for linear in linears if linear.name in towers],
     )
 
 

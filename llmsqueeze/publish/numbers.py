@@ -88,6 +88,12 @@ def code_widths(bits: float) -> str:
     return width if float(bits).is_integer() else f"{width} on average"
 
 
+def towers(counts: Mapping[str, int]) -> str:
+    """The rounded linears of other towers and projectors, of the numbers in a summary."""
+    before = size(counts["nbytes_original"])
+    return f"{counts['linears']} linears at 8 bits (rtn), {size(counts['nbytes'])}, were {before}"
+
+
 def experts(counts: Mapping[str, int]) -> str:
     """How many of the experts' matrices saw few tokens and none, of the counts in a record."""
     few, none = counts["few"], counts["none"]

@@ -19,13 +19,15 @@ from llmsqueeze.publish.provenance import chosen
 
 @dataclass(frozen=True)
 class Row:
-    """Linears whose names differ only by a number: how many, their parts in words, their weights, their bytes."""
+    """Linears whose names differ only by a number: how many, their parts in words, their weights, their bytes. tower:
+    whether they belong to another tower or a projector; what is said of all linears is without them."""
 
     pattern: str
     count: int
     parts: str
     weights: int
     nbytes: int
+    tower: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -54,7 +56,8 @@ class Contents:
 
     @property
     def bits_per_weight(self) -> float:
-        return sum(row.nbytes for row in self.rows) * 8 / sum(row.weights for row in self.rows)
+        rows = [row for row in self.rows if not row.tower]
+        return sum(row.nbytes for row in rows) * 8 / sum(row.weights for row in rows)
 
     def as_dict(self) -> dict[str, Any]:
         rows = [asdict(row) | {"bits_per_weight": round(row.bits_per_weight, 6)} for row in self.rows]
@@ -69,15 +72,16 @@ def contents(path: str) -> Contents:
     folder = read_folder(locate(path))
     if folder.dense:
         raise UnsupportedError(f"{path} holds ordinary weights; name a folder with compressed weights")
+    rows = _fold(folder)
     return Contents(
         path=path,
         model=folder.record.get("model"),
         method=folder.recipe.get("method"),
-        bits=round(_code_bits(folder.entries), 6),
+        bits=round(_code_bits({linear.name: folder.entries[linear.name] for linear in folder.linears}), 6),
         recipe=chosen(folder.recipe),
-        rows=_fold(folder),
+        rows=rows,
         nbytes=folder.nbytes,
-        kept_nbytes=folder.nbytes - folder.linear_nbytes,
+        kept_nbytes=folder.nbytes - sum(row.nbytes for row in rows),
         nbytes_original=folder.record.get("nbytes_original"),
         plane_zeros=_plane_zeros(folder.checkpoint, folder.entries),
         distillation=[dict(one) for one in folder.distillations],
@@ -102,7 +106,8 @@ def _fold(folder: Folder) -> list[Row]:
         mixed = any("rows" in spec for spec in entry.specs)
         grids = "" if mixed else " + ".join(str(parts.spec_grid(spec)) for spec in parts.with_grid(entry.specs))
         groups.setdefault((pattern, grids), []).append(name)
-    nbytes = {linear.name: linear.nbytes or 0 for linear in folder.linears}
+    towers = {linear.name for linear in folder.towers}
+    nbytes = {linear.name: linear.nbytes or 0 for linear in (*folder.linears, *folder.towers)}
     return [
         Row(
             pattern,
@@ -110,6 +115,7 @@ def _fold(folder: Folder) -> list[Row]:
             describe([folder.entries[name] for name in names]),
             sum(folder.entries[name].numel for name in names),
             sum(nbytes[name] for name in names),
+            names[0] in towers,
         )
         for (pattern, _), names in groups.items()
     ]

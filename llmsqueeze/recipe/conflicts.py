@@ -168,6 +168,8 @@ def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "outliers", "no other runtime opens outliers"
     if recipe.packs:
         yield "--pack rans", "no other runtime decodes its streams"
+    if recipe.rounds_towers:
+        yield "--vision rtn8", "whether other programs read compressed towers is not known"
     if recipe.lorc_rank:
         yield f"--lorc-rank {recipe.lorc_rank}", "the low-rank factors need an adapter beside the model"
     if recipe.dual or (recipe.levels == "dual" and not recipe.entry.native):

@@ -116,6 +116,11 @@ class Asked(Table):
     all_experts: bool | None = option(
         boolean, "While moments are taken, every token goes to all experts", "where it is routed", flag="--all-experts"
     )
+    vision: str | None = one_of(
+        ("dense", "rtn8"),
+        "Linears of a multimodal model's other towers and projectors: as they are, or rounded to 8 bits by rtn",
+        "dense",
+    )
     labels: str | None = one_of(
         ("model", "text"), "Labels of the measured loss: drawn from the model, or the text", "coded, budget model; text"
     )

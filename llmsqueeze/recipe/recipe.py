@@ -60,6 +60,7 @@ class Recipe:
     pack: str
     code_embeddings: bool
     all_experts: bool
+    vision: str
     labels: str
     lorc_rank: int | str
     lorc: str
@@ -170,6 +171,11 @@ class Recipe:
         return self.packs and bool(self.high_bits) and self.has_budget
 
     @property
+    def rounds_towers(self) -> bool:
+        """Whether the linears of other towers and projectors are rounded."""
+        return self.vision == "rtn8"
+
+    @property
     def text(self) -> TextSettings:
         """The settings of the calibration text."""
         return TextSettings(self.calibration, self.samples, self.seq_len, self.seed)
@@ -202,4 +208,5 @@ class Recipe:
     def _has(self, option: str) -> bool:
         """Whether the option belongs to the method, and is not a flag that is off."""
         off = option in ("dual", "code_embeddings", "all_experts") and not getattr(self, option)
+        off = off or (option == "vision" and not self.rounds_towers)
         return not off and (option in self.entry.allows or not methods_of(option))

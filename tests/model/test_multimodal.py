@@ -24,6 +24,7 @@ from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.config import auto_class, context_length, load_config, vocabulary
 from llmsqueeze.model.linears import output_head
 from llmsqueeze.model.skeleton import build_skeleton
+from llmsqueeze.publish.card import model_card
 
 CPU = torch.device("cpu")
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -152,3 +153,37 @@ def test_the_head_may_be_the_language_models_own() -> None:
     assert output_head(around) is around.language_model.lm_head
     assert output_head(plain) is plain.lm_head
     assert output_head(plain.model) is None
+
+
+def test_other_towers_are_rounded_if_it_is_asked_for(original: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rtn = ["--method", "rtn", "--bits", "4", "--group-size", "32", "--quiet"]
+    code, printed, err = command("quantize", original, *rtn, "--vision", "rtn8", "--out", out, "--json")
+    assert code == 0, err
+    summary, skeleton = json.loads(printed), build_skeleton(open_checkpoint(original))
+    towers = skeleton.tower_linears
+    assert any("vision" in name for name in towers)
+    assert any("projector" in name for name in towers)
+    assert not any("language_model" in name or "lm_head" in name for name in towers)
+    assert summary["towers"]["linears"] == len(towers)
+    assert summary["towers"]["nbytes"] < 0.6 * summary["towers"]["nbytes_original"]
+    assert summary["bits_per_weight"] == 4.5, "they are not counted in the average"
+    assert summary["why_native"].startswith("--vision rtn8")
+    loaded = llmsqueeze.load(str(out), dtype=torch.float32)
+    for name in towers:
+        weight, stored = loaded.get_submodule(name).weight, skeleton.read(f"{name}.weight").float()
+        assert 0 < (weight - stored).abs().max() < 0.02 * stored.abs().max()
+    code, printed, err = command("check", out, "--json")
+    assert f"{len(towers)} linears of other towers" in json.loads(printed)["notes"][0]
+    assert f"| Linear layers of other towers, at 8 bits |  | {len(towers)} |" in model_card(out)
+    code, printed, err = command("quantize", original, *rtn, "--out", tmp_path / "dense", "--json")
+    assert json.loads(printed)["towers"] is None
+    plain, tokens = llmsqueeze.load(str(tmp_path / "dense"), dtype=torch.float32), torch.arange(20)[None] + 3
+    torch.testing.assert_close(logits_of(loaded, tokens), logits_of(plain, tokens))
+
+
+def test_a_text_model_has_no_other_towers(demo_dir: Path, tmp_path: Path) -> None:
+    said = refused("quantize", demo_dir, "--bits", "4", "--vision", "rtn8", "--out", tmp_path / "out")
+    assert "--vision rtn8 belongs to multimodal models" in said
+    said = refused("quantize", demo_dir, "--bits", "4", "--vision", "rtn8", "--portable", "--out", tmp_path / "out")
+    assert "--portable contradicts --vision rtn8" in said

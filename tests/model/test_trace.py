@@ -272,3 +272,22 @@ def test_a_trace_that_computes_something_else_is_not_used(
         run = Walk.run
         monkeypatch.setattr(Walk, "run", lambda *arguments: run(*arguments) * 1.001)
         assert walk.trace(0, inputs) is None
+
+
+def test_values_between_stops_may_come_back_in_another_order_of_memory() -> None:
+    """What is kept between two stops is contiguous when it comes back, whatever it was."""
+
+    class Turned(Block):
+        def forward(self, hidden: Tensor) -> Tensor:
+            turned = self.first(hidden).transpose(1, 2)
+            gate = self.second(hidden)
+            return turned.transpose(1, 2).view(-1).view_as(gate) + gate
+
+    block, hidden = Turned(), torch.randn(1, 3, 4)
+    trace = trace_of(block, hidden)
+    assert trace is not None
+    values = {trace.hidden: hidden}
+    for segment in trace.cut(["first", "second"]):
+        values |= {node: value.contiguous() for node, value in values.items()}
+        result = segment.run(values, [], lambda name, x: block.get_submodule(name)(x))
+    assert torch.equal(result, block(hidden))

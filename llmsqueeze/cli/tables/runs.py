@@ -11,7 +11,7 @@ from rich.table import Table
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
-from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, significant, size
+from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, significant, size, towers
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -45,6 +45,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row("calibration", f"{calibration['source']}, {rows}")
     if summary["experts"] is not None:
         table.add_row("experts", experts(summary["experts"]))
+    if summary["towers"] is not None:
+        table.add_row("other towers", towers(summary["towers"]))
     table.add_row("format", format_and_why(summary))
     table.add_row("verified", verification(summary["verified"]))
     table.add_row("opens in", opening(summary["opens"]))

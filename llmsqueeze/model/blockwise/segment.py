@@ -114,7 +114,10 @@ def _call(linear: Linear, name: str, x: Tensor) -> Tensor:
 
 
 def _faster(node: fx.Node) -> Any:
-    """The operation of a node, or one that computes the same in less time."""
+    """The operation of a node, or one that computes the same in less time, or in whatever order memory lies: what is
+    kept between two stops comes back contiguous, and not all views are possible then."""
+    if node.target is torch.ops.aten.view.default:
+        return torch.ops.aten.reshape.default
     if node.target is ATTENTION and all(user.args[1] == 0 for user in node.users if user.users):
         return traced_attention
     return node.target
