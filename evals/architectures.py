@@ -1,6 +1,7 @@
 """Which architectures are handled: tiny random models, made of transformers' own config classes, through every stage.
 
     python evals/architectures.py [TYPE ...] [--variants] [--multimodal] [--add] [--out FILE.json]
+    python evals/architectures.py --rows FOLDER --commit COMMIT [--out FILE.json]
 
 TYPE: causal types of transformers, all of them if none is named; --variants: the variants below instead; --multimodal:
 the image-text types instead; --add: keep the rows that the file has of others. A model gets small values for the usual
@@ -8,6 +9,11 @@ fields of its config. Stages: `quantize` at 8 and 4 bits (rtn), 3 bits (gptq), a
 all stages end well, the logits of the 8-bit folder correlate with the original's at more than 0.99, and at least 0.9 of
 the weights in matrices outside embeddings, head and towers is compressed. partly: less of them, or a stage refuses.
 Writes the rows as JSON, and a table beside it (`.md`).
+
+--rows: instead takes over the rows of a judge that looks from outside, one JSON file for each type in FOLDER: `type`
+("mm:" before an image-text type), `verdict`, `stages` (name -> `status`, `said`), and if they are known `share`,
+`correlation`, `format`, `dense` (kinds of weights that stay as they are), `wrong` (list), `not_built`. A row of the
+same type replaces what the file has; --commit: that of the program that was judged.
 """
 
 from __future__ import annotations
@@ -86,6 +92,24 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "transposed linears": ("gpt2", {}),
     "lists from blocks": ("openai-gpt", {}),
     "hidden states scaled in place": ("ctrl", {}),
+}
+CAUSAL, IMAGE_TEXT = "causal types", "image-text types"
+ORDER = ("whole", "partly", "failing", "refused", "not built")
+FLIPS = "a random router (or indexer) that decides otherwise for a few tokens; with the original's choices: "
+KNOWN = {  # causes that were looked into, by type
+    "glm_moe_dsa": FLIPS + "0.9996",
+    "hy_v4": FLIPS + "0.9996",
+    "phimoe": FLIPS + "0.9996 (the other tokens)",
+    "muse_spark": FLIPS + "0.9994",
+    "shieldgemma2": "transformers saves it under names that it does not read again: the original does not open either",
+    "ctrl": "the table of embeddings, here called `w`, counts as a matrix; all linears of the blocks are compressed",
+    "git": "the head, here called `output`, counts as a matrix; all linears of the blocks are compressed",
+    "minimax": "a table of decays that is computed, not learned, counts as a matrix; all linears are compressed",
+    "big_bird": "the pooler, which text does not use, and the transform before the head stay as they are",
+    "idefics2": "the connector between towers stays as it is (`--vision rtn8` rounds it)",
+    "idefics3": "the connector between towers stays as it is (`--vision rtn8` rounds it)",
+    "smolvlm": "the connector between towers stays as it is (`--vision rtn8` rounds it)",
+    "janus": "the parts that make images stay as they are (`--vision rtn8` rounds them)",
 }
 ASIDE = re.compile(r"embed|lm_head|wte|wpe|word_emb|position|^head|shared\.weight|vision|image|audio|projector|merger")
 STAGES: dict[str, dict[str, Any]] = {
@@ -190,14 +214,35 @@ def verdict(row: dict[str, Any]) -> str:
     return "whole" if set(stages) == {"ok"} and row["share"] >= 0.9 else "partly"
 
 
+def from_outside(row: dict[str, Any], commit: str) -> dict[str, Any]:
+    """A row of an outside judge as one of ours."""
+    kind = row["type"].removeprefix("mm:")
+    stages = {name: stage["status"] for name, stage in row["stages"].items()}
+    said = [f"{name}: {stage['said'].splitlines()[-1]}" for name, stage in row["stages"].items() if stage["said"]]
+    why = row.get("not_built") or "; ".join(row.get("wrong") or said[:1])
+    verdict = row["verdict"]
+    if row.get("not_built"):
+        verdict, why = "not built", "; ".join([" ".join(why.split())[:120], *said[:1]])
+    elif verdict == "partly" and not why:
+        why = f"{', '.join(row['dense'][:3])} stay as they are"
+    numbers = {key: round(row[key], 5) for key in ("share", "correlation") if key in row}
+    group = CAUSAL if kind == row["type"] else IMAGE_TEXT
+    why = " ".join(re.sub(r"/\S*/", "", why).split())[:240]
+    own = {"group": group, "name": kind, "type": kind, "stages": stages, "verdict": verdict, "why": why}
+    return own | numbers | {"format": row.get("format", ""), "commit": commit}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = ["# Architectures", "", "Tiny random models through every stage (`evals/architectures.py`).", ""]
     for group in dict.fromkeys(row["group"] for row in rows):
         some = [row for row in rows if row["group"] == group]
         counts = Counter(row["verdict"] for row in some)
-        totals = ", ".join(f"{counts[kind]} {kind}" for kind in dict.fromkeys(counts))
+        totals = ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts, key=ORDER.index))
         lines += [f"## {group}: {len(some)}, of which {totals}", ""]
+        if any("commit" in row for row in some):
+            lines += compact(some)
+            continue
         lines += ["| model | type | verdict | compressed | correlation | format |", "|---|---|---|---|---|---|"]
         for row in some:
             numbers = (f"{row['share']:.2f}", f"{row['correlation']:.4f}") if "share" in row else ("", "")
@@ -210,26 +255,57 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compact(rows: list[dict[str, Any]]) -> list[str]:
+    """Many types as Markdown: the names of the whole ones, and a line for every other."""
+    whole = sorted(row["name"] for row in rows if row["verdict"] == "whole")
+    commits = Counter(row["commit"] for row in rows)
+    seen = ", ".join(f"{count} at {commit}" for commit, count in commits.most_common())
+    lines = [f"Judged from outside: {seen}.", "", f"Whole: {', '.join(whole)}.", ""]
+    lines += ["| type | verdict | compressed | correlation | why |", "|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (ORDER.index(row["verdict"]), row["name"])):
+        if row["verdict"] != "whole":
+            numbers = (f"{row['share']:.2f}" if "share" in row else "", f"{row.get('correlation', '')}")
+            why = KNOWN.get(row["name"], "") or row["why"].replace("|", "/")
+            lines.append(f"| {row['name']} | {row['verdict']} | {' | '.join(numbers)} | {why} |")
+    return [*lines, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--multimodal", action="store_true")
     parser.add_argument("--add", action="store_true")
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path("evals/results/architectures.json"))
     options = parser.parse_args()
+    if options.rows is not None:
+        rows = json.loads(options.out.read_text()) if options.out.exists() else []
+        new = [
+            from_outside(json.loads(file.read_text()), options.commit) for file in sorted(options.rows.glob("*.json"))
+        ]
+        named = {(row["group"], row["name"]) for row in new}
+        write(options.out, [*(row for row in rows if (row["group"], row["name"]) not in named), *new])
+        return
     mapping: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if options.multimodal:
         mapping = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    group = "variants" if options.variants else "image-text types" if options.multimodal else "causal types"
+    group = "variants" if options.variants else IMAGE_TEXT if options.multimodal else CAUSAL
     wanted = VARIANTS if options.variants else {kind: (kind, {}) for kind in options.types or mapping}
     rows = json.loads(options.out.read_text()) if options.add and options.out.exists() else []
     for name, (kind, changes) in wanted.items():
         row = {"group": group} | judged(name, kind, changes, options.multimodal)
         rows = [one for one in rows if (one["group"], one["name"]) != (group, name)] + [row]
         print(f"{name:36} {row['verdict']:9} {row.get('share', '')} {row.get('correlation', '')}", flush=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(table(rows))
+        write(options.out, rows)
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as JSON, the variants first, and as Markdown beside it."""
+    rows = sorted(rows, key=lambda row: ("variants", CAUSAL, IMAGE_TEXT).index(row["group"]))
+    file.write_text(json.dumps(rows, indent=1) + "\n")
+    file.with_suffix(".md").write_text(table(rows))
 
 
 if __name__ == "__main__":

@@ -92,8 +92,7 @@ def compress(
             opens = verification.inspected(output, trust)
         if (times := stopwatch.measured()) is not None:
             output.write_json(SIDECAR, recorded | {"time": times})
-    tokens = by_weight.get("tokens", {})
-    return summarize(job, decision, output, time.monotonic() - start, compared, opens, tokens)
+    return summarize(job, decision, output, time.monotonic() - start, compared, opens, by_weight)
 
 
 def without_damaged(journal: Journal, progress: Progress) -> None:

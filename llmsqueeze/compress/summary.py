@@ -23,7 +23,8 @@ class Summary:
     predicted_portable: the loss increase that the same bytes promise there. experts: of their matrices that were fitted
     to inputs, how many there are (`matrices`), how many saw few tokens (`few`) and how many none (`none`).
     towers: of the rounded linears of other towers and projectors, their number (`linears`), their bytes (`nbytes`) and
-    those of the original (`nbytes_original`); None if they stay as they are.
+    those of the original (`nbytes_original`); None if they stay as they are. unreached: how many linears no text
+    reaches, such as those that look at images alone: they are rounded as if all their inputs counted the same.
     """
 
     out: str
@@ -47,6 +48,7 @@ class Summary:
     predicted_portable: float | None
     experts: dict[str, int] | None
     towers: dict[str, int] | None
+    unreached: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,10 +61,11 @@ def summarize(
     seconds: float,
     verified: dict[str, float] | None,
     opens: dict[str, str],
-    tokens: Mapping[str, float],
+    by_weight: Mapping[str, Mapping[str, float]],
 ) -> Summary:
-    """The summary of a folder that has been written."""
-    plan = decision.plan
+    """The summary of a folder that has been written. by_weight: kind of number -> weight -> number."""
+    plan, seen = decision.plan, by_weight.get("chances", {})
+    planned = [name for name, weight in plan.weights.items() if not weight.end]
     return Summary(
         out=str(output.final),
         model=job.source.model,
@@ -81,8 +84,9 @@ def summarize(
         verified=verified,
         opens=opens,
         **portability(job, decision),
-        experts=record.experts(tokens),
+        experts=record.experts(by_weight.get("tokens", {})),
         towers=rounded_towers(job),
+        unreached=len(set(planned) - set(seen)) if job.recipe.needs_moments else 0,
     )
 
 

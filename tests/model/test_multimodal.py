@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 import llmsqueeze
+from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -180,6 +182,20 @@ def test_other_towers_are_rounded_if_it_is_asked_for(original: Path, tmp_path: P
     assert json.loads(printed)["towers"] is None
     plain, tokens = llmsqueeze.load(str(tmp_path / "dense"), dtype=torch.float32), torch.arange(20)[None] + 3
     torch.testing.assert_close(logits_of(loaded, tokens), logits_of(plain, tokens))
+
+
+def test_the_summary_counts_what_text_does_not_reach(tmp_path: Path) -> None:
+    config, folder = copy.deepcopy(CONFIGS["mllama"]), tmp_path / "original"
+    config.text_config.vocab_size = 512
+    torch.manual_seed(1)
+    AutoModelForImageTextToText.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((MODEL_DIR / file).read_bytes())
+    options = ["--method", "gptq", "--bits", "4", "--calibration", "demo", "--samples", "2", "--seq-len", "16"]
+    code, printed, err = command("quantize", folder, *options, "--out", tmp_path / "out", "--json", "--quiet")
+    assert code == 0, err
+    looks_at_images = build_skeleton(open_checkpoint(folder)).linears[1]
+    assert json.loads(printed)["unreached"] == len(looks_at_images)
 
 
 def test_a_text_model_has_no_other_towers(demo_dir: Path, tmp_path: Path) -> None:

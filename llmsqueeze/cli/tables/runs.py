@@ -45,6 +45,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row("calibration", f"{calibration['source']}, {rows}")
     if summary["experts"] is not None:
         table.add_row("experts", experts(summary["experts"]))
+    if summary["unreached"]:
+        table.add_row("not reached", f"{summary['unreached']} linears get no input from text: rounded without moments")
     if summary["towers"] is not None:
         table.add_row("other towers", towers(summary["towers"]))
     table.add_row("format", format_and_why(summary))
