@@ -167,3 +167,19 @@ def rows() -> list[torch.Tensor]:
     """Token rows for the tiny random models."""
     make = torch.Generator().manual_seed(3)
     return [torch.randint(0, 96, (1, 24), generator=make) for _ in range(3)]
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, torch.nn.Module]]:
+    """A tiny mixture of experts (mixtures.py) by its type: its folder and the model."""
+    from mixtures import make
+
+    made: dict[str, tuple[Path, torch.nn.Module]] = {}
+
+    def get(name: str) -> tuple[Path, torch.nn.Module]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = folder, make(name, folder)
+        return made[name]
+
+    return get

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.recorder import Returns
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.experts.linear import Weight, real
 from llmsqueeze.model.linears import as_rows, find_blocks
 from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
 from llmsqueeze.progress import Progress
@@ -112,10 +114,10 @@ class Witness:
         self._weights |= {name: digest(weight) for name, weight in weights.items()}
 
     @timed("verify")
-    def see(self, index: int, weights: Mapping[str, Tensor]) -> None:
+    def see(self, index: int, weights: Mapping[str, Weight]) -> None:
         """Block `index` is resident and computes with `weights`, given as the modules store them."""
         for name, weight in weights.items():
-            self._weights[name] = digest(as_rows(self._walk.skeleton.module(name), weight))
+            self._weights[name] = digest(as_rows(self._walk.skeleton.module(name), real(weight)))
         if self.computed.sample is not None:
             with self._walk.skeleton.using(weights), torch.no_grad():
                 self._hidden = self._walk.run(index, 0, self._hidden)
@@ -220,9 +222,11 @@ def rerun(walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor
         with skeleton.overriding(outside_blocks(skeleton, folder, reading)):
             hidden = next(walk.embed().each(walk.device))
         for index in progress.over(range(len(outputs)), "verify", len(outputs)):
-            kept = kept_in(skeleton, index, reading)
-            weights = {
-                name: as_rows(skeleton.module(name), reading.weight(name)).contiguous()
+            kept, at_use = kept_in(skeleton, index, reading), walk.read_at_use(index)
+            weights: dict[str, Weight] = {
+                name: partial(reading.weight, name)
+                if name in at_use
+                else as_rows(skeleton.module(name), reading.weight(name)).contiguous()
                 for name in skeleton.linears[index]
                 if name in folder.entries
             }

@@ -6,7 +6,7 @@ the salience of rows and the statistic of outliers. No gradient of a whole block
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -19,9 +19,12 @@ from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.salience import rounding_error, sample_salience
-from llmsqueeze.measure.streams.pooled import drawn, drawn_gradient, together
+from llmsqueeze.measure.streams.pooled import drawn, drawn_gradient, of_pool
+from llmsqueeze.measure.streams.residual import ResidualStreams
+from llmsqueeze.measure.streams.restarted import Restarted
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.experts.linear import chunk_nbytes
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
@@ -37,23 +40,50 @@ def reduce_block(
 ) -> Profile:
     """A resident block's backward pass over all samples; `gradients` go from its output to its input."""
     groups, labels = fusion_groups(walk, index, inputs.get(0, walk.device)), label_counts(walk)
-    moments = _InputMoments(groups, linears) if request.prices else None
-    sums = _GradientSums(walk.skeleton, index, linears, request) if request.weight_gradients else None
-    for sample, count in enumerate(labels):
-        hidden, upstream = inputs.get(sample, walk.device), gradients.get(sample, walk.device)
-        on_gradient = sums.add if sums is not None else None
-        on_linear = partial(moments.add, count) if moments is not None else None
-        gradients.replace(sample, walk.block_gradient(index, sample, hidden, upstream, on_gradient, on_linear))
+    moments = _InputMoments(groups, linears, walk.read_at_use(index)) if request.prices else None
     measured = [Profile(groups=tuple(group.names for group in groups))]
-    if sums is not None:
-        salience = {name: total / len(walk.samples) for name, total in sums.salience.items()}
-        measured.append(Profile(salience=salience))
-        sums.errors.clear()
-    statistics = sums.statistics if sums is not None else {}
-    measured.append(reduce_weights(walk.skeleton, index, statistics, linears, request))
+    passes = in_passes(walk, index, linears, request)
+    for number, names in enumerate(passes):
+        sums = _GradientSums(walk.skeleton, index, names, request) if request.weight_gradients else None
+        on_gradient = sums.add if sums is not None else None
+        for sample, count in enumerate(labels):
+            hidden, upstream = inputs.get(sample, walk.device), gradients.get(sample, walk.device)
+            on_linear = partial(moments.add, count) if moments is not None and number == 0 else None
+            gradient = walk.block_gradient(index, sample, hidden, upstream, on_gradient, on_linear, names)
+            if number == len(passes) - 1:
+                gradients.replace(sample, gradient)
+        statistics = {}
+        if sums is not None:
+            measured.append(Profile(salience={n: total / len(walk.samples) for n, total in sums.salience.items()}))
+            statistics = sums.statistics
+            del sums, on_gradient
+        candidates = rank_block(walk.skeleton, index, statistics, names, request.outliers)
+        measured.append(Profile(candidates=candidates))
+    measured.append(Profile(zd=block_zd(walk.skeleton, index, linears, request)))
     if moments is not None:
-        measured.append(moments.priced(walk.skeleton, request, sum(labels)))
+        measured.append(moments.priced(walk, index, inputs, request, sum(labels)))
     return joined(measured)
+
+
+def in_passes(walk: Walk, index: int, linears: Linears, request: Request) -> Sequence[Linears]:
+    """The linears of a resident block, as many at a time as what is made of their weights' gradients may take; all
+    together, if the weights are in memory too."""
+    names = [name for name in walk.skeleton.linears[index] if name in linears]
+    at_use = walk.read_at_use(index)
+    each = len(request.salience) / 2 + (request.outliers is not None)  # in numbers of four bytes for a weight
+    if not request.weight_gradients or not at_use:
+        return [{name: linears[name] for name in names}]
+    room, taken = chunk_nbytes(walk.experts_nbytes(index)), 0.0
+    passes: list[dict[str, torch.dtype]] = [{}]
+    for name in names:
+        rows, cols = walk.skeleton.shape(name)
+        nbytes = rows * cols * 4 * each if name in at_use else 0
+        if taken and taken + nbytes > room:
+            passes.append({})
+            taken = 0
+        passes[-1][name] = linears[name]
+        taken += nbytes
+    return passes
 
 
 def label_counts(walk: Walk) -> list[int]:
@@ -61,14 +91,16 @@ def label_counts(walk: Walk) -> list[int]:
     return [tokens.shape[1] - 1 for tokens in walk.samples]
 
 
-def reduce_weights(
-    skeleton: Skeleton, index: int, statistics: dict[str, Tensor], linears: Linears, request: Request
-) -> Profile:
-    """The measurements of a resident block's weights alone, or with the statistics of their gradients, which are used
-    up."""
+def reduce_weights(skeleton: Skeleton, index: int, linears: Linears, request: Request) -> Profile:
+    """The measurements of a resident block's weights alone."""
+    zd = block_zd(skeleton, index, linears, request)
+    return Profile(zd=zd, candidates=rank_block(skeleton, index, {}, linears, request.outliers))
+
+
+def block_zd(skeleton: Skeleton, index: int, linears: Linears, request: Request) -> tuple[float, ...]:
+    """The ZD of a resident block, if it is requested."""
     names = [name for name in skeleton.linears[index] if name in linears]
-    zd = (importance.zd([skeleton.linear(name).weight.detach() for name in names]),) if request.zd else ()
-    return Profile(zd=zd, candidates=rank_block(skeleton, index, statistics, linears, request.outliers))
+    return (importance.zd([skeleton.weight(name) for name in names]),) if request.zd else ()
 
 
 @timed("round")
@@ -126,12 +158,17 @@ class _GradientSums:
 
 
 class _InputMoments:
-    """Input second moments per fusion group and squared output gradients per row, summed over the samples."""
+    """Input second moments per fusion group and squared output gradients per row, summed over the samples.
 
-    def __init__(self, groups: list[FusionGroup], linears: Linears) -> None:
-        self.groups, self.linears = groups, linears
+    at_use: linears that read their weights at every use: the moments of their inputs are not summed up here, but some
+    at a time when they are priced.
+    """
+
+    def __init__(self, groups: list[FusionGroup], linears: Linears, at_use: Container[str]) -> None:
+        self.groups, self.linears, self.at_use = groups, linears, at_use
         self.leaders = {group.names[0]: i for i, group in enumerate(groups)}
         self.xtx: dict[int, SecondMoments] = {}
+        self.tokens: dict[int, int] = {}
         self.squares: dict[str, Tensor] = {}
 
     @timed("moments")
@@ -140,22 +177,31 @@ class _InputMoments:
         group = self.leaders.get(name)
         if group is not None and x.numel():
             x = x.reshape(-1, x.shape[-1])
-            if group not in self.xtx:
-                self.xtx[group] = SecondMoments(x.shape[1], x.dtype, x.device)
-            self.xtx[group].add(x)
+            self.tokens[group] = self.tokens.get(group, 0) + len(x)
+            if name not in self.at_use:
+                if group not in self.xtx:
+                    self.xtx[group] = SecondMoments(x.shape[1], x.dtype, x.device)
+                self.xtx[group].add(x)
         if name in self.linears:
             # of the summed loss, not of the mean one
             square = (gradient.reshape(-1, gradient.shape[-1]) * labels).square_().sum(dim=0)
             self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
 
     @timed("round")
-    def priced(self, skeleton: Skeleton, request: Request, labels: int) -> Profile:
+    def priced(self, walk: Walk, index: int, inputs: Activations, request: Request, labels: int) -> Profile:
         """The prices of the linears, group by group, from the gradients of so many labels; uses up the moments. A
         linear that no sample reached has none, but an expert has those of its pool."""
-        profiles = []
+        profiles, before, skeleton = [], list[str](), walk.skeleton
         for pool, numbers in groupby(range(len(self.groups)), lambda i: self.groups[i].pool):
             inside = list(numbers)
-            for names, moments, gradients in self._pooled(inside) if pool else self._alone(inside):
+            if not pool:
+                measured = self._alone(inside)
+            elif self.groups[inside[0]].names[0] in self.at_use:
+                measured = self._with_gradients(inside, self._observed(walk, index, inputs, inside, before))
+            else:
+                measured = self._with_gradients(inside, self._drawn(inside))
+            before += pool
+            for names, moments, gradients in measured:
                 curvature = factorize(moments)
                 for name in names:
                     if name in gradients and name in self.linears:
@@ -171,26 +217,41 @@ class _InputMoments:
                 moments = self.xtx.pop(i)
                 yield self.groups[i].names, moments.shrunk(moments.mean())[0], self.squares
 
-    def _pooled(self, numbers: list[int]) -> Iterator[Measured]:
-        """Of experts: what each saw is drawn towards what all saw together (streams/pooled.py)."""
-        own = {i: self.xtx.pop(i) for i in numbers if i in self.xtx}
-        if not own:
-            return
-        pool = together(list(own.values()))
+    def _with_gradients(
+        self, numbers: list[int], moments: Iterable[tuple[tuple[str, ...], Tensor]]
+    ) -> Iterator[Measured]:
+        """Groups of a pool and their moments, with gradients drawn towards those of all (streams/pooled.py)."""
+        own = [i for i in numbers if i in self.tokens]
+        tokens = sum(self.tokens[i] for i in own)
         by_stack = [
             sum(self.squares[n] for i in own if (n := self.groups[i].names[at]) in self.squares)
             for at in range(len(self.groups[numbers[0]].names))
         ]
-        moments, tokens = pool.shrunk(pool.mean())[0], pool.tokens
-        for i in numbers:
-            count = own[i].tokens if i in own else 0
-            mine = own[i].shrunk(own[i].mean())[0] if i in own else torch.zeros_like(moments)
+        counts = {self.groups[i].names: self.tokens.get(i, 0) for i in numbers}
+        for names, drawn_moments in moments:
             gradients = {
-                name: drawn_gradient(self.squares.get(name), count, total / tokens)
-                for name, total in zip(self.groups[i].names, by_stack, strict=True)
+                name: drawn_gradient(self.squares.get(name), counts[names], total / tokens)
+                for name, total in zip(names, by_stack, strict=True)
                 if isinstance(total, Tensor)
             }
-            yield self.groups[i].names, drawn(mine, count, moments), gradients
+            yield names, drawn_moments, gradients
+
+    def _drawn(self, numbers: list[int]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """The moments of a pool's groups: what each saw is drawn towards what all saw together."""
+        own = {i: self.xtx.pop(i) for i in numbers if i in self.xtx}
+        if (pool := of_pool(own.values())) is not None:
+            for i in numbers:
+                mine = own[i].shrunk(own[i].mean())[0] if i in own else torch.zeros_like(pool[0])
+                yield self.groups[i].names, drawn(mine, own[i].tokens if i in own else 0, pool[0])
+
+    def _observed(
+        self, walk: Walk, index: int, inputs: Activations, numbers: list[int], before: Sequence[str]
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """The same, by runs with some experts at a time."""
+        weights = {name: walk.skeleton.weight(name) for name in walk.skeleton.linears[index]}
+        through = Restarted(walk, index, ResidualStreams(inputs), weights, weights)
+        for names, moments in through.observe_pool([self.groups[i] for i in numbers], before):
+            yield tuple(names), moments.xtx
 
 
 def priced(

@@ -16,17 +16,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmsqueeze.model.experts.linear import Weight, real
+
 
 def similarity(before: Tensor, after: Tensor) -> float:
     """Mean over the tokens of the cosine between a block's input and output [1, length, width]."""
     return float(torch.nn.functional.cosine_similarity(before, after, dim=-1).mean())
 
 
-def zd(weights: Sequence[Tensor]) -> float:
+def zd(weights: Sequence[Weight]) -> float:
     """Share of all these weights that lie more than one standard deviation above their common mean; 0 for none."""
     if not weights:
         return 0.0
-    count = sum(weight.numel() for weight in weights)
-    mean = sum(float(weight.double().sum()) for weight in weights) / count
-    variance = sum(float((weight.double() - mean).square_().sum()) for weight in weights) / count
-    return sum(int((weight > mean + variance**0.5).sum()) for weight in weights) / count
+    count = sum(real(weight).numel() for weight in weights)
+    mean = sum(float(real(weight).double().sum()) for weight in weights) / count
+    variance = sum(float((real(weight).double() - mean).square_().sum()) for weight in weights) / count
+    return sum(int((real(weight) > mean + variance**0.5).sum()) for weight in weights) / count

@@ -51,7 +51,7 @@ def measure(
         blocks = range(len(walk.skeleton.blocks))
         for index in progress.over(blocks, "weights", len(blocks)):
             with walk.resident_block(index, then=index + 1):
-                profiles.append(reduce_weights(walk.skeleton, index, {}, linears, request))
+                profiles.append(reduce_weights(walk.skeleton, index, linears, request))
     return joined(profiles)
 
 

@@ -22,6 +22,7 @@ from llmsqueeze.model.blockwise.dry_run import obstacle_in_stock
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
+from llmsqueeze.model.experts.linear import ExpertLinear, Weight, real
 from llmsqueeze.model.experts.stack import ExpertStack
 from llmsqueeze.model.linears import (
     find_blocks,
@@ -84,16 +85,30 @@ class Skeleton:
             self.overrides = before
 
     @contextmanager
-    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def using(self, weights: Mapping[str, Weight]) -> Iterator[None]:
         """In the context the named linears compute with these weights, in the orientation of their modules."""
-        before = {name: self.linear(name).weight for name in weights}
+        before = {name: self.weight(name) for name in weights}
         try:
             for name, weight in weights.items():
-                self.linear(name).weight = nn.Parameter(weight, requires_grad=False)
+                self._use(name, weight)
             yield
         finally:
-            for name, parameter in before.items():
-                self.linear(name).weight = parameter
+            for name, weight in before.items():
+                self._use(name, weight)
+
+    def weight(self, linear: str) -> Weight:
+        """What a linear computes with, as its module stores it."""
+        module = self.linear(linear)
+        return module.reads if isinstance(module, ExpertLinear) and module.reads is not None else module.weight
+
+    def _use(self, linear: str, weight: Weight) -> None:
+        module = self.linear(linear)
+        if isinstance(module, ExpertLinear) and module.reads is not None:
+            module.reads = partial(real, weight)
+        else:
+            weight = real(weight)
+            kept = isinstance(weight, nn.Parameter)
+            module.weight = weight if kept else nn.Parameter(weight, requires_grad=False)
 
     @property
     def ends(self) -> list[str]:
@@ -165,6 +180,11 @@ class Skeleton:
         block = self.blocks[index]
         inside = self.module(block).named_modules()
         return {f"{block}.{name}": len(module) for name, module in inside if isinstance(module, ExpertStack)}
+
+    def experts_in(self, index: int) -> dict[str, ExpertLinear]:
+        """The linears of experts in block `index`, by name."""
+        names = [f"{stack}.{number}" for stack, count in self.stacks_in(index).items() for number in range(count)]
+        return {name: module for name in names if isinstance(module := self.module(name), ExpertLinear)}
 
     def names_around_blocks(self) -> list[str]:
         """The same without the towers for other senses: what a run on text needs."""

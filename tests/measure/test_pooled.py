@@ -10,7 +10,7 @@ from support import shrunk_moments
 from torch import Tensor
 
 from llmsqueeze.measure.moments import FusionGroup, SecondMoments, with_all_experts
-from llmsqueeze.measure.streams.pooled import PRIOR, UNSEEN, PooledMoments, drawn_gradient
+from llmsqueeze.measure.streams.pooled import PRIOR, UNSEEN, PooledMoments, drawn_gradient, of_pool
 from llmsqueeze.model.experts.routing import Routing
 
 COLS = 12
@@ -38,7 +38,7 @@ def pooled_of(samples: list[dict[tuple[str, ...], Tensor]], names: list[tuple[st
     pooled = PooledMoments(groups)
     for sample in samples:
         pooled.add({}, sample)
-    return dict(pooled.mean())
+    return dict(pooled.mean(of_pool(pooled.sums)))
 
 
 def test_experts_are_drawn_towards_what_all_get(generator: torch.Generator) -> None:

@@ -29,8 +29,10 @@ from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.experts.linear import Weight, real
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.parts import Part
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.recipe import Recipe
@@ -137,7 +139,7 @@ def compress_block(
     skeleton, ahead = run.walk.skeleton, ResidualStreams()
     with run.walk.resident_block(index, then=index + 1):
         names = [name for name in skeleton.linears[index] if name in run.decision.plan.weights]
-        original = {name: skeleton.linear(name).weight.data for name in names}
+        original = {name: skeleton.weight(name) for name in names}
         current = dict(original)
         through = passage(run.walk, index, streams, original, current, run.recipe.all_experts)
         compressed = compress_groups(run, index, through, original, current)
@@ -160,9 +162,10 @@ def block_shard(skeleton: Skeleton, index: int, plan: Plan, compressed: Mapping[
 
 
 def compress_groups(
-    run: Run, index: int, through: Passage, original: Mapping[str, Tensor], current: dict[str, Tensor]
+    run: Run, index: int, through: Passage, original: Mapping[str, Weight], current: dict[str, Weight]
 ) -> dict[str, Compressed]:
-    """The parts of a resident block's linears, fusion group by fusion group; `current` becomes their weights.
+    """The parts of a resident block's linears, fusion group by fusion group; `current` becomes their weights: of
+    linears that read their weight at every use, what puts it together from its parts.
 
     `original` and `current` hold the weights as the modules store them.
     """
@@ -170,17 +173,25 @@ def compress_groups(
     result: dict[str, Compressed] = {}
     stacks = skeleton.stacks_in(index)
     for names, moments in group_moments(run, index, through):
-        group = {name: as_rows(skeleton.module(name), original[name]) for name in names if name in original}
+        group = {name: as_rows(skeleton.module(name), real(original[name])) for name in names if name in original}
         give_back()
         chance = None if moments is None else moments.chance
         sent = moments.tokens if moments is not None else 0 if run.recipe.needs_moments else None
         targets, curvature = group_targets(group, moments)
         for name, one in run.compress(group, targets, curvature).items():
-            current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
+            if isinstance(original[name], Tensor):
+                current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
+            else:
+                current[name] = partial(dense_of, one.parts, run.walk.device)
             tokens = sent if name.rpartition(".")[0] in stacks else None
             result[name] = one._replace(dense=NOTHING, chance=chance, tokens=tokens)
         give_back()
     return result
+
+
+def dense_of(weight_parts: Sequence[Part], device: torch.device) -> Tensor:
+    """The weight [rows, cols] of these parts, in float32."""
+    return parts.sum_of_parts([parts.decoded(part) for part in weight_parts]).to(device)
 
 
 def group_moments(run: Run, index: int, through: Passage) -> Iterator[tuple[Sequence[str], Moments | None]]:

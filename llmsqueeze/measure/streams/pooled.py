@@ -11,7 +11,7 @@ lost, which its own tokens tell alone, is taken times n / (n + PRIOR), the share
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,22 +41,29 @@ def drawn_gradient(squares: Tensor | None, tokens: int, pool: Tensor) -> Tensor:
     return per_token * tokens + pool * UNSEEN
 
 
-def together(groups: Sequence[SecondMoments]) -> SecondMoments:
-    """The second moments of all inputs of several groups; how much of them is chance is that of the largest."""
-    largest = max(groups, key=lambda group: group.tokens)
-    pool = SecondMoments(len(largest.sum), largest.sum.dtype, largest.sum.device)
-    pool.chance = largest.chance
+def together(groups: Iterable[SecondMoments]) -> SecondMoments | None:
+    """The second moments of all inputs of several groups, of which one has to be there at a time; how much of them is
+    chance is that of the largest. None if there are no groups."""
+    pool, largest = None, -1
     for group in groups:
+        pool = pool or SecondMoments(len(group.sum), group.sum.dtype, group.sum.device)
         pool.sum += group.sum
         pool.tokens += group.tokens
+        if group.tokens > largest:
+            pool.chance, largest = group.chance, group.tokens
     return pool
 
 
 class PooledMoments:
-    """Sums up what each fusion group of a pool gets."""
+    """Sums up what each fusion group of a pool gets, or of some of its groups."""
 
     def __init__(self, groups: Mapping[Names, GroupMoments]) -> None:
         self._groups = dict(groups)
+
+    @property
+    def sums(self) -> Iterator[SecondMoments]:
+        """The second moments of every group."""
+        return (group.xtx for group in self._groups.values())
 
     def add(self, x: Mapping[Names, Tensor], y: Mapping[Names, Tensor]) -> None:
         """One sample's inputs [tokens, cols] of the original (none if the streams do not differ) and of the compressed
@@ -64,17 +71,24 @@ class PooledMoments:
         for names, own in y.items():
             self._groups[names].add(x.get(names), own)
 
-    def mean(self) -> Iterator[tuple[Sequence[str], Moments]]:
-        """The moments of every group; of none, if no token was sent anywhere. Nothing can be added afterwards."""
-        pooled = together([group.xtx for group in self._groups.values()])
-        if not pooled.tokens:
+    def mean(self, pool: tuple[Tensor, float] | None) -> Iterator[tuple[Sequence[str], Moments]]:
+        """The moments of every group, drawn towards those of its pool [cols, cols], of which a share is chance; none if
+        there are none of the pool. Nothing can be added afterwards."""
+        if pool is None:
             return
-        pool, chance = pooled.shrunk(pooled.mean())
+        of_pool, chance = pool
         for names in list(self._groups):
             group = self._groups.pop(names)
             tokens = group.xtx.tokens
-            own = group.mean() if tokens else Moments(torch.zeros_like(pool), {}, chance)
-            drawn(own.xtx, tokens, pool)
+            own = group.mean() if tokens else Moments(torch.zeros_like(of_pool), {}, chance)
+            drawn(own.xtx, tokens, of_pool)
             for pull in own.pulls.values():
                 pull.mul_(tokens / (tokens + PRIOR))
             yield names, own
+
+
+def of_pool(groups: Iterable[SecondMoments]) -> tuple[Tensor, float] | None:
+    """The mean second moments [cols, cols] of all inputs of a pool, and the share that was chance and is taken away;
+    None if no token was sent anywhere."""
+    pool = together(groups)
+    return None if pool is None or not pool.tokens else pool.shrunk(pool.mean())

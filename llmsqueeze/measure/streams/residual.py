@@ -11,11 +11,12 @@ from torch import Tensor
 from llmsqueeze.measure.moments import FusionGroup, Moments, OutputPulls, Pulls, SecondMoments
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.experts.linear import Weight, real
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.progress.stopwatch import timed
 
 NO_OUTPUTS: Mapping[str, Tensor] = MappingProxyType({})
-Weights = Mapping[str, Tensor]  # linear -> its weight, as the module stores it
+Weights = Mapping[str, Weight]  # linear -> its weight, as the module stores it
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class GroupMoments:
     def __init__(self, walk: Walk, group: FusionGroup, original: Weights, drifting: bool, adds: bool = False) -> None:
         self.xtx = SecondMoments(walk.skeleton.shape(group.names[0])[1], walk.dtype, walk.device)
         weights = {
-            name: as_rows(walk.skeleton.module(name), original[name]) for name in group.names if name in original
+            name: as_rows(walk.skeleton.module(name), real(original[name]))
+            for name in group.names
+            if drifting and name in original
         }
         self.pulls = Pulls(weights) if drifting and not adds else None
         self.of_outputs = {name: OutputPulls(weight) for name, weight in weights.items() if drifting and adds}

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, fusion_groups
 from llmsqueeze.measure.streams.additions import Additions, Followed
-from llmsqueeze.measure.streams.pooled import PooledMoments
+from llmsqueeze.measure.streams.entrance import (
+    Entrance,
+    Inputs,
+    entrance,
+    in_chunks,
+    of_experts,
+    seeing,
+    weights_of,
+)
+from llmsqueeze.measure.streams.pooled import PooledMoments, of_pool
 from llmsqueeze.measure.streams.residual import GroupMoments, ResidualStreams, Weights, drifting
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.experts.routing import Routing, sent_to_all
 from llmsqueeze.progress.stopwatch import timed
+
+T = TypeVar("T")
+InputsOf = Callable[[Sequence[FusionGroup], bool, int], Inputs]  # groups, whether of the original, sample
 
 
 @dataclass(frozen=True)
@@ -33,54 +46,112 @@ class Restarted:
     all_experts: bool = False
 
     def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
-        first = self.streams.all[0].get(0, self.walk.device)
+        first, before = self.streams.all[0].get(0, self.walk.device), list[str]()
         groups = fusion_groups(self.walk, self.index, first)
-        for pool, of_pool in groupby(groups, lambda group: group.pool):
-            wanted = [group for group in of_pool if any(name in self.original for name in group.names)]
+        for pool, together in groupby(groups, lambda group: group.pool):
+            wanted = [group for group in together if any(name in self.original for name in group.names)]
             if pool and wanted:
-                yield from self.observe_pool(wanted)
+                yield from self.observe_pool(wanted, before)
             else:
                 for group in wanted:
                     yield group.names, self.observe(group)
+            before += pool
 
-    def observe_pool(self, groups: Sequence[FusionGroup]) -> Iterator[tuple[Sequence[str], Moments]]:
+    def observe_pool(
+        self, groups: Sequence[FusionGroup], before: Sequence[str]
+    ) -> Iterator[tuple[Sequence[str], Moments]]:
         """The moments of experts' inputs over all samples; those of experts that few tokens were sent to are drawn
-        towards those of all."""
+        towards those of all. before: stacks of experts that are called before those of the pool.
+
+        If the experts are too many for memory, some at a time are summed up: first for what all get together, and again
+        for each by itself."""
         differ = drifting(self.streams, self.original, self.current)
-        pooled = PooledMoments({group.names: GroupMoments(self.walk, group, self.original, differ) for group in groups})
+        chunks = in_chunks(self.walk, self.index, groups, before, differ)
+        if len(chunks) == 1:
+            pooled = self._summed(groups, differ, self._in_block)
+            yield from pooled.mean(of_pool(pooled.sums))
+            return
+        with self._entrances(groups[0].pool, differ) as entrances:
+            sums = partial(self._summed_alone, differ, before, entrances)
+            pool = of_pool(one for chunk in chunks for one in sums(chunk, pulls=False).sums)
+            for chunk in chunks:
+                yield from sums(chunk).mean(pool)
+
+    def _summed(
+        self, groups: Sequence[FusionGroup], differ: bool, inputs: InputsOf, pulls: bool = True
+    ) -> PooledMoments:
+        """What groups of a pool get from all samples; inputs: what they get from one of them. pulls: False if second
+        moments are enough."""
+        drift = differ and pulls
+        pooled = PooledMoments({group.names: GroupMoments(self.walk, group, self.original, drift) for group in groups})
         for sample in range(len(self.walk.samples)):
-            routing, x = Routing(), dict[tuple[str, ...], Tensor]()
-            if self.streams.original is not None and (differ or self.streams.compressed is None):
-                with routing:
-                    x = self._inputs(groups, self.streams.original, self.original, sample)
-            y = x
-            if self.streams.compressed is not None:
-                with Routing(follows=routing) if differ else routing:
-                    y = self._inputs(groups, self.streams.compressed, self.current, sample)
-            pooled.add(x if differ else {}, y)
-        yield from pooled.mean()
+            x, y = self._routed(sample, differ, partial(inputs, groups))
+            pooled.add(x if x is not None and differ else {}, y if y is not None else x or {})
+        return pooled
 
-    def _inputs(
-        self, groups: Sequence[FusionGroup], stream: Activations, weights: Weights, sample: int
-    ) -> dict[tuple[str, ...], Tensor]:
-        """What groups get from a sample, [tokens, cols] each; those that get nothing are left out."""
-        seen: dict[tuple[str, ...], Tensor] = {}
+    def _routed(self, sample: int, differ: bool, run: Callable[[bool, int], T]) -> tuple[T | None, T | None]:
+        """What a run of a sample gives in the original's stream, as far as it is needed, and in the compressed one; in
+        this all tokens go to the experts to which they went in that. run: gets whether it is the original's."""
+        routing = Routing()
+        x: T | None = None
+        y: T | None = None
+        if self.streams.original is not None and (differ or self.streams.compressed is None):
+            with routing:
+                x = run(True, sample)
+        if self.streams.compressed is not None:
+            with Routing(follows=routing) if differ else routing:
+                y = run(False, sample)
+        return x, y
 
-        def note(names: tuple[str, ...], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0].numel():
-                seen[names] = args[0].reshape(-1, args[0].shape[-1])
-
-        modules = {group.names: self.walk.skeleton.module(group.names[0]) for group in groups}
-        handles = [module.register_forward_pre_hook(partial(note, names)) for names, module in modules.items()]
-        try:
+    def _in_block(self, groups: Sequence[FusionGroup], of_original: bool, sample: int) -> Inputs:
+        """What groups get from a sample when the block runs; those that get nothing are left out."""
+        stream = self.streams.original if of_original else self.streams.compressed
+        assert stream is not None, "a stream that is not there is not asked for"
+        seen = Inputs()
+        with ExitStack() as stack:
+            stack.enter_context(seeing(self.walk, groups, seen))
             if self.all_experts:
-                handles += sent_to_all(self.walk.modules[self.index])
-            with self.walk.skeleton.using(weights), torch.no_grad():
+                for handle in sent_to_all(self.walk.modules[self.index]):
+                    stack.callback(handle.remove)
+            stack.enter_context(self.walk.skeleton.using(self.original if of_original else self.current))
+            with torch.no_grad():
                 self.walk.run(self.index, sample, stream.get(sample, self.walk.device))
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen
+
+    @contextmanager
+    def _entrances(self, pool: Sequence[str], differ: bool) -> Iterator[Mapping[bool, Entrance]]:
+        """What the module that holds a pool gets in the original's stream (True) and in the compressed one; none if
+        there is no such module."""
+        first = self.streams.all[0].get(0, self.walk.device)
+        module, entrances = entrance(self.walk, self.index, pool, first), dict[bool, Entrance]()
+        if module is not None:
+            streams = ((True, self.streams.original, self.original), (False, self.streams.compressed, self.current))
+            for of_original, stream, weights in streams:
+                if stream is not None:
+                    at = self.walk, self.index, module, stream, dict(weights), self.all_experts
+                    entrances[of_original] = Entrance(*at)
+            for sample in range(len(self.walk.samples)):
+                self._routed(sample, differ, lambda one, number: entrances[one].note(number))
+        try:
+            yield entrances
+        finally:
+            for one in entrances.values():
+                one.clear()
+
+    def _summed_alone(
+        self,
+        differ: bool,
+        before: Sequence[str],
+        entrances: Mapping[bool, Entrance],
+        groups: Sequence[FusionGroup],
+        pulls: bool = True,
+    ) -> PooledMoments:
+        """`_summed`, with no experts in memory but those of the groups."""
+        if not entrances:
+            return self._summed(groups, differ, self._in_block, pulls)
+        names = of_experts(groups, before)
+        read = {one: weights_of(names, self.original if one else self.current) for one in entrances}
+        return self._summed(groups, differ, lambda g, one, sample: entrances[one].inputs(g, sample, read[one]), pulls)
 
     def observe(self, group: FusionGroup) -> Moments:
         """The moments of a group's input over all samples."""

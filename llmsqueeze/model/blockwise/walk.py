@@ -13,7 +13,7 @@ token rows [1, length].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, partial
 from typing import Any
@@ -40,6 +40,8 @@ from llmsqueeze.model.blockwise.recorder import (
 )
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors, structure_of, trace_block
 from llmsqueeze.model.casting import is_plain, multiplied_in, plain_linear
+from llmsqueeze.model.experts import linear as chunks
+from llmsqueeze.model.experts.linear import ExpertLinear, Weight, plain, reading, real
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress.stopwatch import timed
 
@@ -80,15 +82,43 @@ class Walk:
 
     @contextmanager
     def resident_block(self, index: int, then: int | None = None) -> Iterator[None]:
-        """In the context the weights of block `index` are real. Meanwhile those of block `then` are read, if there is
-        such a block: the next context should be its."""
-        with self.skeleton.resident(self._names_in(index), self.dtype, self.device, self._ahead.take):
+        """In the context the weights of block `index` are real, or read at every use if they are those of many experts.
+        Meanwhile those of block `then` are read, if there is such a block: the next context should be its."""
+        with (
+            self.skeleton.resident(self._names_in(index), self.dtype, self.device, self._ahead.take),
+            self._reading(index),
+        ):
             if then is not None and 0 <= then < len(self.modules):
                 self._ahead.start(self._names_in(then))
             yield
 
     def _names_in(self, index: int) -> list[str]:
-        return self.skeleton.names_used_by(self.skeleton.blocks[index])
+        read_later = {f"{name}.weight" for name in self.read_at_use(index)}
+        return [name for name in self.skeleton.names_used_by(self.skeleton.blocks[index]) if name not in read_later]
+
+    def read_at_use(self, index: int) -> dict[str, ExpertLinear]:
+        """The experts' linears of block `index`, if their weights take too much memory together; else none."""
+        experts = self.skeleton.experts_in(index)
+        return experts if self.experts_nbytes(index) > chunks.LEAST else {}
+
+    def experts_nbytes(self, index: int) -> int:
+        """Bytes of all experts' weights of block `index`, as the walk computes."""
+        experts = self.skeleton.experts_in(index).values()
+        return sum(one.in_features * one.out_features for one in experts) * self.dtype.itemsize
+
+    @contextmanager
+    def _reading(self, index: int) -> Iterator[None]:
+        """In the context the linears of `read_at_use` read their weights."""
+
+        def read(name: str) -> Tensor:
+            return self.skeleton.read(f"{name}.weight").to(self.device, self.dtype)
+
+        with ExitStack() as stack:
+            for name, linear in self.read_at_use(index).items():
+                product = partial(multiplied_in, self.products, linear) if self.products != self.dtype else plain
+                like = torch.empty(0, dtype=self.dtype, device=self.device)
+                stack.enter_context(reading([(linear, partial(read, name))], like, product))
+            yield
 
     @timed("forward")
     def embed(self) -> Activations:
@@ -146,6 +176,11 @@ class Walk:
         with self._multiplying(index), AttentionInPieces():
             return self._compute(index, sample, tensors, hidden, call.args, call.kwargs)
 
+    def run_part(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a module of the resident block `index` gives for these arguments."""
+        with self._multiplying(index):
+            return module(*args, **kwargs)
+
     def _compute(
         self,
         index: int,
@@ -197,7 +232,7 @@ class Walk:
         layout = self._layouts.get((index, sample))
         return given if layout is None else layout.unpacked(given)[0]
 
-    def linear(self, name: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def linear(self, name: str, x: Tensor, weight: Weight | None = None) -> Tensor:
         """What a linear of a resident block gives for x [..., cols]: [..., rows]. weight: in the place of its own, as
         the module stores it. Several threads may call this at once, if the linear is plain."""
         module: Any = self.skeleton.module(name)
@@ -205,7 +240,7 @@ class Walk:
             with self.skeleton.using({} if weight is None else {name: weight}):
                 result: Tensor = module(x)
             return result
-        weight = module.weight if weight is None else weight
+        weight = module.weight if weight is None else real(weight)
         if self.products == self.dtype:
             return plain_linear(module, x, weight)
         return multiplied_in(self.products, module, x, weight)
@@ -216,7 +251,7 @@ class Walk:
         with ExitStack() as stack:
             if self.products != self.dtype:
                 for module in map(self.skeleton.module, self.skeleton.linears[index]):
-                    if is_plain(module):
+                    if is_plain(module) and "forward" not in vars(module):
                         stack.enter_context(replaced(module, partial(multiplied_in, self.products, module)))
             yield
 
@@ -238,20 +273,24 @@ class Walk:
         upstream: Tensor,
         on_gradient: OnGradient | None = None,
         on_linear: OnLinear | None = None,
+        of_weights: Container[str] | None = None,
     ) -> Tensor:
         """The gradient at the input `hidden` of block `index`, from the gradient `upstream` at its output.
 
         Both are [1, length, width]; the block runs again, and its weights must be resident.
         `on_gradient(linear, gradient)` gets the gradient of each linear's weight in the module's orientation:
-        [rows, cols], transposed for Conv1D. `on_linear(linear, x, gradient)` gets the linear's input [1, length, cols]
-        and the gradient at its output [tokens, rows]. Neither may keep its tensors.
+        [rows, cols], transposed for Conv1D; of_weights: of these alone. `on_linear(linear, x, gradient)` gets the
+        linear's input [1, length, cols] and the gradient at its output [tokens, rows]. Neither may keep its tensors.
         """
-        hidden = hidden.detach().requires_grad_(True)
+        hidden, read_later = hidden.detach().requires_grad_(True), self.read_at_use(index)
         handles = []
         for name in self.skeleton.linears[index]:
-            if on_gradient is not None:
+            wanted = on_gradient if of_weights is None or name in of_weights else None
+            if wanted is not None and name in read_later:
+                read_later[name].on_gradient = partial(wanted, name)
+            elif wanted is not None:
                 weight = self.skeleton.linear(name).weight.requires_grad_(True)
-                handles.append(weight.register_post_accumulate_grad_hook(_gradient_hook(name, on_gradient)))
+                handles.append(weight.register_post_accumulate_grad_hook(_gradient_hook(name, wanted)))
             if on_linear is not None:
                 hook = _linear_hook(name, self.skeleton.shape(name)[0], on_linear)
                 handles.append(self.skeleton.module(name).register_forward_hook(hook))
@@ -262,7 +301,10 @@ class Walk:
             for handle in handles:
                 handle.remove()
             for name in self.skeleton.linears[index]:
-                self.skeleton.linear(name).weight.requires_grad_(False)
+                if name in read_later:
+                    read_later[name].on_gradient = None
+                else:
+                    self.skeleton.linear(name).weight.requires_grad_(False)
         assert hidden.grad is not None
         return hidden.grad
 

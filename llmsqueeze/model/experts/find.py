@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmsqueeze.model.experts.linear import ExpertLinear
 from llmsqueeze.model.experts.stack import ExpertStack
 
 META = torch.device("meta")
@@ -32,7 +33,7 @@ def stack_experts(model: nn.Module, blocks: Sequence[str]) -> dict[str, ExpertSt
                 count, rows, cols = shape
                 with torch.device(META):
                     sizes = (rows, cols) if transposed else (cols, rows)
-                    linears = [nn.Linear(*sizes, bias=False, dtype=parameter.dtype) for _ in range(count)]
+                    linears = [ExpertLinear(*sizes, bias=False, dtype=parameter.dtype) for _ in range(count)]
                 stack = ExpertStack(linears, parameter.shape, transposed)
                 delattr(module, leaf)
                 setattr(module, leaf, stack)
@@ -45,7 +46,7 @@ def stack_experts(model: nn.Module, blocks: Sequence[str]) -> dict[str, ExpertSt
 def merge_stacks(model: nn.Module) -> None:
     """Puts the parameter back in the place of every stack whose linears are all plain."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, ExpertStack) and all(type(linear) is nn.Linear for linear in module.linears):
+        if isinstance(module, ExpertStack) and all(isinstance(linear, nn.Linear) for linear in module.linears):
             parent, _, leaf = name.rpartition(".")
             owner, dense = model.get_submodule(parent), module.dense()
             delattr(owner, leaf)

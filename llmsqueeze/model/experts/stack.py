@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
+from llmsqueeze.model.experts.linear import ExpertLinear
 
 LINEAR = {nn.functional.linear}
 MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -62,11 +63,14 @@ class ExpertStack(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _weight(self.linear(0)).dtype
+        return _like(self.linear(0)).dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.linear(0).parameters(), next(self.linear(0).buffers(), torch.empty(0))).device
+        first = self.linear(0)
+        if isinstance(first, nn.Linear):
+            return _like(first).device
+        return next(first.parameters(), next(first.buffers(), torch.empty(0))).device
 
     @property
     def ndim(self) -> int:
@@ -137,7 +141,7 @@ class Expert:
     def product(self, x: Tensor) -> Tensor:
         """x [..., cols] -> [..., rows], by the expert's linear."""
         linear = self.stack.linear(self.index)
-        if self.cast is not None and type(linear) is nn.Linear and linear.weight.dtype != x.dtype:
+        if self.cast is not None and isinstance(linear, nn.Linear) and _like(linear).dtype != x.dtype:
             return nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias)
         result: Tensor = linear(x)
         return result
@@ -200,6 +204,12 @@ def _dense(value: Any) -> Any:
     if isinstance(value, Expert | Experts | ExpertStack):
         return value.dense()
     return type(value)(map(_dense, value)) if type(value) in (list, tuple) else value
+
+
+def _like(linear: nn.Module) -> Tensor:
+    """A tensor with the dtype and device of a linear's weight."""
+    like = linear.like if isinstance(linear, ExpertLinear) else None
+    return _weight(linear) if like is None else like
 
 
 def _weight(linear: nn.Module) -> Tensor:
