@@ -16,7 +16,6 @@ import torch
 
 from llmsqueeze import parts
 from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import is_transposed
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import Grid, Spec
@@ -51,7 +50,8 @@ class WeightPlan:
 
     Of a coded linear: step: the multiplier of its steps; factor: that multiplier over the model's; coded_nbytes:
     expected bytes of its coded part. rates: expected bits of a code on a grid, if codes are stored entropy-coded.
-    final: the parts after compression, if their sizes are not known before.
+    final: the parts after compression, if their sizes are not known before. pieces: how many linears of the Hub's files
+    it is (an expert's gate and up are one linear here).
     """
 
     name: str
@@ -67,6 +67,7 @@ class WeightPlan:
     rates: tuple[tuple[Grid, float], ...] = ()
     final: tuple[Spec, ...] = ()
     end: bool = False
+    pieces: int = 1
 
     @property
     def numel(self) -> int:
@@ -161,7 +162,7 @@ class Plan:
 
     def nbytes_of(self, name: str) -> int:
         """Bytes of everything stored for one linear."""
-        return self.weights[name].nbytes + BESIDE_NBYTES[self.format]
+        return self.weights[name].nbytes + BESIDE_NBYTES[self.format] * self.weights[name].pieces
 
     @property
     def towers_nbytes(self) -> int:
@@ -279,7 +280,8 @@ def _base_weight(skeleton: Skeleton, name: str, recipe: Recipe) -> WeightPlan:
     if recipe.quantizer == "coded":
         return replace(_to_be_coded(skeleton, name), rank=recipe.rank)
     grids = (Rows(recipe_grid(recipe, recipe.code_bits), rows),)
-    return WeightPlan(name, shape, dtype_of_parts(skeleton.dtype(name)), recipe.quantizer, grids, rank=recipe.rank)
+    dtype, pieces = dtype_of_parts(skeleton.dtype(name)), skeleton.pieces(name)
+    return WeightPlan(name, shape, dtype, recipe.quantizer, grids, rank=recipe.rank, pieces=pieces)
 
 
 def _to_be_coded(skeleton: Skeleton, name: str, end: bool = False) -> WeightPlan:
@@ -303,9 +305,8 @@ def unfit(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan])
     transposed = next((name for name in weights if is_transposed(skeleton.module(name))), None)
     if transposed is not None:
         return f"{transposed}: a weight that is stored transposed (Conv1D)"
-    expert = next((name for name in expert_linears(skeleton.model) if name in weights), None)
-    if expert is not None:
-        return f"{expert}: a matrix of one of the model's experts"
+    if isinstance(skeleton.experts_in_files, str):
+        return skeleton.experts_in_files
     shapes = {name: weight.shape for name, weight in weights.items()}
     return short_groups(shapes, recipe.group_sizes or (recipe.group_size,))
 

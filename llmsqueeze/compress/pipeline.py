@@ -19,7 +19,7 @@ from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_stre
 from llmsqueeze.compress.weights.ends import compress_ends, outside_shard, outside_shards
 from llmsqueeze.compress.weights.group import with_final
 from llmsqueeze.files import SIDECAR
-from llmsqueeze.formats import compressed_tensors, native, record
+from llmsqueeze.formats import compressed_tensors, experts, native, record
 from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.folder import Output, check_writable, output_folder
 from llmsqueeze.formats.verify import Witness
@@ -28,6 +28,7 @@ from llmsqueeze.measure.profile import Profile, load, save
 from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import all_linears
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.skeleton import Skeleton
@@ -81,7 +82,7 @@ def compress(
     with output_folder(out, shards, bytes_needed(job, decision), overwrite, about, restart) as output:
         without_damaged(output.journal, progress)
         decision = decision or measure_and_decide(job, target, profile, output, progress)
-        decision = replace(decision, plan=compressed_tensors.writable_plan(decision.plan, job.recipe.portable))
+        decision = replace(decision, plan=writable(job, decision.plan))
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
         recorded = write_rest(output, job, decision, by_weight)
         trust, compared = job.source.trust_remote_code, None
@@ -125,6 +126,8 @@ def write_weights(
 ) -> tuple[Decision, dict[str, Mapping[str, float]], Witness | None]:
     """Compresses and writes all weights, or those of the first `count` blocks. Returns the decision with the plan after
     compression, numbers by weight for the record, and with `verify` the witness of the run."""
+    if decision.plan.portable and isinstance(job.skeleton.experts_in_files, dict):
+        output.experts = job.skeleton.experts_in_files
     with Spill(parent=output.partial) as spill:
         walk = job.walk(spill)
         inputs = walk.embed() if job.recipe.needs_text else None
@@ -190,6 +193,8 @@ def write_rest(
     output.write_json("config.json", config)
     result = record.outcome(decision.plan, decision.predicted, output.nbytes, job.checkpoint.nbytes, by_weight)
     origin = record.provenance(job.source, job.path) | record.settings(job.recipe, job.calibration)
+    if output.experts:
+        origin |= {experts.KEY: output.experts}
     output.write_json(SIDECAR, origin | result)
     output.finish()
     return origin | result
@@ -199,7 +204,13 @@ def quantization_config(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
     """What `config.json` says of the compressed linears, in the format of the plan."""
     if not plan.portable:
         return native.quantization_config(plan)
-    return compressed_tensors.config_of(plan, all_linears(skeleton.model) - set(plan.weights))
+    others = all_linears(skeleton.model) - set(plan.weights)
+    return compressed_tensors.config_of(plan, others, expert_linears(skeleton.model))
+
+
+def writable(job: Job, plan: Plan) -> Plan:
+    """The plan, in the native format if compressed-tensors cannot represent all of it."""
+    return compressed_tensors.writable_plan(plan, job.recipe.portable, expert_linears(job.skeleton.model))
 
 
 def bytes_needed(job: Job, decision: Decision | None) -> int:

@@ -16,6 +16,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure.profile import Profile, lacks, load, save
 from llmsqueeze.model.checkpoint import file_digests, weights_digest
+from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 
@@ -108,7 +109,7 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
             raise RecipeError(f"{file.path} names no profile that has costs of coded weights")
         plan = allocator(file.recipe.method)(plan, profile, file.recipe, (), job.target())
     else:
-        plan = compressed_tensors.writable_plan(plan, file.recipe.portable)
+        plan = compressed_tensors.writable_plan(plan, file.recipe.portable, expert_linears(job.skeleton.model))
     return completed(plan, profile, file.recipe, job.target())
 
 

@@ -13,6 +13,7 @@ from llmsqueeze.compress.job import Job
 from llmsqueeze.formats import compressed_tensors, native, record
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
+from llmsqueeze.model.experts.find import expert_linears
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def portability(job: Job, decision: Decision) -> dict[str, Any]:
     plan, recipe = decision.plan, job.recipe
     if plan.portable:
         return {"format": compressed_tensors.METHOD, "why_native": None, "predicted_portable": None}
-    why = why_native(recipe, job.skeleton, plan.weights) or compressed_tensors.barred(plan) or "--native"
+    experts = expert_linears(job.skeleton.model)
+    why = why_native(recipe, job.skeleton, plan.weights) or compressed_tensors.barred(plan, experts) or "--native"
     predicted = None if unfit(recipe, job.skeleton, plan.weights) else decision.predicted_portable
     return {"format": native.METHOD, "why_native": why, "predicted_portable": predicted}

@@ -16,6 +16,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import native, verify
 from llmsqueeze.formats.entries import own_names
+from llmsqueeze.formats.experts import experts_of
 from llmsqueeze.formats.folder import Output, rewrite
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.skeleton import Skeleton
@@ -81,8 +82,8 @@ def write_folder(
     def inspect(output: Output) -> None:
         verify.verify(output, verify.Computed(weights=None), trust_remote_code=trust)
 
-    config = refitted(checkpoint.config, best)
-    rewrite(checkpoint, out, checkpoint.nbytes, overwrite, shard_of, config, partial(sized, record), inspect)
+    config, size, experts = refitted(checkpoint.config, best), partial(sized, record), experts_of(record)
+    rewrite(checkpoint, out, checkpoint.nbytes, overwrite, shard_of, config, size, inspect, experts=experts)
 
 
 def sized(record: Mapping[str, Any], nbytes: int) -> dict[str, Any]:

@@ -12,11 +12,14 @@ integer levels only, on all rows, 2 to 8 bits, groups that divide the columns or
         "symmetric": true, "strategy": "group", "group_size": 128, "dynamic": false}}}}
 
 One config group per width and group size, its modules named one by one: a class name as a target would swallow all.
+Experts are under the names of the Hub's files, one by one (experts.py), and have one group, whose target is a pattern:
+transformers reads all experts of a model by the first group that has such a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +33,7 @@ from llmsqueeze.progress.stopwatch import timed
 
 METHOD = "compressed-tensors"
 FORMAT = "pack-quantized"
+EXPERTS = ("re:.*experts.*", r"re:.*\.experts\.\d+\..*")  # targets: transformers looks for one that begins so
 NAMES = {"codes": "weight_packed", "scale": "weight_scale"}
 
 OWN_NAMES = {rf"\.{stored}$": f".parts.0.{name}" for name, stored in NAMES.items()}  # as patterns for transformers
@@ -58,16 +62,44 @@ def lost(shape: tuple[int, int], specs: Sequence[Spec]) -> str | None:
     return None
 
 
-def barred(plan: Plan) -> str | None:
-    """The first linear of a plan that this format cannot represent, and why; None if it can represent all."""
+def barred(plan: Plan, experts: Collection[str]) -> str | None:
+    """The first linear of a plan that this format cannot represent, and why; None if it can represent all. experts:
+    the linears of the model's experts."""
     reasons = ((name, lost(weight.shape, weight.specs)) for name, weight in plan.weights.items())
-    return next((f"{name}: {why}" for name, why in reasons if why is not None), None)
+    what = next((f"{name}: {why}" for name, why in reasons if why is not None), None)
+    if what is not None or not experts:
+        return what
+    return experts_that_differ({name: (one.grid, one.shape[1]) for name, one in plan.weights.items()}, experts)
 
 
-def writable_plan(plan: Plan, portable: bool | None) -> Plan:
+def experts_that_differ(grids: Mapping[str, tuple[Grid, int]], experts: Collection[str]) -> str | None:
+    """Why the experts of a model cannot be in one group, in words; None if they can. grids: linear -> its grid and
+    number of columns."""
+    dense = next((name for name in experts if name not in grids), None)
+    if dense is not None:
+        return f"{dense}: an expert that stays dense"
+    if grid_of_experts(grids[name] for name in experts) is not None:
+        return None
+    on = {f"{g.bits} bits in groups of {g.width(cols)}": name for name in experts for g, cols in [grids[name]]}
+    (one, first), *_, (other, second) = on.items()
+    return f"{first} on {one}, {second} on {other}: transformers reads all experts with one width and group size"
+
+
+def grid_of_experts(grids: Iterable[tuple[Grid, int]]) -> tuple[int, int] | None:
+    """Bits and group size (-1 for whole rows) of matrices on these grids with so many columns; None if they differ."""
+    grids = list(grids)
+    widths, bits = {grid.width(cols) for grid, cols in grids}, {grid.bits for grid, _ in grids}
+    if len(bits) > 1:
+        return None
+    if all(grid.width(cols) == cols for grid, cols in grids):
+        return bits.pop(), -1
+    return (bits.pop(), widths.pop()) if len(widths) == 1 else None
+
+
+def writable_plan(plan: Plan, portable: bool | None, experts: Collection[str]) -> Plan:
     """The plan, in the native format if this one cannot represent all of it. Raises RecipeError if `portable` asks for
-    this one."""
-    if plan.format != METHOD or (what := barred(plan)) is None:
+    this one. experts: the linears of the model's experts."""
+    if plan.format != METHOD or (what := barred(plan, experts)) is None:
         return plan
     if portable:
         raise RecipeError(f"portable contradicts the plan: compressed-tensors cannot represent {what}")
@@ -83,29 +115,41 @@ def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tenso
     return tensors | {f"{linear}.weight_shape": torch.tensor(part.shape, dtype=torch.int64)}
 
 
-def quantization_config(grids: Mapping[str, tuple[Grid, int]], ignore: Iterable[str]) -> dict[str, Any]:
+def quantization_config(
+    grids: Mapping[str, tuple[Grid, int]], ignore: Iterable[str], experts: Collection[str] = ()
+) -> dict[str, Any]:
     """The entry `quantization_config` of `config.json`. grids: linear -> its grid and number of columns; ignore: all
-    other linears."""
+    other linears. experts: the linears of the model's experts, which are on one grid; their group comes last."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, (grid, cols) in grids.items():
-        size = -1 if grid.width(cols) == cols else grid.group_size
-        groups.setdefault((grid.bits, size), []).append(name)
+        if name not in experts:
+            size = -1 if grid.width(cols) == cols else grid.group_size
+            groups.setdefault((grid.bits, size), []).append(name)
+    named = [(*one, names) for one, names in sorted(groups.items())]
+    of_experts = grid_of_experts(grids[name] for name in experts if name in grids) if experts else None
+    if of_experts is not None:
+        named.append((*of_experts, [expert_target(name for name in grids if name not in experts)]))
     return {
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{i}": _group(bits, size, names) for i, ((bits, size), names) in enumerate(sorted(groups.items()))
-        },
+        "config_groups": {f"group_{i}": _group(bits, size, names) for i, (bits, size, names) in enumerate(named)},
         "ignore": sorted(ignore),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-def config_of(plan: Plan, ignore: Iterable[str]) -> dict[str, Any]:
-    """`quantization_config` of a plan that the format can represent."""
-    return quantization_config({name: (weight.grid, weight.shape[1]) for name, weight in plan.weights.items()}, ignore)
+def expert_target(others: Iterable[str]) -> str:
+    """The target of experts: the first that means none of the `other` linears."""
+    names = list(others)
+    return next(one for one in EXPERTS if not any(re.match(one.removeprefix("re:"), name) for name in names))
+
+
+def config_of(plan: Plan, ignore: Iterable[str], experts: Collection[str]) -> dict[str, Any]:
+    """`quantization_config` of a plan that the format can represent. experts: the linears of the model's experts."""
+    grids = {name: (weight.grid, weight.shape[1]) for name, weight in plan.weights.items()}
+    return quantization_config(grids, ignore, experts)
 
 
 def _group(bits: int, size: int, names: list[str]) -> dict[str, Any]:

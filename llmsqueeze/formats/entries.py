@@ -109,12 +109,15 @@ def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> di
         weights = group["weights"]
         ours = weights["type"] == "int" and weights["symmetric"] and weights.get("strategy") in ("group", "channel")
         ours = ours and weights.get("actorder") in (None, "weight", "static") and not group.get("input_activations")
-        if not ours or not all("." in target and not target.startswith("re:") for target in group["targets"]):
+        targets = dict.fromkeys(group["targets"])
+        if targets.keys() & set(compressed_tensors.EXPERTS):
+            targets = dict.fromkeys(_experts(checkpoint))
+        if not ours or not all("." in target and not target.startswith("re:") for target in targets):
             raise UnsupportedError(
                 f"{checkpoint.path} is in a form of compressed-tensors that llmsqueeze does not write"
             )
         grid = Grid(weights["num_bits"], weights["group_size"] or -1, symmetric=True)
-        for linear in group["targets"]:
+        for linear in targets:
             names = {kind: f"{linear}.{name}" for kind, name in compressed_tensors.NAMES.items()}
             beside = f"{linear}.weight_shape"
             missing = next((name for name in (*names.values(), beside) if name not in checkpoint.tensors), None)
@@ -124,3 +127,9 @@ def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> di
             spec = parts.grid_spec(grid, checkpoint.tensors[names["scale"]].dtype)
             entries[linear] = Entry((rows, cols), (spec,), (names,), (beside,))
     return entries
+
+
+def _experts(checkpoint: Checkpoint) -> list[str]:
+    """The experts' linears that the file has in pieces (experts.py)."""
+    packed = f".{compressed_tensors.NAMES['codes']}"
+    return [name.removesuffix(packed) for name, one in checkpoint.tensors.items() if one.pieces and packed in name]

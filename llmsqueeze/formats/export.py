@@ -25,7 +25,6 @@ from llmsqueeze.formats.exports.conversion import (
     Conversion,
     Converted,
     conversion,
-    refuse_experts,
     write_folder,
 )
 from llmsqueeze.formats.exports.reround import grid_for, predicted_cost
@@ -60,7 +59,6 @@ def export(
     """
     check_request(to, dtype)
     opened = open_compressed(folder, "export converts one that llmsqueeze wrote", trust_remote_code)
-    refuse_experts(opened, to)
     grid = grid_for(opened.entries, to == compressed_tensors.METHOD, bits, group_size)
     plan = conversion(opened, to, DTYPES[dtype] if dtype else None, grid)
     out = out or opened.path.with_name(f"{opened.path.resolve().name}-{to}")

@@ -35,6 +35,7 @@ from llmsqueeze.files import (
     TEMPLATES,
     write_json,
 )
+from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
 from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
@@ -67,7 +68,8 @@ class Output:
         self.partial = partial_of(path)
         self.shards = shards
         self.journal = journal
-        self.weight_map: dict[str, str] = {}
+        self.experts: StoredAs = {}  # how the file calls experts' tensors
+        self.weight_map: dict[str, str] = {}  # tensor -> its file
         self.nbytes = 0
         self.digests: dict[str, bytes] = {}  # of every tensor before it is written
         self._written = 0
@@ -84,7 +86,7 @@ class Output:
         name = self.last_shard
         stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
         self.weight_map.update(dict.fromkeys(stored, name))
-        self.nbytes += sum(tensor.nbytes for tensor in stored.values())
+        self.nbytes += sum(tensor.nbytes for tensor in split(stored, self.experts).values())
         self._writing = write_behind().submit(self._write, name, stored)
 
     @property
@@ -112,7 +114,8 @@ class Output:
                 read = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError):
             return False
-        if {key: digest(tensor).hex() for key, tensor in read.items()} != digests:
+        own = joined_tensors(read, self.experts)
+        if {key: digest(tensor).hex() for key, tensor in own.items()} != digests:
             return False
         self._written += 1
         self.weight_map.update(dict.fromkeys(digests, shard))
@@ -129,7 +132,7 @@ class Output:
 
     def _write(self, name: str, stored: Mapping[str, Tensor]) -> None:
         self.digests |= {key: digest(tensor) for key, tensor in stored.items()}
-        save_file(dict(stored), self.partial / name, metadata={"format": "pt"})
+        save_file(split(stored, self.experts), self.partial / name, metadata={"format": "pt"})
         flush(self.partial / name)
 
     @timed("write")
@@ -156,7 +159,8 @@ class Output:
         """Writes the index: now the folder can be opened."""
         self.wait()
         assert self._written == self.shards, f"{self._written} of {self.shards} shards were written"
-        self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": self.weight_map})
+        in_files = {one: file for name, file in self.weight_map.items() for one in stored_names(name, self.experts)}
+        self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": in_files})
 
 
 def digest(tensor: Tensor) -> bytes:
@@ -282,14 +286,17 @@ def rewrite(
     sidecar: Callable[[int], Mapping[str, Any]],
     inspect: Callable[[Output], None],
     progress: Progress | None = None,
+    experts: StoredAs = NO_EXPERTS,
 ) -> int:
     """Writes the checkpoint's folder again as `out`, file by file with other tensors; returns the bytes of its tensors.
+    experts: how the new files call experts' tensors.
 
     `shard_of`: names of the tensors in a file -> tensors of the new file. `sidecar`: bytes of all tensors -> the record
     of the run. `inspect` sees the finished folder before it gets its name. `needed` bytes must be free on the disk.
     """
     files = sorted({stored.file for stored in checkpoint.tensors.values()})
     with output_folder(out, len(files), needed, overwrite) as output:
+        output.experts = experts
         for file in (progress or Progress()).over(files, "rewrite", len(files)):
             names = sorted(name for name, stored in checkpoint.tensors.items() if stored.file == file)
             output.write_shard(shard_of(names))

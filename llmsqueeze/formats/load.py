@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 import llmsqueeze.formats.hf.quantizer  # noqa: F401 - makes the format known to transformers
 from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, first_line
+from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import format_of, is_compressed, native_config, read_entries
+from llmsqueeze.formats.experts import experts_of, joined, pieces_of
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.config import auto_class, load_config
 from llmsqueeze.model.original import locate
@@ -48,13 +50,14 @@ def load(model: str, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedMo
 
 def native_form(path: Path, kwargs: dict[str, Any]) -> Any:
     """The folder's config; if llmsqueeze wrote it as compressed-tensors, `kwargs` get what opens it as a native one."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = joined(open_checkpoint(path))
     config: Any = load_config(path, kwargs.get("trust_remote_code", False))
     if format_of(checkpoint) == native.METHOD:
         native.weight_entries(checkpoint.config["quantization_config"])
     elif is_compressed(checkpoint):
         with suppress(UnsupportedError):  # another tool's, which transformers opens
-            config.quantization_config = native_config(read_entries(checkpoint))
+            entries, experts = read_entries(checkpoint), experts_of(read_json_if_there(path / SIDECAR))
+            config.quantization_config = native_config(entries) | {"pieces": pieces_of(entries, experts)}
             kwargs |= {"config": config, "key_mapping": compressed_tensors.OWN_NAMES}
     return config
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
+from llmsqueeze.formats.experts import joined
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.config import empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
@@ -44,6 +45,7 @@ class Folder:
 
 def open_folder(checkpoint: Checkpoint, trust_remote_code: bool) -> Folder:
     """Reads the config and, of compressed-tensors, the shapes. Raises CheckpointError or UnsupportedError."""
+    checkpoint = joined(checkpoint)
     entries = read_entries(checkpoint) if is_compressed(checkpoint) else {}
     return _with_model(checkpoint, entries, trust_remote_code)
 
@@ -54,7 +56,7 @@ def open_compressed(folder: str, purpose: str, trust_remote_code: bool) -> Folde
     path = Path(folder)
     if not path.is_dir():
         raise RecipeError(f"{path} is no folder; {purpose}")
-    checkpoint = open_checkpoint(path)
+    checkpoint = joined(open_checkpoint(path))
     return _with_model(checkpoint, read_entries(checkpoint), trust_remote_code)
 
 

@@ -24,15 +24,20 @@ from llmsqueeze.progress.stopwatch import timed
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The file, shape and dtype of one tensor."""
+    """The file, shape and dtype of one tensor. pieces: the names of those in the file that `join` makes it of, if it is
+    not there as one under its own name."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    pieces: tuple[str, ...] = ()
+    join: Callable[[list[Tensor]], Tensor] = torch.cat
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        """Bytes in the file."""
+        joined = torch.Size(self.shape).numel() * self.dtype.itemsize
+        return joined if self.join is torch.cat else joined * len(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Checkpoint:
     @timed("read")
     def read_rows(self, name: str, rows: slice) -> Tensor:
         """Some entries of the first dimension of a tensor, as `read` gives all; the others are not read."""
-        return self._finite(name, self._read(name, lambda handle: handle.get_slice(name)[rows]))
+        return self._finite(name, self._read(name, lambda handle, stored: handle.get_slice(stored)[rows]))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.numel() and not all_finite(tensor):
@@ -70,15 +75,18 @@ class Checkpoint:
     @timed("read")
     def read_raw(self, name: str) -> Tensor:
         """The tensor in its stored shape and dtype; its values are not checked. Raises CheckpointError."""
-        return self._read(name, lambda handle: handle.get_tensor(name))
+        return self._read(name, lambda handle, stored: handle.get_tensor(stored))
 
-    def _read(self, name: str, of: Callable[[Any], Tensor]) -> Tensor:
+    def _read(self, name: str, of: Callable[[Any, str], Tensor]) -> Tensor:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks {name}, which its config describes")
-        file = self.tensors[name].file
+        tensor = self.tensors[name]
+        file = tensor.file
         try:
             with safe_open(file, framework="pt") as handle:
-                return of(handle)
+                if not tensor.pieces:
+                    return of(handle, name)
+                return tensor.join([of(handle, piece) for piece in tensor.pieces])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {name} from {file}: {error}") from error
 

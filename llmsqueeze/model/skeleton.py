@@ -23,6 +23,7 @@ from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
 from llmsqueeze.model.experts.linear import ExpertLinear, Weight, real
+from llmsqueeze.model.experts.names import StoredAs, experts_in_files
 from llmsqueeze.model.experts.stack import ExpertStack
 from llmsqueeze.model.linears import (
     find_blocks,
@@ -126,6 +127,17 @@ class Skeleton:
     def obstacle_in_stock(self) -> str | None:
         """Why stock transformers does not open the model with compressed linears; None if nothing is in the way."""
         return obstacle_in_stock(self.model, self.blocks, [name for names in self.linears for name in names])
+
+    @cached_property
+    def experts_in_files(self) -> StoredAs | str:
+        """What experts' linears are in the Hub's files, where they lie one by one; a string says why they do not."""
+        return experts_in_files(self.model)
+
+    def pieces(self, linear: str) -> int:
+        """How many linears of the Hub's files a linear is, which are more than one for some experts."""
+        of_experts = self.experts_in_files
+        stack = linear.rpartition(".")[0]
+        return len(of_experts[stack]) if isinstance(of_experts, dict) and stack in of_experts else 1
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)

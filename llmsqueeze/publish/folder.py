@@ -14,6 +14,7 @@ from typing import Any
 from llmsqueeze.errors import CheckpointError, UnsupportedError, nearest
 from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR, read_json, read_json_if_there
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
+from llmsqueeze.formats.experts import joined
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.publish.linears import Linear, compressed_linears, dense_linears
@@ -112,7 +113,7 @@ def read_folder(path: Path) -> Folder:
 
     Raises UnsupportedError if llmsqueeze did not write it, CheckpointError if a file is missing or damaged.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = joined(open_checkpoint(path))
     record = read_json_if_there(path / SIDECAR)
     entries = read_entries(checkpoint) if is_compressed(checkpoint) or not record else {}
     errors, towers = output_errors(record), set(names) if isinstance(names := record.get("towers"), list) else set()

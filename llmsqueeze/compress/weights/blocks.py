@@ -197,11 +197,16 @@ def dense_of(weight_parts: Sequence[Part], device: torch.device) -> Tensor:
 def group_moments(run: Run, index: int, through: Passage) -> Iterator[tuple[Sequence[str], Moments | None]]:
     """The resident block's fusion groups with the moments of their inputs, each observed when its turn comes.
 
-    Linears that no sample reaches come last, with no moments.
+    Linears that no sample reaches come last, with no moments; those of experts one by one, for they can be many.
     """
     reached: set[str] = set()
     if run.recipe.needs_moments:
         for names, moments in through.groups():
             reached |= set(names)
             yield names, moments
-    yield [name for name in run.walk.skeleton.linears[index] if name not in reached], None
+    experts = run.walk.skeleton.experts_in(index)
+    left = [name for name in run.walk.skeleton.linears[index] if name not in reached]
+    yield [name for name in left if name not in experts], None
+    for name in left:
+        if name in experts:
+            yield [name], None

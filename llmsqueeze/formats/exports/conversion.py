@@ -19,11 +19,13 @@ from llmsqueeze import parts
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.formats import compressed_tensors, verify
 from llmsqueeze.formats.entries import DENSE, Entry, read_parts
+from llmsqueeze.formats.experts import KEY, StoredAs
 from llmsqueeze.formats.exports import peft
 from llmsqueeze.formats.exports.reround import reround
 from llmsqueeze.formats.folder import Output, digest, rewrite
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.experts.find import expert_linears
+from llmsqueeze.model.experts.names import experts_in_files
 from llmsqueeze.model.experts.stack import ExpertStack
 from llmsqueeze.model.linears import all_linears, is_transposed, output_head
 from llmsqueeze.parts import Grid, LowRank, Part, spec_grid
@@ -42,6 +44,7 @@ class Conversion:
     grid: Grid | None
     transposed: frozenset[str]
     ends: frozenset[str]
+    experts: StoredAs
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -81,7 +84,7 @@ def conversion(folder: Folder, to: str, dtype: torch.dtype | None, grid: Grid | 
     transposed = frozenset(name for name in folder.entries if is_transposed(model.get_submodule(name)))
     ends = (model.get_input_embeddings(), output_head(model))
     compressed_ends = frozenset(name for name in folder.entries if model.get_submodule(name) in ends)
-    return Conversion(folder, to, dtype, grid, transposed, compressed_ends)
+    return Conversion(folder, to, dtype, grid, transposed, compressed_ends, stored_experts(folder, to))
 
 
 def write_folder(plan: Conversion, out: Path, overwrite: bool, notes: Converted, progress: Progress) -> int:
@@ -92,14 +95,16 @@ def write_folder(plan: Conversion, out: Path, overwrite: bool, notes: Converted,
     def sidecar(nbytes: int) -> Mapping[str, Any]:
         bits = round((nbytes - plan.kept_nbytes) * 8 / plan.numel, 6)
         written_as = DENSE if plan.format == DENSE else compressed_tensors.METHOD
-        return plan.folder.record | {"nbytes": nbytes, "bits_per_weight": bits, "format": written_as}
+        record = {key: value for key, value in plan.folder.record.items() if key != KEY}
+        record |= {KEY: plan.experts} if plan.experts else {}
+        return record | {"nbytes": nbytes, "bits_per_weight": bits, "format": written_as}
 
     def inspect(output: Output) -> None:
         trust = plan.folder.trust_remote_code
         notes.opens |= verify.verify(output, verify.Computed(notes.digests), trust_remote_code=trust).opens
 
-    needed = dense_nbytes(plan) + plan.kept_nbytes if plan.format == DENSE else 2 * checkpoint.nbytes
-    return rewrite(checkpoint, out, needed, overwrite, converter(plan, notes), config, sidecar, inspect, progress)
+    needed, of = dense_nbytes(plan) + plan.kept_nbytes if plan.format == DENSE else 2 * checkpoint.nbytes, plan.experts
+    return rewrite(checkpoint, out, needed, overwrite, converter(plan, notes), config, sidecar, inspect, progress, of)
 
 
 def converted_config(plan: Conversion) -> dict[str, Any]:
@@ -114,8 +119,10 @@ def converted_config(plan: Conversion) -> dict[str, Any]:
         entries = {name: on_grid(entry, plan.grid) for name, entry in entries.items() if name not in plan.ends}
     refuse_loss(plan, entries)
     grids = {name: (spec_grid(entry.specs[0]), entry.shape[1]) for name, entry in entries.items()}
-    ignored = all_linears(plan.folder.model) - set(entries)
-    return config | {"quantization_config": compressed_tensors.quantization_config(grids, ignored)}
+    ignored, experts = all_linears(plan.folder.model) - set(entries), expert_linears(plan.folder.model)
+    if plan.experts and (what := compressed_tensors.experts_that_differ(grids, experts)) is not None:
+        raise UnsupportedError(f"{plan.folder.path}: {what}; export --to dense")
+    return config | {"quantization_config": compressed_tensors.quantization_config(grids, ignored, experts)}
 
 
 def converter(plan: Conversion, notes: Converted) -> Callable[[list[str]], dict[str, Tensor]]:
@@ -144,13 +151,18 @@ def with_merged_experts(model: nn.Module, tensors: dict[str, Tensor]) -> dict[st
     return tensors
 
 
-def refuse_experts(folder: Folder, to: str) -> None:
-    """Raises UnsupportedError if the folder holds experts, for which the format has no place."""
-    expert = next((name for name in expert_linears(folder.model) if name in folder.entries), None)
-    if expert is not None and to != DENSE:
+def stored_experts(folder: Folder, to: str) -> StoredAs:
+    """How the files of a format call experts' tensors. Raises UnsupportedError if it has no place for those of the
+    folder."""
+    experts = [name for name in expert_linears(folder.model) if name in folder.entries]
+    if to == DENSE or not experts:
+        return {}
+    names = experts_in_files(folder.model) if to == compressed_tensors.METHOD else f"{to} has no place for experts"
+    if isinstance(names, str):
         raise UnsupportedError(
-            f"{expert} in {folder.path} is one of the model's experts, which {to} has no place for; export --to dense"
+            f"{experts[0]} in {folder.path} is one of the model's experts: {names}; export --to dense"
         )
+    return names
 
 
 def kept(plan: Conversion, tensor: Tensor) -> Tensor:

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.formats import native
-from llmsqueeze.formats.hf.layer import SumOfParts
+from llmsqueeze.formats import compressed_tensors, native
+from llmsqueeze.formats.hf.layer import SumOfParts, buffers
 from llmsqueeze.model.experts.find import merge_stacks, stack_experts
 from llmsqueeze.model.linears import find_blocks, is_transposed, output_head
+
+Pieces = list[tuple[str, int]]
 
 
 def add_parts(model: PreTrainedModel, name: str, module: Any, entry: dict[str, Any]) -> None:
@@ -50,18 +52,53 @@ def sum_parts(name: str, module: Any, entry: dict[str, Any]) -> None:
     del module.parts, module.parts_of_weight
 
 
+class PieceNames(WeightRenaming):
+    """Renames tensors of which one is made, each by a new name of its own."""
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: dict[str, str]) -> None:
+        super().__init__("weight_packed", "weight_packed")  # transformers wants patterns, which are not asked
+        self.names = names
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return self.names.get(source_key, source_key), None
+
+
+def take_apart(layer: SumOfParts, pieces: Pieces) -> None:
+    """Gives an empty layer of one part a part for each of the pieces that the file has of it."""
+    (spec,), (_, cols) = layer.specs, layer.shape
+    with torch.device("meta"):
+        layer.parts = nn.ModuleList([SumOfParts((rows, cols), [spec], False, False).parts[0] for _, rows in pieces])
+
+
+def put_together(layer: SumOfParts) -> None:
+    """Makes one part of all the pieces of a layer."""
+    tensors = [dict(piece.named_buffers()) for piece in layer.parts]
+    layer.parts = nn.ModuleList([buffers({kind: torch.cat([one[kind] for one in tensors]) for kind in tensors[0]})])
+
+
 @register_quantization_config(native.METHOD)
 class LlmsqueezeConfig(QuantizationConfigMixin):
-    """`quantization_config` of a native folder, as formats/native.py describes it."""
+    """`quantization_config` of a native folder, as formats/native.py describes it. pieces: linear -> the linears in the
+    file that have its rows, in compressed-tensors, and how many each has."""
 
-    def __init__(self, format_version: int, weights: dict[str, Any], keep_codes: bool = False, **_: Any) -> None:
+    def __init__(
+        self,
+        format_version: int,
+        weights: dict[str, Any],
+        keep_codes: bool = False,
+        pieces: dict[str, Pieces] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method: Any = native.METHOD  # transformers types it as its own closed enum
         self.format_version = format_version
         self.weights = weights
         self.keep_codes = keep_codes
+        self.pieces = pieces or {}
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key != "keep_codes"}
+        return {key: value for key, value in super().to_dict().items() if key not in ("keep_codes", "pieces")}
 
 
 @register_quantizer(native.METHOD)
@@ -72,7 +109,8 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         stack_experts(model, find_blocks(model))
-        for name, entry in native.weight_entries(self.quantization_config.to_dict()).items():
+        config: Any = self.quantization_config
+        for name, entry in native.weight_entries(config.to_dict()).items():
             try:
                 old: Any = model.get_submodule(name)
             except AttributeError as error:
@@ -86,6 +124,8 @@ class LlmsqueezeQuantizer(HfQuantizer):
             if layer.bias is not None:
                 layer.bias = nn.Parameter(layer.bias.to(old.bias.dtype), requires_grad=False)
             layer.compute_as(old)
+            if name in config.pieces:
+                take_apart(layer, config.pieces[name])
             model.set_submodule(name, layer)
         # a linear's shape, which compressed-tensors stores, is in the config too
         ignored: Any = model._keys_to_ignore_on_load_unexpected or ()
@@ -95,6 +135,10 @@ class LlmsqueezeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         """Decodes coded weights, one after the other."""
         config: Any = self.quantization_config
+        for name in config.pieces:
+            layer: Any = model.get_submodule(name)
+            put_together(layer)
+        config.pieces = {}
         for name in [name for name in config.weights if hasattr(model.get_submodule(name), "parts_of_weight")]:
             sum_parts(name, model.get_submodule(name), config.weights.pop(name))
         for name in list(config.weights):  # of names, not of modules: what a list holds would not be freed
@@ -127,8 +171,16 @@ class LlmsqueezeQuantizer(HfQuantizer):
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Without those that merge or split tensors: the folder has the model's own names."""
-        return [one for one in weight_conversions if not isinstance(one, WeightConverter)]
+        """Without those that merge or split tensors: the folder has the model's own names, or those of `pieces`."""
+        config: Any = self.quantization_config
+        names = {
+            f"{stored}.{in_file}": f"{linear}.parts.{at}.{kind}"
+            for linear, pieces in config.pieces.items()
+            for at, (stored, _) in enumerate(pieces)
+            for kind, in_file in compressed_tensors.NAMES.items()
+        }
+        others = [one for one in weight_conversions if not isinstance(one, WeightConverter)]
+        return [PieceNames(names), *others] if names else others
 
     def is_serializable(self) -> bool:
         return True

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llmsqueeze.errors import first_line
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.entries import Entry
+from llmsqueeze.formats.experts import experts_of
 from llmsqueeze.formats.inspection.reading import Findings
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.blockwise.dry_run import obstacle_in_stock
-from llmsqueeze.model.experts.find import expert_linears
+from llmsqueeze.model.experts.find import expert_linears, stacks_of
+from llmsqueeze.model.experts.names import experts_in_files
 from llmsqueeze.model.linears import all_linears, find_blocks
 from llmsqueeze.parts import spec_grid
 
@@ -30,26 +34,57 @@ def add_obstacles(folder: Folder, findings: Findings) -> None:
         findings.notes.append(f"{len(towers)} linears of other towers and projectors are at 8 bits (--vision rtn8)")
     if folder.format == native.METHOD:
         reasons = {compressed_tensors.lost(entry.shape, entry.specs) or "" for entry in folder.entries.values()}
-        reasons |= {"experts"} if expert_linears(folder.model).keys() & folder.entries.keys() else set()
         kinds = sorted(reasons - {""})
+        if not kinds and (experts := _experts_barred(folder)):
+            kinds = [experts]
         why = f"it holds {' and '.join(kinds)}" if kinds else "export --to compressed-tensors would"
         findings.obstacles["transformers"].append("needs `import llmsqueeze.hf`; without it the weights are random")
         findings.obstacles["vllm"].append(f"does not know the llmsqueeze format ({why})")
     elif folder.format == compressed_tensors.METHOD:
         config = folder.checkpoint.config["quantization_config"]
+        groups = config["config_groups"].values()
         findings.errors += _ignore_errors(config, folder.entries, folder.model)
         obstacle = obstacle_in_stock(folder.model, find_blocks(folder.model), list(folder.entries))
         if obstacle is not None:
             findings.obstacles["transformers"].append(f"does not open it: {obstacle}")
-        if len(config["config_groups"]) > 1:
+        if sum(not set(group["targets"]) & set(compressed_tensors.EXPERTS) for group in groups) > 1:
             findings.notes.append(
                 "transformers with dequantize=True reads only the first of several widths correctly, and does not say "
                 "so; its default path reads all"
             )
         try:
             _for_vllm(folder.entries, folder.model, findings)
+            if experts_of(folder.record):
+                findings.obstacles["vllm"] += _called_otherwise(folder.model)
+                findings.notes.append("experts were not tried with vLLM")
         except Exception as error:  # what is said of a program must not cost a result
             findings.obstacles["vllm"].append(f"not known: {first_line(error)}")
+
+
+def _experts_barred(folder: Folder) -> str:
+    """Why compressed-tensors has no place for the experts of a folder; empty if it has, or if there are none."""
+    experts = expert_linears(folder.model)
+    if not experts.keys() & folder.entries.keys():
+        return ""
+    grids = {name: (spec_grid(entry.specs[0]), entry.shape[1]) for name, entry in folder.entries.items()}
+    names = experts_in_files(folder.model)
+    if isinstance(names, str):
+        return f"experts ({names})"
+    what = compressed_tensors.experts_that_differ(grids, experts)
+    return "" if what is None else f"experts ({what})"
+
+
+def _called_otherwise(model: PreTrainedModel) -> Iterator[str]:
+    """A tensor beside the experts that has another name in the Hub's files: vLLM reads these names."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stacks = tuple(f"{name}." for name in stacks_of(model))
+    for name in model.state_dict():
+        if not name.startswith(stacks):
+            other = next(iter(revert_weight_conversion(model, {name: torch.empty(0)})))
+            if other != name:
+                yield f"{name} is {other} in the Hub's files, and vLLM reads these names"
+                return
 
 
 def _ignore_errors(config: Mapping[str, Any], entries: Mapping[str, Entry], model: nn.Module) -> Iterator[str]:

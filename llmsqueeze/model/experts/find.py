@@ -53,14 +53,14 @@ def merge_stacks(model: nn.Module) -> None:
             setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
 
 
+def stacks_of(model: nn.Module) -> dict[str, ExpertStack]:
+    """The stacks of experts of a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertStack)}
+
+
 def expert_linears(model: nn.Module) -> dict[str, str]:
     """Linear of an expert -> the stack that it is in."""
-    return {
-        f"{name}.{index}": name
-        for name, module in model.named_modules()
-        if isinstance(module, ExpertStack)
-        for index in range(len(module))
-    }
+    return {f"{name}.{index}": name for name, stack in stacks_of(model).items() for index in range(len(stack))}
 
 
 def routers(model: nn.Module, block: str) -> set[str]:

@@ -53,6 +53,12 @@ class ExpertStack(nn.Module):
     def linears(self) -> list[nn.Module]:
         return [self.linear(index) for index in range(len(self))]
 
+    @property
+    def rows(self) -> int:
+        """Rows of an expert's matrix."""
+        *_, first, second = self.shape
+        return second if self.transposed else first if len(self.shape) == 3 else first // len(self)
+
     def dense(self) -> Tensor:
         """The parameter whose place this takes."""
         return self.merged([_weight(linear) for linear in self.linears])
