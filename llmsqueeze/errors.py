@@ -16,7 +16,10 @@ A message gives the fault, the value, the allowed values, and the nearest valid 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+LONGEST = 500  # of what another library says
 
 
 class SqueezeError(Exception):
@@ -58,6 +61,27 @@ class VerificationError(SqueezeError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, in one line: its message, or its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+
+
+@contextmanager
+def foreign(kind: type[SqueezeError], what: str, hint: str = "") -> Iterator[None]:
+    """Whatever another library raises in the context becomes an error of ours with its reason: `what: reason; hint`."""
+    try:
+        yield
+    except (SqueezeError, MemoryError):
+        raise
+    except BaseException as error:  # libraries have errors of their own, and new ones with every version
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of those written in Rust
+            raise
+        if isinstance(error.__cause__, SqueezeError):
+            raise error.__cause__ from error
+        raise kind(f"{what}: {reason(error)}" + (f"; {hint}" if hint else "")) from error
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llmsqueeze.errors import CheckpointError, OutputError, RecipeError
+from llmsqueeze.errors import CheckpointError, OutputError, RecipeError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,19 +20,30 @@ COMPARISON = "comparison.json"  # the last table of `llmsqueeze compare` with th
 FRONTIER = "frontier.png"  # the picture of that table
 TEMPLATES = "additional_chat_templates"
 
+MOST_JSON, MOST_YAML = 1 << 28, 1 << 24  # bytes of a file that is read as such
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 OTHER_WEIGHTS = ("*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.npz", "*.mlmodel")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; raises CheckpointError if the file is not one."""
+    """The JSON object in `path`; raises CheckpointError if the file is not one, or is far too large for one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(text_within(path, MOST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' contains a {type(value).__name__}; a JSON object is expected")
     return value
+
+
+def text_within(path: Path, most: int) -> str:
+    """The text of a regular file of at most `most` bytes. Raises OSError or ValueError."""
+    if not path.is_file() and path.exists():
+        raise OSError("it is no regular file")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"it has {size} bytes; at most {most} are read")
+    return path.read_text(encoding="utf-8")
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
@@ -42,17 +53,24 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes the JSON object `value`. Raises OutputError if the file cannot be written."""
-    try:
-        path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file as `whole_file` does. Raises OutputError."""
+    with whole_file(path) as half:
+        half.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives the path to write to. The whole file appears at `path` when the context ends. Raises OutputError."""
+    """Gives the path to write to. The whole file appears at `path` when the context ends. Raises OutputError.
+
+    A link at `path`, which a folder may bring, is replaced: nothing is written to where it leads.
+    """
     partial = path.with_suffix(".half")
     try:
+        partial.unlink(missing_ok=True)
         yield partial
         partial.rename(path)
     except (OSError, SafetensorError) as error:
@@ -66,7 +84,9 @@ def read_yaml(path: Path, what: str) -> Any:
     if path.is_dir():
         raise RecipeError(f"{path} is a folder; name a {what}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = text_within(path, MOST_YAML)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise RecipeError(f"{path} has an alias (*name), which a {what} cannot have")
         _refuse_repeated_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text)
     except FileNotFoundError as error:
@@ -75,8 +95,8 @@ def read_yaml(path: Path, what: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise RecipeError(f"{path}{where} is not readable YAML: {error.problem or error.context}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} is not readable YAML: {first_line(error)}") from error
 
 
 def _refuse_repeated_keys(path: Path, node: Any) -> None:

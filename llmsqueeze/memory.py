@@ -10,6 +10,11 @@ from pathlib import Path
 
 SLACK = 48 << 20  # bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's mallopt
+GROUP = "/sys/fs/cgroup/memory"
+CGROUPS = (  # of version 2 and of version 1: the files of the limit and of what is in use
+    (f"{GROUP}.max", f"{GROUP}.current"),
+    (f"{GROUP}/memory.limit_in_bytes", f"{GROUP}/memory.usage_in_bytes"),
+)
 _after = 0  # the memory of the process after the last `give_back`
 
 
@@ -27,6 +32,19 @@ def peak_memory_mb() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def free_memory() -> int | None:
+    """Bytes that the process may still take without swapping: what the system and its control group leave; None if the
+    platform does not tell."""
+    rooms = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        rooms.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    for limit, used in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):
+            rooms.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, min(rooms)) if rooms else None
 
 
 def keep_within_block() -> None:

@@ -58,6 +58,16 @@ def products_are_float32() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def results_are_not_opened() -> Iterator[None]:
+    """By programs, at the end of hundreds of runs; tests/formats/test_opening.py does it."""
+    from llmsqueeze.formats.inspection.opening import Opened
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("llmsqueeze.formats.verify.open_as_user", lambda *_: Opened())
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     return MODEL_DIR

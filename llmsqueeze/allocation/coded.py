@@ -52,6 +52,12 @@ class Curve:
         at, nbytes, cost = points.double().numpy()
         return cls(at, np.minimum.accumulate(nbytes), np.maximum.accumulate(cost), numel)
 
+    @property
+    def finest(self) -> float:
+        """The finest multiplier that steps are taken from, that of about eight bits. With finer ones many integers do
+        not fit into a byte, and take twelve; and 16-bit weights have no more to tell."""
+        return float(self.log_multiplier[0]) - 1
+
     def bytes_at(self, log_multiplier: float) -> float:
         finer = max(0.0, float(self.log_multiplier[0]) - log_multiplier)
         return float(np.interp(log_multiplier, self.log_multiplier, self.nbytes)) + finer * self.numel / 8
@@ -108,7 +114,9 @@ def multiplier_for(plan: Plan, curves: Mapping[str, Curve], target: int, tokens:
 
 def at_multiplier(plan: Plan, curves: Mapping[str, Curve], log_multiplier: float, tokens: int) -> Plan:
     """`plan` with the steps of this multiplier, and the bytes they are expected to take."""
-    at = {name: log_multiplier + math.log2(plan.weights[name].factor) for name in curves}
+    at = {
+        name: max(log_multiplier + math.log2(plan.weights[name].factor), curve.finest) for name, curve in curves.items()
+    }
     nbytes = {name: curve.bytes_at(at[name]) for name, curve in curves.items()}
     numel = sum(curve.numel for curve in curves.values())
     average, weight = sum(nbytes.values()) / max(numel, 1), PRIOR / (tokens + PRIOR)
@@ -116,7 +124,8 @@ def at_multiplier(plan: Plan, curves: Mapping[str, Curve], log_multiplier: float
     for name, curve in curves.items():
         if nbytes[name] < weight * average * curve.numel:
             nbytes[name] = weight * average * curve.numel
-            at[name] = curve.at_bytes(nbytes[name])
+            at[name] = max(curve.at_bytes(nbytes[name]), curve.finest)
+            nbytes[name] = curve.bytes_at(at[name])
         weights[name] = replace(plan.weights[name], step=2.0 ** at[name], coded_nbytes=math.ceil(nbytes[name]))
     return plan.having(weights)
 

@@ -20,6 +20,7 @@ plan leaves out stays as it is.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.files import read_yaml
+from llmsqueeze.files import read_yaml, write_text
 from llmsqueeze.parts import Grid
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
@@ -74,7 +75,8 @@ def write_plan(
     }
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
     subject = STEPS if any(weight.coded for weight in plan.weights.values()) else GRIDS
-    path.write_text(HEAD.format(content=subject, model=about["model"], file=path.name) + text, encoding="utf-8")
+    model = shlex.quote(" ".join(str(about["model"]).split()))
+    write_text(path, HEAD.format(content=subject, model=model, file=path.name) + text)
 
 
 def entry(weight: WeightPlan) -> Any:

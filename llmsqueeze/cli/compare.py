@@ -45,7 +45,8 @@ def compare(
     result = comparing.compare(model, folders or [], bnb_types=types, **given, progress=progress)
     kept = comparing.save_comparison(result) if given["limit"] is None else []
     for folder in kept:
-        draw_frontier(shown(result), Path(folder) / FRONTIER)
+        with progress.beside(f"no picture in {folder}"):
+            draw_frontier(shown(result), Path(folder) / FRONTIER)
     if html is not None:
         write_page(result, html)
     return Outcome(result | {"kept_in": kept}, print_comparison, met=not result["left_out"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -38,6 +38,7 @@ STAGES = {
     "sample": "sampling text, by batch",
     "rewrite": "writing, by file",
     "verify": "verification, block by block",
+    "open": "opening, by program",
     "text": "perplexity, by batch",
     "tasks": "tasks, by lm-eval",
 }
@@ -114,7 +115,8 @@ class TerminalProgress(Progress):
 
     def _print(self, text: str, style: str | None = None) -> None:
         if not self._quiet:
-            self._console.print(text, style=style, markup=False)
+            with suppress(OSError, ValueError):  # a closed terminal, or one without these letters
+                self._console.print(text, style=style, markup=False)
 
 
 def print_error(message: str) -> None:

@@ -53,7 +53,8 @@ def plan(
             progress=progress,
         )
     if available():
-        draw_plan(result, Path(result["out"]))
+        with progress.beside("no pictures"):
+            draw_plan(result, Path(result["out"]))
     else:
         progress.note("no pictures: they need matplotlib (pip install 'llmsqueeze[plots]')")
     return Outcome(result, print_plan)

@@ -72,11 +72,16 @@ class Job:
         """Bytes of all weights beside the planned linears, of rounded towers as they will be."""
         replaced = (*self.plan.weights, *self.plan.towers)
         dense = sum(self.skeleton.nbytes(f"{name}.weight") for name in replaced)
-        return self.checkpoint.nbytes - dense + self.plan.towers_nbytes
+        return self.nbytes_original - dense + self.plan.towers_nbytes
+
+    @property
+    def nbytes_original(self) -> int:
+        """Bytes of the weights that the model uses."""
+        return self.skeleton.stored_nbytes
 
     def target(self) -> int:
         """Bytes that the linears may take; UNBOUNDED without a budget. Raises RecipeError if no plan can meet it."""
-        return target_nbytes(self.recipe, self.plan, self.kept_nbytes, self.checkpoint.nbytes)
+        return target_nbytes(self.recipe, self.plan, self.kept_nbytes, self.nbytes_original)
 
     def asking(self, recipe: Recipe) -> Job:
         """The same model and text with another recipe."""
@@ -116,11 +121,24 @@ def open_job(
         progress.note(note)
     if shared := original.skeleton.shared_linears:
         progress.note(f"{len(shared)} linears, among them {shared[0]}, serve several blocks and stay as they are")
+    if note := left_out(original.skeleton):
+        progress.note(note)
     if find_towers(original.skeleton.model) and not any((original.path / name).exists() for name in PROCESSORS):
         progress.note(f"{original.path} has no processor ({PROCESSORS[0]}); the result will have none either")
     recipe = with_products(recipe, progress, device)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
     return with_text(job, progress) if (recipe.needs_text if text is None else text) else job
+
+
+def left_out(skeleton: Skeleton) -> str | None:
+    """What to say of the tensors in the checkpoint that the result will not have; None if it will have all."""
+    if not (unused := skeleton.unused):
+        return None
+    nbytes = sum(stored.nbytes for stored in unused.values())
+    return (
+        f"{len(unused)} tensors of {nbytes} bytes, among them {next(iter(unused))}, are not part of the model that "
+        "config.json describes: they are left out, and not counted"
+    )
 
 
 def with_products(recipe: Recipe, progress: Progress, device: torch.device) -> Recipe:

@@ -21,7 +21,9 @@ from llmsqueeze.compress.weights.group import with_final
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, experts, native, record
 from llmsqueeze.formats import verify as verification
+from llmsqueeze.formats.copied import files_beside
 from llmsqueeze.formats.folder import Output, check_writable, output_folder
+from llmsqueeze.formats.inspection.opening import Opened
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.journal import Journal
 from llmsqueeze.measure.profile import Profile, load, save
@@ -32,10 +34,12 @@ from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import all_linears
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.tensors.ties import untied_config
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 
 PROFILE = "profile"  # the step of a journal
+MUCH_BESIDE = 100_000_000  # bytes of files beside the weights
 MUCH_CHANCE = 0.2  # of the moments: between what 8 and 32 samples of 512 tokens leave of SmolLM2-135M
 
 
@@ -79,21 +83,24 @@ def compress(
     check_writable(out, overwrite)
     target, about = job.target(), fingerprint(job, decision, profile, verify)
     shards = len(outside_shards(job.skeleton)) + len(job.skeleton.blocks)
+    if (beside := sum(files_beside(job.path).values())) > MUCH_BESIDE:
+        progress.note(f"{beside / 1e6:.0f} MB of files beside the weights will be copied")
     with output_folder(out, shards, bytes_needed(job, decision), overwrite, about, restart) as output:
         without_damaged(output.journal, progress)
         decision = decision or measure_and_decide(job, target, profile, output, progress)
         decision = replace(decision, plan=writable(job, decision.plan))
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
         recorded = write_rest(output, job, decision, by_weight)
-        trust, compared = job.source.trust_remote_code, None
+        trust, compared, opened = job.source.trust_remote_code, None, Opened()
         if witness is not None:
             verified = verification.verify(output, witness.computed, job.device, trust, progress)
             compared, opens = verified.compared, verified.opens
+            opened = verification.opened(output, witness.computed, verified, progress)
         else:
             opens = verification.inspected(output, trust)
         if (times := stopwatch.measured()) is not None:
             output.write_json(SIDECAR, recorded | {"time": times})
-    return summarize(job, decision, output, time.monotonic() - start, compared, opens, by_weight)
+    return summarize(job, decision, output, time.monotonic() - start, compared, opens, by_weight, opened)
 
 
 def without_damaged(journal: Journal, progress: Progress) -> None:
@@ -187,11 +194,11 @@ def write_rest(
 ) -> dict[str, Any]:
     """Everything in the folder beside the shards; returns the record."""
     output.copy_rest(job.path)
-    config = record.without_paths(job.checkpoint.config) | {
-        "quantization_config": quantization_config(job.skeleton, decision.plan)
-    }
-    output.write_json("config.json", config)
-    result = record.outcome(decision.plan, decision.predicted, output.nbytes, job.checkpoint.nbytes, by_weight)
+    config = record.without_paths(job.checkpoint.config)
+    config = untied_config(config) if job.skeleton.apart else config
+    quantization = quantization_config(job.skeleton, decision.plan)
+    output.write_json("config.json", config | {"quantization_config": quantization})
+    result = record.outcome(decision.plan, decision.predicted, output.nbytes, job.nbytes_original, by_weight)
     origin = record.provenance(job.source, job.path) | record.settings(job.recipe, job.calibration)
     if output.experts:
         origin |= {experts.KEY: output.experts}
@@ -230,4 +237,5 @@ def bytes_needed(job: Job, decision: Decision | None) -> int:
         _, width = job.skeleton.embedding_shape
         lists = 4 + (len(job.skeleton.blocks) if recipe.needs_gradients and decision is None else 0)
         activations = len(job.samples) * job.calibration.seq_len * width * 4 * lists
-    return job.kept_nbytes + max(0, linears) + outliers + activations
+    beside = sum(files_beside(job.path).values())
+    return job.kept_nbytes + max(0, linears) + outliers + activations + beside

@@ -91,7 +91,7 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
     return {
         "method": job.recipe.method,
         "bits": plan.code_bits,
-        "nbytes_original": job.checkpoint.nbytes,
+        "nbytes_original": job.nbytes_original,
         "loss": profile.loss,
         "predicted_loss_interval": None if decision.predicted is None else likely(decision.predicted),
         "rows": table(decision, job.skeleton.linears, profile),

@@ -142,7 +142,8 @@ def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progr
     except SqueezeError as error:
         raise type(error)(f"{error}; the result before distillation is in {first}") from error
     shutil.rmtree(first, ignore_errors=True)
-    return {key: summary[key] for key in ("out", "kl_before", "kl_after", "peak_memory_mb", "peak_device_memory_mb")}
+    changed = ("out", "kl_before", "kl_after", "peak_memory_mb", "peak_device_memory_mb")
+    return {key: summary[key] for key in changed} | {"opened": [], "not_opened": {}}
 
 
 def folder_name(source: Source, recipe: Recipe) -> Path:

@@ -12,20 +12,25 @@ from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
 from llmsqueeze.formats import compressed_tensors, native, record
 from llmsqueeze.formats.folder import Output
+from llmsqueeze.formats.inspection.opening import Opened
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.experts.find import expert_linears
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in numbers; the JSON names are these. bits: mean width of the codes. predicted_loss_interval: where the
-    loss lies in nine of ten cases. verified: how much of the result was read back and compared; opens: runtime -> why
-    it does not open the result, "" if it does. why_native: what compressed-tensors cannot represent;
+    """A run in numbers; the JSON names are these.
+
+    bits: mean width of the codes. predicted_loss_interval: where the loss lies in nine of ten cases. verified: how much
+    of the result was read back and compared. opens: runtime -> why it does not open the result, "" if it does or
+    should; opened: the runtimes that opened it here, with the logits that were computed with; not_opened: runtime ->
+    why one that should open it was not tried, or did not. why_native: what compressed-tensors cannot represent;
     predicted_portable: the loss increase that the same bytes promise there. experts: of their matrices that were fitted
     to inputs, how many there are (`matrices`), how many saw few tokens (`few`) and how many none (`none`).
     towers: of the rounded linears of other towers and projectors, their number (`linears`), their bytes (`nbytes`) and
     those of the original (`nbytes_original`); None if they stay as they are. unreached: how many linears no text
     reaches, such as those that look at images alone: they are rounded as if all their inputs counted the same.
+    left_out: how many `tensors` of how many bytes (`nbytes`) the original has that its model does not use.
     """
 
     out: str
@@ -44,12 +49,15 @@ class Summary:
     peak_device_memory_mb: float
     verified: dict[str, float] | None
     opens: dict[str, str]
+    opened: list[str]
+    not_opened: dict[str, str]
     format: str
     why_native: str | None
     predicted_portable: float | None
     experts: dict[str, int] | None
     towers: dict[str, int] | None
     unreached: int
+    left_out: dict[str, int] | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +71,7 @@ def summarize(
     verified: dict[str, float] | None,
     opens: dict[str, str],
     by_weight: Mapping[str, Mapping[str, float]],
+    opened: Opened,
 ) -> Summary:
     """The summary of a folder that has been written. by_weight: kind of number -> weight -> number."""
     plan, seen = decision.plan, by_weight.get("chances", {})
@@ -74,7 +83,7 @@ def summarize(
         bits=plan.code_bits,
         bits_per_weight=round(plan.bits_per_weight, 6),
         nbytes=output.nbytes,
-        nbytes_original=job.checkpoint.nbytes,
+        nbytes_original=job.nbytes_original,
         outliers=sum(weight.kept for weight in plan.weights.values()),
         predicted_loss_increase=decision.predicted,
         predicted_loss_interval=None if decision.predicted is None else likely(decision.predicted),
@@ -84,10 +93,13 @@ def summarize(
         peak_device_memory_mb=peak_device_memory_mb(str(job.device)),
         verified=verified,
         opens=opens,
+        opened=opened.runtimes,
+        not_opened=opened.why_not,
         **portability(job, decision),
         experts=record.experts(by_weight.get("tokens", {})),
         towers=rounded_towers(job),
         unreached=len(set(planned) - set(seen)) if job.recipe.needs_moments else 0,
+        left_out=left_out(job),
     )
 
 
@@ -97,6 +109,11 @@ def rounded_towers(job: Job) -> dict[str, int] | None:
         return None
     original = sum(job.skeleton.nbytes(f"{name}.weight") for name in towers)
     return {"linears": len(towers), "nbytes": job.plan.towers_nbytes, "nbytes_original": original}
+
+
+def left_out(job: Job) -> dict[str, int] | None:
+    unused = job.skeleton.unused.values()
+    return {"tensors": len(unused), "nbytes": sum(stored.nbytes for stored in unused)} if unused else None
 
 
 def portability(job: Job, decision: Decision) -> dict[str, Any]:

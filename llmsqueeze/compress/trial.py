@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 
+import llmsqueeze
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.forecast import Tried, added, between, forecast, seconds, work_of
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.compress.pipeline import write_rest, write_weights
 from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.compress.weights.ends import outside_shards
+from llmsqueeze.errors import SqueezeError
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.verify import verify
 from llmsqueeze.memory import keep_within_block, peak_device_memory_mb, peak_memory_mb
@@ -34,6 +36,14 @@ from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import Stopwatch, Times, of_process, running, timed
 
 BLOCKS = 2
+PACKAGE = Path(llmsqueeze.__file__).resolve().parents[1]
+# the folder that this package is in comes before others; the working folder, which may be a model's, is none of them
+TRIAL = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from llmsqueeze.compress.trial import main
+print(json.dumps(main(json.loads(sys.argv[2]))))
+"""
 
 
 def run_trial(job: Job, plan: Path, progress: Progress) -> dict[str, Any]:
@@ -42,15 +52,13 @@ def run_trial(job: Job, plan: Path, progress: Progress) -> dict[str, Any]:
     source = [job.source.model, job.source.revision, job.source.trust_remote_code]
     task = json.dumps({"source": source, "plan": str(plan), "device": str(job.device)})
     progress.stage("trial", 1)
-    with timed("trial"):
-        done = subprocess.run([sys.executable, "-m", "llmsqueeze.compress.trial", task], capture_output=True, text=True)
+    prediction: dict[str, Any] = {}
+    with progress.beside("no prediction of time and memory: the trial failed"), timed("trial"):
+        done = subprocess.run([sys.executable, "-P", "-c", TRIAL, str(PACKAGE), task], capture_output=True, text=True)
+        if done.returncode:
+            raise SqueezeError(next(reversed(done.stderr.strip().splitlines()), f"code {done.returncode}"))
+        prediction = json.loads(done.stdout.strip().splitlines()[-1])
     progress.advance()
-    if done.returncode:
-        errors = done.stderr.strip().splitlines()
-        reason = errors[-1] if errors else done.returncode
-        progress.note(f"no prediction of time and memory: the trial failed ({reason})")
-        return {}
-    prediction: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return prediction
 
 
@@ -106,7 +114,3 @@ def compress_first(job: Job, decision: Decision, out: Path, progress: Progress) 
     written = {name: weight for name, weight in decision.plan.weights.items() if name not in blocks}
     write_rest(output, job, replace(decision, plan=decision.plan.only(written)), by_weight)
     verify(output, witness.computed, job.device, job.source.trust_remote_code, progress, complete=False)
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))  # noqa: T201 - the parent reads it

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from llmsqueeze.memory import keep_freed
 from llmsqueeze.model.casting import compute_in
 from llmsqueeze.model.original import locate
 from llmsqueeze.model.precision import computing_dtype
-from llmsqueeze.model.text import load_tokenizer
+from llmsqueeze.model.text import check_ids, load_tokenizer
 from llmsqueeze.parts import dtype_name
 from llmsqueeze.progress import Progress
 
@@ -54,6 +54,8 @@ def open_model(
     keep_freed()
     with redirect_stderr(StringIO()):  # progress bars of other libraries
         model = loader(name, trust_remote_code=trust_remote_code, device_map={"": device})
+    table: Any = model.get_input_embeddings()
+    table.register_forward_pre_hook(lambda embeddings, args: check_ids(args[:1], embeddings.weight.shape[0]))
     stored = model.dtype
     chosen = computing_dtype(stored, device, dtype if takes_any_dtype(model) else "stored")
     if chosen != stored:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze import parts
-from llmsqueeze.errors import RecipeError, SqueezeError, UnsupportedError
+from llmsqueeze.errors import CheckpointError, RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import DENSE, FORMATS, Entry, format_of
 from llmsqueeze.formats.exports import gguf, peft
@@ -18,11 +18,14 @@ from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Reading
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
+from llmsqueeze.model.tensors.sources import find_sources
+from llmsqueeze.model.tensors.ties import settle
 from llmsqueeze.recipe.values import choice
 
 
 def check(folder: str, runtime: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Checks the folder. `verdicts`: for each runtime (or the one asked for) why it does not open it, "" if it does.
+    """Checks the folder. `state`: sound, not sound, or that this command cannot tell, and why (`unknown`). `verdicts`:
+    for each runtime (or the one asked for) why it does not open it, "" if it should.
 
     Raises RecipeError if there is no such folder or runtime.
     """
@@ -31,7 +34,7 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
     path = Path(folder)
     if not path.is_dir():
         raise RecipeError(f"{path} is no folder; check looks at one that llmsqueeze wrote")
-    findings, form = Findings(), "unknown"
+    findings, form, unknown = Findings(), "unknown", ""
     recorded = read_json_if_there(path / SIDECAR).get("format")
     if recorded == peft.FORMAT:
         findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
@@ -45,15 +48,19 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
         form = format_of(checkpoint)
         refuse_other_tools(checkpoint)
         examine(open_folder(checkpoint, trust_remote_code), findings)
+    except UnsupportedError as error:
+        unknown = str(error)
     except SqueezeError as error:
         findings.errors.append(str(error))
     if path.resolve().name.endswith(".partial"):
         findings.notes.append("a folder of this name is left by a run that did not end well")
-    verdicts = findings.verdicts()
+    verdicts = dict.fromkeys(RUNTIMES, f"not known: {unknown}") if unknown else findings.verdicts()
     return {
         "folder": folder,
         "format": form,
-        "sound": not findings.errors,
+        "sound": not findings.errors and not unknown,
+        "state": "cannot tell" if unknown else "not sound" if findings.errors else "sound",
+        "unknown": unknown,
         "errors": findings.errors,
         "verdicts": {runtime: verdicts[runtime]} if runtime else verdicts,
         "notes": findings.notes,
@@ -71,7 +78,10 @@ def refuse_other_tools(checkpoint: Checkpoint) -> None:
 
 def examine(folder: Folder, findings: Findings) -> None:
     """Adds the errors and obstacles of the folder."""
-    findings.errors += form_errors(folder)
+    if folder.format == DENSE and not folder.record:
+        findings.errors += original_errors(folder, findings)
+    else:
+        findings.errors += form_errors(folder)
     if not findings.errors:
         reading = Reading(folder)
         reading.rest()
@@ -79,13 +89,36 @@ def examine(folder: Folder, findings: Findings) -> None:
     add_obstacles(folder, findings)
 
 
+def original_errors(folder: Folder, findings: Findings) -> Iterator[str]:
+    """The errors of a model that llmsqueeze did not write: its names are those that transformers reads."""
+    settled, _ = settle(folder.model, find_sources(folder.model, folder.checkpoint), folder.checkpoint)
+    tied: Any = folder.model.all_tied_weights_keys
+    for name, tensor in folder.model.state_dict().items():
+        source = settled.get(tied.get(name, name)) or settled.get(name)
+        if source is None:
+            yield f"{name} is missing"
+        elif source.shape != tuple(tensor.shape):
+            yield f"{name} is {list(source.shape)}; the model needs {list(tensor.shape)}"
+    used = {name for source in settled.values() for name in source.names}
+    if unused := sorted(set(folder.checkpoint.tensors) - used - set(tied)):
+        findings.notes.append(f"{len(unused)} tensors, among them {unused[0]}, are not part of the model")
+    yield from size_errors(folder)
+
+
 def form_errors(folder: Folder) -> list[str]:
     """The errors that headers and config show: names, shapes, dtypes, sizes."""
-    return [*name_errors(folder), *size_errors(folder)]
+    return [*misfits(folder), *unexplained(folder), *size_errors(folder)]
 
 
-def name_errors(folder: Folder) -> Iterator[str]:
-    """Every tensor that config and model need is there in its shape and dtype, and nothing else is."""
+def refuse_misfits(folder: Folder) -> None:
+    """Raises CheckpointError for a folder that lacks a tensor, or has one in another shape: before any is read, and
+    before anything is made by the numbers in its config."""
+    if error := next(misfits(folder), None):
+        raise CheckpointError(f"{folder.path}: {error}; `llmsqueeze check` lists all errors")
+
+
+def misfits(folder: Folder) -> Iterator[str]:
+    """The tensors that config and model need, and that are not there in their shape and dtype."""
     model: Any = folder.model
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -102,7 +135,14 @@ def name_errors(folder: Folder) -> Iterator[str]:
             yield f"{name} is missing"
         elif stored is not None and stored.shape != size:
             yield f"{name} is {list(stored.shape)}; the model needs {list(size)}"
-    expected = set(shapes) | {name for entry in folder.entries.values() for name in entry.tensors}
+
+
+def unexplained(folder: Folder) -> Iterator[str]:
+    """The tensors that neither config nor model need."""
+    compressed = {f"{linear}.weight" for linear in folder.entries}
+    expected = set(folder.model.state_dict()) - compressed | {
+        name for entry in folder.entries.values() for name in entry.tensors
+    }
     for name in sorted(set(folder.checkpoint.tensors) - expected):
         yield f"{name} is explained by nothing in the config"
 

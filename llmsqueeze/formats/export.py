@@ -19,6 +19,7 @@ from torch import Tensor
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR, write_json
 from llmsqueeze.formats import compressed_tensors, verify
+from llmsqueeze.formats.check import refuse_misfits
 from llmsqueeze.formats.entries import DENSE
 from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.formats.exports.conversion import (
@@ -59,6 +60,7 @@ def export(
     """
     check_request(to, dtype)
     opened = open_compressed(folder, "export converts one that llmsqueeze wrote", trust_remote_code)
+    refuse_misfits(opened)
     grid = grid_for(opened.entries, to == compressed_tensors.METHOD, bits, group_size)
     plan = conversion(opened, to, DTYPES[dtype] if dtype else None, grid)
     out = out or opened.path.with_name(f"{opened.path.resolve().name}-{to}")
@@ -141,16 +143,16 @@ def write_map(plan: Conversion, out: Path, overwrite: bool) -> dict[str, Any]:
         nbytes = sum(plan.folder.checkpoint.tensors[name].nbytes for name in entry.tensors)
         types[names[linear]], bits = gguf.nearest_type(8 * nbytes / entry.numel, entry.shape[1])
         mapped, stored = mapped + bits * entry.numel, stored + 8 * nbytes
-    commands = gguf.commands(str(plan.folder.record.get("model") or "original"))
+    original = str(plan.folder.record.get("model") or "original")
     with partial_folder(out) as folder:
         (folder / gguf.MAP).write_text(gguf.tensor_type_file(types), encoding="utf-8")
-        (folder / "quantize.sh").write_text(gguf.script(commands), encoding="utf-8")
+        (folder / "quantize.sh").write_text(gguf.script(original), encoding="utf-8")
         write_json(folder / SIDECAR, plan.folder.record | {"format": gguf.FORMAT})
         publish(folder, out, overwrite)
     return {
         "nbytes": 0,
         "types": {kind: sum(one == kind for one in types.values()) for kind in sorted(set(types.values()))},
-        "commands": commands,
+        "commands": gguf.commands(original),
         "bits_per_weight": round(mapped / plan.numel, 4),
         "bits_per_weight_before": round(stored / plan.numel, 4),
     }

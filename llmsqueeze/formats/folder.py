@@ -24,17 +24,8 @@ from torch import Tensor
 
 from llmsqueeze import journal as journals
 from llmsqueeze.errors import OutputError, SqueezeError, VerificationError
-from llmsqueeze.files import (
-    COMPARISON,
-    EVALUATION,
-    FRONTIER,
-    INDEX,
-    OTHER_WEIGHTS,
-    PICKLES,
-    SIDECAR,
-    TEMPLATES,
-    write_json,
-)
+from llmsqueeze.files import INDEX, SIDECAR, write_json
+from llmsqueeze.formats import copied
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
 from llmsqueeze.model.blockwise.activations import SPILL
@@ -43,21 +34,6 @@ from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 
 OWNER = ".owner"  # in a .partial: the process that writes it
-NOT_COPIED = (
-    *PICKLES,
-    *OTHER_WEIGHTS,
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "README.md",
-    "README.before-push.md",
-    "report.html",
-    SIDECAR,
-    EVALUATION,
-    COMPARISON,
-    FRONTIER,
-    ".*",
-)
 
 
 class Output:
@@ -149,11 +125,7 @@ class Output:
     @timed("write")
     def copy_rest(self, source: Path) -> None:
         """Tokenizer, generation config, licence, code: every file of the model that is not weights or config."""
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
-                shutil.copyfile(file, self.partial / file.name)
-        if (source / TEMPLATES).is_dir():
-            shutil.copytree(source / TEMPLATES, self.partial / TEMPLATES, dirs_exist_ok=True)
+        copied.copy(source, self.partial)
 
     def finish(self) -> None:
         """Writes the index: now the folder can be opened."""
@@ -295,6 +267,7 @@ def rewrite(
     of the run. `inspect` sees the finished folder before it gets its name. `needed` bytes must be free on the disk.
     """
     files = sorted({stored.file for stored in checkpoint.tensors.values()})
+    needed += sum(copied.files_beside(checkpoint.path).values())
     with output_folder(out, len(files), needed, overwrite) as output:
         output.experts = experts
         for file in (progress or Progress()).over(files, "rewrite", len(files)):

@@ -6,20 +6,21 @@ request into layers of one byte per weight. All other compressed weights stay as
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 import llmsqueeze.formats.hf.quantizer  # noqa: F401 - makes the format known to transformers
-from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, first_line
+from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, reason
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, native
-from llmsqueeze.formats.entries import format_of, is_compressed, native_config, read_entries
+from llmsqueeze.formats.check import refuse_misfits
+from llmsqueeze.formats.entries import format_of, is_compressed, native_config
 from llmsqueeze.formats.experts import experts_of, joined, pieces_of
+from llmsqueeze.formats.opened import open_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.config import auto_class, load_config
+from llmsqueeze.model.config import auto_class, empty_model, load_config
 from llmsqueeze.model.original import locate
 
 
@@ -38,27 +39,45 @@ def load(model: str, *, keep_codes: bool = False, **kwargs: Any) -> PreTrainedMo
         kwargs["config"] = config
     try:
         opened: Any = auto_class(config).from_pretrained(path, output_loading_info=True, **kwargs)
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+    except (SqueezeError, MemoryError):
+        raise
+    except Exception as error:  # transformers and the model's own code raise what they like
         raise explained(error, model) from error
     loaded, info = opened
     lost = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if lost:
         raise CheckpointError(f"{model} lacks {len(lost)} weights that its config asks for, among them {lost[0]}")
+    keep_own_names(loaded)
     evaluated: PreTrainedModel = loaded.eval()
     return evaluated
 
 
+def keep_own_names(model: Any) -> None:
+    """`save_pretrained` then writes the names that the model has: it would turn around the patterns by which the
+    tensors of a compressed-tensors folder got them."""
+    used = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        one for one in used if not compressed_tensors.OWN_NAMES.keys() & set(one.source_patterns)
+    ]
+
+
 def native_form(path: Path, kwargs: dict[str, Any]) -> Any:
     """The folder's config; if llmsqueeze wrote it as compressed-tensors, `kwargs` get what opens it as a native one."""
-    checkpoint = joined(open_checkpoint(path))
-    config: Any = load_config(path, kwargs.get("trust_remote_code", False))
+    checkpoint, trust = joined(open_checkpoint(path)), kwargs.get("trust_remote_code", False)
+    config: Any = load_config(path, trust)
     if format_of(checkpoint) == native.METHOD:
-        native.weight_entries(checkpoint.config["quantization_config"])
+        refuse_misfits(open_folder(checkpoint, trust))
     elif is_compressed(checkpoint):
-        with suppress(UnsupportedError):  # another tool's, which transformers opens
-            entries, experts = read_entries(checkpoint), experts_of(read_json_if_there(path / SIDECAR))
-            config.quantization_config = native_config(entries) | {"pieces": pieces_of(entries, experts)}
-            kwargs |= {"config": config, "key_mapping": compressed_tensors.OWN_NAMES}
+        try:
+            folder = open_folder(checkpoint, trust)
+        except UnsupportedError:  # another tool's, which transformers opens
+            return config
+        refuse_misfits(folder)
+        entries, experts = folder.entries, experts_of(read_json_if_there(path / SIDECAR))
+        config.quantization_config = native_config(entries) | {"pieces": pieces_of(entries, experts)}
+        kwargs |= {"config": config, "key_mapping": compressed_tensors.OWN_NAMES}
+    else:
+        empty_model(path, config, trust)  # refuses one that is far larger than its files
     return config
 
 
@@ -75,4 +94,4 @@ def explained(error: Exception, model: str) -> SqueezeError:
         return CheckpointError(
             f"{model} holds tensors of other shapes than its config says; `llmsqueeze check` names them"
         )
-    return UnsupportedError(f"transformers cannot open {model}: {first_line(error)}")
+    return UnsupportedError(f"transformers cannot open {model}: {reason(error)}")

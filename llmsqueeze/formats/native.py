@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Plan
-from llmsqueeze.errors import UnsupportedError, first_line
+from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.parts import Part
 from llmsqueeze.progress.stopwatch import timed
 
@@ -82,8 +82,8 @@ def tensor_name(linear: str, part: int, tensor: str) -> str:
 
 
 def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """linear -> {"shape", "parts"} of a `quantization_config`. Raises UnsupportedError for an unknown version, and for
-    a config that is not as ours are."""
+    """linear -> {"shape", "parts"} of a `quantization_config`. Raises UnsupportedError for an unknown version,
+    CheckpointError for a config that is not as ours are."""
     version = config.get("format_version")
     if config.get("quant_method") != METHOD or version not in FORMAT_VERSIONS:
         newer = isinstance(version, int) and version > FORMAT_VERSIONS[-1]
@@ -95,38 +95,38 @@ def weight_entries(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     entries = config.get("weights")
     if not isinstance(entries, dict):
-        raise UnsupportedError("quantization_config lists no weights")
+        raise CheckpointError("quantization_config lists no weights")
     for name, entry in entries.items():
         check_entry(name, entry)
     return entries
 
 
 def check_entry(name: str, entry: Any) -> None:
-    """Raises UnsupportedError if the entry of linear `name` is not as ours are."""
+    """Raises CheckpointError if the entry of linear `name` is not as ours are."""
     if not isinstance(entry, dict) or not isinstance(entry.get("parts"), list) or not entry["parts"]:
-        raise UnsupportedError(f"quantization_config has no parts for {name}")
+        raise CheckpointError(f"quantization_config has no parts for {name}")
     shape = entry.get("shape")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-        raise UnsupportedError(
+        raise CheckpointError(
             f"the shape of {name} is {shape!r} in quantization_config; it must be two numbers above 0"
         )
     for spec in entry["parts"]:
         if not isinstance(spec, dict) or not isinstance(spec.get("streams", {}), dict):
-            raise UnsupportedError(f"quantization_config describes a part of {name} as {spec!r}")
+            raise CheckpointError(f"quantization_config describes a part of {name} as {spec!r}")
         for key, value in (spec | spec.get("streams", {})).items():
             if key in LEAST and (type(value) is not int or value < LEAST[key]):
-                raise UnsupportedError(
+                raise CheckpointError(
                     f"{key} of {name} is {value!r} in quantization_config; it must be a whole number from {LEAST[key]}"
                 )
         if spec.get("part") not in parts.PARTS:
-            raise UnsupportedError(f"{name} holds a part of kind {spec.get('part')!r}; known: {', '.join(parts.PARTS)}")
+            raise CheckpointError(f"{name} holds a part of kind {spec.get('part')!r}; known: {', '.join(parts.PARTS)}")
         if not isinstance(getattr(torch, str(spec.get("dtype")), None), torch.dtype):
-            raise UnsupportedError(
+            raise CheckpointError(
                 f"dtype of {name} is {spec.get('dtype')!r} in quantization_config; torch has no such dtype"
             )
         try:
             parts.layout((shape[0], shape[1]), spec)
         except (KeyError, AttributeError, TypeError) as error:
-            raise UnsupportedError(
+            raise CheckpointError(
                 f"quantization_config describes a part of {name} incompletely: {first_line(error)} is missing or wrong"
             ) from error

@@ -15,7 +15,7 @@ from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
 from llmsqueeze.formats.experts import joined
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
-from llmsqueeze.model.config import empty_model, load_config
+from llmsqueeze.model.config import auto_class, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
 from llmsqueeze.model.linears import find_blocks
 
@@ -36,6 +36,12 @@ class Folder:
     @property
     def format(self) -> str:
         return format_of(self.checkpoint)
+
+    @property
+    def auto_class(self) -> str:
+        """The name of the Auto class of transformers that opens it."""
+        name: str = auto_class(self.model.config).__name__
+        return name
 
     @cached_property
     def record(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationError
 from llmsqueeze.formats.check import check, form_errors
 from llmsqueeze.formats.folder import Output, digest, flush
+from llmsqueeze.formats.inspection.opening import Opened, open_as_user
 from llmsqueeze.formats.inspection.reading import (
     Expected,
     Findings,
@@ -62,10 +63,14 @@ class Computed:
 @dataclass(frozen=True)
 class Verified:
     """compared: how many tensors, weights and blocks were compared, and the largest difference of an output, relative
-    to the largest output of its block. opens: runtime -> why it does not open the folder, "" if it does."""
+    to the largest output of its block. opens: runtime -> why it does not open the folder, "" if it does. folder: as it
+    was read. logits: of the sample, [1, length - 1, vocabulary], by the weights that were read; None if there is no
+    forward pass."""
 
     compared: dict[str, float]
     opens: dict[str, str]
+    folder: Folder
+    logits: Tensor | None = None
 
 
 class Witness:
@@ -143,7 +148,7 @@ def verify(
         expected = Expected(output.digests, computed.weights)
         compare_names(folder, expected)
         reading = Reading(folder, expected, device, sound=not findings.errors)
-        largest = 0.0
+        largest, logits = 0.0, None
         if computed.sample is not None and not findings.errors:
             with Spill(parent=output.partial) as spill:
                 walk = Walk(skeleton_on(folder), [computed.sample], spill, torch.float32, device)
@@ -152,7 +157,7 @@ def verify(
                         f"the folder describes {len(walk.modules)} blocks, not {len(computed.outputs)}"
                     )
                 walk.returns |= computed.returns
-                largest = rerun(walk, folder, reading, computed.outputs, progress or Progress())
+                largest, logits = rerun(walk, folder, reading, computed.outputs, progress or Progress(), complete)
         reading.rest()
         findings.errors += reading.errors
         add_obstacles(folder, findings)
@@ -164,7 +169,13 @@ def verify(
         "blocks": len(computed.outputs),
         "largest_difference": largest,
     }
-    return Verified(compared, findings.verdicts())
+    return Verified(compared, findings.verdicts(), folder, logits)
+
+
+def opened(output: Output, computed: Computed, verified: Verified, progress: Progress) -> Opened:
+    """Opens the verified folder as its user will, and compares the logits. Raises VerificationError."""
+    with doubts(output.partial):
+        return open_as_user(verified.folder, computed.sample, verified.logits, verified.opens, progress)
 
 
 @timed("verify")
@@ -175,8 +186,8 @@ def inspected(output: Output, trust_remote_code: bool = False) -> dict[str, str]
     """
     with doubts(output.partial):
         result = check(str(output.partial), trust_remote_code=trust_remote_code)
-        if result["errors"]:
-            raise VerificationError(failed_check(result["errors"][0]))
+        if not result["sound"]:
+            raise VerificationError(failed_check((result["errors"] or [result["unknown"]])[0]))
     verdicts: dict[str, str] = result["verdicts"]
     return verdicts
 
@@ -214,12 +225,16 @@ def same_tensors(file: Path, expected: Mapping[str, Tensor]) -> None:
         raise VerificationError(f"{wrong} in {file} is not what was written: disk or memory are faulty")
 
 
-def rerun(walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor], progress: Progress) -> float:
+def rerun(
+    walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor], progress: Progress, complete: bool
+) -> tuple[float, Tensor | None]:
     """Runs the walk's sample through the blocks while they are read; returns the largest difference between a block's
-    output and the given one, relative to the block's largest output. Raises VerificationError above the tolerance."""
+    output and the given one, relative to the block's largest output, and of a `complete` folder the logits. Raises
+    VerificationError above the tolerance."""
     skeleton, largest = walk.skeleton, 0.0
     with torch.no_grad():
-        with skeleton.overriding(outside_blocks(skeleton, folder, reading)):
+        outside = outside_blocks(skeleton, folder, reading)
+        with skeleton.overriding(outside):
             hidden = next(walk.embed().each(walk.device))
         for index in progress.over(range(len(outputs)), "verify", len(outputs)):
             kept, at_use = kept_in(skeleton, index, reading), walk.read_at_use(index)
@@ -234,7 +249,22 @@ def rerun(walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor
                 hidden = walk.run(index, 0, hidden)
             output, computed = (walk.hidden_in(index + 1, 0, one) for one in (hidden, outputs[index].to(hidden)))
             largest = max(largest, difference(output, computed, skeleton.blocks[index]))
-    return largest
+        if not complete:
+            return largest, None
+        with skeleton.overriding(outside | heads(skeleton, folder, reading)):
+            return largest, logits_of(walk, hidden)
+
+
+def logits_of(walk: Walk, hidden: Tensor) -> Tensor | None:
+    """[1, length - 1, vocabulary] on the CPU: the next-token logits of the walk's sample; None if the head gets more
+    than one vector for each token."""
+    try:
+        with walk.head.resident():
+            slices = walk.head.logits(hidden, walk.samples[0])
+            copies = [logits.to("cpu", torch.float32, copy=True) for _, logits in slices]
+    except UnsupportedError:
+        return None
+    return torch.cat(copies, dim=-1)[None]
 
 
 def skeleton_on(folder: Folder) -> Skeleton:
@@ -251,13 +281,20 @@ def skeleton_on(folder: Folder) -> Skeleton:
 
 def outside_blocks(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict[str, Tensor]:
     """The parameters outside the blocks that embedding needs: all but an untied head."""
-    heads = {f"{name}.weight" for name in skeleton.ends[1:]}
-    tensors = {}
-    for name in skeleton.names_around_blocks():
-        linear = name.removesuffix(".weight")
-        if name not in heads:
-            tensors[name] = reading.weight(linear) if linear in folder.entries else reading.kept(name)
-    return tensors
+    untied = {f"{name}.weight" for name in skeleton.ends[1:]}
+    names = [name for name in skeleton.names_around_blocks() if name not in untied]
+    return {name: whole(name, folder, reading) for name in names}
+
+
+def heads(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict[str, Tensor]:
+    """The weight of an untied head."""
+    return {f"{name}.weight": whole(f"{name}.weight", folder, reading) for name in skeleton.ends[1:]}
+
+
+def whole(name: str, folder: Folder, reading: Reading) -> Tensor:
+    """A parameter outside the blocks: the sum of its parts, if it has some."""
+    linear = name.removesuffix(".weight")
+    return reading.weight(linear) if linear in folder.entries else reading.kept(name)
 
 
 def kept_in(skeleton: Skeleton, index: int, reading: Reading) -> dict[str, Tensor]:

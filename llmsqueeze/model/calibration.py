@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.errors import CalibrationError, HubError, UnsupportedError, first_line
+from llmsqueeze.errors import CalibrationError, HubError, first_line
 from llmsqueeze.model.config import context_length
 from llmsqueeze.model.original import Original
 from llmsqueeze.model.sampling import SOURCE as SAMPLED
@@ -20,6 +20,7 @@ from llmsqueeze.model.text import (
     Text,
     calibration_rows,
     calibration_text,
+    check_ids,
     hashed,
     load_tokenizer,
 )
@@ -75,11 +76,7 @@ def read_calibration(
         return hashed(SAMPLED, rows[: settings.samples], rows[settings.samples :])
     seen = () if earlier is None else rows_of(earlier, text, tokenizer)
     calibration = calibration_rows(text, tokenizer, settings.samples, seq_len, settings.seed, held_back, seen)
-    vocabulary, _ = skeleton.embedding_shape
-    if max(int(row.max()) for row in calibration.rows) >= vocabulary:
-        raise UnsupportedError(
-            f"the tokenizer gives ids beyond the model's vocabulary of {vocabulary}: model and tokenizer do not match"
-        )
+    check_ids([*calibration.rows, *calibration.held_back], skeleton.embedding_shape[0])
     count = len(calibration.rows)
     if count < settings.samples:
         progress.note(f"the calibration text fills {count} samples of {seq_len} tokens, not {settings.samples}")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsqueeze.errors import UnsupportedError, first_line
+from llmsqueeze.errors import UnsupportedError, foreign
+from llmsqueeze.files import read_json_if_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,11 +17,14 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig
     """The config in a folder. Raises UnsupportedError if transformers cannot read it."""
     from transformers import AutoConfig
 
-    try:
+    from llmsqueeze.model.tensors.bounds import check_numbers, weight_bytes
+
+    raw = read_json_if_there(path / "config.json")
+    check_numbers(raw, weight_bytes(path))
+    own_code = not trust_remote_code and "auto_map" in raw
+    hint = "the model has its own code, which only --trust-remote-code runs" if own_code else ""
+    with foreign(UnsupportedError, f"transformers cannot read {path / 'config.json'}", hint):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        hint = "" if trust_remote_code else "; a model with its own code needs --trust-remote-code"
-        raise UnsupportedError(f"transformers cannot read {path / 'config.json'}: {first_line(error)}{hint}") from error
     return config
 
 
@@ -64,12 +68,15 @@ def empty_model(path: Path, config: PreTrainedConfig, trust_remote_code: bool = 
     """The model of a folder's config, without weights. Raises UnsupportedError if transformers cannot build it."""
     from accelerate import init_empty_weights
 
+    from llmsqueeze.model.tensors.bounds import bounded, weight_bytes
+
     auto = auto_class(config)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
-        raise UnsupportedError(f"transformers cannot build the model of {path}: {first_line(error)}") from error
+    with (
+        foreign(UnsupportedError, f"transformers cannot build the model of {path}"),
+        init_empty_weights(include_buffers=False),
+        bounded(weight_bytes(path)),
+    ):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     model.eval()
     return model
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.errors import UnsupportedError, first_line
+from llmsqueeze.errors import UnsupportedError, foreign
 from llmsqueeze.model.casting import compute_in
 from llmsqueeze.model.config import auto_class, load_config
 from llmsqueeze.model.precision import computing_dtype
+from llmsqueeze.model.text import check_ids
 from llmsqueeze.parts import dtype_name
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
@@ -58,12 +59,10 @@ def open_model(path: Path, device: torch.device, trust_remote_code: bool, progre
 
     Raises UnsupportedError if transformers cannot open it.
     """
-    try:
+    with foreign(UnsupportedError, f"transformers cannot open {path}"):
         model: Any = auto_class(load_config(path, trust_remote_code)).from_pretrained(
             path, dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code
         )
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
-        raise UnsupportedError(f"transformers cannot open {path}: {first_line(error)}") from error
     if (chosen := computing_dtype(model.dtype, device)) != model.dtype:
         progress.note(f"the model is {dtype_name(model.dtype)}, computed in {dtype_name(chosen)}, which is faster here")
         compute_in(model, chosen)
@@ -73,11 +72,12 @@ def open_model(path: Path, device: torch.device, trust_remote_code: bool, progre
 def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:
     """[count, 2]: the BOS token and a random token that is not special; [count, 1] if there is no BOS token."""
     rows = model.get_input_embeddings().weight.shape[0]
+    bos = tokenizer.bos_token_id
+    check_ids([torch.tensor([[bos or 0]])], rows)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([i for i in range(min(rows, len(tokenizer))) if i not in special])
     drawn = torch.randint(len(ordinary), (count, 1), generator=generator, device=generator.device)
     first = ordinary.to(drawn.device)[drawn]
-    bos = tokenizer.bos_token_id
     return first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)
 
 

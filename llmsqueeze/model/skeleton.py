@@ -33,7 +33,8 @@ from llmsqueeze.model.linears import (
     is_transposed,
     output_head,
 )
-from llmsqueeze.model.sources import Compressed, Converted, Slice, Source, Stored, described, find_sources
+from llmsqueeze.model.tensors.sources import Compressed, Converted, Slice, Source, Stored, described, find_sources
+from llmsqueeze.model.tensors.ties import settle
 from llmsqueeze.progress.stopwatch import timed
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Skeleton:
 
     `sources`: parameter or buffer name -> where it comes from; `tied`: parameter -> the parameter that it shares.
     `blocks`: full module names of the decoder blocks, in order. `linears`: for each block, the names of its linears.
-    `overrides`: parameter -> a function that gives its tensor; these are not read from the checkpoint.
+    `overrides`: parameter -> a function that gives its tensor; these are not read from the checkpoint. `apart`:
+    parameters that the config ties, and that differ in the file from what it ties them to.
     """
 
     model: PreTrainedModel
@@ -58,6 +60,7 @@ class Skeleton:
     blocks: list[str]
     linears: list[list[str]]
     overrides: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    apart: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer in its stored shape and dtype."""
@@ -71,6 +74,18 @@ class Skeleton:
         """Bytes of a parameter or buffer in its stored dtype."""
         source = self.sources[name]
         return torch.Size(source.shape).numel() * source.dtype.itemsize
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all parameters and buffers, each once, in their stored dtypes."""
+        return sum(self.nbytes(name) for name in self.sources)
+
+    @cached_property
+    def unused(self) -> dict[str, StoredTensor]:
+        """The tensors of the checkpoint of which the model has nothing."""
+        used = {name for source in self.sources.values() for name in source.names}
+        tied = self.model.all_tied_weights_keys.keys()
+        return {name: stored for name, stored in self.checkpoint.tensors.items() if name not in used | tied}
 
     @contextmanager
     def overriding(self, tensors: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
@@ -253,14 +268,14 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     config = load_config(checkpoint.path, trust_remote_code)
     check_supported(checkpoint.config, config)
     model = empty_model(checkpoint.path, config, trust_remote_code)
-    sources = find_sources(model, checkpoint)
+    sources, apart = settle(model, find_sources(model, checkpoint), checkpoint)
     tied = _tied(model, sources)
     _check_complete(model, checkpoint, sources, tied)
     blocks = find_blocks(model)
     sources = _of_experts(sources, stack_experts(model, blocks))
     linears = _own_linears(model, blocks, tied)
     _check_linears(model, blocks)
-    return Skeleton(model, checkpoint, sources, tied, blocks, linears)
+    return Skeleton(model, checkpoint, sources, tied, blocks, linears, apart=apart)
 
 
 def compressed_skeleton(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmsqueeze.errors import CalibrationError, CheckpointError, HubError, first_line
+from llmsqueeze.errors import CalibrationError, CheckpointError, HubError, UnsupportedError, first_line, foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,10 +174,8 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     """The model's tokenizer. Raises CheckpointError if transformers can open none."""
     from transformers import AutoTokenizer
 
-    try:
+    with foreign(CheckpointError, f"{path} has no tokenizer that transformers can open"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has no tokenizer that transformers can open: {first_line(error)}") from error
     return tokenizer
 
 
@@ -189,8 +187,19 @@ def hashed(source: str, rows: list[Tensor], held_back: list[Tensor]) -> Calibrat
 
 def token_ids(content: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a text, without special ones."""
-    ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    with foreign(CalibrationError, "the model's tokenizer cannot read the text"):
+        ids: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def check_ids(rows: Iterable[Tensor], vocabulary: int) -> None:
+    """Raises UnsupportedError for tokens [1, length] beyond the rows of the model's embeddings."""
+    largest = max((int(row.max()) for row in rows if row.numel()), default=0)
+    if largest >= vocabulary:
+        raise UnsupportedError(
+            f"the tokenizer gives ids up to {largest}, beyond the {vocabulary} rows of the model's embeddings: model "
+            "and tokenizer do not match (tokens that were added, without resize_token_embeddings?)"
+        )
 
 
 def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: bool = False) -> list[Tensor]:

@@ -33,6 +33,14 @@ class Progress:
             yield
         self.advance()
 
+    @contextmanager
+    def beside(self, what: str) -> Iterator[None]:
+        """In the context something is done beside a result, which it must not cost: what goes wrong is a note."""
+        try:
+            yield
+        except Exception as error:
+            self.note(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
+
     def over(self, items: Iterable[T], name: str, total: int) -> Iterator[T]:
         """`items` as a stage of `total` steps; a step is done when the next item is taken."""
         self.stage(name, total)

@@ -14,7 +14,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError
-from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json
+from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json, write_text
+from llmsqueeze.formats.copied import refuse_outside
 from llmsqueeze.formats.entries import DENSE, FORMATS
 from llmsqueeze.formats.public import shown
 from llmsqueeze.progress import Progress
@@ -88,9 +89,10 @@ def _check(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
 
     result = check(str(directory), trust_remote_code=trust_remote_code)
     if not result["sound"]:
-        more = len(result["errors"]) - 1
+        errors = result["errors"] or [result["unknown"]]
+        more, state = len(errors) - 1, "is not sound" if result["errors"] else "cannot be checked"
         raise CheckpointError(
-            f"'{directory}' is not sound, nothing was sent: {result['errors'][0]}"
+            f"'{directory}' {state}, nothing was sent: {errors[0]}"
             + (f" (and {more} more)" if more else "")
             + f"; `llmsqueeze check {directory}` lists all errors"
         )
@@ -251,16 +253,19 @@ def write_card(directory: Path, card: str) -> None:
     try:
         if readme.is_file() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
             readme.replace(directory / KEPT_README)
-        readme.write_text(card, encoding="utf-8", newline="\n")
     except OSError as error:
         raise OutputError(f"the model card '{readme}' cannot be written: {error.strerror}") from error
+    write_text(readme, card)
 
 
 def files_to_upload(directory: Path, shards: list[str]) -> list[str]:
-    """The names, relative to the folder, of its shards and of the other files of a model."""
+    """The names, relative to the folder, of its shards and of the other files of a model. Raises CheckpointError for a
+    link that leads out of the folder."""
     # a model with its own code (trust_remote_code) does not open without it
     code = ("*.py",) if "auto_map" in read_json(directory / "config.json") else ()
     paths = {path for pattern in UPLOADED + code for path in directory.glob(pattern) if path.is_file()}
+    for path in paths:
+        refuse_outside(path, directory)
     return sorted({path.relative_to(directory).as_posix() for path in paths} | set(shards))
 
 

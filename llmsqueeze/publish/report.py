@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import OutputError
-from llmsqueeze.files import whole_file
+from llmsqueeze.files import write_text
 from llmsqueeze.publish import provenance
 from llmsqueeze.publish.folder import Folder, read_public
 from llmsqueeze.publish.linears import Linear
@@ -40,8 +40,7 @@ def write_report(folder: str | Path, out: Path | None = None) -> dict[str, Any]:
     if not out.absolute().parent.is_dir():
         raise OutputError(f"there is no folder {out.absolute().parent} for {out.name}; name a folder that exists")
     html = report_page(contents)
-    with whole_file(out) as partial:
-        partial.write_text(html, encoding="utf-8")
+    write_text(out, html)
     return {
         "folder": str(folder),
         "out": str(out),

@@ -127,7 +127,17 @@ def test_the_users_factor_makes_a_linear_coarser_or_finer() -> None:
         assert weight.factor == factor.get(name, 1.0)
 
 
-@pytest.mark.parametrize("bits", [0.7, 1.0, 2.0, 3.3, 5.0, 9.0, 20.0])
+@pytest.mark.parametrize("bits", [9.0, 20.0])
+def test_no_step_is_finer_than_what_a_byte_takes(bits: float) -> None:
+    """A larger budget is not used up."""
+    allocated = allocate(coded_plan(SHAPES, {"o": 0.5}), CURVES, bytes_of(bits), PLENTY)
+    assert {name: math.log2(one.step) for name, one in allocated.weights.items()} == pytest.approx(
+        {name: curve.finest for name, curve in CURVES.items()}
+    )
+    assert allocated.nbytes < bytes_of(8.6)
+
+
+@pytest.mark.parametrize("bits", [0.7, 1.0, 2.0, 3.3, 5.0])
 def test_the_target_is_met_from_below(bits: float) -> None:
     allocated = allocate(coded_plan(SHAPES), CURVES, bytes_of(bits), PLENTY)
     assert 0.999 * bytes_of(bits) < allocated.nbytes <= bytes_of(bits)

@@ -236,3 +236,46 @@ def test_the_command_ends_with_2_if_something_is_wrong(compressed: Compressed, t
     assert command("check", tmp_path / "nowhere")[0] == 2
     with pytest.raises(RecipeError, match="unknown --target 'vlm'; did you mean 'vllm'"):
         check(str(compressed("native")), "vlm")
+
+
+# ------------------------------------------------------------------------------------------- folders of other programs
+
+
+def test_an_original_under_older_names_is_sound(random_model: Callable[..., Path]) -> None:
+    """transformers renames the head of GPT-NeoX on loading."""
+    result = check(str(random_model("neox")))
+    assert (result["state"], result["errors"], result["notes"]) == ("sound", [], [])
+
+
+def test_an_original_that_lacks_a_tensor_is_not_and_others_are_noted(
+    demo_of: Callable[[int], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(demo_of(1), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mtp.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    result = check(str(folder))
+    assert (result["state"], result["errors"]) == ("not sound", ["model.norm.weight is missing"])
+    assert result["notes"] == ["1 tensors, among them mtp.weight, are not part of the model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "is in awq, another tool's format"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}, "only --trust-remote-code runs"),
+        ({"quantization_config": {"quant_method": "llmsqueeze", "format_version": 9}}, "a newer llmsqueeze reads it"),
+    ],
+)
+def test_what_this_command_cannot_tell(
+    demo_of: Callable[[int], Path], tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    folder = Path(shutil.copytree(demo_of(1), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    result = check(str(folder))
+    assert (result["state"], result["sound"], result["errors"]) == ("cannot tell", False, [])
+    assert reason in result["unknown"]
+    code, out, _ = command("check", folder)
+    assert code == 2
+    assert "cannot tell" in out

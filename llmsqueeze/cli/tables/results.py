@@ -133,9 +133,11 @@ def print_check(result: dict[str, Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     errors = result["errors"]
-    for target, reason in result["verdicts"].items() if not errors else ():
-        verdict = f"does not open it: {reason}" if reason else "opens it, if the files here are all it needs"
+    for target, reason in result["verdicts"].items() if result["sound"] else ():
+        verdict = f"does not open it: {reason}" if reason else "should open it (not tried)"
         table.add_row(PROGRAMS[target], verdict)
+    if result["unknown"]:
+        table.add_row("because", result["unknown"])
     for error in errors[:SHOWN_ERRORS]:
         table.add_row("error", error)
     if len(errors) > SHOWN_ERRORS:
@@ -143,5 +145,5 @@ def print_check(result: dict[str, Any]) -> None:
     for note in result["notes"]:
         table.add_row("note", note)
     out = console()
-    out.print(f"{result['folder']}: format {result['format']}, {'sound' if result['sound'] else 'not sound'}")
+    out.print(f"{result['folder']}: format {result['format']}, {result['state']}")
     out.print(table)

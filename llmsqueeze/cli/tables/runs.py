@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -26,6 +28,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row(
         "size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({significant(ratio)}x smaller)"
     )
+    if summary["left_out"] is not None:
+        rest = summary["left_out"]
+        table.add_row("left out", f"{rest['tensors']} tensors ({size(rest['nbytes'])}) that the model does not use")
     if summary["predicted_loss_increase"] is not None:
         table.add_row("predicted", predicted_increase(summary["predicted_loss_increase"]))
         table.add_row("", predicted_interval(summary["predicted_loss_interval"]))
@@ -51,7 +56,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row("other towers", towers(summary["towers"]))
     table.add_row("format", format_and_why(summary))
     table.add_row("verified", verification(summary["verified"]))
-    table.add_row("opens in", opening(summary["opens"]))
+    for label, text in opening(summary["opens"], summary["opened"], summary["not_opened"]):
+        table.add_row(label, text)
     table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     if summary["peak_device_memory_mb"]:
         table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
@@ -97,8 +103,8 @@ def print_export(summary: dict[str, Any]) -> None:
         table.add_row("verified", "all read back from disk, equal bit by bit")
     if "rerounded" in summary:
         table.add_row("rounded again", f"coded weights to {summary['rerounded']}; {reround_cost(summary)}")
-    if summary["opens"]:
-        table.add_row("opens in" if summary["target"] != "peft" else "base opens in", opening(summary["opens"]))
+    for label, text in opening(summary["opens"]):
+        table.add_row(label if summary["target"] != "peft" else f"base {label}", text)
     out = console()
     out.print(table)
     if summary["target"] == "peft":
@@ -136,12 +142,19 @@ def verification(verified: dict[str, float] | None) -> str:
     return f"{verified['weights']} weights read back from disk, equal bit by bit{blocks}"
 
 
-def opening(verdicts: dict[str, str]) -> str:
-    """The programs that open a folder, and the reasons why the others do not."""
+def opening(
+    verdicts: dict[str, str], opened: Sequence[str] = (), not_opened: Mapping[str, str] = MappingProxyType({})
+) -> list[tuple[str, str]]:
+    """Rows of a table: the programs that opened a folder here, those that should, and why the others do not."""
     names = {"native": "llmsqueeze", "transformers": "transformers", "vllm": "vLLM"}
-    yes = ", ".join(names[one] for one, reason in verdicts.items() if not reason)
-    no = "".join(f"\nnot in {names[one]}: {reason}" for one, reason in verdicts.items() if reason)
-    return yes + no
+    should = [one for one, reason in verdicts.items() if not reason and one not in opened]
+    rows = [("opens in", f"{', '.join(names[one] for one in opened)} (opened here)")]
+    rows = rows if opened else []
+    if should:
+        reasons = "".join(f"\n{names[one]}: {not_opened[one]}" for one in should if one in not_opened)
+        rows.append(("should open in", ", ".join(names[one] for one in should) + reasons))
+    no = [f"{names[one]}: {reason}" for one, reason in verdicts.items() if reason]
+    return rows + ([("does not open in", "\n".join(no))] if no else [])
 
 
 def divergence(summary: dict[str, Any]) -> str:

@@ -52,9 +52,15 @@ class Pace:
         ratio, low, high = self._surprise(), -8.0, 8.0
         for _ in range(50):
             middle = (low + high) / 2
-            nbytes = ratio * sum(self.curves[name].bytes_at(at[name] + middle) for name in left) + fixed
+            coded = (self.curves[n].bytes_at(max(at[n] + middle, self.curves[n].finest)) for n in left)
+            nbytes = ratio * sum(coded) + fixed
             low, high = (low, middle) if nbytes <= rest else (middle, high)
-        return high
+        return max(high, self._finest(names))
+
+    def _finest(self, names: Sequence[str]) -> float:
+        """The least octaves at which none of the linears gets finer steps than are taken at all."""
+        coded = [name for name in names if name in self.curves]
+        return max((self.curves[n].finest - math.log2(self.plan.weights[n].step) for n in coded), default=-math.inf)
 
     def _surprise(self) -> float:
         """How much larger than predicted the rest is likely to be, from what was written, the less of it the less."""
@@ -98,6 +104,7 @@ class Pace:
         room, slack = self.target - sum(self.spent.values()), SLACK * self.target
         bit = sum(self.plan.weights[name].numel for name in names) / 8
         tried: list[tuple[float, int]] = []
+        finest = max(-MOST_OCTAVES, self._finest(names))
         best: tuple[float, R] | None = None
         for _ in range(TRIES):
             size = sum(nbytes(result).values())
@@ -105,9 +112,9 @@ class Pace:
             if size <= room:
                 if best is None or octaves < best[0]:
                     best = (octaves, result)
-                if size >= room - slack or (octaves <= -MOST_OCTAVES and all(one <= room for _, one in tried)):
+                if size >= room - slack or (octaves <= finest and all(one <= room for _, one in tried)):
                     break
-            octaves = _nearer(tried, room, BELOW * self.target, bit)
+            octaves = max(_nearer(tried, room, BELOW * self.target, bit), finest)
             result = compress_at(octaves)
         if best is None:
             raise BudgetError(

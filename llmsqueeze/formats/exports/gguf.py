@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from llmsqueeze.errors import UnsupportedError, nearest
@@ -22,6 +22,7 @@ FORMAT = "gguf-map"
 MAP = "tensor-types.txt"
 WHOLE = "F16"
 BASE_TYPE = "Q4_K_M"  # of tensors that the map does not name; llama-quantize reads a map only beside a type that rounds
+NAME = "NAME-OF-THE-MODEL"
 SCRIPT = """\
 #!/bin/sh
 # usage: sh quantize.sh [FOLDER OF THE ORIGINAL]; needs llama.cpp's programs and a calibration.txt
@@ -65,18 +66,19 @@ def tensor_type_file(types: Mapping[str, str]) -> str:
 
 
 def commands(model: str) -> list[str]:
-    """The commands that make a GGUF file of the original by the map, with llama.cpp's programs; `model` unless $1 names
-    it."""
+    """The commands that make a GGUF file of the original `model` by the map, with llama.cpp's programs."""
     whole = WHOLE.lower()
     quantize = ["llama-quantize", "--imatrix", "imatrix.gguf", "--tensor-type-file", MAP]
     quantize += ["--token-embedding-type", whole, "--output-tensor-type", whole]
     return [
-        f'python convert_hf_to_gguf.py "${{1:-{model}}}" --outtype {whole} --outfile original.gguf',
+        shlex.join(["python", "convert_hf_to_gguf.py", model, "--outtype", whole, "--outfile", "original.gguf"]),
         "llama-imatrix -m original.gguf -f calibration.txt -o imatrix.gguf",
         shlex.join([*quantize, "original.gguf", "model.gguf", BASE_TYPE]),
     ]
 
 
-def script(lines: Sequence[str]) -> str:
-    """`quantize.sh`, which runs the commands with the map beside it."""
-    return SCRIPT + "".join(line.replace(MAP, f'"$(dirname "$0")/{MAP}"') + "\n" for line in lines)
+def script(model: str) -> str:
+    """`quantize.sh`, which runs the commands with the map beside it, on $1 if that is given. The name of the model
+    comes from a file, so it is nowhere but in quotes."""
+    lines = [line.replace(MAP, f'"$(dirname "$0")/{MAP}"').replace(NAME, '"$model"') for line in commands(NAME)]
+    return SCRIPT + "\n".join([f"model={shlex.quote(model)}", 'model="${1:-$model}"', *lines, ""])

@@ -65,9 +65,9 @@ def how_to_load(base: str, adapter: str) -> str:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base!r})
 base(input_ids=base.dummy_inputs["input_ids"])  # unpacks the weights, at which PEFT looks first
-model = PeftModel.from_pretrained(base, "{adapter}")"""
+model = PeftModel.from_pretrained(base, {adapter!r})"""
 
 
 def adapter_config(base: str, linears: list[str], rank: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.errors import CheckpointError, OutputError
+from llmsqueeze.errors import CheckpointError
+from llmsqueeze.files import write_text
 from llmsqueeze.formats.public import shown
 from llmsqueeze.publish import numbers
 from llmsqueeze.publish.folder import mapping, task_scores
@@ -98,8 +99,4 @@ def task_cell(values: Mapping[str, Any], metric: str, place: int) -> dict[str, A
 
 def write_page(comparison: Mapping[str, Any], path: Path) -> None:
     """The comparison as one HTML file. Raises OutputError."""
-    text = comparison_page(comparison)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    write_text(path, comparison_page(comparison))

@@ -17,7 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsqueeze.errors import OutputError
+from llmsqueeze.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,10 +102,8 @@ def write(figure: Figure, path: Path, kinds: Sequence[str] = ("png", "svg")) -> 
     files = []
     for kind in kinds:
         file = path.with_name(f"{path.name}.{kind}")
-        try:
-            file.write_bytes(render(figure, kind))
-        except OSError as error:
-            raise OutputError(f"cannot write the picture {file}: {error}") from error
+        with whole_file(file) as half:
+            half.write_bytes(render(figure, kind))
         files.append(file)
     return files
 

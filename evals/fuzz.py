@@ -1,0 +1,366 @@
+"""Files that were tampered with: does every command end as ours?
+
+    python evals/fuzz.py [--cases 2000] [--kinds config plan ...] [--seed 0]
+
+A valid folder (or plan, profile, recipe, text) is changed in one to three places: types, signs, sizes, names, missing,
+doubled, deep; or a byte of a shard flips. The change is harmless by itself. A forked child then runs a command in
+process, with 2 GB of memory beyond what the parent has and 20 seconds. It must end with code 0, or with code 2 and one
+message. A flipped byte in codes, steps or streams of our own folders must be found: by `check`, or for those without a
+checksum the weights differ and only the digests of the run knew them; both are counted. Writes evals/results/fuzz.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import llmsqueeze
+from llmsqueeze.cli.app import app
+from llmsqueeze.demo import MODEL_DIR
+
+SECONDS, MEMORY = 20, 2 << 30
+TEXT: dict[str, Any] = {"calibration": "demo", "samples": 2, "seq_len": 32}
+VALUES = [None, True, 0, -1, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, "", "x", "../x", "\x00", [], {}, [[]], [1, "a"]]
+RESULTS = Path(__file__).with_name("results") / "fuzz.md"
+Case = tuple[Path, list[str]]  # the folder or file that was changed, and the command
+
+
+class Base:
+    """The valid folders and files, made once."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.folders = scratch, dict[str, Path]()
+        self.original = scratch / "original"
+        shutil.copytree(MODEL_DIR, self.original)
+        config = json.loads((MODEL_DIR / "config.json").read_text())
+        (self.original / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+        tensors = load_file(MODEL_DIR / "model.safetensors")
+        kept = {n: t for n, t in tensors.items() if not n.startswith(tuple(f"model.layers.{i}." for i in (1, 2, 3)))}
+        save_file(kept, self.original / "model.safetensors", {"format": "pt"})
+
+    def folder(self, kind: str) -> Path:
+        """The original compressed as `kind` says."""
+        settings: dict[str, dict[str, Any]] = {
+            "native": {"method": "gwq", "quantizer": "rtn", "bits": 3, **TEXT},
+            "coded": {"method": "coded", "bits": 2.5, **TEXT},
+            "portable": {"method": "rtn", "bits": 4, "portable": True},
+        }
+        if kind not in self.folders:
+            self.folders[kind] = self.scratch / kind
+            llmsqueeze.quantize(self.original, self.folders[kind], verify=False, **settings[kind])
+        return self.folders[kind]
+
+    def plan(self) -> Path:
+        if "plan" not in self.folders:
+            self.folders["plan"] = self.scratch / "plan"
+            llmsqueeze.plan(self.original, self.folders["plan"], method="mixllm", bits=3.0, trial=False, **TEXT)
+        return self.folders["plan"]
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """A JSON value changed somewhere inside."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        value = copy.copy(value)
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = rng.choice(keys)
+        choice = rng.random()
+        if choice < 0.15:
+            del value[key]
+        elif choice < 0.25 and isinstance(value, dict):
+            value[rng.choice(["x", "..", key + "x" if isinstance(key, str) else "y"])] = value.pop(key)
+        elif choice < 0.3 and isinstance(value, list):
+            value.append(value[key])
+        else:
+            value[key] = mutated(value[key], rng)
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.5:
+        return rng.choice([value + 1, value - 1, -value, value * 1000, value * 10**9, float(value), str(value)])
+    if rng.random() < 0.03:
+        deep: Any = []
+        for _ in range(900):
+            deep = [deep]
+        return deep
+    return rng.choice(VALUES)
+
+
+def in_json(path: Path, rng: random.Random, key: str | None = None) -> None:
+    """Changes a JSON file, or one entry of it; now and then its text."""
+    text = path.read_text(encoding="utf-8")
+    if rng.random() < 0.1:
+        in_text(path, rng)
+        return
+    value = json.loads(text)
+    for _ in range(rng.randint(1, 3)):
+        if key is None:
+            value = mutated(value, rng)
+        else:
+            value[key] = mutated(value[key], rng)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def in_text(path: Path, rng: random.Random) -> None:
+    """Cuts, doubles or changes bytes of a file."""
+    data = bytearray(path.read_bytes())
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(data) + 1)
+        what = rng.randrange(5)
+        if what == 0:
+            data = data[:at]
+        elif what == 1:
+            data[at:at] = data[max(0, at - 40) : at]
+        elif what == 2 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif what == 3:
+            data[at : at + rng.randint(1, 20)] = b""
+        else:
+            data[at:at] = rng.choice([b"[" * 3000, b"-", b"9" * 30, b"\xff", b"\0", b"*a", b"{", b"\n- ", b": "])
+    path.write_bytes(bytes(data))
+
+
+def in_header(path: Path, rng: random.Random) -> None:
+    """Changes the header of a safetensors file."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    if rng.random() < 0.15:
+        size_ = rng.choice([0, 1, size - 1, size + 8, 2**40, 2**64 - 1])
+        path.write_bytes(size_.to_bytes(8, "little") + data[8:])
+        return
+    header = json.dumps(mutated(json.loads(data[8 : 8 + size]), rng)).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+def in_data(path: Path, rng: random.Random) -> None:
+    """Flips a bit of a shard's tensors."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    data[rng.randrange(start, len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(bytes(data))
+
+
+def shard(folder: Path, rng: random.Random) -> Path:
+    return rng.choice(sorted(folder.glob("*.safetensors")))
+
+
+def copied(source: Path, work: Path) -> Path:
+    return Path(shutil.copytree(source, work / source.name))
+
+
+def quantize_with(model: Path, work: Path, *more: object) -> list[str]:
+    return ["quantize", str(model), "--out", str(work / "out"), "--quiet", "--no-verify", *map(str, more)]
+
+
+def of_folder(kind: str, change: Callable[[Path, random.Random], None]) -> Callable[[Base, Path, random.Random], Case]:
+    def case(base: Base, work: Path, rng: random.Random) -> Case:
+        folder = copied(base.folder(kind), work)
+        change(folder, rng)
+        return folder, rng.choice([["check", str(folder)], ["load", str(folder)], ["show", str(folder)]])
+
+    return case
+
+
+def of_original(
+    change: Callable[[Path, random.Random], None], *more: object
+) -> Callable[[Base, Path, random.Random], Case]:
+    def case(base: Base, work: Path, rng: random.Random) -> Case:
+        folder = copied(base.original, work)
+        change(folder, rng)
+        check = not more and rng.random() < 0.5
+        return folder, ["check", str(folder)] if check else quantize_with(folder, work, "--method", "rtn", *more)
+
+    return case
+
+
+def of_plan(name: str) -> Callable[[Base, Path, random.Random], Case]:
+    def case(base: Base, work: Path, rng: random.Random) -> Case:
+        folder = copied(base.plan(), work)
+        file = folder / name
+        if name == "plan.yaml":
+            changed_yaml(file, rng)
+        else:
+            (in_header if rng.random() < 0.7 else in_data)(file, rng)
+        return folder, quantize_with(base.original, work, "--plan", folder / "plan.yaml")
+
+    return case
+
+
+def changed_yaml(path: Path, rng: random.Random) -> None:
+    import yaml
+
+    if rng.random() < 0.3:
+        in_text(path, rng)
+        return
+    value = yaml.safe_load(path.read_text())
+    for _ in range(rng.randint(1, 3)):
+        value = mutated(value, rng)
+    path.write_text(yaml.safe_dump(value))
+
+
+def recipe(base: Base, work: Path, rng: random.Random) -> Case:
+    file = work / "recipe.yaml"
+    file.write_text(rng.choice(["bits: 3\nmethod: rtn\ngroup_size: 64\n", "method: mixllm\nmix: {6: 0.1, 4: 0.6}\n"]))
+    changed_yaml(file, rng)
+    return file, quantize_with(base.original, work, "--recipe", file)
+
+
+def text(base: Base, work: Path, rng: random.Random) -> Case:
+    file = work / rng.choice(["text.txt", "text.jsonl"])
+    lines = ["Once upon a time there was a cat. " * 8 for _ in range(12)]
+    file.write_text("\n".join(json.dumps({"text": line}) if file.suffix == ".jsonl" else line for line in lines))
+    in_text(file, rng)
+    more = ["--method", "gptq", "--bits", 4, "--samples", 2, "--seq-len", 16, "--calibration", file]
+    return file, quantize_with(base.original, work, *more)
+
+
+KINDS: dict[str, Callable[[Base, Path, random.Random], Case]] = {
+    "config.json": of_original(lambda folder, rng: in_json(folder / "config.json", rng)),
+    "quantization_config, native": of_folder(
+        "native", lambda folder, rng: in_json(folder / "config.json", rng, "quantization_config")
+    ),
+    "quantization_config, coded": of_folder(
+        "coded", lambda folder, rng: in_json(folder / "config.json", rng, "quantization_config")
+    ),
+    "quantization_config, portable": of_folder(
+        "portable", lambda folder, rng: in_json(folder / "config.json", rng, "quantization_config")
+    ),
+    "safetensors headers": of_folder("native", lambda folder, rng: in_header(shard(folder, rng), rng)),
+    "originals' headers": of_original(lambda folder, rng: in_header(folder / "model.safetensors", rng)),
+    "index": of_folder("native", lambda folder, rng: in_json(folder / "model.safetensors.index.json", rng)),
+    "data, native": of_folder("native", lambda folder, rng: in_data(shard(folder, rng), rng)),
+    "data, coded": of_folder("coded", lambda folder, rng: in_data(shard(folder, rng), rng)),
+    "data, portable": of_folder("portable", lambda folder, rng: in_data(shard(folder, rng), rng)),
+    "record": of_folder("native", lambda folder, rng: in_json(folder / "llmsqueeze.json", rng)),
+    "plan": of_plan("plan.yaml"),
+    "profile": of_plan("profile.safetensors"),
+    "recipe": recipe,
+    "calibration text": text,
+    "tokenizer": of_original(
+        lambda folder, rng: in_json(folder / rng.choice(["tokenizer.json", "tokenizer_config.json"]), rng),
+        *("--bits", 4, "--samples", 2, "--seq-len", 16, "--calibration", "demo", "--importance", "lim", "--method"),
+        "layerwise",
+    ),
+}
+LIGHT = ("quantization_config, native", "safetensors headers", "index", "record", "recipe")  # for CI
+
+
+def outcome(arguments: list[str]) -> str:
+    """What a command ended with: 'done', 'refused', or what is wrong with its end."""
+    if arguments[0] == "load":
+        from llmsqueeze.errors import SqueezeError
+
+        try:
+            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+                llmsqueeze.load(arguments[1])
+        except SqueezeError:
+            return "refused"
+        except BaseException as error:
+            return f"load raised {type(error).__name__}: {str(error)[:150]}"
+        return "done"
+    result = CliRunner().invoke(app, arguments)
+    if result.exit_code == 0:
+        return "done"
+    if result.exit_code == 2 and (arguments[0] == "check" or result.stderr.count("error: ") >= 1):
+        return "refused"
+    return f"code {result.exit_code}: {' '.join(result.stderr.split())[-250:] or repr(result.exception)}"
+
+
+def in_child(arguments: list[str], seconds: int = SECONDS, memory: int = MEMORY) -> str:
+    """The outcome of a command in a forked process with bounds."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        signal.alarm(seconds)
+        try:
+            ended = outcome(arguments)
+        except BaseException as error:
+            ended = f"raised {type(error).__name__}: {str(error)[:150]}"
+        os.write(writer, ended.encode(errors="replace")[:4000])
+        os._exit(0)
+    os.close(writer)
+    said = b""
+    while piece := os.read(reader, 4096):
+        said += piece
+    os.close(reader)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return "took too long" if os.WTERMSIG(status) == signal.SIGALRM else f"died of signal {os.WTERMSIG(status)}"
+    return said.decode() or "said nothing"
+
+
+def run(kind: str, cases: int, seed: int, base: Base) -> tuple[Counter[str], dict[int, str]]:
+    """Outcomes of a kind: done, refused, wrong; and of each case that ended wrong, how."""
+    counts, wrong = Counter[str](), dict[int, str]()
+    for number in range(cases):
+        rng = random.Random(f"{kind} {seed} {number}")
+        with tempfile.TemporaryDirectory(dir=base.scratch) as folder:
+            work = Path(folder)
+            _, arguments = KINDS[kind](base, work, rng)
+            before = sorted(path.name for path in base.scratch.iterdir())
+            ended = in_child(arguments)
+            if sorted(path.name for path in base.scratch.iterdir()) != before:
+                ended = "wrote outside its output"
+        counts[ended if ended in ("done", "refused") else "wrong"] += 1
+        if ended not in ("done", "refused"):
+            wrong[number] = f"{arguments[0]}: {ended}"
+    return counts, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Base(Path(scratch))
+        for kind in [one for one in KINDS if any(one.startswith(name) for name in asked.kinds)]:
+            start = time.monotonic()
+            counts, wrong = run(kind, asked.cases, asked.seed, base)
+            seconds = time.monotonic() - start
+            ends = " | ".join(str(counts[end]) for end in ("refused", "done", "wrong"))
+            rows.append(f"| {kind} | {asked.cases} | {ends} | {seconds:.0f} |")
+            print(rows[-1])
+            for number, how in wrong.items():
+                print(f"    {number}: {how}", file=sys.stderr)
+    asked.out.write_text(page(rows, asked.cases, asked.seed))
+
+
+def page(rows: list[str], cases: int, seed: int) -> str:
+    command = f"`python evals/fuzz.py --cases {cases} --seed {seed}`"
+    return (
+        "# Files that were tampered with\n\n"
+        f"{command}: one to three changes in a valid file, then a command in a process with\n"
+        f"{MEMORY >> 30} GB and {SECONDS} s. `refused`: code 2 and a message; `done`: code 0 (the change is valid, or\n"
+        "nothing shows it); `wrong`: anything else, a traceback, a hang, no message.\n\n"
+        "| kind | cases | refused | done | wrong | seconds |\n|---|---|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
