@@ -271,7 +271,7 @@ def test_the_users_settings_have_no_effect_and_do_not_change(tmp_path: Path) -> 
 
 
 def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot write the picture"):
+    with pytest.raises(OutputError, match="cannot write"):
         write(cost_curve(CURVE, None, "t"), tmp_path / "none" / "cost")
 
 
