@@ -4,7 +4,8 @@
 
 A valid folder (or plan, profile, recipe, text) is changed in one to three places: types, signs, sizes, names, missing,
 doubled, deep; or a byte of a shard flips. The change is harmless by itself. A forked child then runs a command in
-process, with 2 GB of memory beyond what the parent has and 20 seconds. It must end with code 0, or with code 2 and one
+process, with 2 GB of memory beyond what the parent has and 20 seconds of
+processor time. It must end with code 0, or with code 2 and one
 message. A flipped byte in codes, steps or streams of our own folders must be found: by `check`, or for those without a
 checksum the weights differ and only the digests of the run knew them; both are counted. Writes evals/results/fuzz.md.
 """
@@ -41,6 +42,7 @@ from llmsqueeze.demo import MODEL_DIR
 
 SECONDS, MEMORY = 20, 2 << 30
 TEXT: dict[str, Any] = {"calibration": "demo", "samples": 2, "seq_len": 32}
+BRIEF = ("--bits", "4", "--samples", "2", "--seq-len", "16", "--calibration", "demo")
 VALUES = [None, True, 0, -1, 1, 3, 2**31, 2**63, 10**30, -0.5, 1e308, "", "x", "../x", "\x00", [], {}, [[]], [1, "a"]]
 RESULTS = Path(__file__).with_name("results") / "fuzz.md"
 Case = tuple[Path, list[str]]  # the folder or file that was changed, and the command
@@ -293,7 +295,8 @@ def in_child(arguments: list[str], seconds: int = SECONDS, memory: int = MEMORY)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
-        signal.alarm(seconds)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        signal.alarm(10 * seconds)
         try:
             ended = outcome(arguments)
         except BaseException as error:
@@ -307,7 +310,8 @@ def in_child(arguments: list[str], seconds: int = SECONDS, memory: int = MEMORY)
     os.close(reader)
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
-        return "took too long" if os.WTERMSIG(status) == signal.SIGALRM else f"died of signal {os.WTERMSIG(status)}"
+        late = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGXCPU)
+        return "took too long" if late else f"died of signal {os.WTERMSIG(status)}"
     return said.decode() or "said nothing"
 
 
@@ -339,6 +343,10 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         base = Base(Path(scratch))
+        with tempfile.TemporaryDirectory() as work:  # imports are paid once
+            outcome(quantize_with(base.original, Path(work), "--method", "gptq", *BRIEF))
+            for verb in ("check", "load", "show"):
+                outcome([verb, str(base.folder("native"))])
         for kind in [one for one in KINDS if any(one.startswith(name) for name in asked.kinds)]:
             start = time.monotonic()
             counts, wrong = run(kind, asked.cases, asked.seed, base)
