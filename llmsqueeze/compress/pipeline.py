@@ -21,8 +21,8 @@ from llmsqueeze.compress.weights.group import with_final
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, experts, native, record
 from llmsqueeze.formats import verify as verification
-from llmsqueeze.formats.copied import files_beside
 from llmsqueeze.formats.folder import Output, check_writable, output_folder
+from llmsqueeze.formats.inspection.beside import files_beside
 from llmsqueeze.formats.inspection.opening import Opened
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.journal import Journal

@@ -25,8 +25,8 @@ from torch import Tensor
 from llmsqueeze import journal as journals
 from llmsqueeze.errors import OutputError, SqueezeError, VerificationError
 from llmsqueeze.files import INDEX, SIDECAR, write_json
-from llmsqueeze.formats import copied
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
+from llmsqueeze.formats.inspection import beside
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
 from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
@@ -125,7 +125,7 @@ class Output:
     @timed("write")
     def copy_rest(self, source: Path) -> None:
         """Tokenizer, generation config, licence, code: every file of the model that is not weights or config."""
-        copied.copy(source, self.partial)
+        beside.copy(source, self.partial)
 
     def finish(self) -> None:
         """Writes the index: now the folder can be opened."""
@@ -267,7 +267,7 @@ def rewrite(
     of the run. `inspect` sees the finished folder before it gets its name. `needed` bytes must be free on the disk.
     """
     files = sorted({stored.file for stored in checkpoint.tensors.values()})
-    needed += sum(copied.files_beside(checkpoint.path).values())
+    needed += sum(beside.files_beside(checkpoint.path).values())
     with output_folder(out, len(files), needed, overwrite) as output:
         output.experts = experts
         for file in (progress or Progress()).over(files, "rewrite", len(files)):

@@ -17,7 +17,7 @@ from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.check import refuse_misfits
 from llmsqueeze.formats.entries import format_of, is_compressed, native_config
-from llmsqueeze.formats.experts import experts_of, joined, pieces_of
+from llmsqueeze.formats.experts import experts_of, pieces_of
 from llmsqueeze.formats.opened import open_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.config import auto_class, empty_model, load_config
@@ -63,7 +63,7 @@ def keep_own_names(model: Any) -> None:
 
 def native_form(path: Path, kwargs: dict[str, Any]) -> Any:
     """The folder's config; if llmsqueeze wrote it as compressed-tensors, `kwargs` get what opens it as a native one."""
-    checkpoint, trust = joined(open_checkpoint(path)), kwargs.get("trust_remote_code", False)
+    checkpoint, trust = open_checkpoint(path), kwargs.get("trust_remote_code", False)
     config: Any = load_config(path, trust)
     if format_of(checkpoint) == native.METHOD:
         refuse_misfits(open_folder(checkpoint, trust))

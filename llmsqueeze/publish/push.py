@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.errors import CheckpointError, HubError, OutputError, UnsupportedError
 from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, INDEX, SIDECAR, SINGLE, read_json, write_text
-from llmsqueeze.formats.copied import refuse_outside
 from llmsqueeze.formats.entries import DENSE, FORMATS
+from llmsqueeze.formats.inspection.beside import refuse_outside
 from llmsqueeze.formats.public import shown
 from llmsqueeze.progress import Progress
 from llmsqueeze.publish.card import MARK, model_card

@@ -15,10 +15,10 @@ import pytest
 from llmsqueeze.compress import trial
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import TEMPLATES, read_json, read_yaml, write_json
-from llmsqueeze.formats import copied
-from llmsqueeze.formats.copied import copy, files_beside
 from llmsqueeze.formats.exports import gguf
 from llmsqueeze.formats.exports.peft import how_to_load
+from llmsqueeze.formats.inspection import beside
+from llmsqueeze.formats.inspection.beside import copy, files_beside
 from llmsqueeze.model.config import empty_model, load_config
 
 
@@ -49,7 +49,7 @@ def test_what_is_copied_is_known_before_and_bounded(
     (tmp_path / "out").mkdir()
     copy(model, tmp_path / "out")
     assert sorted(one.name for one in (tmp_path / "out").rglob("*.j*")) == ["tokenizer.json", "tool.jinja"]
-    monkeypatch.setattr(copied, "MOST", 2)
+    monkeypatch.setattr(beside, "MOST", 2)
     with pytest.raises(CheckpointError, match=r"take 3 bytes, .* the largest is tokenizer\.json with 2"):
         files_beside(model)
 
