@@ -124,11 +124,15 @@ def test_the_config_alone_is_enough_for_a_plan(original: Path, tmp_path: Path) -
     folder = tmp_path / "config"
     folder.mkdir()
     (folder / "config.json").write_text((original / "config.json").read_text())
-    code, printed, err = command(
-        "plan", folder, "--weights", "none", "--bits", "4.5", "--out", tmp_path / "plan", "--json"
-    )
+    planned = ["plan", folder, "--weights", "none", "--bits", "4.5", "--out", tmp_path / "plan"]
+    code, printed, err = command(*planned, "--json")
     assert code == 0, err
     assert json.loads(printed)["nbytes"] < json.loads(printed)["nbytes_original"]
+    code, with_towers, err = command(*planned, "--vision", "rtn8", "--json")
+    smaller = json.loads(with_towers)["nbytes"]
+    towers = json.loads(with_towers)["towers"]
+    assert smaller == json.loads(printed)["nbytes"] - towers["nbytes_original"] + towers["nbytes"]
+    assert f"other towers: {towers['linears']} linears at 8 bits" in command(*planned, "--vision", "rtn8")[1]
 
 
 def test_a_class_without_text_is_named(original: Path, tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted{widths}; "
         f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
     )
+    if plan["towers"] is not None:
+        out.print(f"other towers: {towers(plan['towers'])}")
     for key, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):
         if any(row[key] for row in rows):
             factor = 100 if key == "dual" else 1
