@@ -62,6 +62,12 @@ class ByTheData(Block):
         return x if float(x.sum()) > 0 else -x
 
 
+class SizeByTheData(Block):
+    def between(self, x: Tensor) -> Tensor:
+        some = (x[0, :, 0] > 0).nonzero()[:, 0]
+        return x.index_add(1, some, x[:, some])
+
+
 class OtherUse(Block):
     def between(self, x: Tensor) -> Tensor:
         return x @ self.second.weight
@@ -245,7 +251,7 @@ def test_a_block_that_changes_values_in_place_is_traced() -> None:
         assert torch.equal(trace.run(hidden, [], lambda name, x: block.get_submodule(name)(x)), block(hidden))
 
 
-@pytest.mark.parametrize("kind", [ByTheData, OtherUse])
+@pytest.mark.parametrize("kind", [ByTheData, SizeByTheData, OtherUse])
 def test_a_block_that_no_list_can_stand_for_has_none(kind: type[Block]) -> None:
     assert trace_of(kind(), torch.randn(1, 3, 4)) is None
 

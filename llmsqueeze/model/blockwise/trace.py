@@ -201,7 +201,8 @@ def _mark(number: int, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def _checked(graph: fx.GraphModule, names: tuple[str, ...], weights: set[int]) -> BlockTrace | None:
-    """The trace, unless it changes a value in place or uses a weight outside its linear."""
+    """The trace, unless it changes a value in place, uses a weight outside its linear, or has a value whose size
+    depends on the data."""
     *nodes, output = graph.graph.nodes
     inputs = [node for node in nodes if node.op == "placeholder"]
     nodes = [node for node in nodes if node.op != "placeholder"]
@@ -209,11 +210,16 @@ def _checked(graph: fx.GraphModule, names: tuple[str, ...], weights: set[int]) -
     for node in nodes:
         changes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
         foreign = node.op == "get_attr" and id(getattr(graph, str(node.target))) in weights
-        if changes or foreign or (node.op == "call_function" and not _known(node.target)):
+        if changes or foreign or (node.op == "call_function" and not _known(node.target)) or _size_by_data(node):
             return None
     if not isinstance(result, fx.Node) or not inputs:
         return None
     return BlockTrace(graph, tuple(nodes), names, inputs[0], tuple(inputs[1:]), result)
+
+
+def _size_by_data(node: fx.Node) -> bool:
+    values = pytree.tree_leaves(node.meta.get("val"))
+    return any(not isinstance(size, int) for x in values if isinstance(x, Tensor) for size in x.shape)
 
 
 def _known(target: Any) -> bool:
