@@ -2,10 +2,14 @@
 
     python evals/experts.py train FOLDER [--steps 700]
     python evals/experts.py measure FOLDER CALIBRATION EVAL_TEXT [--samples 64] [--out FILE.json]
+    python evals/experts.py predict FOLDER CALIBRATION [--bits 2] [--samples 32] [--out FILE.json]
 
 The mixture has two layers and eight experts, two for a token, and learns the demo's stories. Nothing balances its
 experts, so that some are rarely used. `measure` compresses it by `descent` at uniform widths, and by `budget` at the
 same bytes; it prints for every expert how many calibration tokens it saw and how many bits the budget gave it.
+`predict` rounds one expert's matrix at a time, and prints the loss that the budget predicts for it beside what the loss
+then does, on the same text: with the error as it is, and with half the sum of the error and its negative, in which the
+first order of the loss, which no budget sees, is taken off.
 """
 
 from __future__ import annotations
@@ -19,11 +23,20 @@ from typing import Any
 
 import torch
 from methods import add_arguments, measure, recipe_of
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from llmsqueeze.allocation.options import request_of
 from llmsqueeze.cli.terminal import hush
+from llmsqueeze.compress.job import measure_job, open_job
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo.train import SEED, WINDOW, batch, build_tokenizer, perplexity, rate
+from llmsqueeze.model.experts.find import expert_linears
+from llmsqueeze.model.original import Source
+from llmsqueeze.progress import Progress
+from llmsqueeze.quantizers import rounder
+from llmsqueeze.quantizers.curvature import Curvature
+from llmsqueeze.recipe.resolve import make_recipe
 
 WIDTHS = (2, 3, 4)
 
@@ -109,6 +122,40 @@ def show_plan(args: argparse.Namespace, bits: int) -> list[dict[str, Any]]:
     return plan
 
 
+def predict(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Predicted and measured loss increase of every expert's matrix, rounded alone by rtn."""
+    settings = {"method": "budget", "quantizer": "rtn", "bits": 3, "group_size": 64, "levels": "integer"}
+    settings |= {"widths": "2,3,4", "calibration": args.calibration, "samples": args.samples, "seq_len": 128}
+    recipe = make_recipe(settings | {"portable": False})
+    job = open_job(Source(str(args.model)), recipe, Progress())
+    with tempfile.TemporaryDirectory() as work:
+        profile = measure_job(job, request_of(recipe), Path(work), Progress())
+    at, option = next((i, o) for i, o in enumerate(profile.options) if o.grid.bits == args.bits and not o.outliers)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    parameters, before, rows = dict(model.named_parameters()), loss_on(model, job.samples), []
+    for name in expert_linears(job.skeleton.model):
+        stack, _, number = name.rpartition(".")
+        weight = parameters[stack].data[int(number)]
+        kept, flat = weight.clone(), Curvature.flat(weight.shape[1], weight)
+        error = rounder("rtn")(kept, option.grid, torch.bfloat16, flat, None, recipe.search).dense() - kept
+        after = [loss_on(model, job.samples, (weight, kept + sign * error)) - before for sign in (1, -1)]
+        weight.copy_(kept)
+        predicted = float(profile.costs[name][at].sum())
+        rows.append({"name": name, "predicted": predicted, "second_order": sum(after) / 2, "measured": after[0]})
+        print(f"{name:46} {predicted:.6f}  {sum(after) / 2:+.6f}  {after[0]:+.6f}", flush=True)
+    print("sum", *(f"{sum(row[kind] for row in rows):.6f}" for kind in ("predicted", "second_order", "measured")))
+    return rows
+
+
+def loss_on(model: Any, samples: list[Tensor], changed: tuple[Tensor, Tensor] | None = None) -> float:
+    """The mean loss of a model; changed: a weight, and what to set it to before."""
+    if changed is not None:
+        changed[0].copy_(changed[1])
+    with torch.no_grad():
+        losses = [float(model(input_ids=row, labels=row, use_cache=False).loss) for row in samples]
+    return sum(losses) / len(losses)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -116,12 +163,18 @@ def main() -> None:
     training.add_argument("folder", type=Path)
     training.add_argument("--steps", type=int, default=700)
     add_arguments(verbs.add_parser("measure"))
+    predicting = verbs.add_parser("predict")
+    predicting.add_argument("model", type=Path)
+    predicting.add_argument("calibration")
+    predicting.add_argument("--bits", type=int, default=2)
+    predicting.add_argument("--samples", type=int, default=32)
+    predicting.add_argument("--out", type=Path)
     args = parser.parse_args()
     hush()
     if args.verb == "train":
         train(args.folder, args.steps)
         return
-    result = {"rows": compare(args), "plan": show_plan(args, 3)}
+    result: Any = predict(args) if args.verb == "predict" else {"rows": compare(args), "plan": show_plan(args, 3)}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

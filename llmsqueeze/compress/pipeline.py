@@ -150,6 +150,7 @@ def write_weights(
             progress.note(f"goes on behind block {before.blocks} of {len(job.skeleton.blocks)}")
         decision = replace(decision, plan=plan)
         result = compress_blocks(replace(run, decision=decision), streams, output, witness, count, before)
+        output.wait()  # what is still to be written may be kept in the spill
         if note := short_text(result.numbers["chance"], job):
             progress.note(note)
     return replace(decision, plan=result.plan), result.by_weight, witness

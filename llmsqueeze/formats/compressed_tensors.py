@@ -24,11 +24,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.parts import Affine, Grid, Part, Spec, spec_grid
+from llmsqueeze.parts import Affine, Grid, Spec, spec_grid
 from llmsqueeze.progress.stopwatch import timed
 
 METHOD = "compressed-tensors"
@@ -107,10 +106,10 @@ def writable_plan(plan: Plan, portable: bool | None, experts: Collection[str]) -
 
 
 @timed("pack")
-def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
-    """The tensors of a linear's one part under the names they have in the file."""
+def stored_tensors(linear: str, weight_parts: Sequence[Any]) -> dict[str, Any]:
+    """The tensors of a linear's one part, or of what has a spec and tensors like it, under their names in the file."""
     (part,) = weight_parts
-    assert isinstance(part, Affine), "parts that cannot be represented were refused before"
+    assert part.spec()["part"] == Affine.kind, "parts that cannot be represented were refused before"
     tensors = {f"{linear}.{NAMES[name]}": tensor for name, tensor in part.tensors().items()}
     return tensors | {f"{linear}.weight_shape": torch.tensor(part.shape, dtype=torch.int64)}
 

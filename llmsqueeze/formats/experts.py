@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.formats.shard import Stored, present
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor
 
 KEY = "experts_stored_as"
@@ -29,12 +30,12 @@ StoredAs = Mapping[str, Sequence[tuple[str, int]]]  # stack -> names with {} for
 NO_EXPERTS: StoredAs = MappingProxyType({})
 
 
-def split(tensors: Mapping[str, Tensor], experts: StoredAs) -> dict[str, Tensor]:
+def split(tensors: Mapping[str, Stored], experts: StoredAs) -> dict[str, Stored]:
     """The tensors as the file has them."""
     return {stored: part for name, tensor in tensors.items() for stored, part in _parts(name, tensor, experts)}
 
 
-def _parts(name: str, tensor: Tensor, experts: StoredAs) -> Iterator[tuple[str, Tensor]]:
+def _parts(name: str, tensor: Stored, experts: StoredAs) -> Iterator[tuple[str, Stored]]:
     match = TENSOR.fullmatch(name)
     if match is None or match["stack"] not in experts:
         yield name, tensor
@@ -43,9 +44,9 @@ def _parts(name: str, tensor: Tensor, experts: StoredAs) -> Iterator[tuple[str, 
     for template, rows in experts[match["stack"]]:
         stored = f"{template.format(match['expert'])}.{match['leaf']}"
         if match["leaf"] == SHAPE:
-            yield stored, torch.tensor([rows, int(tensor[1])])
+            yield stored, torch.tensor([rows, int(present(tensor)[1])])
         else:
-            yield stored, tensor[first : first + rows].contiguous()
+            yield stored, tensor[first : first + rows]
         first += rows
 
 

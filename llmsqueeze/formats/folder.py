@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze import journal as journals
@@ -27,6 +26,7 @@ from llmsqueeze.errors import OutputError, SqueezeError, VerificationError
 from llmsqueeze.files import INDEX, SIDECAR, write_json
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.formats.inspection import beside
+from llmsqueeze.formats.shard import Later, Stored, present, write
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
 from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ class Output:
         self._writing: Future[None] | None = None
 
     @timed("write")
-    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+    def write_shard(self, tensors: Mapping[str, Stored]) -> None:
         """Writes the next of the announced number of shards, while the run goes on; the tensors must not change.
 
         Raises what the writing of an earlier shard raised.
@@ -60,7 +60,7 @@ class Output:
         self.wait()
         self._written += 1
         name = self.last_shard
-        stored = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+        stored = {key: one if isinstance(one, Later) else present(one) for key, one in tensors.items()}
         self.weight_map.update(dict.fromkeys(stored, name))
         self.nbytes += sum(tensor.nbytes for tensor in split(stored, self.experts).values())
         self._writing = write_behind().submit(self._write, name, stored)
@@ -106,9 +106,9 @@ class Output:
         self.weight_map.clear()
         self.digests.clear()
 
-    def _write(self, name: str, stored: Mapping[str, Tensor]) -> None:
-        self.digests |= {key: digest(tensor) for key, tensor in stored.items()}
-        save_file(split(stored, self.experts), self.partial / name, metadata={"format": "pt"})
+    def _write(self, name: str, stored: Mapping[str, Stored]) -> None:
+        self.digests |= {key: digest(present(tensor)) for key, tensor in stored.items()}
+        write(self.partial / name, split(stored, self.experts))
         flush(self.partial / name)
 
     @timed("write")

@@ -25,12 +25,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
-from llmsqueeze.parts import Part
 from llmsqueeze.progress.stopwatch import timed
 
 METHOD = "llmsqueeze"
@@ -68,8 +66,8 @@ def format_version(plan: Plan) -> int:
 
 
 @timed("pack")
-def stored_tensors(linear: str, weight_parts: Sequence[Part]) -> dict[str, Tensor]:
-    """Name in the file -> tensor, for the parts of a linear."""
+def stored_tensors(linear: str, weight_parts: Sequence[Any]) -> dict[str, Any]:
+    """Name in the file -> tensor, for the parts of a linear, or for what has specs and tensors like parts."""
     return {
         tensor_name(linear, i, name): tensor
         for i, part in enumerate(weight_parts)

@@ -160,7 +160,7 @@ def _headers(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt") as handle:
             views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
             return {
-                name: StoredTensor(file, tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+                name: StoredTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
                 for name, view in views.items()
             }
     except KeyError as error:
@@ -205,7 +205,7 @@ def weights_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

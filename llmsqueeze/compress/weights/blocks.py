@@ -17,11 +17,13 @@ from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.weights.group import Compressed, compress_group, compressed_nbytes, final_plan
+from llmsqueeze.compress.weights.kept import KeptParts
 from llmsqueeze.compress.weights.pace import Pace
 from llmsqueeze.compress.weights.resume import START, Resumed, Tally, note, numbers_of, step_of
 from llmsqueeze.compress.weights.weight import WeightSettings, group_targets
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.folder import Output
+from llmsqueeze.formats.shard import Stored
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.measure.streams.passage import Passage, passage
@@ -152,11 +154,12 @@ def compress_block(
     return compressed, ahead
 
 
-def block_shard(skeleton: Skeleton, index: int, plan: Plan, compressed: Mapping[str, Compressed]) -> dict[str, Tensor]:
+def block_shard(skeleton: Skeleton, index: int, plan: Plan, compressed: Mapping[str, Compressed]) -> dict[str, Stored]:
     """A block's tensors as the file has them."""
-    shard: dict[str, Tensor] = {}
+    shard: dict[str, Stored] = {}
     for name, one in compressed.items():
-        shard |= (compressed_tensors if plan.portable else native).stored_tensors(name, one.parts)
+        weight_parts = one.parts.later if isinstance(one.parts, KeptParts) else one.parts
+        shard |= (compressed_tensors if plan.portable else native).stored_tensors(name, weight_parts)
     kept = set(skeleton.names_in(skeleton.blocks[index])) - {f"{name}.weight" for name in compressed}
     return shard | {name: skeleton.read_stored(name) for name in sorted(kept)}
 
@@ -182,6 +185,7 @@ def compress_groups(
             if isinstance(original[name], Tensor):
                 current[name] = as_rows(skeleton.module(name), one.dense).contiguous()
             else:
+                one = one._replace(parts=KeptParts((one.dense.shape[0], one.dense.shape[1]), one.parts, run.walk.spill))
                 current[name] = partial(dense_of, one.parts, run.walk.device)
             tokens = sent if name.rpartition(".")[0] in stacks else None
             result[name] = one._replace(dense=NOTHING, chance=chance, tokens=tokens)

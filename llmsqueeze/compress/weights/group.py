@@ -23,7 +23,7 @@ class Compressed(NamedTuple):
     of rounding it again: nats per token and square of an error in steps. chance: the share of its inputs' moments that
     is chance, if they were measured. tokens: of an expert, how many were sent to it."""
 
-    parts: list[Part]
+    parts: Sequence[Part]
     dense: Tensor
     error: float
     sensitivity: float | None
