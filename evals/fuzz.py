@@ -3,11 +3,10 @@
     python evals/fuzz.py [--cases 2000] [--kinds config plan ...] [--seed 0]
 
 A valid folder (or plan, profile, recipe, text) is changed in one to three places: types, signs, sizes, names, missing,
-doubled, deep; or a byte of a shard flips. The change is harmless by itself. A forked child then runs a command in
-process, with 2 GB of memory beyond what the parent has and 20 seconds of
-processor time. It must end with code 0, or with code 2 and one
-message. A flipped byte in codes, steps or streams of our own folders must be found: by `check`, or for those without a
-checksum the weights differ and only the digests of the run knew them; both are counted. Writes evals/results/fuzz.md.
+doubled, deep; or a bit of a shard flips. The change is harmless by itself. A forked child then runs a command in
+process, with 2 GB of memory beyond what the parent has and 20 seconds of processor time. It must end with code 0, or
+with code 2 and one message. Flipped bits are counted as the others are: `refused` if the command found them. Writes
+evals/results/fuzz.md.
 """
 
 from __future__ import annotations

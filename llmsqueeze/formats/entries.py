@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.errors import CheckpointError, UnsupportedError
+from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.parts import Grid, Part, Spec
@@ -57,7 +57,13 @@ def read_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     if method == native.METHOD:
         return {name: _native(name, entry) for name, entry in native.weight_entries(config).items()}
     if method == compressed_tensors.METHOD:
-        return _compressed_tensors(checkpoint, config)
+        try:
+            return _compressed_tensors(checkpoint, config)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                f"quantization_config of {checkpoint.path} is not as compressed-tensors' are: {first_line(error)} is "
+                "missing or wrong"
+            ) from error
     raise UnsupportedError(f"{checkpoint.path} was not compressed by llmsqueeze (its format is {method})")
 
 
