@@ -9,6 +9,7 @@
     +-- OutputError         the result cannot be written
     +-- HubError            the Hub cannot be reached, or refuses
     +-- VerificationError   the written bytes are not the intended ones
+    +-- ProcessError        another process of the run has ended
 
 A message gives the fault, the value, the allowed values, and the nearest valid choice.
 """
@@ -56,6 +57,10 @@ class HubError(SqueezeError):
 
 class VerificationError(SqueezeError):
     """The written bytes, read back, are not the intended ones."""
+
+
+class ProcessError(SqueezeError):
+    """Another process of the run has ended; what the run has done is kept."""
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llmsqueeze.parallel import in_lanes, shared_out
+from llmsqueeze.parallel.threads import in_lanes, shared_out
 
 
 @pytest.fixture(params=[1, 2, 3, 4])

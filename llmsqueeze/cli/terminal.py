@@ -16,10 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.errors import SqueezeError, first_line
+from llmsqueeze.errors import ProcessError, RecipeError, SqueezeError, first_line
+from llmsqueeze.parallel import launched
 
 JSON = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
+SHARED = ("quantize",)  # verbs that several processes can share
 UNFINISHED = "no half-written result was left under the final name"
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -41,7 +43,8 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
 
     def wrapped(**arguments: Any) -> None:
         as_json, quiet, debug = (arguments.pop(name, False) for name in ("as_json", "quiet", "debug"))
-        with friendly(debug):
+        quiet |= launched.follows()
+        with friendly(debug), _joined(command.__name__):
             if "progress" in own:
                 from llmsqueeze.cli.console import TerminalProgress
 
@@ -49,7 +52,9 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
                     outcome = command(**arguments)
             else:
                 outcome = command(**arguments)
-            if as_json:
+            if launched.follows():
+                pass  # the first process prints
+            elif as_json:
                 typer.echo(json.dumps(outcome.result))
             else:
                 outcome.print_text(outcome.result)
@@ -57,6 +62,20 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
                 raise typer.Exit(2)
 
     return with_parameters(wrapped, command, [*(p for p in own.values() if p.name != "progress"), *common])
+
+
+@contextmanager
+def _joined(verb: str) -> Iterator[None]:
+    """In the context the processes that a launcher started are one run, if the verb can be shared."""
+    if launched.count() == 1:
+        yield
+        return
+    if verb not in SHARED:
+        raise RecipeError(f"{verb} runs in one process; a launcher can start {', '.join(SHARED)}")
+    from llmsqueeze.parallel import processes
+
+    with processes.joined():
+        yield
 
 
 def keyword(name: str, kind: Any, default: Any) -> inspect.Parameter:
@@ -105,7 +124,7 @@ def friendly(debug: bool) -> Iterator[None]:
     except SqueezeError as error:
         if debug:
             raise
-        fail(str(error), 2)
+        fail(str(error), 2, by_all=isinstance(error, ProcessError))
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -151,8 +170,10 @@ def _out_of_memory(error: Exception) -> bool:
     return kinds or "can't allocate memory" in str(error)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int, by_all: bool = False) -> None:
+    """by_all: whether every process of a run says it; else the first one speaks for them."""
     from llmsqueeze.cli.console import print_error
 
-    print_error(message)
+    if by_all or not launched.follows():
+        print_error(message)
     raise typer.Exit(code)

@@ -23,6 +23,7 @@ from llmsqueeze.formats.folder import digest, partial_of
 from llmsqueeze.journal import ABOUT, FOLDER
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.checkpoint import file_digests, weights_digest
+from llmsqueeze.parallel import processes
 
 PRODUCTS = ("float32", "bfloat16")
 
@@ -39,6 +40,7 @@ def fingerprint(job: Job, decision: Decision | None, profile: Profile | None, ve
         "profile": None if profile is None else _sha256(profile.source),
         "verify": verify,
         "device": str(job.device),
+        "processes": processes.count(),
         "versions": versions(),
     }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears
 from llmsqueeze.compress.decision.target import target_nbytes
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.journal import NO_JOURNAL, Journal
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
@@ -23,6 +24,8 @@ from llmsqueeze.model.original import Original, Source, open_original
 from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
+from llmsqueeze.parallel import processes
+from llmsqueeze.parallel.shares import SHARES, Shares
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted
@@ -93,8 +96,9 @@ class Job:
 
     def walk_over(self, samples: list[Tensor], spill: Spill) -> Walk:
         """A walk over some of them."""
-        products = getattr(torch, self.recipe.products)
-        return Walk(self.skeleton, samples, spill, torch.float32, self.device, products)
+        products, shares = getattr(torch, self.recipe.products), Shares.of(len(samples))
+        own = [samples[number] for number in shares.numbers]
+        return Walk(self.skeleton, own, spill, torch.float32, self.device, products, shares)
 
 
 def model_name(source: Source) -> str:
@@ -145,7 +149,7 @@ def with_products(recipe: Recipe, progress: Progress, device: torch.device) -> R
     """The recipe with the dtype of the products decided: by a short trial, if it is open and the model is run."""
     if recipe.products != "auto":
         return recipe
-    chosen = torch.float32 if "products" in recipe.unused() else fastest_dtype(device)
+    chosen = torch.float32 if "products" in recipe.unused() else processes.of_first(lambda: fastest_dtype(device))
     if chosen != torch.float32:
         progress.note("linears multiply in bfloat16, which is faster here (--products float32 for the other)")
     return replace(recipe, products=str(chosen).removeprefix("torch."))
@@ -163,8 +167,17 @@ def with_text(job: Job, progress: Progress, held_back: int = 0) -> Job:
 
     `held_back`: samples to keep for measuring.
     """
-    calibration = read_calibration(job.original, job.recipe.text, progress, held_back, job.device)
-    return replace(job, calibration=calibration)
+
+    def read() -> Calibration:
+        return read_calibration(job.original, job.recipe.text, progress, held_back, job.device)
+
+    job = replace(job, calibration=processes.of_first(read))
+    if not min(processes.count(), SHARES) <= len(job.samples) or processes.count() > SHARES:
+        raise RecipeError(
+            f"{len(job.samples)} samples cannot be shared among {processes.count()} processes; there may be "
+            f"{min(len(job.samples), SHARES)}"
+        )
+    return job
 
 
 def measured_samples(job: Job, request: Request) -> list[Tensor]:

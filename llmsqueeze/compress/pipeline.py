@@ -35,6 +35,7 @@ from llmsqueeze.model.linears import all_linears
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.tensors.ties import untied_config
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 
@@ -81,33 +82,47 @@ def compress(
     """
     start = time.monotonic()
     check_writable(out, overwrite)
-    target, about = job.target(), fingerprint(job, decision, profile, verify)
+    target, about = job.target(), processes.of_first(lambda: fingerprint(job, decision, profile, verify))
     shards = len(outside_shards(job.skeleton)) + len(job.skeleton.blocks)
     if (beside := sum(files_beside(job.path).values())) > MUCH_BESIDE:
         progress.note(f"{beside / 1e6:.0f} MB of files beside the weights will be copied")
     with output_folder(out, shards, bytes_needed(job, decision), overwrite, about, restart) as output:
         without_damaged(output.journal, progress)
         decision = decision or measure_and_decide(job, target, profile, output, progress)
-        decision = replace(decision, plan=writable(job, decision.plan))
+        decision = processes.told(replace(decision, plan=writable(job, decision.plan)))
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
-        recorded = write_rest(output, job, decision, by_weight)
-        trust, compared, opened = job.source.trust_remote_code, None, Opened()
-        if witness is not None:
-            verified = verification.verify(output, witness.computed, job.device, trust, progress)
-            compared, opens = verified.compared, verified.opens
-            opened = verification.opened(output, witness.computed, verified, progress)
-        else:
-            opens = verification.inspected(output, trust)
-        if (times := stopwatch.measured()) is not None:
-            output.write_json(SIDECAR, recorded | {"time": times})
+        compared, opens, opened = processes.of_first(lambda: finish(output, job, decision, by_weight, witness, progress))
     return summarize(job, decision, output, time.monotonic() - start, compared, opens, by_weight, opened)
+
+
+def finish(
+    output: Output,
+    job: Job,
+    decision: Decision,
+    by_weight: Mapping[str, Mapping[str, float]],
+    witness: Witness | None,
+    progress: Progress,
+) -> tuple[dict[str, float] | None, dict[str, str], Opened]:
+    """Writes what is left and reads everything back: what was compared, if the run had a witness, what opens the folder
+    (`Verified`), and as what it was opened."""
+    recorded = write_rest(output, job, decision, by_weight)
+    trust, compared, opened = job.source.trust_remote_code, None, Opened()
+    if witness is not None:
+        verified = verification.verify(output, witness.computed, job.device, trust, progress)
+        compared, opens = verified.compared, verified.opens
+        opened = verification.opened(output, witness.computed, verified, progress)
+    else:
+        opens = verification.inspected(output, trust)
+    if (times := stopwatch.measured()) is not None:
+        output.write_json(SIDECAR, recorded | {"time": times})
+    return compared, opens, opened
 
 
 def without_damaged(journal: Journal, progress: Progress) -> None:
     """Forgets what a killed run has noted, but for its profile, if a file of it is not what was written."""
-    if damaged := journal.damaged():
-        progress.note(f"{journal.file(damaged[0])} is not what was written: what came after it is done again")
-        journal.keep({PROFILE} - set(damaged))
+    for damaged in filter(None, processes.gathered([str(journal.file(step)) for step in journal.damaged()])):
+        progress.note(f"{damaged[0]} is not what was written: what came after it is done again")
+        journal.keep({PROFILE} - {Path(file).name for file in damaged})
 
 
 def measure_and_decide(job: Job, target: int, profile: Profile | None, output: Output, progress: Progress) -> Decision:
@@ -139,7 +154,7 @@ def write_weights(
         walk = job.walk(spill)
         inputs = walk.embed() if job.recipe.needs_text else None
         run = Run.of(walk, decision, job.recipe, progress)
-        witness = Witness(walk, job.recipe.seed, progress) if verify else None
+        witness = Witness(walk, job.recipe.seed, progress) if verify and processes.first() else None
         before = resume.resumed(output, decision.plan, job.skeleton.linears, run.pace, witness, walk)
         if before is None:
             plan, streams, witness = begin_weights(run, output, inputs, witness)

@@ -22,6 +22,7 @@ from llmsqueeze.formats.folder import check_writable
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.original import Source, pick_device
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
@@ -47,12 +48,16 @@ def quantize(
     """Compresses as the command says; returns its summary. What a killed run of the same command has done is not done
     again, unless it is to `restart`."""
     start, progress = time.monotonic(), progress or Progress()
+    progress = progress if processes.first() else Progress()
     keep_within_block()
     others = [flag(name) for name in (*settings, *(["profile"] if profile else []))]
     if plan is not None and others:
         raise RecipeError(f"--plan contradicts {', '.join(others)}: the plan has its own recipe")
     file = open_plan(plan) if plan is not None else None
     recipe = file.recipe if file is not None else make_recipe(settings)
+    if processes.count() > 1 and (recipe.bounded or recipe.distill_steps):
+        asked = "--max-kl or --max-ppl-increase" if recipe.bounded else "--distill-steps"
+        raise RecipeError(f"{processes.count()} processes cannot share {asked}; start one, or leave it out")
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
     if recipe.products == "auto" and not restart:

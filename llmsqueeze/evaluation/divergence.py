@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.parallel import over_rows
+from llmsqueeze.parallel.threads import over_rows
 
 
 @dataclass(frozen=True)

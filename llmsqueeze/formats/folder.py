@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsqueeze import journal as journals
-from llmsqueeze.errors import OutputError, SqueezeError, VerificationError
+from llmsqueeze.errors import OutputError, ProcessError, SqueezeError, VerificationError
 from llmsqueeze.files import INDEX, SIDECAR, write_json
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.formats.inspection import beside
@@ -30,6 +30,7 @@ from llmsqueeze.formats.shard import Later, Stored, present, write
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
 from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 
@@ -37,7 +38,8 @@ OWNER = ".owner"  # in a .partial: the process that writes it
 
 
 class Output:
-    """The folder under construction: shards as they come, the index at the end, then the final name."""
+    """The folder under construction: shards as they come, the index at the end, then the final name. Of several
+    processes the first one writes it; the others only count."""
 
     def __init__(self, path: Path, shards: int, journal: Journal = NO_JOURNAL) -> None:
         self.final = path
@@ -63,7 +65,8 @@ class Output:
         stored = {key: one if isinstance(one, Later) else present(one) for key, one in tensors.items()}
         self.weight_map.update(dict.fromkeys(stored, name))
         self.nbytes += sum(tensor.nbytes for tensor in split(stored, self.experts).values())
-        self._writing = write_behind().submit(self._write, name, stored)
+        if processes.first():
+            self._writing = write_behind().submit(self._write, name, stored)
 
     @property
     def last_shard(self) -> str:
@@ -78,11 +81,14 @@ class Output:
         return [key for key, file in self.weight_map.items() if file == shard]
 
     def hex_digests(self, names: Sequence[str]) -> dict[str, str]:
-        """The digests of tensors that are on the disk."""
-        return {name: self.digests[name].hex() for name in names}
+        """The digests of tensors that this process has written to the disk."""
+        return {name: self.digests[name].hex() for name in names if name in self.digests}
 
     def take_over(self, shard: str, digests: Mapping[str, str]) -> bool:
         """Takes the next shard from the run that was killed; False if it is not what that run wrote."""
+        return processes.of_first(lambda: self._take_over(shard, digests))
+
+    def _take_over(self, shard: str, digests: Mapping[str, str]) -> bool:
         if shard != self._name(self._written + 1):
             return False
         try:
@@ -188,15 +194,8 @@ def output_folder(
     output = Output(path, shards)
     try:
         with partial_folder(path, about, restart) as partial:
-            output.journal = journals.begin(partial / journals.FOLDER, about) if about is not None else NO_JOURNAL
-            free = shutil.disk_usage(partial).free + sum(
-                file.stat().st_size for file in partial.rglob("*") if file.is_file()
-            )
-            if free < needed:
-                raise OutputError(
-                    f"{path} needs {needed / 1e9:.2f} GB during the run (activations included; fewer or shorter "
-                    f"samples need less), and {free / 1e9:.2f} GB are free on that disk"
-                )
+            output.journal = joined_journal(partial, about) if about is not None else NO_JOURNAL
+            processes.of_first(lambda: _check_room(path, partial, needed))
             try:
                 yield output
             except BaseException:
@@ -205,10 +204,27 @@ def output_folder(
                     output.journal.wait()
                 raise
             output.journal.wait()
-            assert (partial / INDEX).exists(), "finish was called"
-            publish(partial, path, overwrite)
+            if processes.first():
+                assert (partial / INDEX).exists(), "finish was called"
+                publish(partial, path, overwrite)
     except (OSError, SafetensorError) as error:
         raise OutputError("; ".join([f"cannot write {path}: {error}", *getattr(error, "__notes__", [])])) from error
+
+
+def joined_journal(partial: Path, about: About) -> Journal:
+    """The journal of this process, with the steps that all processes of the run have noted."""
+    journal = journals.begin(journals.folder_of(partial, processes.rank()), about)
+    journal.keep_common()
+    return journal
+
+
+def _check_room(path: Path, partial: Path, needed: int) -> None:
+    free = shutil.disk_usage(partial).free + sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    if free < needed:
+        raise OutputError(
+            f"{path} needs {needed / 1e9:.2f} GB during the run (activations included; fewer or shorter samples need "
+            f"less), and {free / 1e9:.2f} GB are free on that disk"
+        )
 
 
 About = Mapping[str, Any]  # the fingerprint of a run
@@ -224,6 +240,28 @@ def partial_folder(path: Path, about: About | None = None, restart: bool = False
     """
     partial = partial_of(path)
     journal = partial / journals.FOLDER
+    processes.of_first(lambda: _begin_partial(partial, about, restart))
+    if not (partial / OWNER).exists():
+        raise OutputError(f"{partial} is not there for process {processes.rank()}: all processes need the same folder")
+    try:
+        yield partial
+    except VerificationError:
+        _remove_journals(partial)  # the rest stays for inspection
+        raise
+    except BaseException as error:
+        ours = isinstance(error, SqueezeError) and not isinstance(error, OutputError | ProcessError)
+        if not ours and (journal / journals.LINES).exists():
+            error.add_note(f"what was done is kept in {partial}: the same command goes on from there")
+        elif processes.first():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if processes.first():
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _begin_partial(partial: Path, about: About | None, restart: bool) -> None:
+    """Makes a `.partial`, with the mark of this process, from what another run has left, if it may."""
+    journal = partial / journals.FOLDER
     _check_leftover(partial)
     if about is not None and not restart and (journal / journals.ABOUT).exists():
         journals.begin(journal, about)
@@ -232,20 +270,12 @@ def partial_folder(path: Path, about: About | None = None, restart: bool = False
     elif partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_owner(partial)
-        yield partial
-    except VerificationError:
-        shutil.rmtree(journal, ignore_errors=True)  # the rest stays for inspection
-        raise
-    except BaseException as error:
-        ours = isinstance(error, SqueezeError) and not isinstance(error, OutputError)
-        if not ours and (journal / journals.LINES).exists():
-            error.add_note(f"what was done is kept in {partial}: the same command goes on from there")
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(partial, ignore_errors=True)
+    _write_owner(partial)
+
+
+def _remove_journals(folder: Path) -> None:
+    for journal in folder.glob(f"{journals.FOLDER}*"):
+        shutil.rmtree(journal, ignore_errors=True)
 
 
 def rewrite(
@@ -286,7 +316,7 @@ def publish(folder: Path, path: Path, overwrite: bool) -> None:
     check_writable(path, overwrite)
     (folder / OWNER).unlink(missing_ok=True)
     _take_name(folder, path)
-    shutil.rmtree(path / journals.FOLDER, ignore_errors=True)
+    _remove_journals(path)
 
 
 def _check_leftover(partial: Path) -> None:

@@ -7,6 +7,9 @@
 A step is noted when its files, and the shards that were written before it, have reached the disk. That happens behind
 the run, by the thread that writes shards, in the order of the steps. A file that a later step makes useless is removed
 when that step is noted. When a run goes on, every file is compared with its digest first.
+
+Of several processes each has a journal of its own (`folder_of`), with the same steps. A killed run may leave them a
+step apart, so what a step makes useless is removed only when all processes have noted it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any
 
 from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.files import read_json, whole_file
+from llmsqueeze.parallel import processes
 
 FOLDER = ".journal"
 ABOUT, LINES = "about.json", "journal.jsonl"
@@ -43,6 +47,7 @@ class Journal:
         self.folder = folder
         self._steps: dict[str, Step] = {}
         self._noting: Future[None] | None = None
+        self._useless: list[str] = []  # for a process that has noted the last step
         if folder is not None and (folder / LINES).exists():
             self._steps = _read(folder / LINES)
 
@@ -87,7 +92,13 @@ class Journal:
         if self.folder is None:
             return
         self.wait()
-        self._noting = write_behind().submit(_note, self.folder, step, value, list(files), list(without))
+        if processes.count() > 1:
+            processes.meet()
+            _remove(self.folder, self._useless)
+            self._useless, lasting = list(without), True
+        else:
+            lasting = False
+        self._noting = write_behind().submit(_note, self.folder, step, value, list(files), list(without), lasting)
 
     def keep(self, steps: Iterable[str] = ()) -> None:
         """Forgets all steps but these."""
@@ -102,6 +113,15 @@ class Journal:
         for file in self.folder.iterdir():
             if file.name not in kept:
                 file.unlink()
+
+    def keep_common(self) -> None:
+        """Forgets the steps that another process of this run has not noted."""
+        if self.folder is None or processes.count() == 1:
+            return
+        common = min(processes.gathered(len(self._steps)))
+        if len(self._steps) > common:
+            self._steps = _read(self.folder / LINES, common)
+            self.keep(self._steps)
 
     def damaged(self) -> list[str]:
         """The steps with a file that is not what was written."""
@@ -123,6 +143,11 @@ NO_JOURNAL = Journal()
 def write_behind() -> ThreadPoolExecutor:
     """The one thread of the process that writes behind a run."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
+
+
+def folder_of(partial: Path, rank: int) -> Path:
+    """The journal of a process of a run that writes into `partial`."""
+    return partial / (f"{FOLDER}-{rank}" if rank else FOLDER)
 
 
 def begin(folder: Path, about: Mapping[str, Any]) -> Journal:
@@ -167,6 +192,7 @@ def _note(
     value: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
     files: list[str],
     without: list[str],
+    lasting: bool = False,
 ) -> None:
     for file in files:
         _to_disk(folder / file)
@@ -176,7 +202,12 @@ def _note(
         stream.write(_line(name, step, without))
         stream.flush()
         os.fsync(stream.fileno())
-    for file in without:
+    if not lasting:
+        _remove(folder, without)
+
+
+def _remove(folder: Path, files: Iterable[str]) -> None:
+    for file in files:
         (folder / file).unlink(missing_ok=True)
 
 
@@ -202,11 +233,12 @@ def _digest(file: Path) -> str | None:
         return None
 
 
-def _read(file: Path) -> dict[str, Step]:
-    """The steps of a journal. The last line of a run that was killed may be cut off: then it is removed."""
+def _read(file: Path, count: int | None = None) -> dict[str, Step]:
+    """The steps of a journal, or the first `count`. The last line of a run that was killed may be cut off: then it is
+    removed."""
     steps: dict[str, Step] = {}
     *lines, last = file.read_bytes().split(b"\n")
-    for line in lines:
+    for line in lines[:count]:
         try:
             noted = json.loads(line)
             for name in noted["without"]:

@@ -6,7 +6,7 @@ the salience of rows and the statistic of outliers. No gradient of a whole block
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmsqueeze.measure import importance, outliers
 from llmsqueeze.measure.costs import Rounding, average_trace, coded_points, low_rank_gains, packed_rates, price
-from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups
+from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups, pool_probes
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.salience import rounding_error, sample_salience
@@ -27,6 +27,8 @@ from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.experts.linear import chunk_nbytes
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.parallel import processes
+from llmsqueeze.parallel.shares import Sums
 from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers.coded import shrunk_gradient
 from llmsqueeze.quantizers.curvature import Curvature, factorize
@@ -39,8 +41,11 @@ def reduce_block(
     walk: Walk, index: int, inputs: Activations, gradients: Activations, linears: Linears, request: Request
 ) -> Profile:
     """A resident block's backward pass over all samples; `gradients` go from its output to its input."""
-    groups, labels = fusion_groups(walk, index, inputs.get(0, walk.device)), label_counts(walk)
-    moments = _InputMoments(groups, linears, walk.read_at_use(index)) if request.prices else None
+    seen: dict[str, Tensor] = {}
+    groups, labels = fusion_groups(walk, index, inputs.get(0, walk.device), seen), label_counts(walk)
+    probes = pool_probes(walk, groups, seen) if request.prices else {}
+    seen.clear()
+    moments = _InputMoments(walk, index, groups, probes, linears) if request.prices else None
     measured = [Profile(groups=tuple(group.names for group in groups))]
     passes = in_passes(walk, index, linears, request)
     for number, names in enumerate(passes):
@@ -52,16 +57,22 @@ def reduce_block(
             gradient = walk.block_gradient(index, sample, hidden, upstream, on_gradient, on_linear, names)
             if number == len(passes) - 1:
                 gradients.replace(sample, gradient)
+            walk.on_sample(sample + 1, len(walk.samples))
+            if (senders := walk.shares.ends.get(sample)) is not None:
+                if sums is not None:
+                    sums.sums.fold(senders)
+                if moments is not None and number == 0:
+                    moments.sums.fold(senders)
         statistics = {}
         if sums is not None:
-            measured.append(Profile(salience={n: total / len(walk.samples) for n, total in sums.salience.items()}))
-            statistics = sums.statistics
+            measured.append(Profile(salience=sums.salience(walk.count)))
+            statistics = sums.statistics()
             del sums, on_gradient
         candidates = rank_block(walk.skeleton, index, statistics, names, request.outliers)
         measured.append(Profile(candidates=candidates))
     measured.append(Profile(zd=block_zd(walk.skeleton, index, linears, request)))
     if moments is not None:
-        measured.append(moments.priced(walk, index, inputs, request, sum(labels)))
+        measured.append(moments.priced(inputs, request, walk.labels))
     return joined(measured)
 
 
@@ -133,8 +144,7 @@ class _GradientSums:
         self.skeleton, self.linears = skeleton, linears
         ranking = request.outliers
         self.ranking = ranking if ranking is not None and ranking.needs_gradients else None
-        self.statistics: dict[str, Tensor] = {}
-        self.salience: dict[str, Tensor] = {}
+        self.sums = Sums()
         self.errors: dict[str, list[Tensor]] = {}
         for name in skeleton.linears[index]:
             if name in linears and request.salience:
@@ -143,7 +153,16 @@ class _GradientSums:
                 self.errors[name] = [
                     rounding_error(weight, grid, linears[name]).to(torch.bfloat16) for grid in request.salience
                 ]
-                self.salience[name] = torch.zeros(len(request.salience), weight.shape[0])
+
+    def salience(self, samples: int) -> dict[str, Tensor]:
+        """[grids, rows] of each linear, the mean over so many samples; nothing can be added afterwards."""
+        totals = self.sums.total()
+        return {name: totals.pop(f"salience {name}") / samples for name in self.errors if f"salience {name}" in totals}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """[rows, cols] of each linear, as its module stores it; nothing can be added afterwards."""
+        totals = self.sums.total()
+        return {name: totals.pop(name) for name in self.linears if name in totals}
 
     @timed("moments")
     def add(self, name: str, gradient: Tensor) -> None:
@@ -151,25 +170,38 @@ class _GradientSums:
         if name not in self.linears:
             return
         if self.ranking is not None:
-            self.statistics[name] = outliers.accumulate(self.statistics.get(name), gradient, self.ranking.name)
-        for i, error in enumerate(self.errors.get(name, ())):
+            self.sums.add(name, outliers.of_sample(gradient, self.ranking.name))
+        if errors := self.errors.get(name):
             rows = as_rows(self.skeleton.module(name), gradient)
-            self.salience[name][i] += sample_salience(rows, error).cpu()
+            self.sums.add(f"salience {name}", torch.stack([sample_salience(rows, error).cpu() for error in errors]))
 
 
 class _InputMoments:
-    """Input second moments per fusion group and squared output gradients per row, summed over the samples.
+    """Input second moments per fusion group and squared output gradients per row of block `index`, summed over the
+    samples. probes: of the groups of each pool.
 
-    at_use: linears that read their weights at every use: the moments of their inputs are not summed up here, but some
-    at a time when they are priced.
+    The moments of linears that read their weights at every use are not summed up here, but some at a time when they are
+    priced.
     """
 
-    def __init__(self, groups: list[FusionGroup], linears: Linears, at_use: Container[str]) -> None:
-        self.groups, self.linears, self.at_use = groups, linears, at_use
+    def __init__(
+        self,
+        walk: Walk,
+        index: int,
+        groups: Sequence[FusionGroup],
+        probes: Mapping[tuple[str, ...], Tensor],
+        linears: Linears,
+    ) -> None:
+        self.walk, self.index, self.groups, self.probes, self.linears = walk, index, groups, probes, linears
+        self.sums, self.xtx = Sums(), dict[int, SecondMoments]()
         self.leaders = {group.names[0]: i for i, group in enumerate(groups)}
-        self.xtx: dict[int, SecondMoments] = {}
-        self.tokens: dict[int, int] = {}
-        self.squares: dict[str, Tensor] = {}
+        at_use = walk.read_at_use(index)
+        for i, group in enumerate(groups):
+            if group.names[0] not in at_use:
+                cols = walk.skeleton.shape(group.names[0])[1]
+                self.xtx[i] = SecondMoments(cols, walk.dtype, walk.device, self.sums, f"xtx {i}")
+                if group.pool:
+                    self.xtx[i].chance.probe_with(probes[group.pool])
 
     @timed("moments")
     def add(self, labels: int, name: str, x: Tensor, gradient: Tensor) -> None:
@@ -177,60 +209,75 @@ class _InputMoments:
         group = self.leaders.get(name)
         if group is not None and x.numel():
             x = x.reshape(-1, x.shape[-1])
-            self.tokens[group] = self.tokens.get(group, 0) + len(x)
-            if name not in self.at_use:
-                if group not in self.xtx:
-                    self.xtx[group] = SecondMoments(x.shape[1], x.dtype, x.device)
+            self.sums.add(f"tokens {group}", torch.tensor(len(x)))
+            if group in self.xtx:
                 self.xtx[group].add(x)
         if name in self.linears:
             # of the summed loss, not of the mean one
             square = (gradient.reshape(-1, gradient.shape[-1]) * labels).square_().sum(dim=0)
-            self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
+            self.sums.add(f"squares {name}", square)
 
     @timed("round")
-    def priced(self, walk: Walk, index: int, inputs: Activations, request: Request, labels: int) -> Profile:
+    def priced(self, inputs: Activations, request: Request, labels: int) -> Profile:
         """The prices of the linears, group by group, from the gradients of so many labels; uses up the moments. A
-        linear that no sample reached has none, but an expert has those of its pool."""
-        profiles, before, skeleton = [], list[str](), walk.skeleton
+        linear that no sample reached has none, but an expert has those of its pool. Every process prices some."""
+        numbers, profiles, total = list[int](), list[Profile](), 0
+        for number, (names, moments, gradients) in enumerate(self._measured(inputs)):
+            total = number + 1
+            if number % processes.count() != processes.rank():
+                continue
+            curvature, of_group = factorize(moments), list[Profile]()
+            for name in names:
+                if name in gradients and name in self.linears:
+                    module = self.walk.skeleton.linear(name)
+                    weight = as_rows(module, module.weight.detach())
+                    about = labels, curvature, self.linears[name], request
+                    of_group.append(priced(name, weight, gradients[name] / labels, *about))
+            numbers.append(number)
+            profiles.append(joined(of_group))
+        return joined(processes.all_of(numbers, profiles, total))
+
+    def _measured(self, inputs: Activations) -> Iterator[Measured]:
+        before: list[str] = []
         for pool, numbers in groupby(range(len(self.groups)), lambda i: self.groups[i].pool):
             inside = list(numbers)
             if not pool:
-                measured = self._alone(inside)
-            elif self.groups[inside[0]].names[0] in self.at_use:
-                measured = self._with_gradients(inside, self._observed(walk, index, inputs, inside, before))
+                yield from self._alone(inside)
+            elif inside[0] in self.xtx:
+                yield from self._with_gradients(inside, self._drawn(inside))
             else:
-                measured = self._with_gradients(inside, self._drawn(inside))
+                yield from self._with_gradients(inside, self._observed(inputs, inside, before))
             before += pool
-            for names, moments, gradients in measured:
-                curvature = factorize(moments)
-                for name in names:
-                    if name in gradients and name in self.linears:
-                        module = skeleton.linear(name)
-                        weight = as_rows(module, module.weight.detach())
-                        about = labels, curvature, self.linears[name], request
-                        profiles.append(priced(name, weight, gradients[name] / labels, *about))
-        return joined(profiles)
+
+    def _tokens(self, number: int) -> int:
+        """How many tokens a group got; nothing can be added afterwards."""
+        return int(self.sums.total().get(f"tokens {number}", 0))
+
+    def _squares(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The summed squared gradients of those of the linears that a sample reached."""
+        total = self.sums.total()
+        return {name: total[f"squares {name}"].to(self.walk.device) for name in names if f"squares {name}" in total}
 
     def _alone(self, numbers: list[int]) -> Iterator[Measured]:
         for i in numbers:
-            if i in self.xtx:
-                moments = self.xtx.pop(i)
-                yield self.groups[i].names, moments.shrunk(moments.mean())[0], self.squares
+            if self._tokens(i):
+                names, moments = self.groups[i].names, self.xtx[i]
+                yield names, moments.shrunk(moments.mean())[0], self._squares(names)
 
     def _with_gradients(
         self, numbers: list[int], moments: Iterable[tuple[tuple[str, ...], Tensor]]
     ) -> Iterator[Measured]:
         """Groups of a pool and their moments, with gradients drawn towards those of all (streams/pooled.py)."""
-        own = [i for i in numbers if i in self.tokens]
-        tokens = sum(self.tokens[i] for i in own)
+        counts = {self.groups[i].names: self._tokens(i) for i in numbers}
+        squares = self._squares([name for names, count in counts.items() if count for name in names])
         by_stack = [
-            sum(self.squares[n] for i in own if (n := self.groups[i].names[at]) in self.squares)
+            sum(squares[names[at]] for names, count in counts.items() if count and names[at] in squares)
             for at in range(len(self.groups[numbers[0]].names))
         ]
-        counts = {self.groups[i].names: self.tokens.get(i, 0) for i in numbers}
+        tokens = sum(counts.values())
         for names, drawn_moments in moments:
             gradients = {
-                name: drawn_gradient(self.squares.get(name), counts[names], total / tokens)
+                name: drawn_gradient(squares.get(name), counts[names], total / tokens)
                 for name, total in zip(names, by_stack, strict=True)
                 if isinstance(total, Tensor)
             }
@@ -238,19 +285,20 @@ class _InputMoments:
 
     def _drawn(self, numbers: list[int]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """The moments of a pool's groups: what each saw is drawn towards what all saw together."""
-        own = {i: self.xtx.pop(i) for i in numbers if i in self.xtx}
+        own = {i: self.xtx[i] for i in numbers if self._tokens(i)}
         if (pool := of_pool(own.values())) is not None:
             for i in numbers:
                 mine = own[i].shrunk(own[i].mean())[0] if i in own else torch.zeros_like(pool[0])
-                yield self.groups[i].names, drawn(mine, own[i].tokens if i in own else 0, pool[0])
+                yield self.groups[i].names, drawn(mine, self._tokens(i), pool[0])
 
     def _observed(
-        self, walk: Walk, index: int, inputs: Activations, numbers: list[int], before: Sequence[str]
+        self, inputs: Activations, numbers: list[int], before: Sequence[str]
     ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """The same, by runs with some experts at a time."""
-        weights = {name: walk.skeleton.weight(name) for name in walk.skeleton.linears[index]}
-        through = Restarted(walk, index, ResidualStreams(inputs), weights, weights)
-        for names, moments in through.observe_pool([self.groups[i] for i in numbers], before):
+        skeleton, groups = self.walk.skeleton, [self.groups[i] for i in numbers]
+        weights = {name: skeleton.weight(name) for name in skeleton.linears[self.index]}
+        through = Restarted(self.walk, self.index, ResidualStreams(inputs), weights, weights)
+        for names, moments in through.observe_pool(groups, before, self.probes[groups[0].pool]):
             yield tuple(names), moments.xtx
 
 

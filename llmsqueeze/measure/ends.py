@@ -21,6 +21,8 @@ from torch import Tensor
 
 from llmsqueeze.measure.moments import SecondMoments
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.parallel import processes
+from llmsqueeze.parallel.shares import Sums
 from llmsqueeze.progress.stopwatch import timed
 
 UNSEEN = 0.5  # occurrences that every token has beforehand
@@ -32,10 +34,10 @@ class Ends:
     def __init__(self, walk: Walk) -> None:
         self.walk, self.device, self.names = walk, walk.device, walk.skeleton.ends
         vocabulary, width = walk.skeleton.embedding_shape
-        self.tokens = torch.zeros(vocabulary, device=self.device)
-        self.logits = torch.zeros(vocabulary, device=self.device)
-        self.gradients = SecondMoments(width, torch.float32, self.device)
-        self.inputs = SecondMoments(width, torch.float32, self.device)
+        self.of_head, self.of_embeddings = Sums(), Sums()
+        self.vocabulary = vocabulary
+        self.gradients = SecondMoments(width, torch.float32, self.device, self.of_embeddings)
+        self.inputs = SecondMoments(width, torch.float32, self.device, self.of_head)
         self.scale = 0.0
 
     @property
@@ -46,28 +48,36 @@ class Ends:
     @timed("moments")
     def see_head(self, probability: Tensor, x: Tensor) -> None:
         """Probabilities [some, vocabulary] and head inputs [some, width] of some tokens."""
-        self.logits += probability.sum(dim=0) - probability.square().sum(dim=0)
+        self.of_head.add("logits", probability.sum(dim=0) - probability.square().sum(dim=0))
         self.inputs.add(x)
 
     @timed("moments")
     def see_embeddings(self, sample: int, gradient: Tensor) -> None:
         """The gradient of the sample's mean loss at the first block's input. What is outside the blocks is resident."""
         tokens = self.walk.samples[sample][0].to(self.device)
-        self.tokens += torch.bincount(tokens, minlength=len(self.tokens))
+        self.of_embeddings.add("counts", torch.bincount(tokens, minlength=self.vocabulary).float())
         given, gradient = self.walk.embedding_gradient(sample, gradient)
         of_sum = gradient[0] * (len(tokens) - 1)
         self.gradients.add(of_sum)
         if not self.scale:
             rows = self.weight(self.names[0])[tokens]
-            self.scale = float((rows * given[0]).sum() / rows.square().sum().clamp(min=1e-30))
+            scale = float((rows * given[0]).sum() / rows.square().sum().clamp(min=1e-30))
+            self.scale = processes.told(scale)
+
+    def seen(self, sample: int) -> None:
+        """All of a sample was seen, of the head or of the embeddings, whichever is their turn."""
+        if sample in self.walk.shares.ends:
+            of_turn = self.of_head if self.of_head.shares < len(self.walk.shares.ends) else self.of_embeddings
+            of_turn.fold(self.walk.shares.ends[sample])
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> second moments [width, width] and how much each row counts [vocabulary]; nothing can be seen
         afterwards."""
         G, X = (moments.shrunk(moments.mean())[0] for moments in (self.gradients, self.inputs))
         G *= self.scale**2
-        q = self.logits / self.labels
-        f = (self.tokens + UNSEEN) / self.labels
+        logits, counts = self.of_head.total()["logits"], self.of_embeddings.total()["counts"]
+        q = logits.to(self.device) / self.labels
+        f = (counts.to(self.device) + UNSEEN) / self.labels
         if self.walk.skeleton.ties_head:
             H = f.sum() * G + q.sum() * X
             return {self.names[0]: (H, (f * G.trace() + q * X.trace()) / H.trace().clamp(min=1e-30))}

@@ -13,8 +13,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.measure.shrinkage import Chance, shrink
+from llmsqueeze.measure.shrinkage import Chance, probes_for, shrink
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.parallel import processes
+from llmsqueeze.parallel.shares import Sums
 
 PANELS = 8  # of the columns of a second-moment matrix: of the products, 9/16 are computed
 
@@ -45,27 +47,47 @@ class Moments:
 
 
 class SecondMoments:
-    """The sum of y y^T over tokens. It is symmetric, so only panels on and above the diagonal are added up."""
+    """The sum of y y^T over tokens. It is symmetric, so only panels on and above the diagonal are added up.
 
-    def __init__(self, cols: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.sum = torch.zeros(cols, cols, dtype=dtype, device=device)
-        self.tokens = 0
-        self.chance = Chance(cols, dtype, device)
+    sums, name: where it is kept. Who gives them folds their shares, else one process adds everything up in one.
+    """
+
+    def __init__(
+        self, cols: int, dtype: torch.dtype, device: torch.device, sums: Sums | None = None, name: str = "xtx"
+    ) -> None:
+        self.sums, self.name, self.cols, self.dtype, self.device = sums or Sums(), name, cols, dtype, device
+        self.chance = Chance(cols, dtype, device, self.sums, f"{name} chance")
         width = -(-cols // PANELS)
         self._panels = [slice(start, min(start + width, cols)) for start in range(0, cols, width)]
 
     def add(self, y: Tensor) -> None:
         """y [tokens, cols]: the inputs of one sample."""
-        self.tokens += len(y)
+        self.sums.add(f"{self.name} tokens", torch.tensor(len(y)))
+        total = self.sums.of(self.name, self.cols, self.cols, dtype=self.dtype, device=self.device)
         for panel in self._panels:
-            self.sum[panel, panel.start :].addmm_(y[:, panel].T, y[:, panel.start :])
+            total[panel, panel.start :].addmm_(y[:, panel].T, y[:, panel.start :])
         self.chance.add(y, y)
+
+    @property
+    def tokens(self) -> int:
+        """How many were added; nothing can be added afterwards."""
+        return int(self.sums.total().get(f"{self.name} tokens", 0))
+
+    def so_far(self) -> Tensor:
+        """The sum [cols, cols], of which the upper panels count; nothing can be added afterwards."""
+        return self.sums.total()[self.name].to(self.device)
 
     def mean(self) -> Tensor:
         """[cols, cols]: per token, in the memory of the sum; nothing can be added afterwards."""
+        total = self.so_far()
+        del self.sums.total()[self.name]
+        return self.mean_of(total, self.tokens)
+
+    def mean_of(self, total: Tensor, tokens: int) -> Tensor:
+        """The mean that a sum is of so many tokens, in its memory."""
         for panel in self._panels:
-            self.sum[panel.stop :, panel] = self.sum[panel, panel.stop :].T
-        return self.sum.div_(self.tokens)
+            total[panel.stop :, panel] = total[panel, panel.stop :].T
+        return total.div_(tokens)
 
     def shrunk(self, mean: Tensor) -> tuple[Tensor, float]:
         """The mean [cols, cols] without the share of it that is chance, in its memory, and that share."""
@@ -81,36 +103,47 @@ class Pulls:
     times the second moments of y is taken off its mean at the end.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """weights: [rows, cols] each"""
-        self._weights = weights
+    def __init__(self, weights: Mapping[str, Tensor], sums: Sums | None = None) -> None:
+        """weights: [rows, cols] each; sums: as `SecondMoments` has them"""
+        self._weights, self._sums = weights, sums or Sums()
         rows, cols = sum(len(weight) for weight in weights.values()), next(iter(weights.values())).shape[1]
-        by_row = 2 * rows < cols
-        like = next(iter(weights.values()))
-        self._chance = Chance(cols, like.dtype, like.device, diagonal=True)
-        self._drift = None if by_row else torch.zeros(cols, cols, dtype=like.dtype, device=like.device)
-        self._sums = {name: torch.zeros_like(weight) for name, weight in weights.items()} if by_row else {}
+        self._by_row = 2 * rows < cols
+        self._like = next(iter(weights.values()))
+        self._chance = Chance(cols, self._like.dtype, self._like.device, self._sums, "pulls chance", diagonal=True)
+
+    def probe_with(self, probes: Tensor) -> None:
+        """As `Chance` has it."""
+        self._chance.probe_with(probes)
 
     def add(self, x: Tensor, y: Tensor, outputs: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """x, y [tokens, cols]; outputs: W x [tokens, rows] of weights for which it is known."""
         drift = x - y
         self._chance.add(drift, y)
-        if self._drift is not None:
-            self._drift.addmm_(drift.T, y)
-        for name, total in self._sums.items():
-            output = outputs[name] if name in outputs else x @ self._weights[name].T
-            total.addmm_(output.T, y)
+        if not self._by_row:
+            self._sum("drift", y.shape[1]).addmm_(drift.T, y)
+            return
+        for name, weight in self._weights.items():
+            output = outputs[name] if name in outputs else x @ weight.T
+            self._sum(f"pull {name}", len(weight)).addmm_(output.T, y)
 
     def mean(self, tokens: int, xtx: Tensor) -> dict[str, Tensor]:
         """Per token; xtx [cols, cols]: the mean of y y^T, as measured. Nothing can be added afterwards."""
         kept = 1 - self._chance.share(xtx.diagonal(), tokens)
-        if self._drift is not None:
-            self._drift.mul_(kept / tokens)
-            return {name: weight @ self._drift for name, weight in self._weights.items()}
+        if not self._by_row:
+            drift = self._total("drift", xtx.shape[1]).mul_(kept / tokens)
+            return {name: product(weight, drift) for name, weight in self._weights.items()}
         return {
-            name: total.div_(tokens).addmm_(self._weights[name], xtx, alpha=-1).mul_(kept)
-            for name, total in self._sums.items()
+            name: self._total(f"pull {name}", len(weight)).div_(tokens).sub_(product(weight, xtx)).mul_(kept)
+            for name, weight in self._weights.items()
         }
+
+    def _sum(self, name: str, rows: int) -> Tensor:
+        like = self._like
+        return self._sums.of(name, rows, like.shape[1], dtype=like.dtype, device=like.device)
+
+    def _total(self, name: str, rows: int) -> Tensor:
+        total = self._sums.total().pop(name, None)
+        return self._like.new_zeros(rows, self._like.shape[1]) if total is None else total.to(self._like.device)
 
 
 class OutputPulls:
@@ -120,10 +153,10 @@ class OutputPulls:
     In the place of `Pulls`, for a linear whose output is added to the stream: its weight can make both good.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight: [rows, cols]"""
-        self._weight, self._sum = weight, torch.zeros_like(weight)
-        self._chance = Chance(len(weight), weight.dtype, weight.device, diagonal=True)
+    def __init__(self, weight: Tensor, sums: Sums | None = None) -> None:
+        """weight: [rows, cols]; sums: as `SecondMoments` has them"""
+        self._weight, self._sums = weight, sums or Sums()
+        self._chance = Chance(len(weight), weight.dtype, weight.device, self._sums, "output chance", diagonal=True)
 
     def add(self, x: Tensor, y: Tensor, apart: Tensor | None) -> None:
         """x, y [tokens, cols]; apart [tokens, rows]: r - s, None if nothing is added for these tokens"""
@@ -131,16 +164,26 @@ class OutputPulls:
         if apart is not None:
             lost += apart
         self._chance.add(lost, y)
-        self._sum.addmm_(lost.T, y)
+        weight = self._weight
+        self._sums.of("output", *weight.shape, dtype=weight.dtype, device=weight.device).addmm_(lost.T, y)
 
     def mean(self, tokens: int) -> Tensor:
         """[rows, cols]: per token; nothing can be added afterwards."""
         alike = torch.ones(len(self._weight), dtype=self._weight.dtype, device=self._weight.device)
-        return self._sum.mul_((1 - self._chance.share(alike, tokens)) / tokens)
+        total = self._sums.total().pop("output", None)
+        total = torch.zeros_like(self._weight) if total is None else total.to(self._weight.device)
+        return total.mul_((1 - self._chance.share(alike, tokens)) / tokens)
 
 
-def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
-    """The linears of a resident block in the order they are first called with `hidden` [1, length, width]."""
+def product(weight: Tensor, matrix: Tensor) -> Tensor:
+    """weight [rows, cols] @ matrix [cols, cols], the rows shared among the processes."""
+    (result,) = processes.over_rows(len(weight), lambda rows: [weight[rows] @ matrix])
+    return result
+
+
+def fusion_groups(walk: Walk, index: int, hidden: Tensor, inputs: dict[str, Tensor] | None = None) -> list[FusionGroup]:
+    """The linears of a resident block in the order they are first called with `hidden` [1, length, width]; `inputs`
+    becomes what they got."""
     seen: list[tuple[str, Tensor]] = []
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -154,7 +197,26 @@ def fusion_groups(walk: Walk, index: int, hidden: Tensor) -> list[FusionGroup]:
     finally:
         for handle in handles:
             handle.remove()
+    if inputs is not None:
+        inputs |= dict(seen)
     return with_all_experts(grouped(seen), walk.skeleton.stacks_in(index))
+
+
+def pool_probes(
+    walk: Walk, groups: Iterable[FusionGroup], inputs: Mapping[str, Tensor]
+) -> dict[tuple[str, ...], Tensor]:
+    """pool -> probes [PROBES, cols] of all its experts, from what some of them got of one sample, the same in all
+    processes."""
+    pools: dict[tuple[str, ...], list[Tensor]] = {}
+    for group in groups:
+        if group.pool:
+            given, cols = inputs.get(group.names[0]), walk.skeleton.shape(group.names[0])[1]
+            of_pool = pools.setdefault(group.pool, [])
+            of_pool += [given.reshape(-1, cols)] if given is not None else []
+    for pool, given in pools.items():
+        if not given:
+            given.append(torch.ones(1, walk.skeleton.shape(f"{pool[0]}.0")[1]))
+    return processes.told({pool: probes_for(torch.cat(given)) for pool, given in pools.items()})
 
 
 def with_all_experts(groups: Sequence[FusionGroup], stacks: Mapping[str, int]) -> list[FusionGroup]:

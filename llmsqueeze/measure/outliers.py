@@ -67,7 +67,7 @@ class Ranking:
     ) -> Candidates:
         """The candidates of `weight` [rows, cols], the linear number `position` of its block, scales in `dtype`.
 
-        `statistic` [rows, cols] comes from `accumulate`.
+        `statistic` [rows, cols] sums `of_sample` up.
         """
         error = weight - rtn(weight, self.grid, dtype).dense() if self.name == "gradient-error" else None
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block * 1009 + position) % (1 << 63))
@@ -84,10 +84,9 @@ def candidate_count(numel: int, fraction: float, scope: str) -> int:
     return min(numel, round(max(CANDIDATES, share) * numel))
 
 
-def accumulate(total: Tensor | None, gradient: Tensor, ranking: str) -> Tensor:
-    """Adds one sample's gradient [rows, cols] to the running statistic of the ranking."""
-    value = gradient.abs() if ranking == "gradient" else gradient.square()
-    return value if total is None else total.add_(value)
+def of_sample(gradient: Tensor, ranking: str) -> Tensor:
+    """What one sample's gradient [rows, cols] adds to the statistic of the ranking."""
+    return gradient.abs() if ranking == "gradient" else gradient.square()
 
 
 def score(
@@ -99,7 +98,7 @@ def score(
 ) -> Tensor:
     """float32 [rows, cols]: the higher, the more a weight is an outlier.
 
-    `statistic` comes from `accumulate`; `rounding_error` = weight - rounded weight is for `gradient-error` alone.
+    `statistic` sums `of_sample` up; `rounding_error` = weight - rounded weight is for `gradient-error` alone.
     """
     if ranking == "random":
         return torch.rand(weight.shape, generator=generator).to(weight.device)

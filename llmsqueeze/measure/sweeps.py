@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.journal import NO_JOURNAL, Journal
-from llmsqueeze.measure.block import Linears, label_counts, reduce_block, reduce_weights
+from llmsqueeze.measure.block import Linears, reduce_block, reduce_weights
 from llmsqueeze.measure.costs import coded_points
 from llmsqueeze.measure.ends import Ends
 from llmsqueeze.measure.importance import similarity
@@ -83,7 +84,7 @@ def gradient_sweeps(
     return replace(
         profile,
         loss=loss,
-        labels=sum(label_counts(walk)) if request.prices else 0,
+        labels=walk.labels if request.prices else 0,
         options=request.options,
         salience_widths=request.salience_widths,
         lim=tuple(lim) if request.lim else (),
@@ -184,15 +185,16 @@ def forward_block(
     """Block `index` on every sample: its outputs, and their mean cosine with the inputs. Adds its fusion groups to
     `groups`."""
     outputs = Activations(walk.spill)
-    similar = 0.0
+    similar: list[float] = []
     with walk.resident_block(index, then=index + 1), torch.no_grad():
         if groups is not None:
             groups += [group.names for group in fusion_groups(walk, index, inputs.get(0, walk.device))]
         for sample, hidden in enumerate(inputs.each(walk.device)):
             output = walk.run(index, sample, hidden)
-            similar += similarity(walk.hidden_in(index, sample, hidden), walk.hidden_in(index + 1, sample, output))
+            before, behind = walk.hidden_in(index, sample, hidden), walk.hidden_in(index + 1, sample, output)
+            similar.append(similarity(before, behind))
             outputs.append(output)
-    return outputs, similar / len(inputs)
+    return outputs, sum(walk.of_all(similar)) / walk.count
 
 
 def head_sweep(
@@ -212,16 +214,17 @@ def head_sweep(
         return noted["loss"], stored(walk, "head", journal)
     gradients = Activations(walk.spill)
     losses = []
-    generator = torch.Generator().manual_seed(request.seed)
+    draws = drawn_labels(walk, request)
     with walk.head.resident():
         pairs = zip(outputs.each(walk.device), walk.samples, strict=True)
-        for hidden, tokens in progress.over(pairs, "loss", len(walk.samples)):
-            draw = torch.rand(tokens.shape[1] - 1, generator=generator) if request.labels == "model" else None
-            loss, gradient = walk.head.gradient(hidden, tokens, draw, None if ends is None else ends.see_head)
+        for sample, (hidden, tokens) in enumerate(progress.over(pairs, "loss", len(walk.samples))):
+            loss, gradient = walk.head.gradient(hidden, tokens, draws[sample], None if ends is None else ends.see_head)
             losses.append(loss)
             gradients.append(gradient)
+            if ends is not None:
+                ends.seen(sample)
     outputs.clear()
-    loss = sum(losses) / len(losses)
+    loss = sum(walk.of_all(losses)) / walk.count
     if journal.active and noted is None:
         gradients.move_to(journal.file("head"))
         last = f"forward-{len(walk.modules) - 1}"
@@ -229,11 +232,22 @@ def head_sweep(
     return loss, gradients
 
 
+def drawn_labels(walk: Walk, request: Request) -> list[Tensor | None]:
+    """What labels are drawn with [labels], for each sample: a number between 0 and 1 each; None if they are the text's.
+    They are those of all samples, drawn one after the other."""
+    if request.labels != "model":
+        return [None] * len(walk.samples)
+    generator, lengths = torch.Generator().manual_seed(request.seed), walk.of_all([s.shape[1] for s in walk.samples])
+    draws = [torch.rand(length - 1, generator=generator) for length in lengths]
+    return [draws[number] for number in walk.shares.numbers]
+
+
 def price_ends(ends: Ends, gradients: Activations) -> Profile:
     """Embeddings and head, from the gradients at the first block's input and what `ends` has seen of the head."""
     with ends.walk.resident_outside():
         for sample, gradient in enumerate(gradients.each(ends.device)):
             ends.see_embeddings(sample, gradient)
+            ends.seen(sample)
     profiles = []
     for name, (xtx, row_gradient) in ends.moments().items():
         moments = xtx.cpu().clone()

@@ -12,6 +12,7 @@ from llmsqueeze.files import OTHER_WEIGHTS, PICKLES
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint, pickled_only
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton, imagine_checkpoint
 from llmsqueeze.model.text import DEMO
+from llmsqueeze.parallel import processes
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,15 @@ def open_original(source: Source, weights: bool = True) -> Original:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device; `auto` is the first CUDA device, or the CPU if there is none.
+    """The torch device; `auto` is the first CUDA device, or the CPU if there is none. Of several processes on a machine
+    each gets a CUDA device of its own, if none is named by number.
 
     Raises RecipeError if the name is unknown or the machine has no such device.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and processes.count() > 1:
+        device = f"cuda:{processes.local_rank()}"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

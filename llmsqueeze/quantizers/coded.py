@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.parallel import over_rows
+from llmsqueeze.parallel.processes import OverRows, all_rows
+from llmsqueeze.parallel.threads import over_rows
 from llmsqueeze.parts.coding.logsteps import LAST, PER_OCTAVE, exponents, powers
 from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.coded_on_device import coordinate_descent, feedback, refit
@@ -78,13 +79,19 @@ def sensitivity(multiplier: float, curvature: Curvature) -> float:
 
 
 def round_to_steps(
-    target: Tensor, steps: Tensor, curvature: Curvature, pinned: Tensor | None, chunk: int, matrices: int = 1
+    target: Tensor,
+    steps: Tensor,
+    curvature: Curvature,
+    pinned: Tensor | None,
+    chunk: int,
+    matrices: int = 1,
+    over: OverRows = all_rows,
 ) -> RoundedToSteps:
     """Rounds `target` [rows, cols] (float32) to the row steps `steps` [rows] under the curvature, `chunk` rows at once.
 
     `pinned` bool [rows, cols]: weights of another part, whose integer is 0. `matrices`: the number of matrices with
-    equally many rows that `target` stacks. If a step is so fine that an integer of its row would need more than
-    `MAX_BITS`, the step becomes coarser.
+    equally many rows that `target` stacks. `over`: shares the rows among processes. If a step is so fine that an
+    integer of its row would need more than `MAX_BITS`, the step becomes coarser.
     """
     margin = GAIN_OCTAVES * PER_OCTAVE
     col_exponent = exponents(column_steps(curvature))
@@ -94,11 +101,16 @@ def round_to_steps(
     row_exponent, col_exponent = row_exponent + col_exponent.min(), col_exponent - col_exponent.min()
     lowest = (row_exponent.amin(dim=1, keepdim=True) - margin).expand_as(row_exponent)
     start = RoundedToSteps(target, row_exponent.flatten(), col_exponent, lowest.flatten())
-    chunks = []
-    for first in range(0, len(target), chunk):
-        rows = slice(first, first + chunk)
-        chunks.append(_round_rows(target[rows], start.rows(rows), curvature, None if pinned is None else pinned[rows]))
-    integers, exponent = (torch.cat([getattr(one, name) for one in chunks]) for name in ("integers", "row_exponent"))
+
+    def rounded(own: slice) -> list[Tensor]:
+        chunks = []
+        for first in range(own.start, own.stop, chunk):
+            rows = slice(first, min(first + chunk, own.stop))
+            mask = None if pinned is None else pinned[rows]
+            chunks.append(_round_rows(target[rows], start.rows(rows), curvature, mask))
+        return [torch.cat([getattr(one, name) for one in chunks]) for name in ("integers", "row_exponent")]
+
+    integers, exponent = over(len(target), rounded)
     return replace(start, integers=integers, row_exponent=exponent)
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.parallel import over_rows
+from llmsqueeze.parallel.threads import over_rows
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.curvature import Curvature

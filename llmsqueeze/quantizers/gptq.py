@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsqueeze.parallel import over_rows
+from llmsqueeze.parallel.threads import over_rows
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import kernels
 from llmsqueeze.quantizers.curvature import Curvature

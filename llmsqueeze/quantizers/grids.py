@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.parallel import over_rows
+from llmsqueeze.parallel.threads import over_rows
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.dual_binary import planes_of
 from llmsqueeze.quantizers import dual_binary, kernels

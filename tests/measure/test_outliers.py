@@ -11,9 +11,7 @@ def ranked(
     ranking: str, weight: torch.Tensor, gradients: list[torch.Tensor], error: torch.Tensor | None = None
 ) -> list[int]:
     """Flat indices, best first."""
-    total = None
-    for gradient in gradients:
-        total = outliers.accumulate(total, gradient, ranking)
+    total = torch.stack([outliers.of_sample(g, ranking) for g in gradients]).sum(dim=0) if gradients else None
     scores = outliers.score(weight, total, error, ranking, torch.Generator().manual_seed(0))
     return outliers.best(scores, weight.numel()).index.tolist()
 

@@ -9,7 +9,7 @@ import torch
 from support import GRIDS, correlated_curvature
 from torch import Tensor
 
-from llmsqueeze import parallel
+from llmsqueeze.parallel import threads
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import gptq as gptq_module
 from llmsqueeze.quantizers import grids
@@ -113,7 +113,7 @@ def test_threads_share_the_rows(generator: torch.Generator, monkeypatch: pytest.
     alone = gptq(weight, GRIDS[0], torch.bfloat16, curvature, None, True)
     spans: list[tuple[int, int]] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    parallel.over_rows(ROWS, lambda first, last: spans.append((first, last)))
+    threads.over_rows(ROWS, lambda first, last: spans.append((first, last)))
     assert sorted(spans) == [(0, 80), (80, 130)]
     shared = gptq(weight, GRIDS[0], torch.bfloat16, curvature, None, True)
     assert torch.equal(shared.codes, alone.codes)

@@ -12,6 +12,7 @@ from llmsqueeze import parts
 from llmsqueeze.allocation.plan import Rows, WeightPlan
 from llmsqueeze.errors import VerificationError
 from llmsqueeze.measure.moments import Moments
+from llmsqueeze.parallel import processes
 from llmsqueeze.parts import Coded, Grid, Part, Sparse
 from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers import coded, lorc, rounder, rows_at_a_time
@@ -48,10 +49,17 @@ def group_targets(group: dict[str, Tensor], moments: Moments | None) -> tuple[di
         return group, None
     curvature = factorize(moments.xtx)
     targets = {
-        name: corrected_target(weight, moments.pulls.pop(name), curvature) if moments.pulls else weight
+        name: _corrected(weight, moments.pulls.pop(name), curvature) if moments.pulls else weight
         for name, weight in group.items()
     }
     return targets, curvature
+
+
+def _corrected(weight: Tensor, pull: Tensor, curvature: Curvature) -> Tensor:
+    def rows_corrected(rows: slice) -> list[Tensor]:
+        return [corrected_target(weight[rows], pull[rows], curvature)]
+
+    return processes.over_rows(len(weight), rows_corrected)[0]
 
 
 @timed("round")
@@ -92,8 +100,10 @@ def compress_weight(
         decoded.append(Sparse.from_mask(mask, weight.to(planned.dtype)))
     stored += [parts.packed(part) if settings.pack else part for part in decoded[len(stored) :]]
     dense = parts.sum_of_parts(decoded)
-    error = row_error(weight - dense, curvature.H).sum() / row_error(weight, curvature.H).sum().clamp(min=1e-30)
-    return stored, dense, float(error)
+    lost, had = processes.over_rows(
+        len(weight), lambda rows: [row_error(one[rows], curvature.H) for one in (weight - dense, weight)]
+    )
+    return stored, dense, float(lost.sum() / had.sum().clamp(min=1e-30))
 
 
 @timed("compensate")
@@ -146,7 +156,7 @@ def _code(
     """`target` in whole numbers of the plan's steps: as it is stored, and decoded again."""
     gradient = None if row_gradient is None else row_gradient.to(target.device)
     steps = coded.row_steps(target, planned.step, gradient)
-    rounded = coded.round_to_steps(target, steps, curvature, mask, rows_at_a_time(target))
+    rounded = coded.round_to_steps(target, steps, curvature, mask, rows_at_a_time(target), over=processes.over_rows)
     part = Coded.from_integers(rounded.integers, rounded.row_exponent, rounded.col_exponent, planned.dtype)
     decoded = part.decoded(target.device)
     if not torch.equal(decoded.dense(), rounded.dense()):
@@ -169,11 +179,15 @@ def _round(
     if mask is not None and not mask.any():
         mask = None  # rows on a grid without a level 0 have none
     round_rows, count = rounder(planned.quantizer), rows_at_a_time(target)
-    rounded = [
-        round_rows(target[rows], grid, planned.dtype, curvature, None if mask is None else mask[rows], search)
-        for rows in (slice(start, start + count) for start in range(0, len(target), count))
-    ]
-    codes, scale, zero = (torch.cat([getattr(r, field) for r in rounded]) for field in ("codes", "scale", "zero"))
+
+    def round_own(own: slice) -> list[Tensor]:
+        rounded = [
+            round_rows(target[rows], grid, planned.dtype, curvature, None if mask is None else mask[rows], search)
+            for rows in (slice(at, min(at + count, own.stop)) for at in range(own.start, own.stop, count))
+        ]
+        return [torch.cat([getattr(one, field) for one in rounded]) for field in ("codes", "scale", "zero")]
+
+    codes, scale, zero = processes.over_rows(len(target), round_own)
     part = parts.of_codes(codes, scale, zero, grid, on)
     dense = part.dense() if on is None else part.dense()[on]
     if not torch.equal(dense, Rounded(codes, scale, zero, grid).dense()):

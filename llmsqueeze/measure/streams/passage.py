@@ -24,7 +24,7 @@ from llmsqueeze.model.blockwise.segment import Segment, Values
 from llmsqueeze.model.blockwise.trace import BlockTrace, given_tensors
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.casting import is_plain
-from llmsqueeze.parallel import in_lanes
+from llmsqueeze.parallel.threads import in_lanes
 from llmsqueeze.progress.stopwatch import timed
 
 TRIM_EVERY = 16  # samples
@@ -112,6 +112,7 @@ class Paused:
             y = x if y is None else y
             assert y is not None, "a passage has a stream"
             moments.add(x, y, NO_OUTPUTS if steps[0] is None else steps[0].outputs, _apart(steps, added_to, len(y)))
+            moments.seen(sample)
             self._keep(segments, sample, steps)
 
         self._in_lanes(partial(self._go_on, segments, added_to.values), add)
@@ -137,8 +138,8 @@ class Paused:
 
     @timed("forward")
     def _in_lanes(self, compute: Callable[[int], T], use: Callable[[int, T], None]) -> None:
-        """All samples, several at a time (parallel.py). Every few of them the C library's heap is emptied, in which
-        what is kept leaves holes between what is not."""
+        """All samples, several at a time (parallel/threads.py). Every few of them the C library's heap is emptied, in
+        which what is kept leaves holes between what is not."""
 
         def with_little_memory(sample: int, computed: T) -> None:
             use(sample, computed)

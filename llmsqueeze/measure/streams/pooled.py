@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.measure.moments import Moments, SecondMoments
+from llmsqueeze.measure.shrinkage import shrink
 from llmsqueeze.measure.streams.residual import GroupMoments
 
 PRIOR = 128  # tokens
@@ -41,24 +42,14 @@ def drawn_gradient(squares: Tensor | None, tokens: int, pool: Tensor) -> Tensor:
     return per_token * tokens + pool * UNSEEN
 
 
-def together(groups: Iterable[SecondMoments]) -> SecondMoments | None:
-    """The second moments of all inputs of several groups, of which one has to be there at a time; how much of them is
-    chance is that of the largest. None if there are no groups."""
-    pool, largest = None, -1
-    for group in groups:
-        pool = pool or SecondMoments(len(group.sum), group.sum.dtype, group.sum.device)
-        pool.sum += group.sum
-        pool.tokens += group.tokens
-        if group.tokens > largest:
-            pool.chance, largest = group.chance, group.tokens
-    return pool
-
-
 class PooledMoments:
-    """Sums up what each fusion group of a pool gets, or of some of its groups."""
+    """Sums up what each fusion group of a pool gets, or of some of its groups. probes [PROBES, cols]: of all of them,
+    whatever a router sends to whom."""
 
-    def __init__(self, groups: Mapping[Names, GroupMoments]) -> None:
+    def __init__(self, groups: Mapping[Names, GroupMoments], probes: Tensor) -> None:
         self._groups = dict(groups)
+        for group in self._groups.values():
+            group.probe_with(probes)
 
     @property
     def sums(self) -> Iterator[SecondMoments]:
@@ -70,6 +61,11 @@ class PooledMoments:
         model, for the same tokens; groups that get nothing are left out."""
         for names, own in y.items():
             self._groups[names].add(x.get(names), own)
+
+    def seen(self, sample: int) -> None:
+        """All of a sample was added."""
+        for group in self._groups.values():
+            group.seen(sample)
 
     def mean(self, pool: tuple[Tensor, float] | None) -> Iterator[tuple[Sequence[str], Moments]]:
         """The moments of every group, drawn towards those of its pool [cols, cols], of which a share is chance; none if
@@ -88,7 +84,16 @@ class PooledMoments:
 
 
 def of_pool(groups: Iterable[SecondMoments]) -> tuple[Tensor, float] | None:
-    """The mean second moments [cols, cols] of all inputs of a pool, and the share that was chance and is taken away;
-    None if no token was sent anywhere."""
-    pool = together(groups)
-    return None if pool is None or not pool.tokens else pool.shrunk(pool.mean())
+    """The mean second moments [cols, cols] of all inputs of several groups, of which one has to be there at a time, and
+    the share that was chance and is taken away, which is that of the largest; None if no token was sent anywhere."""
+    total, tokens, largest = None, 0, None
+    for group in groups:
+        if group.tokens:
+            total = group.so_far().clone() if total is None else total.add_(group.so_far())
+            tokens += group.tokens
+            largest = group if largest is None or group.tokens > largest.tokens else largest
+    if total is None or largest is None:
+        return None
+    mean = largest.mean_of(total, tokens)
+    chance = largest.chance.share(mean.diagonal(), tokens)
+    return shrink(mean, chance), chance

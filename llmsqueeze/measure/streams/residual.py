@@ -13,6 +13,7 @@ from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.experts.linear import Weight, real
 from llmsqueeze.model.linears import as_rows
+from llmsqueeze.parallel.shares import Sums
 from llmsqueeze.progress.stopwatch import timed
 
 NO_OUTPUTS: Mapping[str, Tensor] = MappingProxyType({})
@@ -44,14 +45,17 @@ class GroupMoments:
     """The moments of a group's inputs, sample by sample. adds: its one linear's output is added to the stream."""
 
     def __init__(self, walk: Walk, group: FusionGroup, original: Weights, drifting: bool, adds: bool = False) -> None:
-        self.xtx = SecondMoments(walk.skeleton.shape(group.names[0])[1], walk.dtype, walk.device)
+        self.shares, self.sums = walk.shares, Sums()
+        self.xtx = SecondMoments(walk.skeleton.shape(group.names[0])[1], walk.dtype, walk.device, self.sums)
         weights = {
             name: as_rows(walk.skeleton.module(name), real(original[name]))
             for name in group.names
             if drifting and name in original
         }
-        self.pulls = Pulls(weights) if drifting and not adds else None
-        self.of_outputs = {name: OutputPulls(weight) for name, weight in weights.items() if drifting and adds}
+        self.pulls = Pulls(weights, self.sums) if drifting and not adds else None
+        self.of_outputs = {
+            name: OutputPulls(weight, self.sums) for name, weight in weights.items() if drifting and adds
+        }
 
     @timed("moments")
     def add(
@@ -66,6 +70,17 @@ class GroupMoments:
         for pulls in self.of_outputs.values():
             assert x is not None, "two streams drift"
             pulls.add(x, y, apart)
+
+    def probe_with(self, probes: Tensor) -> None:
+        """Takes the probes [PROBES, cols] that other groups have too, to tell how much is chance."""
+        self.xtx.chance.probe_with(probes)
+        if self.pulls is not None:
+            self.pulls.probe_with(probes)
+
+    def seen(self, sample: int) -> None:
+        """All of a sample was added."""
+        if sample in self.shares.ends:
+            self.sums.fold(self.shares.ends[sample])
 
     @timed("moments")
     def mean(self) -> Moments:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.measure.moments import FusionGroup, Moments, fusion_groups
+from llmsqueeze.measure.moments import FusionGroup, Moments, fusion_groups, pool_probes
 from llmsqueeze.measure.streams.additions import Additions, Followed
 from llmsqueeze.measure.streams.entrance import (
     Entrance,
@@ -46,47 +46,52 @@ class Restarted:
     all_experts: bool = False
 
     def groups(self) -> Iterator[tuple[Sequence[str], Moments]]:
-        first, before = self.streams.all[0].get(0, self.walk.device), list[str]()
-        groups = fusion_groups(self.walk, self.index, first)
+        first, before, inputs = self.streams.all[0].get(0, self.walk.device), list[str](), dict[str, Tensor]()
+        groups = fusion_groups(self.walk, self.index, first, inputs)
+        probes = pool_probes(self.walk, groups, inputs)
+        inputs.clear()
         for pool, together in groupby(groups, lambda group: group.pool):
             wanted = [group for group in together if any(name in self.original for name in group.names)]
             if pool and wanted:
-                yield from self.observe_pool(wanted, before)
+                yield from self.observe_pool(wanted, before, probes[pool])
             else:
                 for group in wanted:
                     yield group.names, self.observe(group)
             before += pool
 
     def observe_pool(
-        self, groups: Sequence[FusionGroup], before: Sequence[str]
+        self, groups: Sequence[FusionGroup], before: Sequence[str], probes: Tensor
     ) -> Iterator[tuple[Sequence[str], Moments]]:
         """The moments of experts' inputs over all samples; those of experts that few tokens were sent to are drawn
-        towards those of all. before: stacks of experts that are called before those of the pool.
+        towards those of all. before: stacks of experts that are called before those of the pool; probes: as
+        `PooledMoments` has them.
 
         If the experts are too many for memory, some at a time are summed up: first for what all get together, and again
         for each by itself."""
         differ = drifting(self.streams, self.original, self.current)
         chunks = in_chunks(self.walk, self.index, groups, before, differ)
         if len(chunks) == 1:
-            pooled = self._summed(groups, differ, self._in_block)
+            pooled = self._summed(groups, differ, self._in_block, probes)
             yield from pooled.mean(of_pool(pooled.sums))
             return
         with self._entrances(groups[0].pool, differ) as entrances:
-            sums = partial(self._summed_alone, differ, before, entrances)
+            sums = partial(self._summed_alone, differ, before, entrances, probes)
             pool = of_pool(one for chunk in chunks for one in sums(chunk, pulls=False).sums)
             for chunk in chunks:
                 yield from sums(chunk).mean(pool)
 
     def _summed(
-        self, groups: Sequence[FusionGroup], differ: bool, inputs: InputsOf, pulls: bool = True
+        self, groups: Sequence[FusionGroup], differ: bool, inputs: InputsOf, probes: Tensor, pulls: bool = True
     ) -> PooledMoments:
         """What groups of a pool get from all samples; inputs: what they get from one of them. pulls: False if second
         moments are enough."""
         drift = differ and pulls
-        pooled = PooledMoments({group.names: GroupMoments(self.walk, group, self.original, drift) for group in groups})
+        sums = {group.names: GroupMoments(self.walk, group, self.original, drift) for group in groups}
+        pooled = PooledMoments(sums, probes)
         for sample in range(len(self.walk.samples)):
             x, y = self._routed(sample, differ, partial(inputs, groups))
             pooled.add(x if x is not None and differ else {}, y if y is not None else x or {})
+            pooled.seen(sample)
         return pooled
 
     def _routed(self, sample: int, differ: bool, run: Callable[[bool, int], T]) -> tuple[T | None, T | None]:
@@ -143,15 +148,20 @@ class Restarted:
         differ: bool,
         before: Sequence[str],
         entrances: Mapping[bool, Entrance],
+        probes: Tensor,
         groups: Sequence[FusionGroup],
         pulls: bool = True,
     ) -> PooledMoments:
         """`_summed`, with no experts in memory but those of the groups."""
         if not entrances:
-            return self._summed(groups, differ, self._in_block, pulls)
+            return self._summed(groups, differ, self._in_block, probes, pulls)
         names = of_experts(groups, before)
         read = {one: weights_of(names, self.original if one else self.current) for one in entrances}
-        return self._summed(groups, differ, lambda g, one, sample: entrances[one].inputs(g, sample, read[one]), pulls)
+
+        def inputs(some: Sequence[FusionGroup], one: bool, sample: int) -> Inputs:
+            return entrances[one].inputs(some, sample, read[one])
+
+        return self._summed(groups, differ, inputs, probes, pulls)
 
     def observe(self, group: FusionGroup) -> Moments:
         """The moments of a group's input over all samples."""
@@ -168,10 +178,10 @@ class Restarted:
                 original = of_original(sample) if of_original is not None and differ else None
             with Routing(follows=routing):
                 compressed = of_compressed(sample)
-            if not len(compressed.input):
-                continue  # nothing of this sample reaches the group
-            apart = None if original is None or not adds else original.apart(compressed)
-            moments.add(None if original is None else original.input, compressed.input, apart=apart)
+            if len(compressed.input):  # something of this sample reaches the group
+                apart = None if original is None or not adds else original.apart(compressed)
+                moments.add(None if original is None else original.input, compressed.input, apart=apart)
+            moments.seen(sample)
         return moments.mean()
 
     def ahead(self) -> ResidualStreams:

@@ -7,8 +7,8 @@ final norm and head (head.py). Then every block, last to first, runs again under
 its weight gradients to a callback one at a time.
 
 Memory: one block's weights (and one gradient), or the embeddings, or the head; one sample's activations inside a
-block, or of as many as run at a time (parallel.py); the activations between blocks, on disk beyond a limit. Samples are
-token rows [1, length].
+block, or of as many as run at a time (parallel/threads.py); the activations between blocks, on disk beyond a limit.
+Samples are token rows [1, length].
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,11 @@ from llmsqueeze.model.casting import is_plain, multiplied_in, plain_linear
 from llmsqueeze.model.experts import linear as chunks
 from llmsqueeze.model.experts.linear import ExpertLinear, Weight, plain, reading, real
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.parallel import processes
+from llmsqueeze.parallel.shares import Shares
 from llmsqueeze.progress.stopwatch import timed
 
+T = TypeVar("T")
 OnGradient = Callable[[str, Tensor], None]
 OnLinear = Callable[[str, Tensor, Tensor], None]
 TRACE_TOLERANCE = 1e-4  # of a block's largest output: the trace may have chosen another kernel for attention
@@ -64,8 +67,11 @@ class Walk:
         dtype: torch.dtype,
         device: torch.device,
         products: torch.dtype | None = None,
+        shares: Shares | None = None,
     ) -> None:
+        """shares: of all samples those that these are, if several processes share them."""
         self.skeleton, self.samples, self.spill = skeleton, samples, spill
+        self.shares = shares or Shares.of(len(samples), 0, 1)
         self.dtype, self.device, self.products = dtype, device, products or dtype
         self.modules = [skeleton.module(name) for name in skeleton.blocks]
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
@@ -79,6 +85,24 @@ class Walk:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:  # computed when the model was built, such as rotary frequencies
                     setattr(module, name, buffer.to(device))
+
+    @property
+    def count(self) -> int:
+        """How many samples all processes have."""
+        return sum(self.of_all([1] * len(self.samples)))
+
+    @property
+    def labels(self) -> int:
+        """How many labels the losses of all samples are over."""
+        return sum(self.of_all([tokens.shape[1] - 1 for tokens in self.samples]))
+
+    def of_all(self, values: Sequence[T]) -> list[T]:
+        """The values of all samples in their order, in all processes; each has those of its own samples."""
+        return (
+            list(values)
+            if len(self.shares.numbers) == self.shares.total
+            else processes.all_of(self.shares.numbers, values, self.shares.total)
+        )
 
     @contextmanager
     def resident_block(self, index: int, then: int | None = None) -> Iterator[None]:

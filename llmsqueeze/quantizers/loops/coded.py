@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsqueeze.parallel import TILE
+from llmsqueeze.parallel.threads import TILE
 from llmsqueeze.parts.compiled import compiled, compiled_sums
 from llmsqueeze.quantizers.loops.descent import INFINITE, NONE, PANEL, WINDOW
 from llmsqueeze.quantizers.loops.grids import ONE, ZERO, Floats, Number, feed_back, load, unload

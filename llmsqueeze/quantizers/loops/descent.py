@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmsqueeze.parallel import TILE
+from llmsqueeze.parallel.threads import TILE
 from llmsqueeze.parts.compiled import compiled
 from llmsqueeze.quantizers.loops.grids import HALF, ONE, TWO, ZERO, Flag, Floats, Levels, Number, nearest
 from llmsqueeze.quantizers.loops.refit import Indices, add_products, subtract, weighted_rows

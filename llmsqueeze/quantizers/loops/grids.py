@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmsqueeze.parallel import TILE
+from llmsqueeze.parallel.threads import TILE
 from llmsqueeze.parts import Grid
 from llmsqueeze.parts.compiled import compiled
 from llmsqueeze.quantizers.grids import RATIOS
