@@ -10,6 +10,7 @@ import typer
 from llmsqueeze.cli.options import MODEL_HELP, takes_measurement
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.parallel import launched
 from llmsqueeze.progress import Progress
 
 
@@ -43,6 +44,8 @@ def compare(
         raise RecipeError(f"--html {html} cannot be written: name a file in a folder that exists")
     types = [choice(("nf4", "int8"))("bnb", one) for one in bnb or []]
     result = comparing.compare(model, folders or [], bnb_types=types, **given, progress=progress)
+    if launched.follows():
+        return Outcome(result, print_comparison, met=not result["left_out"])
     kept = comparing.save_comparison(result) if given["limit"] is None else []
     for folder in kept:
         with progress.beside(f"no picture in {folder}"):

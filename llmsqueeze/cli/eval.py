@@ -8,6 +8,7 @@ import typer
 
 from llmsqueeze.cli.options import MODEL_HELP, takes_measurement
 from llmsqueeze.cli.terminal import Outcome, hush, verb
+from llmsqueeze.parallel import launched
 from llmsqueeze.progress import Progress
 
 
@@ -27,6 +28,6 @@ def evaluate(
 
     hush()
     result = evaluation.evaluate(model, baseline, **given, progress=progress).as_dict()
-    if given["limit"] is None:
+    if given["limit"] is None and not launched.follows():
         save_scores(model, result)
     return Outcome(result, print_evaluation)

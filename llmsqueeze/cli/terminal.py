@@ -21,7 +21,7 @@ from llmsqueeze.parallel import launched
 
 JSON = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
-SHARED = ("quantize",)  # verbs that several processes can share
+SHARED = {"quantize": "quantize", "evaluate": "eval", "compare": "compare", "distill": "distill"}  # function -> verb
 UNFINISHED = "no half-written result was left under the final name"
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -71,7 +71,7 @@ def _joined(verb: str) -> Iterator[None]:
         yield
         return
     if verb not in SHARED:
-        raise RecipeError(f"{verb} runs in one process; a launcher can start {', '.join(SHARED)}")
+        raise RecipeError(f"{verb} runs in one process; a launcher can start {', '.join(SHARED.values())}")
     from llmsqueeze.parallel import processes
 
     with processes.joined():

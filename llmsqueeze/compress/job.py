@@ -149,7 +149,7 @@ def with_products(recipe: Recipe, progress: Progress, device: torch.device) -> R
     """The recipe with the dtype of the products decided: by a short trial, if it is open and the model is run."""
     if recipe.products != "auto":
         return recipe
-    chosen = torch.float32 if "products" in recipe.unused() else processes.of_first(lambda: fastest_dtype(device))
+    chosen = torch.float32 if "products" in recipe.unused() else fastest_dtype(device)
     if chosen != torch.float32:
         progress.note("linears multiply in bfloat16, which is faster here (--products float32 for the other)")
     return replace(recipe, products=str(chosen).removeprefix("torch."))

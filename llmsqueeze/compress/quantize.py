@@ -55,9 +55,6 @@ def quantize(
         raise RecipeError(f"--plan contradicts {', '.join(others)}: the plan has its own recipe")
     file = open_plan(plan) if plan is not None else None
     recipe = file.recipe if file is not None else make_recipe(settings)
-    if processes.count() > 1 and (recipe.bounded or recipe.distill_steps):
-        asked = "--max-kl or --max-ppl-increase" if recipe.bounded else "--distill-steps"
-        raise RecipeError(f"{processes.count()} processes cannot share {asked}; start one, or leave it out")
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
     if recipe.products == "auto" and not restart:
@@ -99,13 +96,15 @@ def run(
     given: dict[str, Any] = {"decision": decision, "profile": profile, "verify": verify, "progress": progress}
     if not job.recipe.distill_steps:
         return compress(job, out, overwrite=overwrite, restart=restart, **given).as_dict()
-    first, about = undistilled(out), fingerprint(job, decision, profile, verify)
-    done = read_json_if_there(first / DONE)
+    first, about = undistilled(out), processes.of_first(lambda: fingerprint(job, decision, profile, verify))
+    done = processes.of_first(lambda: read_json_if_there(first / DONE))
     if restart or done.get("about") != json.loads(json.dumps(about)):
-        if restart:
+        if restart and processes.first():
             shutil.rmtree(working_path(out), ignore_errors=True)
         summary = compress(job, first, overwrite=True, restart=restart, **given).as_dict()
-        write_json(first / DONE, {"about": about, "summary": summary})
+        if processes.first():
+            write_json(first / DONE, {"about": about, "summary": summary})
+        processes.meet()
     else:
         summary = done["summary"]
         progress.note(f"goes on with {first}, which is to be distilled")
@@ -146,7 +145,8 @@ def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progr
         )
     except SqueezeError as error:
         raise type(error)(f"{error}; the result before distillation is in {first}") from error
-    shutil.rmtree(first, ignore_errors=True)
+    if processes.first():
+        shutil.rmtree(first, ignore_errors=True)
     changed = ("out", "kl_before", "kl_after", "peak_memory_mb", "peak_device_memory_mb")
     return {key: summary[key] for key in changed} | {"opened": [], "not_opened": {}}
 

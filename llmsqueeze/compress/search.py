@@ -23,9 +23,10 @@ from llmsqueeze.compress.job import Job
 from llmsqueeze.compress.pipeline import compress, measured, without_damaged
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate_rows
-from llmsqueeze.formats.folder import partial_folder, publish
-from llmsqueeze.journal import FOLDER, Journal, begin
+from llmsqueeze.formats.folder import joined_journal, partial_folder, publish
+from llmsqueeze.journal import Journal
 from llmsqueeze.measure.profile import Profile
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 
 HELD_BACK, FEWEST = 64, 4
@@ -67,9 +68,9 @@ def smallest_within(
             f"a bound is measured on calibration text held back, at least {FEWEST} samples; the text fills only "
             f"{len(job.samples) + len(held_back(job))}: use fewer --samples or a longer text"
         )
-    about = fingerprint(job, None, profile, verify)
+    about = processes.of_first(lambda: fingerprint(job, None, profile, verify))
     with partial_folder(out, about, restart) as folder:
-        journal = begin(folder / FOLDER, about)
+        journal = joined_journal(folder, about)
         without_damaged(journal, progress)
         profile = profile or measured(job, folder, journal, progress)
         search = _Search(job, folder, profile, verify, progress, journal)
@@ -87,7 +88,8 @@ def smallest_within(
                 f"no plan keeps within the bound: the best, of {least.bits:.3f} bits per weight, measures "
                 f"{least.measured:.4g} on held-back text"
             )
-        publish(search.best, out, overwrite)
+        if processes.first():
+            publish(search.best, out, overwrite)
     chosen = min(kept, key=lambda one: one.bits)
     return search.summary | {
         "out": str(out),
@@ -138,7 +140,7 @@ class _Search:
     def _take(self, step: str) -> None:
         """The folder that was tried is the best; if this is noted, the one that lies there now is of a later round."""
         if self.journal.value(step) is None:
-            if self.tried.exists():
+            if processes.first() and self.tried.exists():
                 shutil.rmtree(self.best, ignore_errors=True)
                 self.tried.rename(self.best)
             self.journal.note(step, {})
@@ -147,7 +149,8 @@ class _Search:
     def _compressed(self, bits: float) -> dict[str, Any]:
         """Compresses to an average of `bits`; returns the summary, or a refusal."""
         step = f"compressed {bits!r}"
-        if (noted := self.journal.value(step)) is not None and (noted.get("refused") or self.tried.exists()):
+        tried = processes.of_first(self.tried.exists)
+        if (noted := self.journal.value(step)) is not None and (noted.get("refused") or tried):
             return noted
         job = self.job.asking(replace(self.job.recipe, max_ppl_increase=None, max_kl=None, bits=float(bits)))
         try:

@@ -34,6 +34,7 @@ from llmsqueeze.model.original import Source, open_original, pick_device
 from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.text import Calibration
+from llmsqueeze.parallel import processes
 from llmsqueeze.parts.grid import dtype_name
 from llmsqueeze.progress import Progress
 
@@ -69,25 +70,32 @@ def distill(
     skeleton = original.skeleton
     check_teacher(skeleton, student, original.source.model)
     earlier = Earlier.of(student.record)
-    text = read_calibration(original, settings.text, progress, settings.held_back, chosen_device, earlier)
+    about_text = settings.text, progress, settings.held_back, chosen_device, earlier
+    text = processes.of_first(lambda: read_calibration(original, *about_text))
     rows, held_back = split(text.rows, text.held_back, settings.held_back)
-    work = working_folder(out, student.checkpoint, skeleton, settings, text.sha256)
+    about = student.checkpoint, skeleton, settings, text.sha256
+    work = processes.of_first(lambda: working_folder(out, *about))
     cache = teacher_cache or work / "teacher"
     needed = held_back if settings.blockwise else [*rows, *held_back]
     answers = ask(skeleton, needed, cache, settings.top_k, chosen_device, progress, work)
-    if settings.blockwise:
-        state, best = train_blocks(skeleton, student, rows, held_back, settings, answers, work, chosen_device, progress)
-    else:
-        products = getattr(torch, settings.products)
-        opened = Student(
-            folder, student.checkpoint, frozenset(settings.train), chosen_device, trust_remote_code, products
-        )
-        state, best = train(opened, rows, held_back, settings, answers, work, progress)
-    if not best:
-        progress.note("no step made it better on held-back text: the result is the same folder again")
-    entry = record_of(original.source.model, text, settings, state)
-    write_folder(student, best, entry, out, overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+
+    def train_and_write() -> TrainingState:
+        if settings.blockwise:
+            about = settings, answers, work, chosen_device, progress
+            state, best = train_blocks(skeleton, student, rows, held_back, *about)
+        else:
+            products = getattr(torch, settings.products)
+            opened = Student(
+                folder, student.checkpoint, frozenset(settings.train), chosen_device, trust_remote_code, products
+            )
+            state, best = train(opened, rows, held_back, settings, answers, work, progress)
+        if not best:
+            progress.note("no step made it better on held-back text: the result is the same folder again")
+        write_folder(student, best, record_of(original.source.model, text, settings, state), out, overwrite)
+        shutil.rmtree(work, ignore_errors=True)
+        return state
+
+    state = processes.of_first(train_and_write)
     return summary_of(original.source.model, text, settings, state, folder, out) | {
         "nbytes": open_checkpoint(out).nbytes,
         "nbytes_before": student.checkpoint.nbytes,

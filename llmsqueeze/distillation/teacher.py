@@ -23,6 +23,7 @@ from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import file_digests, weights_digest
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 
 
@@ -61,13 +62,29 @@ def ask(
     """
     digest = weights_digest(file_digests(skeleton.checkpoint))
     answers = Answers(folder, hashlib.sha256(f"{digest} {k}".encode()).hexdigest()[:16])
-    missing = [row for row in rows if not answers.file(row).exists()]
-    if not missing:
-        return answers
+    missing = processes.of_first(lambda: [row for row in rows if not answers.file(row).exists()])
+    own = [missing[number] for number in processes.turns(len(missing))]
+    if own:
+        _answer(skeleton, own, answers, k, device, progress, scratch or folder)
+    processes.meet()
+    return answers
+
+
+def _answer(
+    skeleton: Skeleton,
+    rows: Sequence[Tensor],
+    answers: Answers,
+    k: int,
+    device: torch.device,
+    progress: Progress,
+    scratch: Path,
+) -> None:
+    """Writes the predictions for `rows`."""
+    folder = answers.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with Spill(parent=scratch or folder) as spill:
-            walk = Walk(skeleton, missing, spill, torch.float32, device)
+        with Spill(parent=scratch) as spill:
+            walk = Walk(skeleton, rows, spill, torch.float32, device)
             hidden = walk.embed()
             for index in progress.over(range(len(skeleton.blocks)), "teacher", len(skeleton.blocks)):
                 with walk.resident_block(index):
@@ -75,7 +92,7 @@ def ask(
                 hidden.clear()
                 hidden = ahead
             with walk.head.resident(), torch.no_grad():
-                for row, last in progress.over(zip(missing, hidden.each(device), strict=True), "answers", len(missing)):
+                for row, last in progress.over(zip(rows, hidden.each(device), strict=True), "answers", len(rows)):
                     tensors = {
                         name: value.cpu().contiguous() for name, value in vars(predict(walk, last, row, k)).items()
                     }
@@ -83,7 +100,6 @@ def ask(
                         save_file(tensors | {"index": tensors["index"].int()}, half)
     except OSError as error:
         raise OutputError(f"cannot write the teacher's answers in {folder}: {error}") from error
-    return answers
 
 
 def predict(walk: Walk, hidden: Tensor, row: Tensor, k: int) -> Predictions:

@@ -12,8 +12,9 @@ of 4096 tokens, and the logits of both models for a slice of it (slices.py), at 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ from llmsqueeze.evaluation.models import OpenModel
 from llmsqueeze.evaluation.scores import Evaluation, Scores
 from llmsqueeze.evaluation.slices import Logits, sliced
 from llmsqueeze.model.config import context_length, vocabulary
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 
+T = TypeVar("T")
 BATCH_TOKENS = 4096
 DEFAULT_WINDOW = 2048
 LOGITS_BYTES = 128 << 20  # of one model's logits in float32, at a time
@@ -94,13 +97,20 @@ def text_scores(opened: OpenModel, per_window: list[Tensor]) -> Scores:
 @torch.no_grad()
 def losses(opened: OpenModel, rows: Sequence[Tensor], progress: Progress) -> list[Tensor]:
     """The losses of each row [1, length], in nats: float64 [length - 1]."""
-    per_window: list[Tensor] = []
-    batches = list(_batches(rows))
-    logits = sliced(opened.model, rows[0])
-    for batch in progress.over(batches, "text", len(batches)):
+    batches, logits = list(_batches(rows)), sliced(opened.model, rows[0])
+
+    def of_batch(batch: Tensor) -> list[Tensor]:
         parts = [token_losses(one, labels).cpu() for (one,), labels in _slices([logits], opened, batch)]
-        per_window += torch.cat(parts).view(len(batch), -1).unbind()
-    return per_window
+        return list(torch.cat(parts).view(len(batch), -1).unbind())
+
+    return [losses for batch in _shared(batches, of_batch, progress) for losses in batch]
+
+
+def _shared(batches: Sequence[Tensor], of_batch: Callable[[Tensor], T], progress: Progress) -> list[T]:
+    """of_batch(batch) for every batch; each process takes some."""
+    own = processes.turns(len(batches))
+    values = [of_batch(batches[number]) for number in progress.over(own, "text", len(own))]
+    return processes.all_of(own, values, len(batches))
 
 
 @torch.no_grad()
@@ -108,19 +118,24 @@ def paired_losses(opened: OpenModel, baseline: OpenModel, rows: Sequence[Tensor]
     """The losses of both models on each row, and the divergences. Raises UnsupportedError for other vocabularies."""
     if vocabulary(opened.model.config) != vocabulary(baseline.model.config):
         raise UnsupportedError("model and baseline have vocabularies of different size, so they cannot be compared")
-    own: list[Tensor] = []
-    others: list[Tensor] = []
-    kl: list[Tensor] = []
-    changed = 0
-    batches = list(_batches(rows))
-    both = [sliced(one.model, rows[0]) for one in (opened, baseline)]
-    for batch in progress.over(batches, "text", len(batches)):
+    batches, both = list(_batches(rows)), [sliced(one.model, rows[0]) for one in (opened, baseline)]
+
+    def of_batch(batch: Tensor) -> PairedLosses:
         parts = [divergence(q, p, labels) for (q, p), labels in _slices(both, opened, batch)]
-        own += torch.cat([one.model for one in parts]).cpu().view(len(batch), -1).unbind()
-        others += torch.cat([one.baseline for one in parts]).cpu().view(len(batch), -1).unbind()
-        kl += [one.kl.cpu() for one in parts]
-        changed += sum(int(one.changed.sum()) for one in parts)
-    return PairedLosses(own, others, torch.cat(kl), changed)
+        own, others = (
+            list(torch.cat(losses).cpu().view(len(batch), -1).unbind())
+            for losses in ([one.model for one in parts], [one.baseline for one in parts])
+        )
+        kl = torch.cat([one.kl.cpu() for one in parts])
+        return PairedLosses(own, others, kl, sum(int(one.changed.sum()) for one in parts))
+
+    measured = _shared(batches, of_batch, progress)
+    return PairedLosses(
+        [losses for one in measured for losses in one.model],
+        [losses for one in measured for losses in one.baseline],
+        torch.cat([one.kl for one in measured]),
+        sum(one.changed for one in measured),
+    )
 
 
 def _batches(rows: Sequence[Tensor]) -> Iterator[Tensor]:

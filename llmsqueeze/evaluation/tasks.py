@@ -17,6 +17,7 @@ from llmsqueeze.demo import task as demo_task
 from llmsqueeze.errors import HubError, RecipeError, first_line, nearest
 from llmsqueeze.evaluation.models import OpenModel
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 
 SEED, OTHER_SEED = 0, 1234  # those of lm-eval's own command: Python's generator; NumPy's, torch's and few-shot's
@@ -45,9 +46,11 @@ class Tasks:
     batch_size: int = 8
 
     def run(self, opened: OpenModel, progress: Progress) -> dict[str, TaskScores]:
-        """task -> scores. Raises HubError if the data of a task cannot be loaded, or a package is missing."""
-        if not self.specs:
-            return {}
+        """task -> scores, which of several processes the first one measures. Raises HubError if the data of a task
+        cannot be loaded, or a package is missing."""
+        return processes.of_first(lambda: self._scores(opened, progress)) if self.specs else {}
+
+    def _scores(self, opened: OpenModel, progress: Progress) -> dict[str, TaskScores]:
         with progress.foreign("tasks"):
             try:
                 return self._run(opened)

@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from llmsqueeze.parallel import processes
+
 ROUNDS = 3  # the first one warms up
 CLEARLY = 0.8  # another dtype is chosen if it takes at most this share of the first one's time
 SHAPES = {"cpu": (128, 1024), "cuda": (4096, 4096)}  # tokens, width
@@ -22,7 +24,7 @@ def fastest_dtype(device: torch.device, among: Sequence[torch.dtype] = (torch.fl
 
     The first is the one to keep: another must be clearly faster, so that a busy machine does not change the choice.
     """
-    return choose_fastest(trial_seconds(device, tuple(among)))
+    return processes.of_first(lambda: choose_fastest(trial_seconds(device, tuple(among))))
 
 
 def choose_fastest(seconds: dict[torch.dtype, float]) -> torch.dtype:

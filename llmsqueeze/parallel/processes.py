@@ -26,13 +26,14 @@ from llmsqueeze.parallel import launched
 from llmsqueeze.parallel.threads import SIDE_BY_SIDE
 
 PATIENCE = timedelta(days=1)  # the others wait while the first one writes and verifies
+_apart = False  # whether this process works for all of them just now
 T = TypeVar("T")
 OverRows = Callable[[int, Callable[[slice], Sequence[Tensor]]], list[Tensor]]  # as `over_rows`
 
 
 def count() -> int:
     """How many processes have joined this run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
 
 
 def rank() -> int:
@@ -71,12 +72,13 @@ def of_first(value: Callable[[], T]) -> T:
     outcome: tuple[T | None, SqueezeError | None] = None, None
     if first():
         try:
-            outcome = value(), None
-        except SqueezeError as error:
-            outcome = None, error
-    result, error = told(outcome)
-    if error is not None:
-        raise error
+            with _work_apart():
+                outcome = value(), None
+        except SqueezeError as refusal:
+            outcome = None, refusal
+    result, raised = told(outcome)
+    if raised is not None:
+        raise raised
     return result  # type: ignore[return-value]
 
 
@@ -201,6 +203,17 @@ def _pickled(value: Any) -> Tensor:
 
 def _unpickled(content: Tensor) -> Any:
     return pickle.loads(content.numpy().tobytes())  # from a process of the same run
+
+
+@contextmanager
+def _work_apart() -> Iterator[None]:
+    """In the context this process does not talk to the others, which wait for it."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""Several processes share a run: real ones, whose folder is that of one process, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import TEXT, refused
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from llmsqueeze.compress.quantize import quantize
+from llmsqueeze.demo import MODEL_DIR
+from llmsqueeze.model.original import Source
+
+PROGRAM = Path(__file__).with_name("shared_runs.py")
+SAMPLES = {**TEXT, "samples": 5}  # that two processes have unequally many of
+RUNS: dict[str, dict[str, Any]] = {
+    "descent": {"method": "descent", "bits": 3, **SAMPLES},
+    "coded ends": {"method": "coded", "bits": 3.0, "code_embeddings": True, **SAMPLES},
+    "experts": {"method": "budget", "bits": 3.0, **SAMPLES},
+}
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts with random weights."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=626, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(MODEL_DIR / file, folder / file)
+    return folder
+
+
+def start(count: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """The processes of a run, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    whole = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, *map(str, arguments)],
+            env=os.environ | whole | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_two_processes_one_of_them_killed_write_what_one_writes(
+    demo_of: Callable[[int], Path], mixtral: Path, tmp_path: Path
+) -> None:
+    """The last process is killed after the first block of the first run. The other one stops with one line, and the
+    same command goes on."""
+    models = {name: mixtral if name == "experts" else demo_of(2 if name == "descent" else 1) for name in RUNS}
+    runs = json.dumps({name: [str(models[name]), settings] for name, settings in RUNS.items()})
+    one, two = tmp_path / "one", tmp_path / "two"
+    first, last = start(2, two, runs, "block-0")
+    assert last.wait() == -signal.SIGKILL
+    _, err = first.communicate()
+    assert first.returncode == 2, err
+    assert "another process of this run has ended" in err
+    assert "the same command goes on" in err
+    assert len(err.strip().splitlines()) == 1
+    assert [path.name for path in two.iterdir()] == ["descent.partial"]
+    again = start(2, two, runs)
+    for name, settings in RUNS.items():
+        quantize(Source(str(models[name])), settings, one / name)
+    for process in again:
+        assert (process.communicate()[1], process.returncode) == ("", 0)
+    assert contents(two) == contents(one)
+
+
+def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    err = refused("export", "demo", "--to", "gguf-map", "--out", tmp_path / "out")
+    assert "export runs in one process; a launcher can start quantize, eval, compare, distill" in err
