@@ -23,6 +23,7 @@ from llmsqueeze.cli.recipes import recipes
 from llmsqueeze.cli.report import report
 from llmsqueeze.cli.show import show
 from llmsqueeze.cli.threads import spin_little
+from llmsqueeze.parallel import launched
 
 app = typer.Typer(
     name="llmsqueeze",
@@ -56,6 +57,7 @@ def _root(
 def main() -> None:
     """Entry point of the console script."""
     spin_little()
+    launched.command = ["llmsqueeze", *sys.argv[1:]]
     try:
         app()
     except BrokenPipeError:

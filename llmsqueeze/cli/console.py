@@ -1,6 +1,6 @@
 """The terminal: progress and errors on stderr, results on stdout, at most 100 columns wide, colour only on a terminal.
 
-If stderr is not a terminal, progress is a line per compressed weight and per stage.
+If stderr is not a terminal, progress is a line a minute. What every step did is in the run's log (progress/log.py).
 """
 
 from __future__ import annotations
@@ -51,10 +51,22 @@ def console(stderr: bool = False) -> Console:
     return terminal
 
 
+MINUTE = 60.0
+
+
+def duration(seconds: float) -> str:
+    """Such as `48 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class TerminalProgress(Progress):
-    """Bars with the remaining time on a terminal, lines elsewhere. Weights with a large error are marked."""
+    """Bars with the remaining time on a terminal, a line a minute elsewhere. Weights with a large error are marked."""
 
     def __init__(self, quiet: bool = False) -> None:
+        self._said = time.monotonic()
         self._console = console(stderr=True)
         self._quiet = quiet
         self._bars: RichProgress | None = None
@@ -101,14 +113,26 @@ class TerminalProgress(Progress):
         self._done += 1
         if self._bars and self._task is not None:
             self._bars.advance(self._task)
-        elif not self._quiet and self._done in (1, self._total) and self._total:
+        elif self._total:
             seconds = time.monotonic() - self._start
-            left = seconds / self._done * (self._total - self._done)
-            self._print(f"{self._stage}: {self._done}/{self._total}, {seconds:.0f} s, about {left:.0f} s left")
+            left = duration(seconds / self._done * (self._total - self._done))
+            self._in_a_minute(f"{self._stage}: {self._done} of {self._total}, {duration(seconds)}, about {left} left")
+
+    def sample(self, done: int, total: int) -> None:
+        if not self._bars:
+            step = f"{self._done + 1} of {self._total}" if self._total else "begins"
+            self._in_a_minute(f"{self._stage}: {step}, sample {done} of {total}")
+
+    def _in_a_minute(self, line: str) -> None:
+        """Prints the line if the last such line is a minute old."""
+        if time.monotonic() - self._said >= MINUTE:
+            self._said = time.monotonic()
+            self._print(line)
 
     def weight(self, name: str, bits_per_weight: float, error: float) -> None:
         mark = "  <-- large" if error > 0.5 else ""
-        self._print(f"  {name:<58} {bits_per_weight:5.2f} bit   error {error:9.2e}{mark}", "red" if mark else None)
+        if self._bars or mark:
+            self._print(f"  {name:<58} {bits_per_weight:5.2f} bit   error {error:9.2e}{mark}", "red" if mark else None)
 
     def note(self, text: str) -> None:
         self._print(f"note: {text}", "yellow")

@@ -23,6 +23,9 @@ def plan(
         typer.Option(help="all; or none: predict only sizes, from config.json, with the same widths in every linear."),
     ] = "all",
     trial: Annotated[bool, typer.Option(help="Compress two blocks to predict time and memory.")] = True,
+    processes: Annotated[
+        int, typer.Option(min=1, max=16, help="Predict the time that so many processes take together.")
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for plan and profile. [./<model>-plan]")] = None,
     profile_time: ProfileTime = False,
     device: Device = "auto",
@@ -50,6 +53,7 @@ def plan(
             device=device,
             weights=weights == "all",
             trial=trial,
+            shared_among=processes,
             progress=progress,
         )
     if available():

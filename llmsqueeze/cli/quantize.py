@@ -30,6 +30,7 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start over, instead of going on with what a killed run has done.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run even if memory or disk do not seem to suffice.")] = False,
     profile_time: ProfileTime = False,
     device: Device = "auto",
     revision: Revision = None,
@@ -54,6 +55,7 @@ def quantize(
             overwrite=overwrite,
             verify=verify,
             restart=restart,
+            force=force,
             progress=progress,
         )
     return Outcome(summary, print_summary)

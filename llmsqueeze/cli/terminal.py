@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -120,7 +121,7 @@ def friendly(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if debug:
             raise
-        fail(f"interrupted; {_note(error) or UNFINISHED}", 130)
+        fail(f"interrupted; {_goes_on(error) or UNFINISHED}", 130)
     except SqueezeError as error:
         if debug:
             raise
@@ -156,6 +157,15 @@ def _note(error: BaseException) -> str:
     """What the outermost folder that was being written says of the error; empty if there is nothing to say."""
     notes: list[str] = getattr(error, "__notes__", [])
     return notes[-1] if notes else ""
+
+
+def _goes_on(error: BaseException) -> str:
+    """The note of an error; with the command, if this process has one, that goes on with what was kept."""
+    note = _note(error)
+    same = "the same command goes on from there"
+    if not note.endswith(same) or not launched.command:
+        return note
+    return note.replace(same, f"this goes on from there: {shlex.join(launched.command)}")
 
 
 def _unexpected(error: Exception) -> str:

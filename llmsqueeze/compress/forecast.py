@@ -18,6 +18,7 @@ from llmsqueeze.progress.stopwatch import Times
 
 Shapes = Sequence[tuple[int, int]]  # [rows, cols] of linears
 KINDS = ("seconds", "processor_seconds")
+SHARED = ("forward", "backward", "moments", "round", "compensate")  # stages whose samples or rows processes share
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ def forecast(tried: Tried, work: Sequence[Mapping[str, float]]) -> dict[str, dic
                 for kind, seconds in tried.blocks[like].get(stage, {}).items():
                     total[stage][kind] += factor * seconds
     return {stage: {kind: round(one[kind], 4) for kind in KINDS} for stage, one in total.items()}
+
+
+def shared(times: Times, processes: int) -> dict[str, dict[str, float]]:
+    """The times of each of several processes: what they share takes its part, the rest is done by all or by the
+    first."""
+    return {
+        stage: {kind: round(spent / (processes if stage in SHARED else 1), 4) for kind, spent in one.items()}
+        for stage, one in times.items()
+    }
 
 
 def added(times: Sequence[Times]) -> dict[str, dict[str, float]]:

@@ -13,6 +13,7 @@ from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.compress.decision.decide import Decision, decide
 from llmsqueeze.compress.fingerprint import fingerprint
 from llmsqueeze.compress.job import Job, measure_job, open_job
+from llmsqueeze.compress.room import bytes_needed
 from llmsqueeze.compress.summary import Summary, summarize
 from llmsqueeze.compress.weights import resume
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_streams
@@ -37,6 +38,7 @@ from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.tensors.ties import untied_config
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress, stopwatch
+from llmsqueeze.progress.log import RUN_LOG, Logged
 from llmsqueeze.recipe.recipe import Recipe
 
 PROFILE = "profile"  # the step of a journal
@@ -72,12 +74,14 @@ def compress(
     verify: bool,
     progress: Progress,
     restart: bool = False,
+    force: bool = False,
 ) -> Summary:
     """Compresses a model into the folder `out`, which appears when all is written, checked and, with `verify`, read
     back and compared with the weights that were computed with.
 
     `decision`, or the `profile` that it is made from: from an earlier run; without them they are made here. A run that
     was killed leaves a journal in `<out>.partial`, and the same run goes on from there, unless it is to `restart`.
+    `force`: even if the disk seems too small.
     Raises VerificationError for a result that differs, which stays in `<out>.partial`.
     """
     start = time.monotonic()
@@ -86,7 +90,9 @@ def compress(
     shards = len(outside_shards(job.skeleton)) + len(job.skeleton.blocks)
     if (beside := sum(files_beside(job.path).values())) > MUCH_BESIDE:
         progress.note(f"{beside / 1e6:.0f} MB of files beside the weights will be copied")
-    with output_folder(out, shards, bytes_needed(job, decision), overwrite, about, restart) as output:
+    needed = 0 if force else bytes_needed(job, decision)
+    with output_folder(out, shards, needed, overwrite, about, restart) as output:
+        progress = Logged(progress, output.partial / RUN_LOG) if processes.first() else progress
         without_damaged(output.journal, progress)
         decision = decision or measure_and_decide(job, target, profile, output, progress)
         decision = processes.told(replace(decision, plan=writable(job, decision.plan)))
@@ -234,24 +240,3 @@ def quantization_config(skeleton: Skeleton, plan: Plan) -> dict[str, Any]:
 def writable(job: Job, plan: Plan) -> Plan:
     """The plan, in the native format if compressed-tensors cannot represent all of it."""
     return compressed_tensors.writable_plan(plan, job.recipe.portable, expert_linears(job.skeleton.model))
-
-
-def bytes_needed(job: Job, decision: Decision | None) -> int:
-    """Disk space for the result and, at the worst, for all activations of the run."""
-    plan, recipe, linears = job.plan, job.recipe, job.plan.nbytes
-    outliers = round(recipe.outliers * plan.numel) * 8 + sum(4 * w.shape[0] for w in plan.weights.values())
-    if decision is not None:
-        linears, outliers = decision.plan.nbytes, 0
-    elif recipe.size is not None:
-        linears = recipe.size - job.kept_nbytes
-    elif recipe.average_bits is not None:
-        linears = int(plan.numel * recipe.average_bits / 8)
-    elif recipe.bounded or recipe.mix:
-        linears = plan.numel
-    activations = 0
-    if job.calibration is not None:
-        _, width = job.skeleton.embedding_shape
-        lists = 4 + (len(job.skeleton.blocks) if recipe.needs_gradients and decision is None else 0)
-        activations = len(job.samples) * job.calibration.seq_len * width * 4 * lists
-    beside = sum(files_beside(job.path).values())
-    return job.kept_nbytes + max(0, linears) + outliers + activations + beside

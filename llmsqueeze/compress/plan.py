@@ -13,6 +13,7 @@ from llmsqueeze.compress.decision.decide import Decision, decide
 from llmsqueeze.compress.decision.outlook import curve, table
 from llmsqueeze.compress.job import Job, model_name, open_job
 from llmsqueeze.compress.reuse import rows_by, stored_or_measured
+from llmsqueeze.compress.room import bytes_needed
 from llmsqueeze.compress.summary import portability, rounded_towers
 from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
@@ -31,11 +32,12 @@ def plan(
     device: str = "auto",
     weights: bool = True,
     trial: bool = True,
+    shared_among: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measures (or reads a profile in `out` that matches), decides, predicts, and writes plan and profile into `out`.
 
-    Without `weights` sizes come from `config.json` alone, and every linear gets the same widths (method budget).
+    shared_among: so many processes, for the prediction of time. Without `weights` sizes come from `config.json` alone, and every linear gets the same widths (method budget).
     Returns what the command prints.
     """
     progress = progress or Progress()
@@ -51,12 +53,13 @@ def plan(
     decision = decide(job.plan, profile, job.recipe, job.skeleton.linears, target)
     about = in_short(job, profile, decision)
     write_plan(folder / PLAN, decision.plan, job.recipe, about, rows_by(job.recipe), PROFILE if weights else None)
-    needed = run_trial(job, folder / PLAN, progress) if trial and weights else {}
+    needed = run_trial(job, folder / PLAN, progress, shared_among) if trial and weights else {}
     return (
         about
         | {"given": source.model, "out": str(folder)}
         | at_length(job, profile, decision)
         | {f"predicted_{key}": needed.get(key) for key in ("seconds", "time", "peak_memory_mb")}
+        | {"predicted_disk_bytes": bytes_needed(job, decision), "processes": shared_among}
         | {"time": stopwatch.measured()}
     )
 

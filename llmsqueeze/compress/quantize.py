@@ -15,6 +15,7 @@ from llmsqueeze.compress.fingerprint import earlier_products, fingerprint
 from llmsqueeze.compress.job import Job, model_name, open_job, with_text
 from llmsqueeze.compress.pipeline import compress
 from llmsqueeze.compress.reuse import given_plan, given_profile, open_plan
+from llmsqueeze.compress.room import check_room
 from llmsqueeze.compress.search import HELD_BACK, smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.files import read_json_if_there, write_json
@@ -43,10 +44,11 @@ def quantize(
     overwrite: bool = False,
     verify: bool = True,
     restart: bool = False,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compresses as the command says; returns its summary. What a killed run of the same command has done is not done
-    again, unless it is to `restart`."""
+    again, unless it is to `restart`. A run for which memory or disk cannot suffice is refused, but for `force`."""
     start, progress = time.monotonic(), progress or Progress()
     progress = progress if processes.first() else Progress()
     keep_within_block()
@@ -66,6 +68,8 @@ def quantize(
     decision = given_plan(job, file) if file is not None else None
     if decision is not None and (without := len(job.plan.weights) - len(decision.plan.weights)):
         progress.note(f"{without} of {len(job.plan.weights)} linears are not in {plan}: they stay as they are")
+    if not force:
+        processes.of_first(lambda: check_room(job, decision, folder))
     measured = None
     if recipe.needs_text or profile is not None:
         job = with_text(job, progress, HELD_BACK if recipe.bounded else 0)
@@ -75,7 +79,7 @@ def quantize(
     if recipe.bounded:
         result = smallest_within(job, folder, measured, overwrite, verify, progress, restart)
         return result | {"time": stopwatch.measured()}
-    result = run(job, folder, decision, measured, overwrite, verify, progress, restart)
+    result = run(job, folder, decision, measured, overwrite, verify, progress, restart, force)
     # with all that was read before
     return result | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
 
@@ -89,19 +93,21 @@ def run(
     verify: bool,
     progress: Progress,
     restart: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """One run, and the distillation of its result if the recipe has steps of it; returns the summary."""
     from llmsqueeze.distillation.distill import working_path
 
     given: dict[str, Any] = {"decision": decision, "profile": profile, "verify": verify, "progress": progress}
+    given |= {"restart": restart, "force": force}
     if not job.recipe.distill_steps:
-        return compress(job, out, overwrite=overwrite, restart=restart, **given).as_dict()
+        return compress(job, out, overwrite=overwrite, **given).as_dict()
     first, about = undistilled(out), processes.of_first(lambda: fingerprint(job, decision, profile, verify))
     done = processes.of_first(lambda: read_json_if_there(first / DONE))
     if restart or done.get("about") != json.loads(json.dumps(about)):
         if restart and processes.first():
             shutil.rmtree(working_path(out), ignore_errors=True)
-        summary = compress(job, first, overwrite=True, restart=restart, **given).as_dict()
+        summary = compress(job, first, overwrite=True, **given).as_dict()
         if processes.first():
             write_json(first / DONE, {"about": about, "summary": summary})
         processes.meet()

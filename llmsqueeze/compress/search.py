@@ -28,6 +28,7 @@ from llmsqueeze.journal import Journal
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.log import RUN_LOG, Logged
 
 HELD_BACK, FEWEST = 64, 4
 WIDTH = 0.02  # of the bracket that is narrow enough, in bits per weight
@@ -71,6 +72,7 @@ def smallest_within(
     about = processes.of_first(lambda: fingerprint(job, None, profile, verify))
     with partial_folder(out, about, restart) as folder:
         journal = joined_journal(folder, about)
+        progress = Logged(progress, folder / RUN_LOG) if processes.first() else progress
         without_damaged(journal, progress)
         profile = profile or measured(job, folder, journal, progress)
         search = _Search(job, folder, profile, verify, progress, journal)

@@ -22,7 +22,7 @@ import torch
 
 import llmsqueeze
 from llmsqueeze.compress.decision.decide import Decision
-from llmsqueeze.compress.forecast import Tried, added, between, forecast, seconds, work_of
+from llmsqueeze.compress.forecast import Tried, added, between, forecast, seconds, shared, work_of
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.compress.pipeline import write_rest, write_weights
 from llmsqueeze.compress.reuse import given_plan, open_plan
@@ -46,9 +46,9 @@ print(json.dumps(main(json.loads(sys.argv[2]))))
 """
 
 
-def run_trial(job: Job, plan: Path, progress: Progress) -> dict[str, Any]:
-    """`time` by stage, `seconds` and `peak_memory_mb` that `quantize --plan` will need; empty, with a note, if the
-    trial fails."""
+def run_trial(job: Job, plan: Path, progress: Progress, processes: int = 1) -> dict[str, Any]:
+    """`time` by stage, `seconds` and `peak_memory_mb` that `quantize --plan` will need, and each of so many processes
+    that share it; empty, with a note, if the trial fails."""
     source = [job.source.model, job.source.revision, job.source.trust_remote_code]
     task = json.dumps({"source": source, "plan": str(plan), "device": str(job.device)})
     progress.stage("trial", 1)
@@ -59,7 +59,10 @@ def run_trial(job: Job, plan: Path, progress: Progress) -> dict[str, Any]:
             raise SqueezeError(next(reversed(done.stderr.strip().splitlines()), f"code {done.returncode}"))
         prediction = json.loads(done.stdout.strip().splitlines()[-1])
     progress.advance()
-    return prediction
+    if not prediction:
+        return {}
+    times = shared(prediction["time"], processes)
+    return prediction | {"time": times, "seconds": seconds(times)}
 
 
 class Laps(Progress):

@@ -32,6 +32,7 @@ from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
+from llmsqueeze.progress.log import RUN_LOG
 from llmsqueeze.progress.stopwatch import timed
 
 OWNER = ".owner"  # in a .partial: the process that writes it
@@ -314,7 +315,8 @@ def rewrite(
 def publish(folder: Path, path: Path, overwrite: bool) -> None:
     """Gives a finished folder its final name; a folder at `path` is replaced only with `overwrite`."""
     check_writable(path, overwrite)
-    (folder / OWNER).unlink(missing_ok=True)
+    for name in (OWNER, RUN_LOG):
+        (folder / name).unlink(missing_ok=True)
     _take_name(folder, path)
     _remove_journals(path)
 
@@ -323,13 +325,20 @@ def _check_leftover(partial: Path) -> None:
     """Raises OutputError if there is a `.partial` of a living run or of the user."""
     if not partial.exists():
         return
+    owner, alive = owner_of(partial)
+    if owner != os.getpid() and alive:
+        raise OutputError(f"another run (process {owner}) is writing {partial}; wait for it, or choose another --out")
+
+
+def owner_of(partial: Path) -> tuple[int, bool]:
+    """The process that writes a `.partial`, and whether it still runs. Raises OutputError if llmsqueeze did not write
+    it."""
     try:
         pid, _, start = (partial / OWNER).read_text().partition(" ")
         owner = int(pid)
     except (OSError, ValueError) as error:
         raise OutputError(f"{partial} exists, and llmsqueeze did not write it; remove or rename it") from error
-    if owner != os.getpid() and _alive(owner, start):
-        raise OutputError(f"another run (process {owner}) is writing {partial}; wait for it, or choose another --out")
+    return owner, _alive(owner, start)
 
 
 def _write_owner(partial: Path) -> None:

@@ -41,6 +41,7 @@ def measure(
 ) -> Profile:
     """The profile of `linears`. `first_inputs`: the first block's, for every sample; none if the request needs no
     text."""
+    walk.on_sample = progress.sample
     if request.gradients:
         return gradient_sweeps(walk, first_inputs, linears, request, progress, journal)
     profiles = []
@@ -194,6 +195,7 @@ def forward_block(
             before, behind = walk.hidden_in(index, sample, hidden), walk.hidden_in(index + 1, sample, output)
             similar.append(similarity(before, behind))
             outputs.append(output)
+            walk.on_sample(sample + 1, len(walk.samples))
     return outputs, sum(walk.of_all(similar)) / walk.count
 
 

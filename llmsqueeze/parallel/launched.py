@@ -1,8 +1,10 @@
-"""What a launcher (`torchrun`, `accelerate launch`) says in the environment of the processes that it starts."""
+"""How this process was started: its command, and what a launcher (`torchrun`, `accelerate launch`) says of others."""
 
 from __future__ import annotations
 
 import os
+
+command: list[str] = []  # the words of the command that this process runs, if it was started for one
 
 
 def number(name: str, default: int = 0) -> int:

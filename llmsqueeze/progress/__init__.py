@@ -22,6 +22,9 @@ class Progress:
     def weight(self, name: str, bits_per_weight: float, error: float) -> None:
         """A weight was compressed: its bits per weight and its relative output error."""
 
+    def sample(self, done: int, total: int) -> None:
+        """So many of the samples have gone through what the step measures."""
+
     def note(self, text: str) -> None:
         """A message to the user."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -36,14 +37,16 @@ def test_ctrl_c_leaves_no_result(tmp_path: Path) -> None:
     with subprocess.Popen(command, **pipes, text=True, preexec_fn=listen) as process:
         assert process.stderr is not None
         assert process.stdout is not None
-        for line in process.stderr:
-            if "q_proj" in line:
-                process.send_signal(signal.SIGINT)
-                break
+        log = tmp_path / "out.partial" / "run.jsonl"
+        while process.poll() is None and not (log.exists() and "q_proj" in log.read_text()):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+        process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
         out = process.stdout.read()
     assert process.returncode == 130, rest
-    assert "interrupted; what was done is kept in" in rest
+    assert "interrupted; what was done is kept in" in " ".join(rest.split())
+    assert f"this goes on from there: llmsqueeze quantize demo --samples 4 --out {tmp_path / 'out'}" in rest
     assert "Traceback" not in rest
     assert out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

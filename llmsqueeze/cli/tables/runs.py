@@ -205,7 +205,11 @@ def print_plan(plan: dict[str, Any]) -> None:
     out.print(f"format: {format_and_why(plan)}")
     if plan["predicted_seconds"] is not None:
         memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
-        out.print(f"predicted for quantize --plan: {plan['predicted_seconds']:.0f} s, peak memory {memory}")
+        among = f" by {plan['processes']} processes" if plan["processes"] > 1 else ""
+        disk = f"disk {size(plan['predicted_disk_bytes'])}"
+        out.print(
+            f"predicted for quantize --plan{among}: {plan['predicted_seconds']:.0f} s, peak memory {memory}, {disk}"
+        )
     if plan["time"] is not None:
         print_times("time of this plan", plan["time"])
         print_times("predicted time", plan["predicted_time"])

@@ -55,6 +55,7 @@ class Run:
     @classmethod
     def of(cls, walk: Walk, decision: Decision, recipe: Recipe, progress: Progress) -> Run:
         coding = decision.coding
+        walk.on_sample = progress.sample
         pace = Pace(decision.plan, coding.curves, coding.target) if coding is not None else None
         return cls(walk, decision, recipe, progress, pace)
 

@@ -143,6 +143,7 @@ class Paused:
 
         def with_little_memory(sample: int, computed: T) -> None:
             use(sample, computed)
+            self.walk.on_sample(sample + 1, len(self.walk.samples))
             if sample % TRIM_EVERY == TRIM_EVERY - 1:
                 give_back()
 

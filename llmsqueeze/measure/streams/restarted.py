@@ -92,6 +92,7 @@ class Restarted:
             x, y = self._routed(sample, differ, partial(inputs, groups))
             pooled.add(x if x is not None and differ else {}, y if y is not None else x or {})
             pooled.seen(sample)
+            self.walk.on_sample(sample + 1, len(self.walk.samples))
         return pooled
 
     def _routed(self, sample: int, differ: bool, run: Callable[[bool, int], T]) -> tuple[T | None, T | None]:
@@ -182,6 +183,7 @@ class Restarted:
                 apart = None if original is None or not adds else original.apart(compressed)
                 moments.add(None if original is None else original.input, compressed.input, apart=apart)
             moments.seen(sample)
+            self.walk.on_sample(sample + 1, len(self.walk.samples))
         return moments.mean()
 
     def ahead(self) -> ResidualStreams:

@@ -75,6 +75,7 @@ class Walk:
         self.dtype, self.device, self.products = dtype, device, products or dtype
         self.modules = [skeleton.module(name) for name in skeleton.blocks]
         self.head = Head(skeleton, self._blocks_giving, dtype, device)
+        self.on_sample: Callable[[int, int], None] = lambda _done, _total: None  # hears of the samples of a step
         self._ahead = ReadAhead(skeleton.read)
         self._calls: list[list[BlockCall]] = []  # [sample][block]
         self.returns: dict[Hashable, Returns] = {}
