@@ -37,7 +37,8 @@ def plan(
 ) -> dict[str, Any]:
     """Measures (or reads a profile in `out` that matches), decides, predicts, and writes plan and profile into `out`.
 
-    shared_among: so many processes, for the prediction of time. Without `weights` sizes come from `config.json` alone, and every linear gets the same widths (method budget).
+    Without `weights` sizes come from `config.json` alone, and every linear gets the same widths (method budget).
+    shared_among: so many processes, for the prediction of time.
     Returns what the command prints.
     """
     progress = progress or Progress()

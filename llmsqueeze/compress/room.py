@@ -1,7 +1,7 @@
 """Memory and disk that a run needs, from the model's shapes, against what is free: before any work is done.
 
     least memory = Python and its libraries
-                 + the largest block's linears, as they were and as they become, float32 (experts come a chunk at a time)
+                 + the largest block's linears, as they were and as they become, float32, without experts
                  + three matrices [cols, cols] of the widest linear if the method needs moments (curvature.py)
                  or, if that is more, the head in float32 if the method needs gradients
 
@@ -70,8 +70,8 @@ def check_room(job: Job, decision: Decision | None, out: Path) -> None:
     least, free = least_memory(job) / 1e6, free_memory(job.device)
     if free is not None and least > free:
         raise OutputError(
-            f"this run needs at least {least / 1e3:.1f} GB of memory on {job.device}, and {free / 1e3:.1f} GB are free; "
-            "take a smaller model or a machine with more, or --force to try"
+            f"this run needs at least {least / 1e3:.1f} GB of memory on {job.device}, and {free / 1e3:.1f} GB are "
+            "free; take a smaller model or a machine with more, or --force to try"
         )
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     needed, on_disk = bytes_needed(job, decision) / 1e9, shutil.disk_usage(folder).free / 1e9
