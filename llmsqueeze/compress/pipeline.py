@@ -95,7 +95,9 @@ def compress(
         progress = Logged(progress, output.partial / RUN_LOG) if processes.first() else progress
         without_damaged(output.journal, progress)
         decision = decision or measure_and_decide(job, target, profile, output, progress)
-        decision = processes.told(replace(decision, plan=writable(job, decision.plan)))
+        # what it was decided from is the same in all processes; other machines may decide otherwise
+        told = processes.told((writable(job, decision.plan), decision.chosen, decision.predicted))
+        decision = replace(decision, plan=told[0], chosen=told[1], predicted=told[2])
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
         compared, opens, opened = processes.of_first(lambda: finish(output, job, decision, by_weight, witness, progress))
     return summarize(job, decision, output, time.monotonic() - start, compared, opens, by_weight, opened)
