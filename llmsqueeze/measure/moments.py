@@ -210,13 +210,13 @@ def pool_probes(
     pools: dict[tuple[str, ...], list[Tensor]] = {}
     for group in groups:
         if group.pool:
-            given, cols = inputs.get(group.names[0]), walk.skeleton.shape(group.names[0])[1]
-            of_pool = pools.setdefault(group.pool, [])
-            of_pool += [given.reshape(-1, cols)] if given is not None else []
-    for pool, given in pools.items():
-        if not given:
-            given.append(torch.ones(1, walk.skeleton.shape(f"{pool[0]}.0")[1]))
-    return processes.told({pool: probes_for(torch.cat(given)) for pool, given in pools.items()})
+            of_pool, cols = pools.setdefault(group.pool, []), walk.skeleton.shape(group.names[0])[1]
+            if (given := inputs.get(group.names[0])) is not None:
+                of_pool.append(given.reshape(-1, cols))
+    for pool, of_pool in pools.items():
+        if not of_pool:
+            of_pool.append(torch.ones(1, walk.skeleton.shape(f"{pool[0]}.0")[1]))
+    return processes.told({pool: probes_for(torch.cat(of_pool)) for pool, of_pool in pools.items()})
 
 
 def with_all_experts(groups: Sequence[FusionGroup], stacks: Mapping[str, int]) -> list[FusionGroup]:

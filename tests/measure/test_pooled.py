@@ -25,6 +25,9 @@ class Group:
     def add(self, _x: Tensor | None, y: Tensor) -> None:
         self.xtx.add(y)
 
+    def probe_with(self, _probes: Tensor) -> None:
+        """It has probes of its own."""
+
     def mean(self) -> Any:
         from llmsqueeze.measure.moments import Moments
 
@@ -35,7 +38,7 @@ class Group:
 
 def pooled_of(samples: list[dict[tuple[str, ...], Tensor]], names: list[tuple[str, ...]]) -> Mapping[Any, Any]:
     groups: Any = {name: Group() for name in names}
-    pooled = PooledMoments(groups)
+    pooled = PooledMoments(groups, torch.empty(0))
     for sample in samples:
         pooled.add({}, sample)
     return dict(pooled.mean(of_pool(pooled.sums)))
