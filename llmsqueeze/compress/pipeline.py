@@ -99,7 +99,9 @@ def compress(
         told = processes.told((writable(job, decision.plan), decision.chosen, decision.predicted))
         decision = replace(decision, plan=told[0], chosen=told[1], predicted=told[2])
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
-        compared, opens, opened = processes.of_first(lambda: finish(output, job, decision, by_weight, witness, progress))
+        compared, opens, opened = processes.of_first(
+            lambda: finish(output, job, decision, by_weight, witness, progress)
+        )
     return summarize(job, decision, output, time.monotonic() - start, compared, opens, by_weight, opened)
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from llmsqueeze import memory
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
 from llmsqueeze.errors import OutputError
-from llmsqueeze import memory
 from llmsqueeze.formats.copied import files_beside
 
 LIBRARIES = 300 << 20  # bytes
