@@ -18,7 +18,7 @@ def show(
     from llmsqueeze.cli.tables.results import print_contents
     from llmsqueeze.cli.tables.unfinished import print_unfinished
     from llmsqueeze.publish.show import contents
-    from llmsqueeze.publish.unfinished import unfinished
+    from llmsqueeze.compress.unfinished import unfinished
 
     if (path := Path(folder)).name.endswith(".partial") and path.is_dir():
         return Outcome(unfinished(path).as_dict(), print_unfinished)

@@ -20,7 +20,7 @@ from llmsqueeze import memory
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
 from llmsqueeze.errors import OutputError
-from llmsqueeze.formats.copied import files_beside
+from llmsqueeze.formats.inspection.beside import files_beside
 
 LIBRARIES = 300 << 20  # bytes
 FLOAT32 = 4

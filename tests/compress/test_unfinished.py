@@ -15,7 +15,7 @@ from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.compress.weights import blocks
 from llmsqueeze.model.original import Source
 from llmsqueeze.progress.log import RUN_LOG, read
-from llmsqueeze.publish.unfinished import unfinished
+from llmsqueeze.compress.unfinished import unfinished
 
 
 @pytest.fixture(scope="module")
