@@ -17,8 +17,8 @@ def show(
     """Print the contents and the size of each weight of a compressed folder; of a `.partial`, how far its run is."""
     from llmsqueeze.cli.tables.results import print_contents
     from llmsqueeze.cli.tables.unfinished import print_unfinished
-    from llmsqueeze.publish.show import contents
     from llmsqueeze.compress.unfinished import unfinished
+    from llmsqueeze.publish.show import contents
 
     if (path := Path(folder)).name.endswith(".partial") and path.is_dir():
         return Outcome(unfinished(path).as_dict(), print_unfinished)

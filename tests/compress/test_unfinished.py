@@ -12,10 +12,10 @@ import pytest
 from support import TEXT, command, refused
 
 from llmsqueeze.compress.quantize import quantize
+from llmsqueeze.compress.unfinished import unfinished
 from llmsqueeze.compress.weights import blocks
 from llmsqueeze.model.original import Source
 from llmsqueeze.progress.log import RUN_LOG, read
-from llmsqueeze.compress.unfinished import unfinished
 
 
 @pytest.fixture(scope="module")
