@@ -112,6 +112,11 @@ def multiplier_for(plan: Plan, curves: Mapping[str, Curve], target: int, tokens:
     return high
 
 
+def finest_multiplier(plan: Plan, curves: Mapping[str, Curve]) -> float:
+    """The multiplier, as a binary logarithm, below which all linears keep their finest steps."""
+    return min(curve.finest - math.log2(plan.weights[name].factor) for name, curve in curves.items())
+
+
 def at_multiplier(plan: Plan, curves: Mapping[str, Curve], log_multiplier: float, tokens: int) -> Plan:
     """`plan` with the steps of this multiplier, and the bytes they are expected to take."""
     at = {

@@ -87,5 +87,8 @@ def free_memory(device: torch.device) -> float | None:
     if device.type == "cpu":
         on_cpu = memory.free_memory()
         return None if on_cpu is None else on_cpu / 1e6
-    free: int = torch.cuda.mem_get_info(device)[0]
+    try:
+        free: int = torch.cuda.mem_get_info(device)[0]
+    except (AssertionError, RuntimeError):  # torch or the driver cannot tell
+        return None
     return free / 1e6

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import SIDECAR, read_json_if_there
-from llmsqueeze.formats.shard import Stored, present
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor
+from llmsqueeze.model.tensors.shard import Stored, present
 
 KEY = "experts_stored_as"
 SHAPE = "weight_shape"

@@ -26,10 +26,10 @@ from llmsqueeze.errors import OutputError, ProcessError, SqueezeError, Verificat
 from llmsqueeze.files import INDEX, SIDECAR, write_json
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.formats.inspection import beside
-from llmsqueeze.formats.shard import Later, Stored, present, write
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
 from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.model.tensors.shard import Later, Stored, present, write
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.log import RUN_LOG

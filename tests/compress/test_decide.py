@@ -187,8 +187,10 @@ def test_the_curve_of_coded_weights_goes_through_the_plans_of_every_budget() -> 
     found = curve(plan, make_recipe({"method": "coded", "bits": 3.0}), profile)
     curves = coded.curves_of(plan, points)
     assert len(found) == POINTS
-    least = coded.at_multiplier(plan, curves, coded.FINEST, profile.labels).bits_per_weight
-    assert [found[0][0], found[-1][0]] == pytest.approx([max(least, 0.5), 10.0], abs=2e-3)
+    least, most = (
+        coded.at_multiplier(plan, curves, end, profile.labels).bits_per_weight for end in (coded.FINEST, coded.COARSEST)
+    )
+    assert [found[0][0], found[-1][0]] == pytest.approx([max(least, 0.5), min(most, 10.0)], abs=2e-3)
     assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(found))
     for bits, predicted in found[:: POINTS // 20]:
         sized = coded.allocate(plan, curves, round(bits * plan.numel / 8), profile.labels)

@@ -79,11 +79,12 @@ def curve(plan: Plan, recipe: Recipe, profile: Profile) -> list[tuple[float, flo
 
 
 def _coded_curve(plan: Plan, profile: Profile) -> list[tuple[float, float]]:
-    """The same of coded weights, from half a bit, or the least that steps and tables take, to ten: bits fall about
-    evenly as the logarithm of the multiplier rises."""
+    """The same of coded weights, from half a bit, or the least that steps and tables take, to ten, or the finest steps:
+    bits fall about evenly as the logarithm of the multiplier rises."""
     curves, tokens = coded.curves_of(plan, profile.curves), profile.labels
     least = coded.at_multiplier(plan, curves, coded.FINEST, tokens).nbytes
     ends = [max(least, int(bits * plan.numel / 8)) for bits in (0.5, 10.0)]
     first, last = (coded.multiplier_for(plan, curves, nbytes, tokens) for nbytes in ends)
+    last = max(last, coded.finest_multiplier(plan, curves))
     sized = [coded.at_multiplier(plan, curves, at, tokens) for at in torch.linspace(first, last, POINTS).tolist()]
     return [(one.bits_per_weight, coded.predicted_of_steps(one, curves)) for one in sized]

@@ -23,7 +23,6 @@ from llmsqueeze.compress.weights.resume import START, Resumed, Tally, note, numb
 from llmsqueeze.compress.weights.weight import WeightSettings, group_targets
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.folder import Output
-from llmsqueeze.formats.shard import Stored
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.measure.moments import Moments
 from llmsqueeze.measure.streams.passage import Passage, passage
@@ -34,6 +33,7 @@ from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.experts.linear import Weight, real
 from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.tensors.shard import Stored
 from llmsqueeze.parts import Part
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import Curvature

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import parts
-from llmsqueeze.formats.shard import Later
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.tensors.shard import Later
 from llmsqueeze.parts import Part, Spec
 
 CPU = torch.device("cpu")
