@@ -11,7 +11,7 @@ import torch
 from architectures import UNUSUAL
 from support import ARCHITECTURES
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, ZayaConfig
+from transformers import AutoModelForCausalLM, ReformerConfig, ReformerModelWithLMHead, ZayaConfig
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure.moments import fusion_groups
@@ -393,6 +393,19 @@ def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(type(layers[1]), "__call__", doubled)
         with pytest.raises(UnsupportedError, match="changes the hidden states between decoder blocks 0 and 1"):
             walk.embed()
+
+
+def test_what_a_model_reads_of_its_blocks_by_name_is_refused(tmp_path: Path) -> None:
+    """Reformer's reversible layers give two streams, which the model takes by their names."""
+    sizes = {"hidden_size": 32, "attention_head_size": 16, "num_attention_heads": 2, "feed_forward_size": 32}
+    kinds = {"attn_layers": ["local", "local"], "is_decoder": True, "axial_pos_embds": False}
+    config = ReformerConfig(vocab_size=320, local_attn_chunk_length=8, max_position_embeddings=64, **sizes, **kinds)
+    ReformerModelWithLMHead(config).save_pretrained(tmp_path)
+    with (
+        walking(tmp_path, [torch.randint(5, 300, (1, 8))], torch.float32) as walk,
+        pytest.raises(UnsupportedError, match="the model reads 'attn_output' of what its blocks return"),
+    ):
+        walk.embed()
 
 
 def test_what_a_block_gets_of_earlier_blocks_is_refused_also_if_the_model_computes_it() -> None:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.handed import Layout, Outputs, board_in
@@ -389,7 +390,15 @@ class Walk:
             raise Ended
 
         with recorder.installed(), suppress(Ended), replaced(self.head.module, head), torch.enable_grad():
-            self.skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
+            try:
+                self.skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
+            except AttributeError as error:
+                if isinstance(error.obj, tuple):  # what stands in for a block gave it
+                    raise UnsupportedError(
+                        f"the model reads '{error.name}' of what its blocks return, followed only if it is "
+                        "hidden states; --method rtn needs no forward pass"
+                    ) from error
+                raise
         return recorder
 
     def _learn_returns(self) -> None:
