@@ -21,12 +21,12 @@ from llmsqueeze.distillation.blockwise import train_blocks
 from llmsqueeze.distillation.folder import check_teacher, check_trainable, original_of, write_folder
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
-from llmsqueeze.distillation.teacher import ask
+from llmsqueeze.distillation.teacher import Answers, ask
 from llmsqueeze.distillation.training import TrainingState, train
 from llmsqueeze.errors import CalibrationError, OutputError
 from llmsqueeze.files import read_json, whole_file
 from llmsqueeze.formats.folder import check_writable
-from llmsqueeze.formats.opened import open_compressed
+from llmsqueeze.formats.opened import Folder, open_compressed
 from llmsqueeze.memory import peak_device_memory_mb, peak_memory_mb
 from llmsqueeze.model.calibration import Earlier, read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoint, weights_digest
@@ -67,30 +67,19 @@ def distill(
     settings = with_products(settings, chosen_device, working_path(out))
     check_trainable(student, settings)
     original = open_original(Source(teacher or original_of(student), revision, trust_remote_code))
-    skeleton = original.skeleton
-    check_teacher(skeleton, student, original.source.model)
+    check_teacher(skeleton := original.skeleton, student, original.source.model)
     earlier = Earlier.of(student.record)
     about_text = settings.text, progress, settings.held_back, chosen_device, earlier
     text = processes.of_first(lambda: read_calibration(original, *about_text))
-    rows, held_back = split(text.rows, text.held_back, settings.held_back)
+    samples = split(text.rows, text.held_back, settings.held_back)
     about = student.checkpoint, skeleton, settings, text.sha256
     work = processes.of_first(lambda: working_folder(out, *about))
+    needed = samples[1] if settings.blockwise else [*samples[0], *samples[1]]
     cache = teacher_cache or work / "teacher"
-    needed = held_back if settings.blockwise else [*rows, *held_back]
     answers = ask(skeleton, needed, cache, settings.top_k, chosen_device, progress, work)
 
     def train_and_write() -> TrainingState:
-        if settings.blockwise:
-            about = settings, answers, work, chosen_device, progress
-            state, best = train_blocks(skeleton, student, rows, held_back, *about)
-        else:
-            products = getattr(torch, settings.products)
-            opened = Student(
-                folder, student.checkpoint, frozenset(settings.train), chosen_device, trust_remote_code, products
-            )
-            state, best = train(opened, rows, held_back, settings, answers, work, progress)
-        if not best:
-            progress.note("no step made it better on held-back text: the result is the same folder again")
+        state, best = trained(student, skeleton, samples, settings, answers, work, chosen_device, progress)
         write_folder(student, best, record_of(original.source.model, text, settings, state), out, overwrite)
         shutil.rmtree(work, ignore_errors=True)
         return state
@@ -103,6 +92,31 @@ def distill(
         "peak_memory_mb": peak_memory_mb(),
         "peak_device_memory_mb": peak_device_memory_mb(str(chosen_device)),
     }
+
+
+def trained(
+    student: Folder,
+    skeleton: Skeleton,
+    samples: tuple[list[Tensor], list[Tensor]],
+    settings: Distillation,
+    answers: Answers,
+    work: Path,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[TrainingState, dict[str, Tensor]]:
+    """The student trained on the first of the samples and measured on the others, block by block or as a whole: how it
+    went, and the best of its tensors; none if no step made it better."""
+    rows, held_back = samples
+    if settings.blockwise:
+        about = settings, answers, work, device, progress
+        state, best = train_blocks(skeleton, student, rows, held_back, *about)
+    else:
+        trains, products = frozenset(settings.train), getattr(torch, settings.products)
+        opened = Student(str(student.path), student.checkpoint, trains, device, student.trust_remote_code, products)
+        state, best = train(opened, rows, held_back, settings, answers, work, progress)
+    if not best:
+        progress.note("no step made it better on held-back text: the result is the same folder again")
+    return state, best
 
 
 def with_products(settings: Distillation, device: torch.device, work: Path) -> Distillation:
