@@ -348,11 +348,10 @@ def _write_owner(partial: Path) -> None:
 def _alive(pid: int, start: str) -> bool:
     """Whether the process that started then still runs: after a restart of the machine another may have its number."""
     try:
-        os.kill(pid, 0)
+        with suppress(PermissionError):  # it is there, and another user's
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
     return not start or _started(pid) in ("", start)
 
 
