@@ -72,7 +72,11 @@ def _joined(verb: str) -> Iterator[None]:
         yield
         return
     if verb not in SHARED:
-        raise RecipeError(f"{verb} runs in one process; a launcher can start {', '.join(SHARED.values())}")
+        shared = ", ".join(SHARED.values())
+        raise RecipeError(
+            f"{verb} runs in one process, and WORLD_SIZE says that there are {launched.count()}; a launcher can start "
+            f"{shared}"
+        )
     from llmsqueeze.parallel import processes
 
     with processes.joined():

@@ -96,6 +96,11 @@ class Job:
 
     def walk_over(self, samples: list[Tensor], spill: Spill) -> Walk:
         """A walk over some of them."""
+        if processes.count() > min(SHARES, max(1, len(samples))):
+            raise RecipeError(
+                f"{processes.count()} processes cannot share {len(samples)} samples; start at most "
+                f"{min(SHARES, len(samples))}, or take shorter samples, of which more are measured"
+            )
         products, shares = getattr(torch, self.recipe.products), Shares.of(len(samples))
         own = [samples[number] for number in shares.numbers]
         return Walk(self.skeleton, own, spill, torch.float32, self.device, products, shares)
@@ -171,13 +176,7 @@ def with_text(job: Job, progress: Progress, held_back: int = 0) -> Job:
     def read() -> Calibration:
         return read_calibration(job.original, job.recipe.text, progress, held_back, job.device)
 
-    job = replace(job, calibration=processes.of_first(read))
-    if not min(processes.count(), SHARES) <= len(job.samples) or processes.count() > SHARES:
-        raise RecipeError(
-            f"{len(job.samples)} samples cannot be shared among {processes.count()} processes; there may be "
-            f"{min(len(job.samples), SHARES)}"
-        )
-    return job
+    return replace(job, calibration=processes.of_first(read))
 
 
 def measured_samples(job: Job, request: Request) -> list[Tensor]:

@@ -19,9 +19,15 @@ import torch
 from support import TEXT, refused
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from llmsqueeze.compress.job import open_job
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.demo import MODEL_DIR
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.original import Source
+from llmsqueeze.parallel import processes
+from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.resolve import make_recipe
 
 PROGRAM = Path(__file__).with_name("shared_runs.py")
 SAMPLES = {**TEXT, "samples": 5}  # that two processes have unequally many of
@@ -98,4 +104,15 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     err = refused("export", "demo", "--to", "gguf-map", "--out", tmp_path / "out")
-    assert "export runs in one process; a launcher can start quantize, eval, compare, distill" in err
+    assert "export runs in one process, and WORLD_SIZE says that there are 2" in err
+    assert "a launcher can start quantize, eval, compare, distill" in err
+
+
+def test_more_processes_than_samples_are_refused(
+    demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of those that are measured, which can be fewer: long ones are soon enough for prices."""
+    job = open_job(Source(str(demo_of(1))), make_recipe({"method": "budget", "bits": 3.0, **SAMPLES}), Progress())
+    monkeypatch.setattr(processes, "count", lambda: 6)
+    with Spill(parent=tmp_path) as spill, pytest.raises(RecipeError, match="6 processes cannot share 5 samples"):
+        job.walk(spill)

@@ -91,7 +91,7 @@ class Walk:
     @property
     def count(self) -> int:
         """How many samples all processes have."""
-        return sum(self.of_all([1] * len(self.samples)))
+        return self.shares.total
 
     @property
     def labels(self) -> int:
