@@ -77,7 +77,7 @@ def quantize(
         measured = given_profile(job, profile)
         job = job if recipe.needs_text else replace(job, calibration=None)
     if recipe.bounded:
-        result = smallest_within(job, folder, measured, overwrite, verify, progress, restart)
+        result = smallest_within(job, folder, measured, overwrite, verify, progress, restart, force)
         return result | {"time": stopwatch.measured()}
     result = run(job, folder, decision, measured, overwrite, verify, progress, restart, force)
     # with all that was read before

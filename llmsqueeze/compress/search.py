@@ -57,9 +57,10 @@ def smallest_within(
     verify: bool,
     progress: Progress,
     restart: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Compresses to the smallest size within the recipe's bound; returns the summary, with every round. Rounds that a
-    killed run has finished are not done again, unless it is to `restart`.
+    killed run has finished are not done again, unless it is to `restart`. `force`: as `compress` has it.
 
     The job's text has held-back samples. Raises CalibrationError if they are too few, RecipeError if no size is within
     the bound.
@@ -75,7 +76,7 @@ def smallest_within(
         progress = Logged(progress, folder / RUN_LOG) if processes.first() else progress
         without_damaged(journal, progress)
         profile = profile or measured(job, folder, journal, progress)
-        search = _Search(job, folder, profile, verify, progress, journal)
+        search = _Search(job, folder, profile, {"verify": verify, "force": force}, progress, journal)
         if job.recipe.decides == "blocks":
             rounds = split(search.try_size, sizes(job.plan, profile, job.recipe, job.skeleton.linears))
         else:
@@ -110,9 +111,10 @@ class _Search:
     """Compresses to a size and measures it; keeps the smallest folder that is within the bound."""
 
     def __init__(
-        self, job: Job, folder: Path, profile: Profile, verify: bool, progress: Progress, journal: Journal
+        self, job: Job, folder: Path, profile: Profile, how: dict[str, Any], progress: Progress, journal: Journal
     ) -> None:
-        self.job, self.profile, self.verify, self.progress, self.journal = job, profile, verify, progress, journal
+        """how: `verify` and `force`, as `compress` has them."""
+        self.job, self.profile, self.how, self.progress, self.journal = job, profile, how, progress, journal
         self.tried, self.best, self.best_bits = folder / "tried", folder / "best", math.inf
         self.summary: dict[str, Any] = {}
         self.refused: BudgetError | None = None
@@ -157,7 +159,7 @@ class _Search:
         job = self.job.asking(replace(self.job.recipe, max_ppl_increase=None, max_kl=None, bits=float(bits)))
         try:
             summary = compress(
-                job, self.tried, overwrite=True, profile=self.profile, verify=self.verify, progress=self.progress
+                job, self.tried, overwrite=True, profile=self.profile, progress=self.progress, **self.how
             ).as_dict()
         except BudgetError as error:  # the least sizes are estimates: a run may need more
             summary = {"refused": str(error)}
