@@ -14,6 +14,14 @@ from llmsqueeze.errors import CheckpointError, RecipeError, SqueezeError, Unsupp
 from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import DENSE, FORMATS, Entry, format_of
 from llmsqueeze.formats.exports import gguf, peft
+from llmsqueeze.formats.inspection.damage import (
+    CHANGED,
+    COMPRESSED,
+    EDITED,
+    changed_config,
+    refuse_damaged,
+    without_checksums,
+)
 from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Reading
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.formats.opened import Folder, open_folder
@@ -36,10 +44,11 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
         raise RecipeError(f"{path} is no folder; check looks at one that llmsqueeze wrote")
     findings, form, unknown = Findings(), "unknown", ""
     recorded = read_json_if_there(path / SIDECAR).get("format")
-    if recorded == peft.FORMAT:
-        findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
-        path = path / peft.BASE
     try:
+        if recorded == peft.FORMAT:
+            findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
+            refuse_damaged([path / peft.ADAPTER / peft.WEIGHTS])
+            path = path / peft.BASE
         if recorded == gguf.FORMAT:
             raise UnsupportedError(
                 f"{path} holds a plan for llama.cpp and no weights; quantize.sh in it makes the model"
@@ -86,7 +95,19 @@ def examine(folder: Folder, findings: Findings) -> None:
         reading = Reading(folder)
         reading.rest()
         findings.errors += reading.errors
+        add_changes(folder, findings)
     add_obstacles(folder, findings)
+
+
+def add_changes(folder: Folder, findings: Findings) -> None:
+    """Adds what the checksums of config.json tell, and a note if there are none of tensors that llmsqueeze wrote."""
+    changed = changed_config(folder.path)
+    if changed == COMPRESSED:
+        findings.errors.append(CHANGED)
+    elif changed:
+        findings.notes.append(EDITED)
+    if folder.record and (lacking := without_checksums(folder.checkpoint)):
+        findings.notes.append(lacking)
 
 
 def original_errors(folder: Folder, findings: Findings) -> Iterator[str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze.errors import RecipeError, UnsupportedError
@@ -32,6 +31,7 @@ from llmsqueeze.formats.exports.reround import grid_for, predicted_cost
 from llmsqueeze.formats.folder import check_writable, partial_folder, publish
 from llmsqueeze.formats.opened import open_compressed
 from llmsqueeze.model.linears import find_blocks, find_linears
+from llmsqueeze.model.tensors import shard
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.values import choice
@@ -125,7 +125,7 @@ def write_adapter(folder: Path, base: str, notes: Converted, rank: int, dtype: t
     for linear, factors in notes.factors.items():
         tensors |= peft.adapter_tensors(linear, factors, rank, dtype or torch.float32)
     folder.mkdir()
-    save_file(tensors, folder / peft.WEIGHTS, {"format": "pt"})
+    shard.write(folder / peft.WEIGHTS, tensors)
     verify.same_tensors(folder / peft.WEIGHTS, tensors)
     write_json(folder / peft.CONFIG, peft.adapter_config(base, list(notes.factors), rank))
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llmsqueeze import journal as journals
-from llmsqueeze.errors import OutputError, ProcessError, SqueezeError, VerificationError
+from llmsqueeze.errors import CheckpointError, OutputError, ProcessError, SqueezeError, VerificationError
 from llmsqueeze.files import INDEX, SIDECAR, write_json
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.formats.inspection import beside
+from llmsqueeze.formats.inspection.damage import CONFIG, config_checksums
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
 from llmsqueeze.model.blockwise.activations import SPILL
 from llmsqueeze.model.checkpoint import Checkpoint
-from llmsqueeze.model.tensors.shard import Later, Stored, present, write
+from llmsqueeze.model.tensors import shard as shards
+from llmsqueeze.model.tensors.shard import Later, Stored, present
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.log import RUN_LOG
@@ -49,6 +51,7 @@ class Output:
         self.journal = journal
         self.experts: StoredAs = {}  # how the file calls experts' tensors
         self.weight_map: dict[str, str] = {}  # tensor -> its file
+        self.about: dict[str, str] = {}  # checksums of config.json, for the index
         self.nbytes = 0
         self.digests: dict[str, bytes] = {}  # of every tensor before it is written
         self._written = 0
@@ -93,9 +96,8 @@ class Output:
         if shard != self._name(self._written + 1):
             return False
         try:
-            with safe_open(self.partial / shard, framework="pt") as file:
-                read = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError):
+            read = shards.read(self.partial / shard)
+        except CheckpointError:
             return False
         own = joined_tensors(read, self.experts)
         if {key: digest(tensor).hex() for key, tensor in own.items()} != digests:
@@ -115,7 +117,7 @@ class Output:
 
     def _write(self, name: str, stored: Mapping[str, Stored]) -> None:
         self.digests |= {key: digest(present(tensor)) for key, tensor in stored.items()}
-        write(self.partial / name, split(stored, self.experts))
+        shards.write(self.partial / name, split(stored, self.experts))
         flush(self.partial / name)
 
     @timed("write")
@@ -128,6 +130,8 @@ class Output:
     @timed("write")
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.partial / name, value)
+        if name == CONFIG:
+            self.about = config_checksums(self.partial)
 
     @timed("write")
     def copy_rest(self, source: Path) -> None:
@@ -139,7 +143,7 @@ class Output:
         self.wait()
         assert self._written == self.shards, f"{self._written} of {self.shards} shards were written"
         in_files = {one: file for name, file in self.weight_map.items() for one in stored_names(name, self.experts)}
-        self.write_json(INDEX, {"metadata": {"total_size": self.nbytes}, "weight_map": in_files})
+        self.write_json(INDEX, {"metadata": {"total_size": self.nbytes, **self.about}, "weight_map": in_files})
 
 
 def digest(tensor: Tensor) -> bytes:

@@ -18,6 +18,7 @@ from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.check import refuse_misfits
 from llmsqueeze.formats.entries import format_of, is_compressed, native_config
 from llmsqueeze.formats.experts import experts_of, pieces_of
+from llmsqueeze.formats.inspection.damage import refuse_damaged
 from llmsqueeze.formats.opened import open_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.config import auto_class, empty_model, load_config
@@ -78,6 +79,7 @@ def native_form(path: Path, kwargs: dict[str, Any]) -> Any:
         kwargs |= {"config": config, "key_mapping": compressed_tensors.OWN_NAMES}
     else:
         empty_model(path, config, trust)  # refuses one that is far larger than its files
+        refuse_damaged(sorted({stored.file for stored in checkpoint.tensors.values()}) if checkpoint.checksums else ())
     return config
 
 

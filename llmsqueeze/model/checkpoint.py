@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
+from llmsqueeze.model.tensors.shard import DTYPES, checksums, compare
 from llmsqueeze.progress.stopwatch import timed
 
 
@@ -42,11 +43,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened folder: its config and its tensors by name."""
+    """An opened folder: its config and its tensors by name. checksums: of tensors as the files name them, which are
+    compared when one is read."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +78,13 @@ class Checkpoint:
     @timed("read")
     def read_raw(self, name: str) -> Tensor:
         """The tensor in its stored shape and dtype; its values are not checked. Raises CheckpointError."""
-        return self._read(name, lambda handle, stored: handle.get_tensor(stored))
+
+        def whole(handle: Any, stored: str) -> Tensor:
+            tensor: Tensor = handle.get_tensor(stored)
+            compare(self.tensors[name].file, stored, tensor, self.checksums)
+            return tensor
+
+        return self._read(name, whole)
 
     def _read(self, name: str, of: Callable[[Any, str], Tensor]) -> Tensor:
         if name not in self.tensors:
@@ -98,12 +107,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     config = read_config(path)
     if (path / SINGLE).exists():  # transformers also reads it before any index
-        tensors = _headers(path / SINGLE)
+        tensors, sums = _headers(path / SINGLE)
     elif (path / INDEX).exists():
-        tensors = _indexed(path)
+        tensors, sums = _indexed(path)
     else:
         raise CheckpointError(_no_weights(path))
-    return Checkpoint(path, config, tensors)
+    return Checkpoint(path, config, tensors, sums)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -135,34 +144,39 @@ def pickled_only(model: str, file: str) -> str:
     )
 
 
-def _indexed(path: Path) -> dict[str, StoredTensor]:
+Stored = tuple[dict[str, StoredTensor], dict[str, str]]  # tensors and their checksums
+
+
+def _indexed(path: Path) -> Stored:
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path / INDEX} has no weight_map of tensor names to files")
-    tensors: dict[str, StoredTensor] = {}
+    tensors, sums = dict[str, StoredTensor](), dict[str, str]()
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{path / INDEX} names {file!r}, which is outside the model folder")
         if not (path / file).exists():
             raise CheckpointError(f"{path} lacks the shard {file} that {INDEX} names")
-        stored = _headers(path / file)
+        stored, checked = _headers(path / file)
         for name in (n for n, f in weight_map.items() if f == file):
             if name not in stored:
                 raise CheckpointError(f"{path / file} does not contain {name}, which {INDEX} expects there")
             tensors[name] = stored[name]
-    return tensors
+            sums |= {name: checked[name]} if checked else {}
+    return tensors, sums
 
 
-def _headers(file: Path) -> dict[str, StoredTensor]:
+def _headers(file: Path) -> Stored:
     """The tensors of a file by name; safetensors checks that the file has the length that its header says."""
     try:
         with safe_open(file, framework="pt") as handle:
             views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
-            return {
+            tensors = {
                 name: StoredTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
                 for name, view in views.items()
             }
+            return tensors, checksums(file, handle)
     except KeyError as error:
         raise UnsupportedError(f"{file} contains tensors of dtype {error}, which is not supported") from error
     except (SafetensorError, OSError) as error:
@@ -203,19 +217,3 @@ def weights_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
     """One SHA-256 for all files: of their names and digests, not of their times."""
     text = "".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}

@@ -47,7 +47,7 @@ def test_a_shard_that_cannot_be_written_ends_the_run(tmp_path: Path, monkeypatch
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("llmsqueeze.formats.folder.write", full)
+    monkeypatch.setattr("llmsqueeze.formats.folder.shards.write", full)
 
     def run(steps: int) -> None:
         with output_folder(tmp_path / "out", shards=steps, needed=0) as output:

@@ -8,6 +8,7 @@ unknown method and fills the weights that it misses with random values.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.hf.layer import SumOfParts, buffers
+from llmsqueeze.formats.inspection.damage import refuse_changed_config, refuse_damaged
 from llmsqueeze.model.experts.find import merge_stacks, stack_experts
 from llmsqueeze.model.linears import find_blocks, is_transposed, output_head
 
@@ -107,7 +109,13 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        files = [Path(file) for file in checkpoint_files or ()]
+        for folder in dict.fromkeys(file.parent for file in files):
+            refuse_changed_config(folder)
+        refuse_damaged(files)
         stack_experts(model, find_blocks(model))
         config: Any = self.quantization_config
         for name, entry in native.weight_entries(config.to_dict()).items():

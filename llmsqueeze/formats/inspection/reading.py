@@ -92,19 +92,28 @@ class Reading:
         return weight
 
     def rest(self) -> None:
-        """Reads everything that was not read before. Raises VerificationError."""
+        """Reads everything that was not read before; damaged tensors are errors. Raises VerificationError."""
         for name in list(self._unread):
             linear = self._linear_of.get(name)
             if name not in self._unread:
                 continue  # read with its linear
-            if not self._sound:
-                self._read(name)
-            elif linear is None:
-                self.kept(name)
-            elif self._weights is not None:
-                self.weight(linear)
-            else:
-                self._parts(linear)
+            try:
+                self._read_with(name, linear)
+            except CheckpointError as error:
+                self.errors.append(str(error))
+                for one in self._entries[linear].tensors if linear else ():
+                    self._unread.pop(one, None)
+
+    def _read_with(self, name: str, linear: str | None) -> None:
+        """A tensor, and all others of its linear."""
+        if not self._sound:
+            self._read(name)
+        elif linear is None:
+            self.kept(name)
+        elif self._weights is not None:
+            self.weight(linear)
+        else:
+            self._parts(linear)
 
     def _parts(self, linear: str) -> list[Part]:
         """A linear's parts on the device, none of them coded; their errors are noted."""
