@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := runs/demo-3bit
 
-.PHONY: help install demo test check fix docs bench
+.PHONY: help install demo test test-all check fix docs bench
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,7 +21,10 @@ demo: $(READY) ## compress the built-in model to 3 bits, evaluate original and c
 	$(BIN)/llmsqueeze quantize demo --bits 3 --out $(DEMO) --overwrite
 	$(BIN)/llmsqueeze eval $(DEMO) --baseline demo --tasks demo_stories
 
-test: $(READY) ## run the test suite
+test: $(READY) ## run the tests, but for those marked as thorough
+	$(BIN)/python -m pytest -m "not thorough" --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-all: $(READY) ## run all tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY) ## lint, formatting and strict types

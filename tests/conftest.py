@@ -22,6 +22,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from children import tokenized_once
 from safetensors.torch import load_file, save_file
 
 from llmsqueeze.demo import MODEL_DIR
@@ -32,20 +33,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 @pytest.fixture(scope="session", autouse=True)
 def texts_are_tokenized_once() -> Iterator[None]:
     """The same tokenizer gives the same text the same tokens: hundreds of runs read the same text."""
-    from llmsqueeze.model import text
-
-    tokenize, tokens = text.token_ids, dict[tuple[str, str], list[int]]()
-
-    def token_ids(content: str, tokenizer: Any) -> list[int]:
-        if not getattr(tokenizer, "is_fast", False):
-            return tokenize(content, tokenizer)
-        key = tokenizer.backend_tokenizer.to_str(), content
-        if key not in tokens:
-            tokens[key] = tokenize(content, tokenizer)
-        return tokens[key].copy()
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(text, "token_ids", token_ids)
+        patched.setattr("llmsqueeze.model.text.token_ids", tokenized_once())
         yield
 
 

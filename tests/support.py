@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,6 +28,12 @@ TEXT: dict[str, Any] = {
     "seq_len": 32,
 }  # enough for every fact that is not about quality
 FAST = ["--samples", "2", "--seq-len", "32", "--device", "cpu"]
+
+
+def thorough(*values: Any) -> Any:
+    """Parameters that only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.thorough)
+
 
 # one compressed folder per kind of content; `conftest.compressed` makes each once
 KINDS: dict[str, dict[str, Any]] = {
@@ -170,7 +177,10 @@ def configs() -> dict[str, Any]:
     }
 
 
-ARCHITECTURES = list(configs())
+ARCHITECTURES = [
+    name if name in ("llama", "gemma2", "gpt2", "neox") else pytest.param(name, marks=pytest.mark.thorough)
+    for name in configs()
+]
 
 
 def coded_curve(shape: tuple[int, int], middle: float, octaves: Sequence[float] = OCTAVES) -> Curve:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from llmsqueeze.files import read_json_if_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+KEPT = 8  # models without weights; a run opens the same folder several times, and a copy is made much faster
+_EMPTY: dict[Hashable, PreTrainedModel] = {}
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -65,16 +69,32 @@ def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None
 
 
 def empty_model(path: Path, config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a folder's config, without weights. Raises UnsupportedError if transformers cannot build it."""
+    """The model of a folder's config, without weights. Raises UnsupportedError if transformers cannot build it, and
+    CheckpointError if it is far larger than the folder's files."""
+    from llmsqueeze.model.tensors.bounds import weight_bytes
+
+    nbytes = weight_bytes(path)
+    if trust_remote_code:  # code of its own may keep anything
+        return laid_out(path, config, nbytes, trust_remote_code)
+    key = type(config), config.to_json_string(use_diff=False), config._attn_implementation, nbytes
+    model = _EMPTY.pop(key, None) or laid_out(path, config, nbytes)
+    _EMPTY[key] = model
+    if len(_EMPTY) > KEPT:
+        del _EMPTY[next(iter(_EMPTY))]
+    return copy.deepcopy(model)
+
+
+def laid_out(path: Path, config: PreTrainedConfig, nbytes: int, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model, made by transformers; `nbytes`: those of the folder's files."""
     from accelerate import init_empty_weights
 
-    from llmsqueeze.model.tensors.bounds import bounded, weight_bytes
+    from llmsqueeze.model.tensors.bounds import bounded
 
     auto = auto_class(config)
     with (
         foreign(UnsupportedError, f"transformers cannot build the model of {path}"),
         init_empty_weights(include_buffers=False),
-        bounded(weight_bytes(path)),
+        bounded(nbytes),
     ):
         model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
     model.eval()

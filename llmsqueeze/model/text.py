@@ -217,7 +217,9 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: b
             f"{text.source} has {len(ids)} tokens, too few for one sample of {length}; take a longer text or a "
             "smaller --seq-len"
         )
-    return [torch.tensor([bos + ids[i : i + step]]) for i in range(0, len(ids) - shortest + 1, step)]
+    whole, beginning = torch.tensor(ids), torch.tensor(bos, dtype=torch.int64)
+    starts = range(0, len(ids) - shortest + 1, step)
+    return [torch.cat([beginning, whole[i : i + step]])[None] for i in starts]
 
 
 def calibration_rows(
@@ -240,8 +242,8 @@ def calibration_rows(
     rows = windows(text, tokenizer, seq_len)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     known = {_key(row) for row in seen}
-    fresh = [rows[i] for i in order if _key(rows[i]) not in known]
-    again = [rows[i] for i in order if _key(rows[i]) in known]
+    old = [bool(known) and _key(row) in known for row in rows]
+    fresh, again = ([rows[i] for i in order if old[i] is seen_before] for seen_before in (False, True))
     if not fresh:
         fresh, again = again, fresh
     left = max(0, len(fresh) - samples)

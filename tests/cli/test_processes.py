@@ -26,7 +26,8 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
 
 def test_ctrl_c_leaves_no_result(tmp_path: Path) -> None:
     """A real process, really interrupted while it compresses."""
-    command = [sys.executable, "-u", "-m", "llmsqueeze.cli", "quantize", "demo", "--samples", "4", "--out"]
+    few = ["--samples", "2", "--seq-len", "32"]
+    command = [sys.executable, "-u", "-m", "llmsqueeze.cli", "quantize", "demo", *few, "--out"]
     command.append(str(tmp_path / "out"))
 
     def listen() -> None:
@@ -46,7 +47,7 @@ def test_ctrl_c_leaves_no_result(tmp_path: Path) -> None:
         out = process.stdout.read()
     assert process.returncode == 130, rest
     assert "interrupted; what was done is kept in" in " ".join(rest.split())
-    assert f"this goes on from there: llmsqueeze quantize demo --samples 4 --out {tmp_path / 'out'}" in rest
+    assert f"this goes on from there: llmsqueeze quantize demo {' '.join(few)} --out {tmp_path / 'out'}" in rest
     assert "Traceback" not in rest
     assert out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

@@ -63,6 +63,7 @@ def test_without_the_option_nothing_is_kept(compressed: Callable[[str], Path], t
     assert "Where the time went" not in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.thorough
 def test_a_plan_shows_its_own_time_and_the_forecast(
     demo_of: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import FAST, command
+from support import FAST, command, thorough
 from typer.testing import CliRunner
 
 from llmsqueeze.cli.app import app
@@ -67,10 +67,15 @@ def test_quantize_json_and_its_summary(tmp_path: Path, demo_of: Callable[[int], 
     assert json.loads((tmp_path / "two" / "llmsqueeze.json").read_text())["recipe"]["group_size"] == 64
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_recipe_runs(recipe: Path, tmp_path: Path, demo_of: Callable[[int], Path]) -> None:
-    fast = ["--calibration", "demo", *FAST, *(["--distill-steps", 2] if "dbllm" in recipe.stem else [])]
-    fast += ["--widths", "2,4"] if "budget" in recipe.stem else []
+RECIPES = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
+LIKE_OTHERS = ("budget-2bit", "budget-3bit", "coded-2bit", "coded-4bit", "descent-4bit", "gwq-3bit")  # at other bits
+
+
+@pytest.mark.parametrize("name", [thorough(name) if name in LIKE_OTHERS else name for name in RECIPES])
+def test_every_recipe_runs(name: str, tmp_path: Path, demo_of: Callable[[int], Path]) -> None:
+    fast = ["--calibration", "demo", *FAST, *(["--distill-steps", 2] if "dbllm" in name else [])]
+    fast += ["--widths", "2,4"] if "budget" in name else []
+    recipe = ROOT / "recipes" / f"{name}.yaml"
     code, stdout, stderr = command("quantize", demo_of(1), "--recipe", recipe, "--out", tmp_path / "o", "--json", *fast)
     assert code == 0, stderr
     assert json.loads(stdout)["nbytes"] > 0

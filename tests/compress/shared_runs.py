@@ -1,27 +1,36 @@
-"""What test_shared_runs.py starts in several processes: `shared_runs.py OUT RUNS [STEP]`.
-
-RUNS: JSON, name -> model, settings; each run writes OUT/<name>. STEP: the last process kills itself when it has noted
-it.
-"""
+"""What test_shared_runs.py starts in several processes, and test_resume.py in one."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from transformers.utils import logging
 
 from llmsqueeze import journal
 from llmsqueeze.cli.terminal import friendly
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.model.original import Source
 from llmsqueeze.parallel import processes
+
+
+def shared_runs(out: Path, runs: Mapping[str, tuple[Path, dict[str, Any]]], step: str | None = None) -> None:
+    """Each run, name -> model and settings, writes out/<name>. The last process kills itself when it has noted the
+    step."""
+    torch.set_num_threads(1)
+    if step is not None:
+        killed_after(step)
+    try:
+        with friendly(debug=False), processes.joined():
+            for name, (model, settings) in runs.items():
+                quantize(Source(str(model)), settings, out / name)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
 
 
 def killed_after(step: str) -> None:
@@ -33,21 +42,3 @@ def killed_after(step: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     journal._note = last
-
-
-def main(out: str, runs: str, step: str | None = None) -> None:
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if step is not None:
-        killed_after(step)
-    with friendly(debug=False), processes.joined():
-        for name, (model, settings) in json.loads(runs).items():
-            quantize(Source(model), settings, Path(out) / name)
-
-
-if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except typer.Exit as ended:
-        sys.exit(ended.exit_code)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support import ARCHITECTURES, TEXT, shrunk_moments
+from support import TEXT, configs, shrunk_moments, thorough
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -200,6 +200,7 @@ def demo_perplexity() -> float:
     return perplexity("demo")
 
 
+@pytest.mark.thorough
 def test_quality_order_at_equal_bytes(demo_perplexity: float, tmp_path: Path) -> None:
     """On the built-in model at 2 bits GPTQ and descent beat rounding, and descent halves GPTQ's output errors. Which of
     the two has the lower loss here is a matter of the draw: 0.6 to 1.3 over six draws of as much text."""
@@ -224,8 +225,8 @@ def test_one_calibration_sample_is_enough(demo_perplexity: float, tmp_path: Path
     ("ranking", "scope"),
     [
         ("gradient", "global"),
-        ("gradient-weight", "layer"),
-        ("gradient-error", "layer"),
+        thorough("gradient-weight", "layer"),
+        thorough("gradient-error", "layer"),
         ("magnitude", "global"),
         ("random", "layer"),
     ],
@@ -303,7 +304,9 @@ def compress_random(folder: Path, rows: list[Tensor], recipe: Recipe) -> tuple[W
 
 @pytest.mark.parametrize(
     ("architecture", "portable"),
-    [(architecture, False) for architecture in ARCHITECTURES] + [("llama-tied", True), ("gemma2", True)],
+    [(name, False) for name in ("llama", "gpt2", "neox")]
+    + [("llama-tied", True), ("gemma2", True)]
+    + [thorough(name, False) for name in configs() if name not in ("llama", "gpt2", "neox")],
 )
 def test_every_architecture_compresses_and_opens(
     architecture: str, portable: bool, random_model: Callable[..., Path], rows: list[Tensor], tmp_path: Path

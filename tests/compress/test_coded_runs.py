@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from support import KINDS, TEXT, command, refused, tensors_of
+from support import KINDS, TEXT, command, refused, tensors_of, thorough
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -337,6 +337,7 @@ def test_outliers_keep_their_value_and_factors_help(demo_block: Source, block: P
     assert {"integers", "sparse"} <= kinds
 
 
+@pytest.mark.thorough
 def test_distilled_steps_are_nearer_to_the_original(folder: Path, demo: Source, tmp_path: Path) -> None:
     coded = tmp_path / "coded"
     quantize(demo, {"bits": 1.6, **TEXT}, coded)
@@ -441,6 +442,7 @@ def test_embeddings_are_exported_dense(ends: Path, tmp_path: Path) -> None:
     assert torch.equal(embedding, weight_of(ends, "model.embed_tokens").to(embedding.dtype))
 
 
+@pytest.mark.thorough
 def test_untied_ends_are_coded_both(random_model: Callable[..., Path], demo_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "untied"
     shutil.copytree(random_model("llama"), path)
@@ -498,8 +500,8 @@ def test_packed_codes_are_the_same_weights_in_fewer_bytes(demo_block: Source, na
     ("settings", "least"),
     [
         ({"method": "budget", "widths": [1, 2, 3, 4, 5]}, 0.97),
-        ({"method": "mixllm", "low_bits": 2, "high_bits": 4}, 0.97),
-        ({"method": "layerwise", "low_bits": 2, "high_bits": 3, "importance": "zd"}, 0.97),
+        thorough({"method": "mixllm", "low_bits": 2, "high_bits": 4}, 0.97),
+        thorough({"method": "layerwise", "low_bits": 2, "high_bits": 3, "importance": "zd"}, 0.97),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "",
 )

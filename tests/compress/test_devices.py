@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pretended import MIXED, pretended_gpu
+from support import thorough
 from torch import Tensor
 
 import llmsqueeze
@@ -27,6 +28,7 @@ TEXT = {"calibration": "demo", "samples": 2, "seq_len": 16}
 # every operation is looked at, so each run takes several paths at once, on few widths, and those that are dear have one
 # block: what goes on from block to block is in the others
 ONE_BLOCK = ("coded, embeddings, outliers and factors too", "budget, packed")
+FEW_RUNS = ("budget, portable", "gwq", "dbllm")
 FEW = {"method": "budget", "bits": 3.0, "widths": [2, 4]}
 RUNS: dict[str, dict[str, Any]] = {
     "coded, embeddings, outliers and factors too": {
@@ -83,7 +85,7 @@ def gpu() -> Iterator[Any]:
         yield gpu
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name if name in FEW_RUNS else thorough(name) for name in RUNS])
 def test_a_gpu_gives_what_the_cpu_gives(name: str, tiny_of: Callable[[int], Path], tmp_path: Path) -> None:
     source = Source(str(tiny_of(1 if name in ONE_BLOCK else 2)))
     options = RUNS[name] if RUNS[name].get("outlier_ranking") == "random" else TEXT | RUNS[name]
@@ -104,7 +106,7 @@ def coded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("keep_codes", [False, True])
+@pytest.mark.parametrize("keep_codes", [thorough(False), True])
 def test_a_coded_folder_opens_on_a_gpu(coded: Path, keep_codes: bool) -> None:
     def logits(device: str) -> Tensor:
         model = llmsqueeze.load(str(coded), keep_codes=keep_codes, device_map={"": torch.device(device)})
@@ -119,6 +121,7 @@ def test_a_coded_folder_opens_on_a_gpu(coded: Path, keep_codes: bool) -> None:
     assert torch.equal(on_gpu, logits("cpu"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{"steps": 2}, {"steps": 2, "blockwise": True}], ids=["whole", "blockwise"])
 def test_a_coded_folder_is_distilled_on_a_gpu(
     settings: dict[str, Any], coded: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,21 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from support import FAST, command, tensors_of
+from support import FAST, command, tensors_of, thorough
 
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.experts import linear
 
-CASES: list[tuple[str, tuple[Any, ...]]] = [
+CASES: list[Any] = [
     ("mixtral", ("--method", "rtn", "--bits", 3)),
     ("mixtral", ("--method", "descent", "--bits", 3)),
     ("qwen3_moe", ("--method", "gptq", "--bits", 3, "--all-experts")),
-    ("jetmoe", ("--method", "descent", "--bits", 3)),
-    ("gpt_oss", ("--method", "budget", "--bits", 3, "--per-row")),
+    thorough("jetmoe", ("--method", "descent", "--bits", 3)),
+    thorough("gpt_oss", ("--method", "budget", "--bits", 3, "--per-row")),
     ("llama4_text", ("--method", "gptq", "--bits", 4)),
-    ("dbrx", ("--method", "gwq", "--bits", 3)),
-    ("mixtral", ("--method", "gwq", "--bits", 3)),
-    ("mixtral", ("--method", "mixllm", "--bits", 3)),
+    thorough("dbrx", ("--method", "gwq", "--bits", 3)),
+    thorough("mixtral", ("--method", "mixllm", "--bits", 3)),
     ("qwen3_moe", ("--method", "coded", "--bits", 2.5)),
 ]
 

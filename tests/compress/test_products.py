@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import thorough
 
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.errors import RecipeError
@@ -28,7 +29,7 @@ def quantized(model: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], 
     return record, notes
 
 
-@pytest.mark.parametrize("method", ["descent", "coded"])
+@pytest.mark.parametrize("method", ["descent", thorough("coded")])
 def test_the_faster_dtype_is_taken_and_recorded(
     method: str, demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

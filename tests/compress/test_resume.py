@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -14,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TEXT, command
+from children import Child
+from shared_runs import shared_runs
+from support import TEXT, command, thorough
 
 from llmsqueeze import journal
 from llmsqueeze.compress.quantize import quantize
@@ -24,11 +24,11 @@ from llmsqueeze.model.original import Source
 RUNS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn", "bits": 4},
     "descent": {"method": "descent", "bits": 3, **TEXT},
-    "budget": {"method": "budget", "bits": 3.0, **TEXT},
+    "budget": {"method": "budget", "bits": 3.0, "widths": [2, 4], **TEXT},
     "coded ends": {"method": "coded", "bits": 3.0, "code_embeddings": True, **TEXT},
     "gwq with factors": {"method": "gwq", "bits": 3, "lorc_rank": 2, **TEXT},
     "lim": {"method": "layerwise", "bits": 3.0, "high_bits": 4, "low_bits": 2, **TEXT},
-    "search": {"method": "budget", "quantizer": "rtn", "widths": [2, 3, 4], "max_kl": 0.3, **TEXT},
+    "search": {"method": "budget", "quantizer": "rtn", "widths": [2, 4], "max_kl": 0.3, **TEXT},
     "distilled": {"method": "rtn", "bits": 3, "distill_steps": 2, **TEXT},
 }
 
@@ -66,14 +66,15 @@ def stopped_after(step: int) -> Iterator[list[str]]:
         yield noted
 
 
-STEPS_AT_A_TIME = {"coded ends": 2, "gwq with factors": 2, "lim": 3, "search": 6}  # of runs with many; else one
+LIKE_OTHERS = ("budget", "gwq with factors", "lim")  # in their steps
+STEPS_AT_A_TIME = {"search": 6}  # of runs with many; else one
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [thorough(name) if name in LIKE_OTHERS else name for name in RUNS])
 def test_a_run_that_is_stopped_after_every_step_does_nothing_twice(
     demo_of: Callable[[int], Path], tmp_path: Path, name: str
 ) -> None:
-    demo = Source(str(demo_of(1 if name in ("search", "distilled") else 2)))
+    demo = Source(str(demo_of(2 if name in ("rtn", "descent", "coded ends") else 1)))
     with stopped_after(-1) as steps:
         quantize(demo, RUNS[name], tmp_path / "whole")
     every: list[str] = []
@@ -92,17 +93,9 @@ def test_a_run_that_is_stopped_after_every_step_does_nothing_twice(
 
 def test_a_process_that_is_killed(demo: Source, tmp_path: Path) -> None:
     """Killed by the system when it has noted the first block, and again in the next one."""
-    program = (
-        "import os, signal, sys; from pathlib import Path; from llmsqueeze import journal; note = journal._note\n"
-        "def last(folder, name, *rest):\n"
-        "    note(folder, name, *rest)\n"
-        f"    if name == sys.argv[2]: os.kill(os.getpid(), {int(signal.SIGKILL)})\n"
-        "journal._note = last\n"
-        "import llmsqueeze; llmsqueeze.quantize(sys.argv[1], sys.argv[3], method='rtn', bits=4)"
-    )
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", program, demo.model, "block-0", out], check=False)
-    assert done.returncode == -signal.SIGKILL
+    killed = Child(tmp_path, shared_runs, tmp_path, {"out": (demo.model, RUNS["rtn"])}, "block-0")
+    assert killed.ended()[0] == -signal.SIGKILL
     assert not out.exists()
     notes: list[str] = []
     with pytest.MonkeyPatch.context() as patched:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from children import Child
+from shared_runs import shared_runs
 from support import TEXT, refused
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -29,12 +27,11 @@ from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.resolve import make_recipe
 
-PROGRAM = Path(__file__).with_name("shared_runs.py")
-SAMPLES = {**TEXT, "samples": 5}  # that two processes have unequally many of
+SAMPLES = {**TEXT, "samples": 3}  # that two processes have unequally many of
 RUNS: dict[str, dict[str, Any]] = {
     "descent": {"method": "descent", "bits": 3, **SAMPLES},
     "coded ends": {"method": "coded", "bits": 3.0, "code_embeddings": True, **SAMPLES},
-    "experts": {"method": "budget", "bits": 3.0, **SAMPLES},
+    "experts": {"method": "budget", "bits": 3.0, "widths": [2, 4], **SAMPLES},
 }
 
 
@@ -42,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny mixture of experts with random weights."""
     folder = tmp_path_factory.mktemp("mixtral")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_local_experts": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_local_experts": 4}
     config = MixtralConfig(vocab_size=626, num_attention_heads=4, num_key_value_heads=2, **sizes)
     torch.manual_seed(0)
     MixtralForCausalLM(config).save_pretrained(folder)
@@ -51,21 +48,14 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(count: int, *arguments: object) -> list[subprocess.Popen[str]]:
+def start(count: int, scratch: Path, *given: object) -> list[Child]:
     """The processes of a run, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    whole = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, *map(str, arguments)],
-            env=os.environ | whole | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    whole = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [whole | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Child(scratch, shared_runs, *given, **environment) for environment in ranks]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -82,21 +72,20 @@ def test_two_processes_one_of_them_killed_write_what_one_writes(
     """The last process is killed after the first block of the first run. The other one stops with one line, and the
     same command goes on."""
     models = {name: mixtral if name == "experts" else demo_of(2 if name == "descent" else 1) for name in RUNS}
-    runs = json.dumps({name: [str(models[name]), settings] for name, settings in RUNS.items()})
+    runs = {name: (models[name], settings) for name, settings in RUNS.items()}
     one, two = tmp_path / "one", tmp_path / "two"
-    first, last = start(2, two, runs, "block-0")
-    assert last.wait() == -signal.SIGKILL
-    _, err = first.communicate()
-    assert first.returncode == 2, err
+    first, last = start(2, tmp_path, two, runs, "block-0")
+    assert last.ended()[0] == -signal.SIGKILL
+    code, err = first.ended()
+    assert code == 2, err
     assert "another process of this run has ended" in err
     assert "the same command goes on" in err
     assert len(err.strip().splitlines()) == 1
     assert [path.name for path in two.iterdir()] == ["descent.partial"]
-    again = start(2, two, runs)
+    again = start(2, tmp_path, two, runs)
     for name, settings in RUNS.items():
         quantize(Source(str(models[name])), settings, one / name)
-    for process in again:
-        assert (process.communicate()[1], process.returncode) == ("", 0)
+    assert [process.ended() for process in again] == [(0, ""), (0, "")]
     assert contents(two) == contents(one)
 
 
@@ -114,5 +103,5 @@ def test_more_processes_than_samples_are_refused(
     """Also of those that are measured, which can be fewer: long ones are soon enough for prices."""
     job = open_job(Source(str(demo_of(1))), make_recipe({"method": "budget", "bits": 3.0, **SAMPLES}), Progress())
     monkeypatch.setattr(processes, "count", lambda: 6)
-    with Spill(parent=tmp_path) as spill, pytest.raises(RecipeError, match="6 processes cannot share 5 samples"):
+    with Spill(parent=tmp_path) as spill, pytest.raises(RecipeError, match="6 processes cannot share 3 samples"):
         job.walk(spill)

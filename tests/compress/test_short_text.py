@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import thorough
 
 from llmsqueeze.compress.pipeline import MUCH_CHANCE
 from llmsqueeze.compress.quantize import quantize
@@ -24,7 +25,7 @@ def compressed(demo: Path, out: Path, method: str, samples: int) -> tuple[dict[s
     return json.loads((out / SIDECAR).read_text()).get("chances", {}), notes
 
 
-@pytest.mark.parametrize("method", ["gptq", "descent"])
+@pytest.mark.parametrize("method", ["gptq", thorough("descent")])
 def test_more_text_leaves_less_to_chance(method: str, demo_of: Callable[[int], Path], tmp_path: Path) -> None:
     demo = demo_of(2)
     few, notes = compressed(demo, tmp_path / "few", method, 4)

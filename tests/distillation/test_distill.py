@@ -6,11 +6,10 @@ import functools
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import Child
 from safetensors.torch import load_file, save_file
 from support import TEXT, command, refused, tensors_of
 from torch import Tensor
@@ -397,20 +397,17 @@ def killed(module: Any, function: str, after: int, work: Path) -> Iterator[None]
     left.rename(work)
 
 
-# a process that kills itself, as the kernel does, where it would take its fourth step
-KILLS_ITSELF = """
-import itertools, os, signal
-from llmsqueeze.distillation import training
-from llmsqueeze.distillation.distill import distill
-from llmsqueeze.distillation.settings import Distillation, make_distillation
+def dying(folders: tuple[str, str], settings: dict[str, Any], out: Path) -> None:
+    """Distils in a process that kills itself, as the kernel does, where it would take its fourth step."""
+    steps, step = itertools.count(), training.optimizer_step
 
-steps, step = itertools.count(), training.optimizer_step
-def dies(*arguments):
-    if next(steps) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*arguments)
-training.optimizer_step = dies
-"""
+    def dies(*given: Any) -> float:
+        if next(steps) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*given)
+
+    training.optimizer_step = dies
+    distill(*folders, make_distillation(settings), out, device="cpu")
 
 
 SAME_AT_THE_END = ("kl_before", "kl_after", "best_step", "steps", "codes_moved", "guarded")
@@ -432,10 +429,8 @@ def test_a_killed_run_goes_on_to_the_same_end(
     settings |= {"calibration": str(tmp_path / "text.txt"), "held_back": 2}  # measured at every other step
     settings["products"] = "float32"
     folders = str(squeezed("dbllm")), str(original_of(squeezed("dbllm")))
-    call = f"distill(*{folders!r}, make_distillation({SHORT | settings!r}), Path({str(out)!r}), device='cpu')"
-    program = f"from pathlib import Path\n{KILLS_ITSELF}\n{call}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    child = Child(tmp_path, dying, folders, SHORT | settings, out)
+    assert child.ended() == (-signal.SIGKILL, "")
     assert not out.exists()
     for other, difference in (
         ({"lr": 0.01}, "lr 0.002, not 0.01"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mixtures import logits
 from safetensors import safe_open
-from support import FAST, command, refused, tensors_of
+from support import FAST, command, refused, tensors_of, thorough
 
 import llmsqueeze
 
@@ -85,8 +85,8 @@ def test_a_piece_that_is_lost_or_damaged_is_found(mixture: Mixture, tmp_path: Pa
     ("name", "flags", "why"),
     [
         ("gpt_oss", ("rtn", "--bits", 4), "hold its experts together, or their rows in another order"),
-        ("mixtral", ("rtn", "--bits", 4, "--skip", "down_proj"), "an expert that stays dense"),
-        ("mixtral", ("rtn", "--bits", 4, "--asymmetric"), "--asymmetric"),
+        thorough("mixtral", ("rtn", "--bits", 4, "--skip", "down_proj"), "an expert that stays dense"),
+        thorough("mixtral", ("rtn", "--bits", 4, "--asymmetric"), "--asymmetric"),
         ("mixtral", ("budget", "--bits", 3, "--per-group", "--levels", "integer", "--widths", "2,3,4"), "one width"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import configs, kept_of_drift
+from support import ARCHITECTURES, kept_of_drift
 from torch import Tensor, nn
 
 from llmsqueeze.measure.moments import FusionGroup, Moments, Pulls, SecondMoments, fusion_groups, grouped
@@ -74,7 +74,7 @@ def passed(
     return groups, behind
 
 
-@pytest.mark.parametrize("architecture", list(configs()))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("streams", ["both", "shared"])
 def test_pausing_equals_restarting(
     architecture: str, streams: str, random_model: Callable[..., Path], rows: list[Tensor]

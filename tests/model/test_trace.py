@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import configs
+from support import ARCHITECTURES
 from torch import Tensor, nn
 
 from llmsqueeze.model.blockwise.activations import Activations, Spill
@@ -83,7 +83,7 @@ class Remembers(Block):
         return x + self.cached
 
 
-@pytest.mark.parametrize("architecture", list(configs()))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_is_traced(architecture: str, random_model: Callable[..., Path], rows: list[Tensor]) -> None:
     with walking(random_model(architecture), rows) as (walk, inputs):
         trace = walk.trace(0, inputs)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretended import pretended_gpu
-from support import correlated_curvature
+from support import correlated_curvature, thorough
 from torch import Tensor
 
 from llmsqueeze.parts import Grid
@@ -53,7 +53,9 @@ GRIDS = [
 ]
 CASES = [(grid, False) for grid in GRIDS] + [(GRIDS[i], True) for i in (0, 2, 4, 7)]
 every_case = pytest.mark.parametrize(
-    ("grid", "with_pinned"), CASES, ids=[f"{grid}{' outliers' * pinned}" for grid, pinned in CASES]
+    ("grid", "with_pinned"),
+    [CASES[at] if at in (0, 7, 10) else thorough(*CASES[at]) for at in range(len(CASES))],
+    ids=[f"{grid}{' outliers' * pinned}" for grid, pinned in CASES],
 )
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
@@ -211,6 +213,7 @@ def test_gptq_and_a_sweep_choose_the_codes_of_the_other_forms(
         assert share(swept.codes, state.codes) < 2e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("short_panels")
 def test_rounds_with_a_search_end_as_those_of_the_torch_form(
     weight: Tensor, curvature: Curvature, in_torch: Callable[[], None], by_kernels: Callable[[], None]
@@ -298,6 +301,7 @@ def test_half_way_cases_go_to_the_even_number(offset: int) -> None:
     assert torch.equal(codes, values.round())
 
 
+@pytest.mark.thorough
 def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
     """For GPUs of 2020 and 2022, ahead of time, and nothing in them is less exact than in torch."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

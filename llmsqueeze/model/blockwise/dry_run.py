@@ -8,6 +8,7 @@ conversions of stored tensors.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 8
+OF_FOLDERS = ("_name_or_path", "quantization_config", "transformers_version")  # not of the model
+_KNOWN: dict[Hashable, str | None] = {}
 READ_BY_OTHERS = "another module reads its weight, which stock transformers does not have in compressed-tensors"
 
 
 def obstacle_in_stock(model: PreTrainedModel, blocks: Sequence[str], linears: Sequence[str]) -> str | None:
     """Why stock transformers does not open a compressed-tensors folder of the model, whose `linears` are compressed;
-    None if nothing is in the way. `model`: on the meta device."""
+    None if nothing is in the way. `model`: on the meta device. Kept for the models of this process: a run asks when it
+    plans, and again of what it wrote."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in OF_FOLDERS}
+    key = type(model), json.dumps(settings, sort_keys=True, default=str), tuple(blocks), tuple(sorted(linears))
+    if key not in _KNOWN:
+        _KNOWN[key] = _obstacle(model, blocks, linears)
+    return _KNOWN[key]
+
+
+def _obstacle(model: PreTrainedModel, blocks: Sequence[str], linears: Sequence[str]) -> str | None:
     if (failure := failing_conversion(model, linears)) is not None:
         return f"it cannot convert the model's stored tensors if some are compressed: {failure}"
     name = weight_read_by_others(model, blocks, linears)
