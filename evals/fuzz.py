@@ -38,6 +38,7 @@ from typer.testing import CliRunner
 import llmsqueeze
 from llmsqueeze.cli.app import app
 from llmsqueeze.demo import MODEL_DIR
+from llmsqueeze.journal import write_behind
 
 SECONDS, MEMORY = 20, 2 << 30
 TEXT: dict[str, Any] = {"calibration": "demo", "samples": 2, "seq_len": 32}
@@ -75,7 +76,7 @@ class Base:
     def plan(self) -> Path:
         if "plan" not in self.folders:
             self.folders["plan"] = self.scratch / "plan"
-            llmsqueeze.plan(self.original, self.folders["plan"], method="mixllm", bits=3.0, trial=False, **TEXT)
+            llmsqueeze.plan(self.original, self.folders["plan"], method="mixllm", bits=3.5, trial=False, **TEXT)
         return self.folders["plan"]
 
 
@@ -291,6 +292,7 @@ def in_child(arguments: list[str], seconds: int = SECONDS, memory: int = MEMORY)
     pid = os.fork()
     if pid == 0:
         os.close(reader)
+        write_behind.cache_clear()  # a fork has no threads
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
-from llmsqueeze.errors import CheckpointError, OutputError, RecipeError, first_line
+from llmsqueeze.errors import CheckpointError, OutputError, RecipeError, SqueezeError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,6 +25,25 @@ MOST_JSON, MOST_YAML = 1 << 28, 1 << 24  # bytes of a file that is read as such
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 OTHER_WEIGHTS = ("*.bin.index.json", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.npz", "*.mlmodel")
+
+
+STRICT = ConfigDict(strict=True)  # of a class that says what a file of ours holds; other fields may be there
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def conform(path: Path, value: Any, form: type[BaseModel], error: type[SqueezeError] = CheckpointError) -> None:
+    """Raises `error`, which names the file and the field, unless what the file holds is as `form` says."""
+    try:
+        form.model_validate(value)
+    except ValidationError as wrong:
+        first = wrong.errors(include_url=False)[0]
+        field, found = ".".join(map(str, first["loc"])) or "its content", repr(first["input"])
+        found = found if len(found) <= 40 else f"{found[:40]}..."
+        said = first["msg"][:1].lower() + first["msg"][1:]
+        raise error(f"'{path}': {field} is {found}; {said}") from wrong
+    except RecursionError as deep:
+        raise error(f"'{path}' holds lists in lists that are far too deep") from deep
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,11 +24,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from llmsqueeze.allocation.plan import Plan, Rows, WeightPlan
 from llmsqueeze.errors import RecipeError, nearest
-from llmsqueeze.files import read_yaml, write_text
+from llmsqueeze.files import STRICT, conform, read_yaml, write_text
 from llmsqueeze.parts import Grid
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
@@ -36,7 +38,8 @@ from llmsqueeze.recipe.resolve import make_recipe
 VERSION = 1
 PLAN, PROFILE = "plan.yaml", "profile.safetensors"
 GRID = re.compile(
-    r"(?P<bits>\d+) bit (?P<group>row|g\d+)(?P<kind> half| asymmetric| dual)?(?: \+ (?P<outliers>\d+) outliers)?"
+    r"(?P<bits>\d{1,9}) bit (?P<group>row|g\d{1,9})(?P<kind> half| asymmetric| dual)?"
+    r"(?: \+ (?P<outliers>\d{1,9}) outliers)?"
 )
 CODED = re.compile(r"coded(?: x(?P<factor>\d+(?:\.\d+)?(?:e-?\d+)?))?")
 # of a plan of grids, and of one of steps
@@ -46,6 +49,16 @@ HEAD = """\
 # {content}.
 # Edit it and run: llmsqueeze quantize {model} --plan {file}
 """
+
+
+class Content(BaseModel):
+    """What is read of a plan; what it says of each linear is read by `plan_of`."""
+
+    model_config = STRICT
+    profile: str | None = None
+    weights_sha256: str | None = None
+    recipe: dict[str, Any]
+    weights: Annotated[dict[str, Any], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -105,16 +118,20 @@ def read_plan(path: Path) -> PlanFile:
     content = read_yaml(path, "plan file")
     if not isinstance(content, dict) or content.get("llmsqueeze_plan") != VERSION:
         raise RecipeError(f"{path} is no plan of version {VERSION}: `llmsqueeze plan` writes one")
-    weights, recipe = content.get("weights"), content.get("recipe")
-    if not isinstance(weights, dict) or not weights or not isinstance(recipe, dict):
-        raise RecipeError(f"{path} lacks its recipe or its weights")
+    conform(path, content, Content, RecipeError)
+    try:
+        recipe = make_recipe(content["recipe"])
+    except RecipeError as error:
+        raise RecipeError(f"'{path}': recipe: {error}") from error
     stored = content.get("profile")
+    if stored and Path(stored).name != stored:
+        raise RecipeError(f"'{path}': profile is {stored!r}; it must be a file in the folder of the plan")
     return PlanFile(
         path=path,
-        recipe=make_recipe(recipe),
+        recipe=recipe,
         profile=path.parent / stored if stored else None,
         weights_sha256=content.get("weights_sha256"),
-        entries=weights,
+        entries=content["weights"],
     )
 
 

@@ -14,7 +14,7 @@ from llmsqueeze.compress.decision.decide import Decision, completed
 from llmsqueeze.compress.job import Job, measure_job
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
-from llmsqueeze.measure.profile import Profile, lacks, load, save
+from llmsqueeze.measure.profile import Profile, lacks, load, misfit, save
 from llmsqueeze.model.checkpoint import file_digests, weights_digest
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.progress import Progress
@@ -52,6 +52,11 @@ def origin_of(job: Job, stored: Profile | None = None) -> dict[str, Any]:
     }
 
 
+def shapes_of(job: Job) -> dict[str, tuple[int, int]]:
+    """linear -> [rows, cols]."""
+    return {name: weight.shape for name, weight in job.plan.weights.items()}
+
+
 def stored_or_measured(job: Job, path: Path, progress: Progress) -> Profile:
     """The profile at `path` if it matches the job, else a new one, which is then written there."""
     recipe, request = job.recipe, request_of(job.recipe)
@@ -59,7 +64,7 @@ def stored_or_measured(job: Job, path: Path, progress: Progress) -> Profile:
         request = replace(request, options=options_of(recipe))
     if path.exists():
         stored = load(path)
-        reason = lacks(stored, origin_of(job, stored), request)
+        reason = lacks(stored, origin_of(job, stored), request) or misfit(stored, shapes_of(job))
         if reason is None:
             return stored
         progress.note(f"{path} does not match this recipe ({reason}); it is measured again")
@@ -80,7 +85,7 @@ def given_profile(job: Job, path: Path) -> Profile:
     profile, request = load(path), request_of(job.recipe)
     if job.recipe.needs_costs:
         request = replace(request, options=options_of(job.recipe))
-    reason = lacks(profile, origin_of(job, profile), request)
+    reason = lacks(profile, origin_of(job, profile), request) or misfit(profile, shapes_of(job))
     if reason is not None:
         raise RecipeError(f"the profile {path} does not match this recipe: {reason}; omit --profile to measure again")
     return profile
@@ -95,6 +100,8 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
             raise RecipeError(f"{file.path} is a plan for other weights than those of {job.source.model}")
     if file.profile is not None and profile.source.get("weights") != file.weights_sha256:
         raise RecipeError(f"{file.path} and {file.profile} are for different weights")
+    if reason := misfit(profile, shapes_of(job)):
+        raise RecipeError(f"{file.profile} does not fit to the model: {reason}")
     plan = plan_of(file, job.plan)
     with_outliers = [name for name, weight in plan.weights.items() if weight.outliers]
     ranked = plan.mixed and rows_by(file.recipe) not in (None, "random")

@@ -13,7 +13,7 @@ from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.evaluation.perplexity import PairedLosses, choose_window, no_scores, paired_losses, score_text
 from llmsqueeze.evaluation.scores import Evaluation, Scores
 from llmsqueeze.evaluation.tasks import Tasks, TaskScores, find_tasks
-from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.original import pick_device
 from llmsqueeze.model.precision import DTYPES
 from llmsqueeze.model.text import DEMO, Text, evaluation_text, windows
@@ -121,7 +121,7 @@ def choose_text(model: str, text: str | Text | None, required: bool) -> Text | N
     """
     if isinstance(text, Text):
         return text
-    original = read_json_if_there(Path(model) / SIDECAR).get("model") if Path(model).is_dir() else model
+    original = read_record(Path(model)).get("model") if Path(model).is_dir() else model
     if text is None and not required and DEMO not in (model, original):
         return None
     return evaluation_text(text, DEMO if original == DEMO else model)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError, RecipeError, SqueezeError, UnsupportedError
-from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats.entries import DENSE, FORMATS, Entry, format_of
 from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.formats.inspection.damage import (
@@ -25,6 +25,7 @@ from llmsqueeze.formats.inspection.damage import (
 from llmsqueeze.formats.inspection.reading import RUNTIMES, Findings, Reading
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
 from llmsqueeze.formats.opened import Folder, open_folder
+from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.tensors.sources import find_sources
 from llmsqueeze.model.tensors.ties import settle
@@ -43,8 +44,8 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
     if not path.is_dir():
         raise RecipeError(f"{path} is no folder; check looks at one that llmsqueeze wrote")
     findings, form, unknown = Findings(), "unknown", ""
-    recorded = read_json_if_there(path / SIDECAR).get("format")
     try:
+        recorded = read_record(path).get("format")
         if recorded == peft.FORMAT:
             findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
             refuse_damaged([path / peft.ADAPTER / peft.WEIGHTS])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.files import SIDECAR, read_json_if_there
+from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor
 from llmsqueeze.model.tensors.shard import Stored, present
 
@@ -69,8 +69,8 @@ def stored_names(name: str, experts: StoredAs) -> list[str]:
 def joined(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with every expert's tensors under the names of its linear, if its record says that they are
     called otherwise."""
-    experts = read_json_if_there(checkpoint.path / SIDECAR).get(KEY)
-    if not isinstance(experts, dict):
+    experts = experts_of(read_record(checkpoint.path))
+    if not experts:
         return checkpoint
     tensors, own = dict(checkpoint.tensors), dict[str, list[str]]()
     for stored, (linear, leaf) in names_in_file(checkpoint.tensors, experts).items():

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 import llmsqueeze.formats.hf.quantizer  # noqa: F401 - makes the format known to transformers
 from llmsqueeze.errors import CheckpointError, SqueezeError, UnsupportedError, reason
-from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.check import refuse_misfits
 from llmsqueeze.formats.entries import format_of, is_compressed, native_config
@@ -74,7 +73,7 @@ def native_form(path: Path, kwargs: dict[str, Any]) -> Any:
         except UnsupportedError:  # another tool's, which transformers opens
             return config
         refuse_misfits(folder)
-        entries, experts = folder.entries, experts_of(read_json_if_there(path / SIDECAR))
+        entries, experts = folder.entries, experts_of(folder.record)
         config.quantization_config = native_config(entries) | {"pieces": pieces_of(entries, experts)}
         kwargs |= {"config": config, "key_mapping": compressed_tensors.OWN_NAMES}
     else:

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.files import SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
 from llmsqueeze.formats.experts import joined
+from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.config import auto_class, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
@@ -46,7 +46,7 @@ class Folder:
     @cached_property
     def record(self) -> dict[str, Any]:
         """Its `llmsqueeze.json`, empty if there is none."""
-        return read_json_if_there(self.path / SIDECAR)
+        return read_record(self.path)
 
 
 def open_folder(checkpoint: Checkpoint, trust_remote_code: bool) -> Folder:

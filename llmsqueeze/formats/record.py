@@ -6,19 +6,84 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan import Plan
+from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.files import SIDECAR, STRICT, Count, conform, read_json_if_there
 from llmsqueeze.formats import native
 from llmsqueeze.measure.streams.pooled import PRIOR
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import Calibration
+from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.recipe import Recipe
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
+Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # a name with {} for the number of an expert
+
+
+class Drawn(BaseModel):
+    """The calibration text of a record."""
+
+    model_config = STRICT
+    source: str | None = None
+    samples: Count = 0
+    seq_len: Count = 0
+    tokens: Count = 0
+    sha256: str | None = None
+
+
+class Distilled(BaseModel):
+    """One distillation in a record."""
+
+    model_config = STRICT
+    teacher: str | None = None
+    settings: dict[str, Any] = {}
+
+
+class Record(BaseModel):
+    """What is read of `llmsqueeze.json`."""
+
+    model_config = STRICT
+    model: str | None = None
+    revision: str | None = None
+    recipe: dict[str, Any] = {}
+    calibration: Drawn | None = None
+    versions: dict[str, str | None] = {}
+    llmsqueeze_version: str | None = None
+    format: str = ""
+    format_version: int | None = None
+    code_bits: float | None = None
+    bits_per_weight: float = 0
+    predicted_loss_increase: float | None = None
+    quantized_weights: Count = 0
+    nbytes: Count = 0
+    nbytes_original: Count = 0
+    towers: list[str] = []
+    errors: dict[str, float | None] = {}
+    chances: dict[str, float | None] = {}
+    tokens: dict[str, float | None] = {}
+    experts_stored_as: dict[str, list[Annotated[tuple[Template, Count], Field(strict=False)]]] = {}
+    distillation: list[Distilled] = []
+    time: dict[str, Any] | None = None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The folder's `llmsqueeze.json`, empty if there is none. Raises CheckpointError, which names the field, if it is
+    not as ours are."""
+    record = read_json_if_there(folder / SIDECAR)
+    conform(folder / SIDECAR, record, Record)
+    for key, value in record.get("recipe", {}).items():
+        if key in Asked.model_fields:  # others are of another version
+            try:
+                Asked.checked(key, value)
+            except RecipeError as error:
+                raise CheckpointError(f"'{folder / SIDECAR}': recipe: {error}") from error
+    return record
 
 
 def provenance(source: Source, path: Path) -> dict[str, Any]:

@@ -8,27 +8,71 @@ SHA-256), the calibration tokens, the settings.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.files import STRICT, Count, Finite, conform
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.outliers import Candidates
 from llmsqueeze.measure.request import Request
+from llmsqueeze.model.tensors import shard
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress.stopwatch import timed
 
 VERSION = 1
+ABOUT = "llmsqueeze_profile"  # in the metadata of the file
 
 
-def _tensors(key: str, requested: str = "", missing: str = "") -> dict[str, Any]:
-    """Of a field that maps names to tensors, stored under `key`. `requested`: the field of a request that asks for it;
-    `missing`: how a message calls it."""
-    return {"key": key, "requested": requested, "missing": missing}
+LIST = Field(strict=False)  # a tuple is a list in JSON
+Width = Annotated[int, Field(ge=1, le=8)]
+GridFields = Annotated[tuple[Width, Annotated[int, Field(ge=-1)], bool, bool, bool], LIST]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class File(BaseModel):
+    """A file of the model that was measured."""
+
+    model_config = STRICT
+    size: Count = 0
+    mtime_ns: int = 0
+    sha256: str = ""
+
+
+class Origin(BaseModel):
+    """What the profile is of; the rest is only compared."""
+
+    model_config = STRICT
+    files: dict[str, File] = {}
+    weights: str | None = None
+
+
+class Content(BaseModel):
+    """The JSON of a profile."""
+
+    model_config = STRICT
+    version: int
+    loss: Finite | None
+    labels: Count = 0
+    options: list[Annotated[tuple[GridFields, Share], LIST]]
+    salience_widths: list[Width]
+    lim: list[Finite]
+    zd: list[Finite]
+    groups: list[list[str]]
+    source: Origin
+    order: list[str] = []
+
+
+def _tensors(key: str, shape: str, requested: str = "", missing: str = "") -> dict[str, Any]:
+    """Of a field that maps names to tensors of floats, stored under `key`; shape: its sizes in words, or a number.
+    `requested`: the field of a request that asks for it; `missing`: how a message calls it."""
+    return {"key": key, "shape": shape.split(), "requested": requested, "missing": missing}
 
 
 def _json(
@@ -75,17 +119,19 @@ class Profile:
     zd: tuple[float, ...] = field(default=(), metadata=_json(tuple, requested="zd", missing="ZD"))
     groups: tuple[tuple[str, ...], ...] = field(default=(), metadata=_json(_groups))
     source: Mapping[str, Any] = field(default_factory=dict, metadata=_json(_same))
-    costs: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("costs"))
-    row_gradient: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("row_gradient"))
-    gains: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("gains", "gains", "gains of ranks"))
+    costs: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("costs", "options rows"))
+    row_gradient: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("row_gradient", "rows"))
+    gains: dict[str, Tensor] = field(
+        default_factory=dict, metadata=_tensors("gains", "options ranks", "gains", "gains of ranks")
+    )
     rates: dict[str, Tensor] = field(
-        default_factory=dict, metadata=_tensors("rates", "rates", "rates of entropy-coded codes")
+        default_factory=dict, metadata=_tensors("rates", "options", "rates", "rates of entropy-coded codes")
     )
     curves: dict[str, Tensor] = field(
-        default_factory=dict, metadata=_tensors("steps", "coded", "costs of coded weights")
+        default_factory=dict, metadata=_tensors("steps", "3 points", "coded", "costs of coded weights")
     )
-    moments: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("moments"))
-    salience: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("salience"))
+    moments: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("moments", "width width"))
+    salience: dict[str, Tensor] = field(default_factory=dict, metadata=_tensors("salience", "salience_widths rows"))
     candidates: dict[str, Candidates] = field(default_factory=dict)
 
 
@@ -108,8 +154,6 @@ def joined(profiles: Sequence[Profile]) -> Profile:
 @timed("write")
 def save(profile: Profile, path: Path) -> None:
     """Writes the profile as safetensors."""
-    from safetensors.torch import save_file
-
     tensors = {
         f"{name}.{one.metadata['key']}": values.contiguous()
         for one in STORED
@@ -119,32 +163,62 @@ def save(profile: Profile, path: Path) -> None:
         tensors |= {f"{name}.outliers": candidates.index, f"{name}.outlier_scores": candidates.score}
     about = {one.name: one.metadata["encode"](getattr(profile, one.name)) for one in IN_JSON}
     about["order"] = list(tensors)  # a file has an order of its own, and what is allocated first may depend on it
-    save_file(tensors, path, metadata={"llmsqueeze_profile": json.dumps({"version": VERSION, **about})})
+    shard.write(path, tensors, {ABOUT: json.dumps({"version": VERSION, **about})})
 
 
 @timed("read")
 def load(path: Path) -> Profile:
-    """Reads a profile. Raises CheckpointError for a file that is none, or of another version."""
+    """Reads a profile. Raises CheckpointError for a file that is none, damaged, or of another version."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("llmsqueeze_profile", "{}"))
-            names = set(file.keys())
-            order = [name for name in about.get("order", []) if name in names] if isinstance(about, dict) else []
-            tensors = {name: file.get_tensor(name) for name in dict.fromkeys([*order, *sorted(names)])}
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
     except FileNotFoundError as error:
         raise RecipeError(f"there is no profile {path}; `llmsqueeze plan` writes one") from error
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no profile: {error}") from error
     if not isinstance(about, dict) or "version" not in about:
         raise CheckpointError(f"{path} is no profile; `llmsqueeze plan` writes one")
     if about["version"] != VERSION:
         raise CheckpointError(f"{path} is a profile of version {about['version']}; this version reads {VERSION}")
-    try:
-        return _restored({"labels": 0, **about}, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged or no profile: {error!r}") from error
+    conform(path, about, Content)
+    stored = shard.read(path)
+    order = dict.fromkeys([name for name in about.get("order", ()) if name in stored] + sorted(stored))
+    profile = _restored({"labels": 0, **about}, {name: stored[name] for name in order})
+    if wrong := next(_misshapen(profile), None):
+        raise CheckpointError(f"{path} is damaged or no profile: {wrong}")
+    return profile
+
+
+def _misshapen(profile: Profile) -> Iterator[str]:
+    """The tensors that have another shape or dtype than their field says, or NaN."""
+    known = {"options": len(profile.options), "salience_widths": len(profile.salience_widths)}
+    for one in STORED:
+        wanted = one.metadata["shape"]
+        for name, values in getattr(profile, one.name).items():
+            sizes = dict(known)
+            fits = len(wanted) == values.dim() and values.is_floating_point()
+            for size, word in zip(values.shape, wanted, strict=False):
+                fits = fits and size == (int(word) if word.isdigit() else sizes.setdefault(word, size))
+            if not fits or values.isnan().any():
+                yield f"{name}.{one.metadata['key']} is {list(values.shape)} {values.dtype}, not [{', '.join(wanted)}]"
+    for name, best in profile.candidates.items():
+        if best.index.dim() != 1 or best.index.is_floating_point() or best.score.shape not in (best.index.shape, (0,)):
+            yield f"{name}.outliers and its scores are not two lists of the same length"
+
+
+def misfit(profile: Profile, shapes: Mapping[str, tuple[int, int]]) -> str | None:
+    """What a profile has of a linear that does not fit to its shape [rows, cols]; None if all of it does."""
+    for one in STORED:
+        for name, values in getattr(profile, one.name).items():
+            if "rows" in one.metadata["shape"] and name in shapes and values.shape[-1] != shapes[name][0]:
+                return f"{name}.{one.metadata['key']} is of {values.shape[-1]} rows, the linear has {shapes[name][0]}"
+    for name, best in profile.candidates.items():
+        index, weights = best.index, math.prod(shapes.get(name, ()))
+        if name in shapes and len(index) and not 0 <= int(index.min()) <= int(index.max()) < weights:
+            return f"{name}.outliers names weights that the linear does not have"
+    return None
 
 
 def _restored(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profile:
@@ -152,6 +226,8 @@ def _restored(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Profil
         return {n.removesuffix(f".{key}"): tensor for n, tensor in tensors.items() if n.endswith(f".{key}")}
 
     index, score = under("outliers"), under("outlier_scores")
+    if index.keys() != score.keys():
+        raise CheckpointError(f"a profile has outliers without scores: {min(index.keys() ^ score.keys())}")
     values: dict[str, Any] = {one.name: one.metadata["decode"](about[one.name]) for one in IN_JSON}
     values |= {one.name: under(one.metadata["key"]) for one in STORED}
     return Profile(**values, candidates={name: Candidates(index[name], score[name]) for name in index})

@@ -1,6 +1,6 @@
 """A compressed folder for people: its record, its linears with their sizes, and its scores, for terminal and pages.
 
-It reads the JSON files and the headers of the weights. So it is fast for a model of any size. A JSON file can hold any
+It reads the JSON files and the headers of the weights. So it is fast for a model of any size. Scores can hold any
 value: a value of the wrong type counts as unknown.
 """
 
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError, nearest
-from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR, read_json, read_json_if_there
+from llmsqueeze.files import COMPARISON, EVALUATION, SIDECAR, read_json_if_there
 from llmsqueeze.formats.entries import Entry, is_compressed, read_entries
 from llmsqueeze.formats.experts import joined
 from llmsqueeze.formats.public import shown
+from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.publish.linears import Linear, compressed_linears, dense_linears
 from llmsqueeze.publish.numbers import finite
@@ -24,14 +25,7 @@ BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # the names of th
 DERIVED = ("_stderr", "_difference")  # the ends of the keys that stand beside a task's scores
 
 # the keys of the record that card and report need
-NEEDED: dict[str, type | tuple[type, ...]] = {
-    "model": str,
-    "recipe": dict,
-    "bits_per_weight": (int, float),
-    "quantized_weights": int,
-    "nbytes": int,
-    "nbytes_original": int,
-}
+NEEDED = ("model", "recipe", "bits_per_weight", "quantized_weights", "nbytes", "nbytes_original")
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ def read_folder(path: Path) -> Folder:
     Raises UnsupportedError if llmsqueeze did not write it, CheckpointError if a file is missing or damaged.
     """
     checkpoint = joined(open_checkpoint(path))
-    record = read_json_if_there(path / SIDECAR)
+    record = read_record(path)
     entries = read_entries(checkpoint) if is_compressed(checkpoint) or not record else {}
     errors, towers = output_errors(record), set(names) if isinstance(names := record.get("towers"), list) else set()
     linears = compressed_linears(checkpoint, entries, errors) if entries else dense_linears(checkpoint, errors)
@@ -133,9 +127,9 @@ def read_folder(path: Path) -> Folder:
 def read_public(path: Path) -> Folder:
     """The folder without local paths and tokens, for a card or a page.
 
-    Raises as `read_folder` and `read_record`.
+    Raises as `read_folder` and `complete_record`.
     """
-    read_record(path)
+    complete_record(path)
     folder = read_folder(path)
     return replace(
         folder,
@@ -145,15 +139,15 @@ def read_public(path: Path) -> Folder:
     )
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The folder's `llmsqueeze.json`.
+def complete_record(path: Path) -> dict[str, Any]:
+    """The folder's `llmsqueeze.json` with all that card and report need.
 
     Raises UnsupportedError if there is none, CheckpointError if a key is missing or has the wrong type.
     """
     if not (path / SIDECAR).is_file():
         raise UnsupportedError(_not_ours(path))
-    record = read_json(path / SIDECAR)
-    if wrong := [key for key, kind in NEEDED.items() if not isinstance(record.get(key), kind)]:
+    record = read_record(path)
+    if wrong := [key for key in NEEDED if record.get(key) is None]:
         raise CheckpointError(
             f"'{path / SIDECAR}' has no usable {', '.join(wrong)}; run `llmsqueeze quantize` again to write it"
         )

@@ -20,7 +20,7 @@ from llmsqueeze.formats.inspection.beside import refuse_outside
 from llmsqueeze.formats.public import shown
 from llmsqueeze.progress import Progress
 from llmsqueeze.publish.card import MARK, model_card
-from llmsqueeze.publish.folder import read_record
+from llmsqueeze.publish.folder import complete_record
 from llmsqueeze.publish.hub_errors import hub_errors
 from llmsqueeze.publish.numbers import exact_size
 
@@ -188,7 +188,7 @@ def check_folder(directory: Path) -> list[str]:
     """The names of the shards. Raises UnsupportedError for a folder that is not ours, CheckpointError for a damaged
     one.
     """
-    record = read_record(directory)
+    record = complete_record(directory)
     name = directory.resolve().name
     if name.endswith(".partial"):
         raise UnsupportedError(

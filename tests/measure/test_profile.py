@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,43 @@ def test_profiles_of_blocks_join_in_turn(generator: torch.Generator) -> None:
     assert whole.gains == {}
     assert profiles.joined([]) == Profile()
     assert blocks[0].costs == {"a": first}, "what is joined is not changed"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"labels": "77"}, "labels is '77'"),
+        ({"loss": float("nan")}, "loss is nan"),
+        ({"options": [[[2, 64, True, True], 0.0]]}, "options.0.0"),
+        ({"options": [[[99, 64, True, True, False], 0.0]]}, "options.0.0.0 is 99"),
+        ({"salience_widths": [4, 3, 2]}, "salience is [2, 5]"),
+        ({"source": {"files": []}}, "source.files is []"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(change: dict[str, Any], said: str, full: Profile, tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    profiles.save(full, file)
+    with safe_open(file, framework="pt") as stored:
+        about = json.loads(stored.metadata()["llmsqueeze_profile"]) | change
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a dict
+    save_file(tensors, file, {"llmsqueeze_profile": json.dumps(about)})
+    with pytest.raises(CheckpointError, match=re.escape(said)) as error:
+        profiles.load(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_profile_of_other_shapes_is_told(full: Profile) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    assert profiles.misfit(full, {name: (5, 4), "another": (1, 1)}) is None
+    assert "is of 5 rows, the linear has 6" in str(profiles.misfit(full, {name: (6, 4)}))
+    assert "does not have" in str(profiles.misfit(full, {name: (5, 1)}))
+
+
+def test_a_flipped_byte_of_a_profile_is_found(full: Profile, tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    profiles.save(full, file)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        profiles.load(file)

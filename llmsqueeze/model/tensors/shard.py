@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # of dtypes in the header
 CHECKSUMS = "crc32"  # in the metadata: of each tensor, in the order of their names
+PYTORCH = MappingProxyType({"format": "pt"})  # what transformers wants in the metadata
 UNKNOWN = "0" * 8  # of a checksum, until its tensor is written
 
 
@@ -63,22 +65,22 @@ def present(tensor: Stored) -> Tensor:
     return (tensor.read() if isinstance(tensor, Later) else tensor).detach().to("cpu").contiguous()
 
 
-def write(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Writes the file, with checksums; of the tensors that are read, one is in memory at a time."""
+def write(path: Path, tensors: Mapping[str, Stored], about: Mapping[str, str] = PYTORCH) -> None:
+    """Writes the file, with checksums beside `about` in its metadata; one that is read is in memory at a time."""
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each is aligned
     sums = dict.fromkeys(sorted(tensors), UNKNOWN)
     with path.open("wb") as file:
-        file.write(_header(tensors, ordered, sums))
+        file.write(_header(tensors, ordered, {**about, CHECKSUMS: " ".join(sums.values())}))
         for name in ordered:
             tensor = present(tensors[name])
             sums[name] = checksum(name, tensor)
             file.write(_bytes(tensor))
         file.seek(0)
-        file.write(_header(tensors, ordered, sums))
+        file.write(_header(tensors, ordered, {**about, CHECKSUMS: " ".join(sums.values())}))
 
 
-def _header(tensors: Mapping[str, Stored], ordered: list[str], sums: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", CHECKSUMS: " ".join(sums.values())}}
+def _header(tensors: Mapping[str, Stored], ordered: list[str], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
     place = 0
     for name in ordered:
         tensor = tensors[name]
