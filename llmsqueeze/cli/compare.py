@@ -51,5 +51,6 @@ def compare(
         with progress.beside(f"no picture in {folder}"):
             draw_frontier(shown(result), Path(folder) / FRONTIER)
     if html is not None:
-        write_page(result, html)
+        with progress.beside(f"no page {html}"):
+            write_page(result, html)
     return Outcome(result | {"kept_in": kept}, print_comparison, met=not result["left_out"])

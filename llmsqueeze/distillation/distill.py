@@ -78,20 +78,25 @@ def distill(
     cache = teacher_cache or work / "teacher"
     answers = ask(skeleton, needed, cache, settings.top_k, chosen_device, progress, work)
 
-    def train_and_write() -> TrainingState:
+    def train_and_write() -> tuple[TrainingState, dict[str, Any]]:
         state, best = trained(student, skeleton, samples, settings, answers, work, chosen_device, progress)
-        write_folder(student, best, record_of(original.source.model, text, settings, state), out, overwrite)
+        record = record_of(original.source.model, text, settings, state)
+        opens = write_folder(student, best, record, out, overwrite, progress)
         shutil.rmtree(work, ignore_errors=True)
-        return state
+        return state, opens
 
-    state = processes.of_first(train_and_write)
-    return summary_of(original.source.model, text, settings, state, folder, out) | {
-        "nbytes": open_checkpoint(out).nbytes,
-        "nbytes_before": student.checkpoint.nbytes,
-        "seconds": round(time.monotonic() - start, 3),
-        "peak_memory_mb": peak_memory_mb(),
-        "peak_device_memory_mb": peak_device_memory_mb(str(chosen_device)),
-    }
+    state, opens = processes.of_first(train_and_write)
+    return (
+        summary_of(original.source.model, text, settings, state, folder, out)
+        | opens
+        | {
+            "nbytes": open_checkpoint(out).nbytes,
+            "nbytes_before": student.checkpoint.nbytes,
+            "seconds": round(time.monotonic() - start, 3),
+            "peak_memory_mb": peak_memory_mb(),
+            "peak_device_memory_mb": peak_device_memory_mb(str(chosen_device)),
+        }
+    )
 
 
 def trained(

@@ -21,6 +21,7 @@ from llmsqueeze.formats.folder import Output, rewrite
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import LowRank
+from llmsqueeze.progress import Progress
 
 
 def check_trainable(student: Folder, settings: Distillation) -> None:
@@ -69,8 +70,10 @@ def write_folder(
     entry: Mapping[str, Any],
     out: Path,
     overwrite: bool,
-) -> None:
-    """Writes the student's folder to `out` with the `best` tensors in place of its own, and `entry` in its record."""
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes the student's folder to `out` with the `best` tensors in place of its own, and `entry` in its record.
+    Returns what opens it, for the summary."""
     checkpoint, trust = student.checkpoint, student.trust_remote_code
     record = student.record | {"distillation": [*student.record.get("distillation", []), dict(entry)]}
     stored_as = own_names(student.entries)
@@ -80,10 +83,13 @@ def write_folder(
         return {name: best[name] if name in best else checkpoint.read_raw(name) for name in names}
 
     def inspect(output: Output) -> None:
-        verify.verify(output, verify.Computed(weights=None), trust_remote_code=trust)
+        opens, opened = verify.rewritten(output, None, trust, progress)
+        seen.update({"opens": opens, **opened.as_dict()})
 
+    seen: dict[str, Any] = {}
     config, size, experts = refitted(checkpoint.config, best), partial(sized, record), experts_of(record)
     rewrite(checkpoint, out, checkpoint.nbytes, overwrite, shard_of, config, size, inspect, experts=experts)
+    return seen
 
 
 def sized(record: Mapping[str, Any], nbytes: int) -> dict[str, Any]:

@@ -409,6 +409,23 @@ def test_a_comparison_is_kept_in_our_folders(
     assert foreign["kl_mean"] == 0
 
 
+def test_a_page_that_cannot_be_made_costs_no_scores(
+    original_dir: Path, copies: dict[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("llmsqueeze.publish.page.comparison.write_page", fails)
+    text = ("--text", text_file, "--limit", 1, "--seq-len", WINDOW, "--device", "cpu")
+    code, out, err = command(
+        "compare", original_dir, copies["portable"], *text, "--json", "--html", tmp_path / "p.html"
+    )
+    assert code == 0, err
+    assert len(json.loads(out)["models"]) == 2
+    assert "no page" in err
+    assert "no space left" in err
+
+
 def test_people_read_a_table(original_dir: Path, folders: dict[str, Path], text_file: Path) -> None:
     arguments = ["compare", original_dir, folders["portable"], "--text", text_file, "--limit", 2, "--seq-len", WINDOW]
     code, out, _ = command(*arguments, "--device", "cpu")

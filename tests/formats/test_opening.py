@@ -74,6 +74,28 @@ def test_a_folder_that_load_does_not_open_is_an_error(compressed: Callable[[str]
         opened(folder, torch.zeros(1, 31, 626), {"native": ""})
 
 
+@pytest.mark.parametrize("verb", ["export", "distill"])
+def test_what_is_made_from_a_folder_is_opened_too(
+    verb: str, compressed: Callable[[str], Path], demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Here by `load` alone; a result that it does not open is an error, and stays for whoever looks into it."""
+    by_load, rest = opening.by_load, ("--teacher", demo_of(2), "--steps", 1, "--samples", 4, "--seq-len", 16)
+    call = ("export", compressed("native"), "--to", "dense") if verb == "export" else ("distill", compressed("native"))
+    call = (*call, *rest, "--calibration", "demo") if verb == "distill" else call
+    monkeypatch.setattr(opening, "by_transformers", lambda *_: (None, "not here"))
+    monkeypatch.setattr(verification, "open_as_user", open_as_user)
+    code, out, err = command(*call, "--out", tmp_path / "out", "--json")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["opened"] == ["native"]
+    assert summary["not_opened"] == ({"transformers": "not here"} if verb == "export" else {})
+    assert not (tmp_path / "out.partial").exists()
+    monkeypatch.setattr(opening, "by_load", lambda *given: (by_load(*given)[0] * torch.nan, ""))
+    code, _, err = command(*call, "--out", tmp_path / "other")
+    assert (code, (tmp_path / "other").exists()) == (2, False)
+    assert "opened by llmsqueeze.load, the folder gives other logits: they differ by nan" in " ".join(err.split())
+
+
 def test_what_takes_more_memory_than_is_free_is_not_opened(
     compressed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,8 @@ def print_distillation(summary: dict[str, Any]) -> None:
     same = summary["nbytes"] == summary["nbytes_before"]
     before = "as before" if same else f"was {size(summary['nbytes_before'])}: the streams are coded again"
     table.add_row("size", f"{size(summary['nbytes'])}, {before}")
+    for label, text in opening(summary["opens"], summary["opened"], summary["not_opened"]):
+        table.add_row(label, text)
     table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     console().print(table)
 
@@ -103,7 +105,7 @@ def print_export(summary: dict[str, Any]) -> None:
         table.add_row("verified", "all read back from disk, equal bit by bit")
     if "rerounded" in summary:
         table.add_row("rounded again", f"coded weights to {summary['rerounded']}; {reround_cost(summary)}")
-    for label, text in opening(summary["opens"]):
+    for label, text in opening(summary["opens"], summary["opened"], summary["not_opened"]):
         table.add_row(label if summary["target"] != "peft" else f"base {label}", text)
     out = console()
     out.print(table)

@@ -23,6 +23,7 @@ from llmsqueeze.formats.experts import KEY, StoredAs
 from llmsqueeze.formats.exports import peft
 from llmsqueeze.formats.exports.reround import reround
 from llmsqueeze.formats.folder import Output, digest, rewrite
+from llmsqueeze.formats.inspection.opening import Opened
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.experts.names import experts_in_files
@@ -71,12 +72,14 @@ class Conversion:
 @dataclass
 class Converted:
     """What a conversion notes beside the new folder: digests of the weights that its parts sum to, squared errors in
-    steps of weights that were rounded, low-rank parts that it leaves out, and the runtimes' verdicts."""
+    steps of weights that were rounded, low-rank parts that it leaves out, the runtimes' verdicts, and those that opened
+    it."""
 
     digests: dict[str, bytes] = field(default_factory=dict)
     squares: dict[str, float] = field(default_factory=dict)
     factors: dict[str, LowRank] = field(default_factory=dict)
     opens: dict[str, str] = field(default_factory=dict)
+    opened: Opened = field(default_factory=Opened)
 
 
 def conversion(folder: Folder, to: str, dtype: torch.dtype | None, grid: Grid | None) -> Conversion:
@@ -101,7 +104,8 @@ def write_folder(plan: Conversion, out: Path, overwrite: bool, notes: Converted,
 
     def inspect(output: Output) -> None:
         trust = plan.folder.trust_remote_code
-        notes.opens |= verify.verify(output, verify.Computed(notes.digests), trust_remote_code=trust).opens
+        verdicts, notes.opened = verify.rewritten(output, notes.digests, trust, progress)
+        notes.opens |= verdicts
 
     needed, of = dense_nbytes(plan) + plan.kept_nbytes if plan.format == DENSE else 2 * checkpoint.nbytes, plan.experts
     return rewrite(checkpoint, out, needed, overwrite, converter(plan, notes), config, sidecar, inspect, progress, of)

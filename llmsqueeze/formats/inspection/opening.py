@@ -32,7 +32,7 @@ from llmsqueeze.progress.stopwatch import timed
 
 TOLERANCE = 1e-3  # of the largest logit: sums in float32, added in another order
 SPARE = 0.1  # of the free memory that stays free
-NATIVE, STOCK = "native", "transformers"
+TRIED = NATIVE, STOCK = "native", "transformers"
 
 # what the entry in sys.modules does: an import of llmsqueeze fails
 OPEN_STOCK = """
@@ -58,19 +58,22 @@ class Opened:
     runtimes: list[str] = field(default_factory=list)
     why_not: dict[str, str] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For a summary."""
+        return {"opened": self.runtimes, "not_opened": self.why_not}
+
 
 @timed("verify")
 def open_as_user(
-    folder: Folder, sample: Tensor | None, logits: Tensor | None, opens: Mapping[str, str], progress: Progress
+    folder: Folder, sample: Tensor, logits: Tensor | None, opens: Mapping[str, str], progress: Progress
 ) -> Opened:
     """Opens the folder by each runtime that `opens` names without a reason against it.
 
-    sample: tokens [1, length]; logits: those that were computed with, [1, length - 1, vocabulary]. Raises
-    VerificationError if `llmsqueeze.load` does not open the folder, or gives other logits.
+    sample: tokens [1, length]; logits: those that were computed with, [1, length - 1, vocabulary], or None: then those
+    of the first runtime count. Raises VerificationError if `llmsqueeze.load` does not open the folder, or gives other
+    logits.
     """
-    wanted = [runtime for runtime in (NATIVE, STOCK) if not opens.get(runtime, "")]
-    if sample is None or logits is None:
-        return Opened([], dict.fromkeys(wanted, "the verification has no logits to compare with"))
+    wanted = [runtime for runtime in TRIED if not opens.get(runtime, "")]
     result = Opened()
     for runtime in progress.over(wanted, "open", len(wanted)):
         if why := too_large(folder, runtime):
@@ -81,6 +84,7 @@ def open_as_user(
         except OSError as error:  # no other process, no disk: the result is as good without
             given, why = None, f"opening it here failed: {first_line(error)}"
         if given is not None:
+            logits = given if logits is None else logits
             why = compared(given[:, : logits.shape[1]], logits)
         if not why:
             result.runtimes.append(runtime)
