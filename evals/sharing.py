@@ -6,7 +6,7 @@
 
 For every row and count: `torchrun --nproc-per-node COUNT -m llmsqueeze quantize`, one thread for each process, one run
 after the other on a machine that does nothing else. seconds: of the run as the summary has it, and of the whole launch;
-peak_mb: of the first process. same: whether the folder is that of one process, byte for byte. The row `plan` is
+peak_mb: of the first process. same: whether the folder is that of one process, byte for byte. The rows `plan` are
 `plan` and then `quantize --plan`, by one process: the predicted time and peak memory, and the measured ones.
 """
 
@@ -31,6 +31,8 @@ ROWS: dict[str, list[str]] = {
     "coded": ["--method", "coded", "--bits", "3"],
     "budget": ["--method", "budget", "--bits", "3"],
     "plan": ["--method", "budget", "--bits", "3"],
+    "plan, gptq": ["--method", "gptq", "--bits", "3"],
+    "plan, rtn": ["--method", "rtn", "--bits", "3"],
 }
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     results: list[Row] = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
     for name in args.rows:
-        measure = forecast if name == "plan" else shared
+        measure = forecast if name.startswith("plan") else shared
         for row in measure(args, ROWS[name]):
             results.append({"model": Path(args.model).name, "row": name, **row})
             print("\n".join(page(results[-1:])), flush=True)
@@ -65,7 +67,7 @@ def shared(args: argparse.Namespace, options: list[str]) -> list[Row]:
             out = Path(folder) / f"by-{count}"
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "llmsqueeze"]
             start = time.monotonic()
-            summary = run([*launch, "quantize", args.model, *options, *text(args), "--out", str(out)])
+            summary = run([*launch, "quantize", args.model, *options, *text(args, options), "--out", str(out)])
             seconds, files = time.monotonic() - start, contents(out)
             alone = alone or files
             rows.append(
@@ -84,7 +86,7 @@ def forecast(args: argparse.Namespace, options: list[str]) -> list[Row]:
     """What `plan` predicts for `quantize --plan`, and what that takes."""
     with tempfile.TemporaryDirectory() as folder:
         command, out = [sys.executable, "-m", "llmsqueeze"], Path(folder) / "out"
-        plan = run([*command, "plan", args.model, *options, *text(args), "--out", f"{folder}/plan"])
+        plan = run([*command, "plan", args.model, *options, *text(args, options), "--out", f"{folder}/plan"])
         start = time.monotonic()
         summary = run([*command, "quantize", args.model, "--plan", f"{folder}/plan/plan.yaml", "--out", str(out)])
         return [
@@ -97,7 +99,9 @@ def forecast(args: argparse.Namespace, options: list[str]) -> list[Row]:
         ]
 
 
-def text(args: argparse.Namespace) -> list[str]:
+def text(args: argparse.Namespace, options: list[str]) -> list[str]:
+    if "rtn" in options:
+        return []
     return ["--calibration", args.calibration, "--samples", str(args.samples), "--seq-len", str(args.window)]
 
 
@@ -124,12 +128,12 @@ def page(results: list[Row]) -> list[str]:
             cells = [row["model"], row["row"], row["processes"], f"{row['seconds']:.0f}", ratio, same]
             lines.append(f"| {' | '.join(map(str, cells))} | {row['peak_mb']:.0f} |")
     if plans := [row for row in results if "predicted_seconds" in row]:
-        lines += ["", "| model | s predicted | measured | ratio | MB predicted | measured | ratio |"]
-        lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+        lines += ["", "| model | run | s predicted | measured | ratio | MB predicted | measured | ratio |"]
+        lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
         for row in plans:
             pairs = [(row["predicted_seconds"], row["whole_seconds"]), (row["predicted_mb"], row["peak_mb"])]
             cells = [f"{before:.0f} | {after:.0f} | {after / before:.2f}" for before, after in pairs]
-            lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+            lines.append(f"| {row['model']} | {row['row']} | {' | '.join(cells)} |")
     return lines
 
 

@@ -4,7 +4,10 @@
                      + for each other block: stage of the last tried block that has work in it * its work / that work
 
 `work` is what a stage's time grows with from block to block, in a unit of its own. So blocks may differ: in shapes, in
-what is skipped, in their number of linears. Start-up, embeddings, head and the opening of the result come once.
+what is skipped, in their number of linears. Start-up, embeddings and head come once.
+
+The first blocks alone are no model that could be opened. So `with_opening` takes what the parts of an opening are like:
+`load` reads and decodes the folder as the verification does, and stock transformers start as this process did.
 """
 
 from __future__ import annotations
@@ -40,6 +43,14 @@ def forecast(tried: Tried, work: Sequence[Mapping[str, float]]) -> dict[str, dic
                 for kind, seconds in tried.blocks[like].get(stage, {}).items():
                     total[stage][kind] += factor * seconds
     return {stage: {kind: round(one[kind], 4) for kind in KINDS} for stage, one in total.items()}
+
+
+def with_opening(times: Times, stock: bool) -> dict[str, dict[str, float]]:
+    """The times of a run with the opening of its result in its `verify`. stock: by stock transformers too."""
+    nothing = dict.fromkeys(KINDS, 0.0)
+    start, verify = times.get("start", nothing), times.get("verify", nothing)
+    opened = {kind: (2 + stock) * verify[kind] + stock * start[kind] for kind in KINDS}
+    return added([times]) | {"verify": {kind: round(spent, 4) for kind, spent in opened.items()}}
 
 
 def shared(times: Times, processes: int) -> dict[str, dict[str, float]]:

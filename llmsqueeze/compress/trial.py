@@ -22,7 +22,7 @@ import torch
 
 import llmsqueeze
 from llmsqueeze.compress.decision.decide import Decision
-from llmsqueeze.compress.forecast import Tried, added, between, forecast, seconds, shared, work_of
+from llmsqueeze.compress.forecast import Tried, added, between, forecast, seconds, shared, with_opening, work_of
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.compress.pipeline import write_rest, write_weights
 from llmsqueeze.compress.reuse import given_plan, open_plan
@@ -97,7 +97,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         whole = stopwatch.times()
     blocks = [added(pair) for pair in zip(laps.of("compress"), laps.of("verify"), strict=False)] or laps.of("compress")
     tried = Tried(between(added(blocks), whole), blocks)
-    times = forecast(tried, work_of(job.skeleton, decision.plan))
+    times = with_opening(forecast(tried, work_of(job.skeleton, decision.plan)), decision.plan.portable)
     return {
         "time": times,
         "seconds": seconds(times),

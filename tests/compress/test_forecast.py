@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmsqueeze.allocation.plan import base_plan
-from llmsqueeze.compress.forecast import Tried, added, between, block_work, forecast, seconds, work_of
+from llmsqueeze.compress.forecast import Tried, added, between, block_work, forecast, seconds, with_opening, work_of
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.recipe.resolve import make_recipe
@@ -30,6 +30,14 @@ def test_blocks_that_are_alike_take_as_long_as_the_second() -> None:
     assert wall(foretold) == {"start": 5, "read": 1 + 2 + 29 * 3, "round": 40 + 29 * 30}
     assert seconds(foretold) == 5 + 90 + 910
     assert seconds(foretold, "processor_seconds") == (5 + 90 + 910) / 2
+
+
+def test_the_opening_of_the_result_is_in_its_verification() -> None:
+    """By `load` it takes what the verification took, by stock transformers a start of Python beside."""
+    before = times(start=8, round=30, verify=2)
+    assert wall(with_opening(before, stock=False)) == {"start": 8, "round": 30, "verify": 4}
+    assert wall(with_opening(before, stock=True)) == {"start": 8, "round": 30, "verify": 8 + 2 + 2 + 2}
+    assert seconds(with_opening(before, stock=True), "processor_seconds") == (8 + 30 + 14) / 2
 
 
 def test_each_stage_grows_with_its_own_work() -> None:
