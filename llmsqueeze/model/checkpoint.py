@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
-from llmsqueeze.files import INDEX, PICKLES, SINGLE, read_json
+from llmsqueeze.files import INDEX, PICKLES, SINGLE, STRICT, conform, read_json
 from llmsqueeze.model.tensors.shard import DTYPES, checksums, compare
 from llmsqueeze.progress.stopwatch import timed
 
@@ -115,11 +116,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, config, tensors, sums)
 
 
+class Config(BaseModel):
+    """What is read of a `config.json` by itself; transformers reads the rest."""
+
+    model_config = STRICT
+    model_type: str = ""
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The folder's `config.json`. Raises CheckpointError if it is missing or is not that of a model."""
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json, so it is not a model folder")
     config = read_json(path / "config.json")
+    conform(path / "config.json", config, Config)
     if "model_type" not in config and "quantization_config" not in config:
         raise CheckpointError(f"{path / 'config.json'} names no model_type, so it is not a transformers model")
     return config
