@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +57,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' contains a {type(value).__name__}; a JSON object is expected")
     return value
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises OutputError if a folder is a link, or holds anything but folders and files of its own: a run goes on with
+    what it has left, writes to it and removes it."""
+    inside = (Path(at) / name for at, folders, files in os.walk(folder) for name in (*folders, *files))
+    for path in (folder, *inside):
+        about = path.lstat()
+        if not stat.S_ISDIR(about.st_mode) and not (stat.S_ISREG(about.st_mode) and about.st_nlink == 1):
+            raise OutputError(f"{path} is a link or no file, and no run of llmsqueeze leaves one: remove {folder}")
 
 
 def text_within(path: Path, most: int) -> str:

@@ -5,10 +5,12 @@ If stderr is not a terminal, progress is a line a minute. What every step did is
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from llmsqueeze.progress import Progress
 
@@ -44,9 +47,19 @@ STAGES = {
 }
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class PlainConsole(Console):
+    """A console for which all text is plain: names and notes from a file can hold anything."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(CONTROL.sub("�", text), **options)
+
+
 def console(stderr: bool = False) -> Console:
     """A console at most 100 columns wide, without colour if it is not a terminal."""
-    terminal = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    terminal = PlainConsole(stderr=stderr, highlight=False, soft_wrap=False, markup=False, emoji=False)
     terminal.width = min(terminal.width, WIDTH) if terminal.is_terminal else WIDTH
     return terminal
 

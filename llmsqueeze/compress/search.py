@@ -24,7 +24,7 @@ from llmsqueeze.compress.pipeline import compress, measured, without_damaged
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate_rows
 from llmsqueeze.formats.folder import joined_journal, partial_folder, publish
-from llmsqueeze.journal import Journal
+from llmsqueeze.journal import Journal, restoring
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
@@ -133,12 +133,13 @@ class _Search:
             noted = self._tried(bits, summary)
             self.journal.note(step, noted)
             self.journal.wait()
-        one = Round(**noted["round"])
-        if noted["refused"]:
-            self.refused = BudgetError(noted["refused"])
+        with restoring(self.journal.folder):
+            one, refused, summary = Round(**noted["round"]), noted["refused"], dict(noted["summary"])
+        if refused:
+            self.refused = BudgetError(refused)
         if one.kept and one.bits < self.best_bits:
             self._take(f"best {bits!r}")
-            self.best_bits, self.summary = one.bits, noted["summary"]
+            self.best_bits, self.summary = one.bits, summary
         return one
 
     def _take(self, step: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.files import refuse_links
 from llmsqueeze.formats.folder import owner_of
 from llmsqueeze.progress.log import RUN_LOG, read
 
@@ -41,8 +42,9 @@ class Unfinished:
 
 def unfinished(folder: Path) -> Unfinished:
     """What the log of a `.partial` says. Raises OutputError if llmsqueeze does not write the folder, CheckpointError if
-    there is no log."""
+    there is no log. What stands in a folder is only text here: links in it are refused."""
     process, runs = owner_of(folder)
+    refuse_links(folder)
     try:
         lines = read(folder / RUN_LOG)
     except OSError as error:

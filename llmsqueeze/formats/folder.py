@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmsqueeze import journal as journals
 from llmsqueeze.errors import CheckpointError, OutputError, ProcessError, SqueezeError, VerificationError
-from llmsqueeze.files import INDEX, SIDECAR, write_json
+from llmsqueeze.files import INDEX, SIDECAR, refuse_links, text_within, write_json
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.formats.inspection import beside
 from llmsqueeze.formats.inspection.damage import CONFIG, config_checksums
@@ -38,6 +38,7 @@ from llmsqueeze.progress.log import RUN_LOG
 from llmsqueeze.progress.stopwatch import timed
 
 OWNER = ".owner"  # in a .partial: the process that writes it
+LONGEST_OWNER = 1000  # bytes
 
 
 class Output:
@@ -269,6 +270,7 @@ def _begin_partial(partial: Path, about: About | None, restart: bool) -> None:
     journal = partial / journals.FOLDER
     _check_leftover(partial)
     if about is not None and not restart and (journal / journals.ABOUT).exists():
+        refuse_links(partial)
         journals.begin(journal, about)
         for folder in partial.glob(f"{SPILL}*"):
             shutil.rmtree(folder)
@@ -338,7 +340,7 @@ def owner_of(partial: Path) -> tuple[int, bool]:
     """The process that writes a `.partial`, and whether it still runs. Raises OutputError if llmsqueeze did not write
     it."""
     try:
-        pid, _, start = (partial / OWNER).read_text().partition(" ")
+        pid, _, start = text_within(partial / OWNER, LONGEST_OWNER).partition(" ")
         owner = int(pid)
     except (OSError, ValueError) as error:
         raise OutputError(f"{partial} exists, and llmsqueeze did not write it; remove or rename it") from error

@@ -17,15 +17,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from llmsqueeze.errors import CheckpointError, OutputError
-from llmsqueeze.files import read_json, whole_file
+from pydantic import BaseModel, Field
+
+from llmsqueeze.errors import CheckpointError, OutputError, first_line
+from llmsqueeze.files import MOST_JSON, STRICT, conform, read_json, whole_file
 from llmsqueeze.parallel import processes
 
 FOLDER = ".journal"
@@ -61,8 +64,10 @@ class Journal:
         return list(self._steps)
 
     def file(self, name: str) -> Path:
-        """Where a step writes its file."""
+        """Where a step writes its file. Raises CheckpointError for a name that leads elsewhere."""
         assert self.folder is not None, "a journal that notes nothing has no files"
+        if Path(name).name != name:
+            raise CheckpointError(f"{self.folder} names {name!r}, which is not in it")
         return self.folder / name
 
     def value(self, step: str) -> dict[str, Any] | None:
@@ -143,6 +148,18 @@ NO_JOURNAL = Journal()
 def write_behind() -> ThreadPoolExecutor:
     """The one thread of the process that writes behind a run."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
+
+
+@contextmanager
+def restoring(where: Path | None) -> Iterator[None]:
+    """Errors in using what a journal says are those of the journal: raises CheckpointError, which says what to do."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; start over with --restart") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{where} is damaged ({said}); start over with --restart") from error
 
 
 def folder_of(partial: Path, rank: int) -> Path:
@@ -233,20 +250,32 @@ def _digest(file: Path) -> str | None:
         return None
 
 
+class Line(BaseModel):
+    """A line of a journal. Files are in its folder, and in no other."""
+
+    model_config = STRICT
+    step: str
+    value: dict[str, Any]
+    files: dict[Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")], str | None]
+    without: list[str]
+
+
 def _read(file: Path, count: int | None = None) -> dict[str, Step]:
     """The steps of a journal, or the first `count`. The last line of a run that was killed may be cut off: then it is
-    removed."""
+    removed. Raises CheckpointError."""
     steps: dict[str, Step] = {}
+    with restoring(file):
+        if (size := file.stat().st_size) > MOST_JSON:
+            raise CheckpointError(f"{file} has {size} bytes, far too many")
     *lines, last = file.read_bytes().split(b"\n")
     for line in lines[:count]:
-        try:
+        with restoring(file):
             noted = json.loads(line)
+            conform(file, noted, Line)
             for name in noted["without"]:
                 for step in steps.values():
                     step.files.pop(name, None)
-            steps[noted["step"]] = Step(dict(noted["value"]), dict(noted["files"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged; start over with --restart") from error
+            steps[noted["step"]] = Step(noted["value"], noted["files"])
     if last:
         with file.open("r+b") as stream:
             stream.truncate(sum(len(line) + 1 for line in lines))

@@ -193,7 +193,8 @@ def load(path: Path) -> Profile:
 
 def _misshapen(profile: Profile) -> Iterator[str]:
     """The tensors that have another shape or dtype than their field says, or NaN."""
-    known = {"options": len(profile.options), "salience_widths": len(profile.salience_widths)}
+    counts = {"options": len(profile.options), "salience_widths": len(profile.salience_widths)}
+    known = {word: count for word, count in counts.items() if count}  # that of a block in a journal names none
     for one in STORED:
         wanted = one.metadata["shape"]
         for name, values in getattr(profile, one.name).items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.journal import NO_JOURNAL, Journal
+from llmsqueeze.journal import NO_JOURNAL, Journal, restoring
 from llmsqueeze.measure.block import Linears, reduce_block, reduce_weights
 from llmsqueeze.measure.costs import coded_points
 from llmsqueeze.measure.ends import Ends
@@ -98,9 +98,10 @@ def noted_block(walk: Walk, index: int, gradients: Activations, journal: Journal
     step = f"backward-{index}"
     if journal.value(step) is None:
         return None
-    if journal.holds(step):
-        gradients.take(Activations.stored(walk.spill, journal.file(step)))
-    return load(journal.file(f"{step}.profile"))
+    with restoring(journal.folder):
+        if journal.holds(step):
+            gradients.take(stored(walk, step, journal))
+        return load(journal.file(f"{step}.profile"))
 
 
 def note_block(walk: Walk, index: int, measured: Profile, gradients: Activations, journal: Journal) -> None:
@@ -124,8 +125,9 @@ def forward_sweep(
     for index in progress.over(range(len(walk.modules)), "forward", len(walk.modules)):
         step = f"forward-{index}"
         if (noted := journal.value(step)) is not None:
-            outputs, similar = stored(walk, step, journal), noted["similar"]
-            walk.restore_layouts(index + 1, noted["layouts"])
+            with restoring(journal.folder):
+                outputs, similar = stored(walk, step, journal), float(noted["similar"])
+                walk.restore_layouts(index + 1, noted["layouts"])
         else:
             outputs, similar = forward_block(walk, index, inputs[-1])
             if journal.active:
@@ -138,7 +140,9 @@ def forward_sweep(
 
 def stored(walk: Walk, name: str, journal: Journal) -> Activations:
     """The activations that the journal has in a file; none if they are of no use any more."""
-    return Activations.stored(walk.spill, journal.file(name)) if journal.holds(name) else Activations(walk.spill)
+    if not journal.holds(name):
+        return Activations(walk.spill)
+    return Activations.stored(walk.spill, journal.file(name), len(walk.samples))
 
 
 def forward_profile(
@@ -150,9 +154,10 @@ def forward_profile(
     for index in progress.over(range(len(walk.modules)), "forward", len(walk.modules)):
         step, before = f"forward-{index}", len(groups)
         if (noted := journal.value(step)) is not None:
-            outputs, similar = stored(walk, step, journal), noted["similar"]
-            walk.restore_layouts(index + 1, noted["layouts"])
-            groups += [tuple(names) for names in noted["groups"]]
+            with restoring(journal.folder):
+                outputs, similar = stored(walk, step, journal), float(noted["similar"])
+                walk.restore_layouts(index + 1, noted["layouts"])
+                groups += [tuple(names) for names in noted["groups"]]
         else:
             outputs, similar = forward_block(walk, index, inputs, groups)
             if journal.active:
@@ -213,7 +218,8 @@ def head_sweep(
     The loss behind the gradient is that on the text, or on labels that the model draws by the request's seed.
     """
     if (noted := journal.value("head")) is not None and ends is None:
-        return noted["loss"], stored(walk, "head", journal)
+        with restoring(journal.folder):
+            return float(noted["loss"]), stored(walk, "head", journal)
     gradients = Activations(walk.spill)
     losses = []
     draws = drawn_labels(walk, request)

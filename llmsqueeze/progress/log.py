@@ -14,13 +14,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmsqueeze.memory import memory_mb
 from llmsqueeze.progress import Progress
 
 RUN_LOG = "run.jsonl"
 APART = 1.0  # seconds: lines about samples are no closer
+MOST = 1 << 26  # bytes of a log that are read
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Word = Annotated[str, Field(max_length=1000)]
 
 
 class Logged(Progress):
@@ -72,12 +77,31 @@ class Logged(Progress):
             stream.write(json.dumps(line) + "\n")
 
 
+class Line(BaseModel):
+    """A line of a log."""
+
+    model_config = ConfigDict(strict=True)
+    at: Annotated[float, Field(ge=0, le=1e11)]
+    stage: Word | None = None
+    done: Count = 0
+    total: Count = 0
+    weight: Word | None = None
+    sample: Count | None = None
+    samples: Count | None = None
+    memory_mb: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    note: str | None = None
+
+
 def read(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log; one that is cut off or is no line of a log is left out. Raises OSError."""
+    """The lines of a log, of a large one the last; one that is cut off or is no line of a log is left out. Raises
+    OSError."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - MOST))
+        text = stream.read(MOST).decode("utf-8", errors="replace")
     lines = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
+    for line in text.split("\n"):
+        with suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and isinstance(entry.get("at"), int | float):
-                lines.append(entry)
+            Line.model_validate(entry)
+            lines.append(entry)
     return lines

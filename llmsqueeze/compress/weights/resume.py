@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.compress.weights.group import Compressed, final_plan
 from llmsqueeze.compress.weights.pace import Pace
+from llmsqueeze.formats import native
 from llmsqueeze.formats.folder import Output
 from llmsqueeze.formats.verify import Witness
-from llmsqueeze.journal import Journal
+from llmsqueeze.journal import Journal, restoring
 from llmsqueeze.measure.streams.residual import ResidualStreams
-from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.tensors import shard
 
 START, BLOCK = "start", "block-"
 STREAMS = ("original", "compressed")
@@ -74,7 +74,7 @@ def note(
             stream.move_to(journal.file(files[-1]))
     if witness is not None and witness.hidden is not None:
         files.append(f"{step}.witness")
-        save_file({"hidden": witness.hidden.cpu().contiguous()}, journal.file(files[-1]))
+        shard.write(journal.file(files[-1]), {"hidden": witness.hidden})
     finals = {name: final_plan(plan.weights[name], one.parts) for name, one in compressed.items()}
     value = {
         "linears": {
@@ -121,9 +121,21 @@ def resumed(
 
     blocks: the linears of each block.
     """
-    journal, steps = output.journal, [START]
-    if journal.value(START) is None:
+    if output.journal.value(START) is None:
         return None
+    with restoring(output.journal.folder):
+        return _resumed(output, plan, blocks, pace, witness, walk)
+
+
+def _resumed(
+    output: Output,
+    plan: Plan,
+    blocks: Sequence[Sequence[str]],
+    pace: Pace | None,
+    witness: Witness | None,
+    walk: Walk,
+) -> Resumed | None:
+    journal, steps = output.journal, [START]
     steps += [step for step in map(step_of, range(len(blocks))) if journal.value(step) is not None]
     values = {step: journal.value(step) or {} for step in steps}
     if not all(output.take_over(*shard) for value in values.values() for shard in value["shards"].items()):
@@ -134,6 +146,8 @@ def resumed(
     for step, value in values.items():
         for name, noted in value["linears"].items():
             planned = plan.weights[name]
+            if noted["final"]:
+                native.check_entry(name, {"shape": list(planned.shape), "parts": noted["final"]})
             final = replace(planned, final=tuple(noted["final"]), rank=noted["rank"])
             (ends if step == START else tally).add(planned, final, {kind: noted[kind] for kind in NUMBERS})
         if witness is not None:
@@ -142,12 +156,13 @@ def resumed(
     if pace is not None:
         pace.restore(last["pace"])
     walk.restore_layouts(len(steps) - 1, last["layouts"])
-    return Resumed(len(steps) - 1, streams_of(journal, last["streams"], walk.spill), ends.plans, tally)
+    return Resumed(len(steps) - 1, streams_of(journal, last["streams"], walk), ends.plans, tally)
 
 
-def streams_of(journal: Journal, names: Sequence[str | None], spill: Spill) -> ResidualStreams:
+def streams_of(journal: Journal, names: Sequence[str | None], walk: Walk) -> ResidualStreams:
     """The streams in files of the journal, by name; the same name is the same stream."""
-    stored = {name: Activations.stored(spill, journal.file(name)) for name in dict.fromkeys(names) if name is not None}
+    files = {name: journal.file(name) for name in names if name is not None}
+    stored = {name: Activations.stored(walk.spill, file, len(walk.samples)) for name, file in files.items()}
     original, compressed = (None if name is None else stored[name] for name in names)
     return ResidualStreams(original, compressed)
 
@@ -155,5 +170,5 @@ def streams_of(journal: Journal, names: Sequence[str | None], spill: Spill) -> R
 def _show(journal: Journal, step: str, value: Mapping[str, Any], witness: Witness) -> None:
     """Lets the witness know what it had seen at a step."""
     file = f"{step}.witness"
-    hidden = load_file(journal.file(file))["hidden"] if journal.holds(file) else None
+    hidden = shard.read(journal.file(file))["hidden"] if journal.holds(file) else None
     witness.restore(value["witness"], hidden, step != START)

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze.errors import CheckpointError
+
 DEFAULT_LIMIT = 24 << 20  # bytes
 SPILL = "llmsqueeze-"  # how the names of folders with spilled activations begin
 
@@ -149,15 +151,21 @@ class Activations:
         self._items, other._items = other._items, []
 
     @classmethod
-    def stored(cls, spill: Spill, path: Path) -> Activations:
-        """The list that `move_to` wrote."""
-        with path.open("rb") as file:
-            file.seek(-8, 2)
-            end = file.tell()
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(end - length)
-            shapes = json.loads(file.read(length))
-        sizes = [torch.Size(shape).numel() * getattr(torch, dtype).itemsize for shape, dtype in shapes]
+    def stored(cls, spill: Spill, path: Path, count: int) -> Activations:
+        """The list of so many tensors that `move_to` wrote. Raises CheckpointError for another file."""
+        try:
+            with path.open("rb") as file:
+                file.seek(-8, 2)
+                end = file.tell()
+                length = int.from_bytes(file.read(8), "little")
+                file.seek(end - length)
+                shapes = json.loads(file.read(length))
+            sizes = [torch.Size(shape).numel() * getattr(torch, dtype).itemsize for shape, dtype in shapes]
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+            raise CheckpointError(f"{path} holds no activations") from error
+        least = min((size for shape, _ in shapes for size in shape), default=0)
+        if len(sizes) != count or least < 0 or sum(sizes) != end - length:
+            raise CheckpointError(f"{path} does not have the activations of this run")
         activations = cls(spill)
         activations._items += _stored(path, shapes, [sum(sizes[:at]) for at in range(len(sizes))])
         return activations

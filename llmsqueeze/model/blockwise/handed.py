@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.blockwise.recorder import BlockCall, others_of
+from llmsqueeze.model.tensors.shard import DTYPES
 
 Content = dict[Any, Any]
+DTYPES_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,18 @@ class Layout:
     def as_json(self) -> list[Any]:
         """For a journal; `from_json` makes the same layout of it."""
         dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
-        return [[list(shape) for shape in self.shapes], dtypes, pytree.treespec_dumps(self.structure)]
+        nested = pytree.tree_unflatten([0] * (len(self.shapes) - 1), self.structure)
+        return [[list(shape) for shape in self.shapes], dtypes, _plain(nested)]
 
     @classmethod
     def from_json(cls, value: Sequence[Any]) -> Layout:
-        shapes, dtypes, structure = value
-        return cls(
-            tuple(torch.Size(shape) for shape in shapes),
-            tuple(getattr(torch, dtype) for dtype in dtypes),
-            pytree.treespec_loads(structure),
-        )
+        """Raises ValueError, TypeError or KeyError for what `as_json` never gives. torch's own reader of structures
+        would import the modules that they name."""
+        shapes, dtypes, plain = value
+        structure = pytree.tree_structure(_nested(plain))
+        if not structure.num_leaves == len(shapes) - 1 == len(dtypes) - 1:
+            raise ValueError("a layout has a shape and a dtype for each of its tensors")
+        return cls(tuple(torch.Size(shape) for shape in shapes), tuple(DTYPES_BY_NAME[d] for d in dtypes), structure)
 
     def unpacked(self, packed: Tensor) -> tuple[Tensor, Content]:
         """The hidden states and the content."""
@@ -64,6 +68,25 @@ class Layout:
         hidden, *values = (part.view(shape).to(dtype) for part, shape, dtype in lie)
         content: Content = pytree.tree_unflatten(values, self.structure)
         return hidden, content
+
+
+def _plain(nested: Any) -> Any:
+    """Dicts, lists and tuples of leaves as JSON: a leaf is 0."""
+    if isinstance(nested, dict):
+        return ["dict", *([key, _plain(one)] for key, one in nested.items())]
+    if isinstance(nested, list | tuple):
+        return ["list" if isinstance(nested, list) else "tuple", *map(_plain, nested)]
+    return 0
+
+
+def _nested(plain: Any) -> Any:
+    """What `_plain` was given."""
+    if plain == 0:
+        return 0
+    kind, *inside = plain
+    if kind == "dict":
+        return {key: _nested(one) for key, one in inside}
+    return {"list": list, "tuple": tuple}[kind](map(_nested, inside))
 
 
 def board_in(leaves: Sequence[Any]) -> MutableMapping[Any, Any] | None:
