@@ -24,6 +24,8 @@ from typing import Any
 
 from survival import contents
 
+from llmsqueeze.files import SIDECAR
+
 Row = dict[str, Any]
 ROWS: dict[str, list[str]] = {
     "gptq": ["--method", "gptq", "--bits", "3"],
@@ -67,8 +69,12 @@ def shared(args: argparse.Namespace, options: list[str]) -> list[Row]:
             out = Path(folder) / f"by-{count}"
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "llmsqueeze"]
             start = time.monotonic()
-            summary = run([*launch, "quantize", args.model, *options, *text(args, options), "--out", str(out)])
-            seconds, files = time.monotonic() - start, contents(out)
+            asked = [args.model, *options, *text(args, options), "--out", str(out), "--profile-time"]
+            summary = run([*launch, "quantize", *asked])
+            seconds = time.monotonic() - start
+            record = json.loads((out / SIDECAR).read_text())
+            (out / SIDECAR).write_text(json.dumps({name: value for name, value in record.items() if name != "time"}))
+            files = contents(out)
             alone = alone or files
             rows.append(
                 {
@@ -77,6 +83,7 @@ def shared(args: argparse.Namespace, options: list[str]) -> list[Row]:
                     "whole_seconds": round(seconds, 1),
                     "peak_mb": summary["peak_memory_mb"],
                     "same": files == alone,
+                    "processor_seconds": {stage: one["processor_seconds"] for stage, one in summary["time"].items()},
                 }
             )
     return rows
@@ -116,7 +123,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def page(results: list[Row]) -> list[str]:
-    lines = []
+    lines: list[str] = []
     if runs := [row for row in results if "processes" in row]:
         lines += ["| model | run | processes | s | of one | the same bytes | peak MB of the first |"]
         lines += ["|---|---|---:|---:|---:|---|---:|"]
@@ -127,6 +134,9 @@ def page(results: list[Row]) -> list[str]:
             same = "yes" if row["same"] else "**no**"
             cells = [row["model"], row["row"], row["processes"], f"{row['seconds']:.0f}", ratio, same]
             lines.append(f"| {' | '.join(map(str, cells))} | {row['peak_mb']:.0f} |")
+    for row in runs:
+        if row["processes"] > 1 and "processor_seconds" in row:
+            lines += stages(row, next(r for r in runs if r["processes"] == 1 and r["row"] == row["row"]))
     if plans := [row for row in results if "predicted_seconds" in row]:
         lines += ["", "| model | run | s predicted | measured | ratio | MB predicted | measured | ratio |"]
         lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
@@ -134,6 +144,17 @@ def page(results: list[Row]) -> list[str]:
             pairs = [(row["predicted_seconds"], row["whole_seconds"]), (row["predicted_mb"], row["peak_mb"])]
             cells = [f"{before:.0f} | {after:.0f} | {after / before:.2f}" for before, after in pairs]
             lines.append(f"| {row['model']} | {row['row']} | {' | '.join(cells)} |")
+    return lines
+
+
+def stages(row: Row, alone: Row) -> list[str]:
+    """Where the processor time of the first process goes, against one process."""
+    lines = ["", f"| {row['model']}, {row['row']} | s of one | of the first of {row['processes']} | ratio |"]
+    lines.append("|---|---:|---:|---:|")
+    for stage, spent in alone["processor_seconds"].items():
+        if spent >= 1:
+            own = row["processor_seconds"].get(stage, 0.0)
+            lines.append(f"| {stage} | {spent:.1f} | {own:.1f} | {own / spent:.2f} |")
     return lines
 
 
