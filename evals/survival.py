@@ -4,9 +4,10 @@
         [--out FILE.json]
     python evals/survival.py --show FILE.json ...
 
-A moment is drawn evenly from the time that an uninterrupted run takes. The process gets signal 9. What is compared:
-every file of the folder with that of the uninterrupted run, byte for byte; and the time of all runs together, the
-starts of Python among them, with that of the uninterrupted one. steps: how many the journal held at each kill.
+A moment is drawn evenly from the time that an uninterrupted run takes. The process gets signal 9, and is started again;
+a run that ends before its moment is compared, and the next one begins anew, until there were so many kills. What is
+compared: every file of the folder with that of the uninterrupted run, byte for byte. A kill loses the work since the
+last step that was noted, and a start of Python.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.formats.folder import partial_of
-from llmsqueeze.journal import FOLDER, LINES
+from llmsqueeze.progress.log import RUN_LOG
 
 Row = dict[str, Any]
 ROWS: dict[str, list[str]] = {
@@ -54,46 +55,53 @@ def main() -> None:
     results: list[Row] = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
     for name in args.rows:
         results.append({"model": Path(args.model).name, "row": name, **survived(args, ROWS[name])})
-        print(table(results[-1:])[-1], flush=True)
+        print(table(results[-1:])[2], flush=True)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def survived(args: argparse.Namespace, options: list[str]) -> Row:
-    """One command, uninterrupted and killed."""
+    """One command, uninterrupted, and killed so many times. A run that is done before its moment comes starts anew."""
     text = ["--calibration", args.calibration, "--samples", str(args.samples), "--seq-len", str(args.window)]
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         command = [sys.executable, "-m", "llmsqueeze.cli", "quantize", args.model, *options, *text, "--quiet", "--out"]
         start = time.monotonic()
         subprocess.run([*command, str(whole)], check=True, capture_output=True)
-        seconds = time.monotonic() - start
-        draw, steps, start = random.Random(args.seed), list[int](), time.monotonic()
-        while not killed.exists():
-            process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            try:
-                _, errors = process.communicate(timeout=draw.uniform(0, seconds) if len(steps) < args.kills else None)
-                if process.returncode:
-                    raise SystemExit(errors.decode())
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-                steps.append(noted(killed))
-        together = time.monotonic() - start
-        left = sorted(path.name for path in Path(folder).iterdir() if path not in (whole, killed))
+        seconds, expected = time.monotonic() - start, contents(whole)
+        draw, kills, identical, lost = random.Random(args.seed), list[str](), True, 0.0
+        while len(kills) < args.kills:
+            start, before = time.monotonic(), len(kills)
+            while not killed.exists():
+                moment = draw.uniform(0, seconds) if len(kills) < args.kills else None
+                process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                try:
+                    _, errors = process.communicate(timeout=moment)
+                    if process.returncode:
+                        raise SystemExit(errors.decode())
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.communicate()
+                    kills.append(stage_of(killed))
+            identical &= contents(killed) == expected
+            lost += time.monotonic() - start - seconds if len(kills) > before else 0.0
         return {
-            "steps": steps,
-            "identical": contents(whole) == contents(killed),
-            "left": left,
+            "kills": kills,
+            "identical": identical,
+            "left": sorted(path.name for path in Path(folder).iterdir()),
             "seconds": round(seconds, 1),
-            "seconds_killed": round(together, 1),
+            "lost": round(lost / len(kills), 1),
         }
 
 
-def noted(out: Path) -> int:
-    """Steps in the journal of a run that was killed."""
-    lines = partial_of(out) / FOLDER / LINES
-    return lines.read_text().count("\n") if lines.exists() else 0
+def stage_of(out: Path) -> str:
+    """The stage that a run was in when it was killed, and how many of its steps were done, by its log."""
+    log = partial_of(out) / RUN_LOG
+    last = log.read_text().rpartition("\n")[0].rpartition("\n")[2] if log.exists() else ""
+    if not last:
+        return "start"
+    state = json.loads(last)
+    return f"{state['stage']} {state['done']}/{state['total']}" if "stage" in state else "start"
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -108,12 +116,15 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def table(results: list[Row]) -> list[str]:
-    lines = ["| model | run | steps noted at the kills | the same bytes | time |", "|---|---|---|---|---:|"]
+    lines = [
+        "| model | run | killed in | the same bytes | s of a run | s lost by a kill |",
+        "|---|---|---|---|---:|---:|",
+    ]
     for row in results:
-        steps, same = ", ".join(map(str, row["steps"])), "yes" if row["identical"] else "**no**"
-        cells = [row["model"], row["row"], steps, same, f"{row['seconds_killed'] / row['seconds']:.2f}"]
+        same = "yes" if row["identical"] and not row["left"] else "**no**"
+        cells = [row["model"], row["row"], ", ".join(row["kills"]), same, f"{row['seconds']:.0f}", f"{row['lost']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", f"{sum(len(row['kills']) for row in results)} kills."]
 
 
 if __name__ == "__main__":
