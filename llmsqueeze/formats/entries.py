@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
+from llmsqueeze.files import STRICT, conform
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.parts import Grid, Part, Spec
@@ -37,6 +39,22 @@ class Entry:
     def tensors(self) -> list[str]:
         """The names of all its tensors in the file."""
         return [name for names in self.names for name in names.values()] + list(self.beside)
+
+
+class Group(BaseModel):
+    """Linears that are compressed in the same way."""
+
+    model_config = STRICT
+    targets: list[str]
+    weights: dict[str, Any] | None
+
+
+class Groups(BaseModel):
+    """What is read of the `quantization_config` of compressed-tensors."""
+
+    model_config = STRICT
+    config_groups: dict[str, Group]
+    ignore: list[str] | None = None
 
 
 def is_compressed(checkpoint: Checkpoint) -> bool:
@@ -110,6 +128,7 @@ def _native(linear: str, entry: Mapping[str, Any]) -> Entry:
 def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Entry]:
     """Raises UnsupportedError if not as ours are: symmetric integers in groups or rows, columns in order, modules named
     one by one."""
+    conform(checkpoint.path / "config.json", config, Groups)
     entries = {}
     for group in config["config_groups"].values():
         weights = group["weights"]

@@ -23,6 +23,8 @@ from llmsqueeze.files import INDEX, PICKLES, SINGLE, STRICT, conform, read_json
 from llmsqueeze.model.tensors.shard import DTYPES, checksums, compare
 from llmsqueeze.progress.stopwatch import timed
 
+LONGEST_NAME = 200  # characters of a shard's name, fewer than any system allows
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -168,8 +170,8 @@ def _indexed(path: Path) -> Stored:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(f"{path / INDEX} names {file!r}, which is outside the model folder")
-        if not (path / file).exists():
-            raise CheckpointError(f"{path} lacks the shard {file} that {INDEX} names")
+        if len(file) > LONGEST_NAME or not (path / file).exists():
+            raise CheckpointError(f"{path} lacks the shard {file[:LONGEST_NAME]} that {INDEX} names")
         stored, checked = _headers(path / file)
         for name in (n for n, f in weight_map.items() if f == file):
             if name not in stored:

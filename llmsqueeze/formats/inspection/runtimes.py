@@ -89,7 +89,7 @@ def _called_otherwise(model: PreTrainedModel) -> Iterator[str]:
 
 def _ignore_errors(config: Mapping[str, Any], entries: Mapping[str, Entry], model: nn.Module) -> Iterator[str]:
     """Every linear is either a target or ignored."""
-    ignored, linears = set(config.get("ignore", [])), all_linears(model)
+    ignored, linears = set(config.get("ignore") or ()), all_linears(model)
     for name in sorted(linears - set(entries) - ignored):
         yield f"{name} is neither a target nor on the ignore list"
     for name in sorted(ignored - linears):
