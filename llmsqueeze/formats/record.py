@@ -13,13 +13,11 @@ from pydantic import BaseModel, Field
 
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan import Plan
-from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import SIDECAR, STRICT, Count, conform, read_json_if_there
 from llmsqueeze.formats import native
 from llmsqueeze.measure.streams.pooled import PRIOR
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.text import Calibration
-from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.recipe import Recipe
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -37,6 +35,28 @@ class Drawn(BaseModel):
     sha256: str | None = None
 
 
+class Settings(BaseModel):
+    """The recipe of a record. A search tries values that nobody may ask for, so ranges are wide."""
+
+    model_config = STRICT
+    method: str | None = None
+    quantizer: str | None = None
+    bits: Annotated[float, Field(ge=0, le=64)] | None = None
+    size: Count | None = None
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+    importance: str | None = None
+    widths: list[Count] | None = None
+    high_bits: Count | None = None
+    low_bits: Count | None = None
+    outliers: Annotated[float, Field(ge=0, le=1)] | None = None
+    lorc_rank: Count | str | None = None
+    distill_steps: Count | None = None
+    calibration: str | None = None
+    samples: Count | None = None
+    seq_len: Count | None = None
+    seed: int | None = None
+
+
 class Distilled(BaseModel):
     """One distillation in a record."""
 
@@ -51,7 +71,7 @@ class Record(BaseModel):
     model_config = STRICT
     model: str | None = None
     revision: str | None = None
-    recipe: dict[str, Any] = {}
+    recipe: Settings = Settings()
     calibration: Drawn | None = None
     versions: dict[str, str | None] = {}
     llmsqueeze_version: str | None = None
@@ -77,12 +97,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     not as ours are."""
     record = read_json_if_there(folder / SIDECAR)
     conform(folder / SIDECAR, record, Record)
-    for key, value in record.get("recipe", {}).items():
-        if key in Asked.model_fields:  # others are of another version
-            try:
-                Asked.checked(key, value)
-            except RecipeError as error:
-                raise CheckpointError(f"'{folder / SIDECAR}': recipe: {error}") from error
     return record
 
 
