@@ -65,7 +65,7 @@ def refuse_links(folder: Path) -> None:
     inside = (Path(at) / name for at, folders, files in os.walk(folder) for name in (*folders, *files))
     for path in (folder, *inside):
         about = path.lstat()
-        if not stat.S_ISDIR(about.st_mode) and not (stat.S_ISREG(about.st_mode) and about.st_nlink == 1):
+        if not stat.S_ISDIR(about.st_mode) and not (stat.S_ISREG(about.st_mode) and about.st_nlink <= 1):
             raise OutputError(f"{path} is a link or no file, and no run of llmsqueeze leaves one: remove {folder}")
 
 
