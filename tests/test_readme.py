@@ -34,6 +34,7 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
+@pytest.mark.thorough
 def test_every_command_of_the_readme_runs(
     demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

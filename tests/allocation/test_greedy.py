@@ -202,6 +202,7 @@ def next_steps(plan: Plan) -> list[tuple[float, Plan]]:
     return steps
 
 
+@pytest.mark.thorough
 def test_no_row_that_fits_is_left_behind() -> None:
     """But one whose own bytes do not fit, for all that a grid would lose its last row and its marks with it."""
     plan = make_plan()

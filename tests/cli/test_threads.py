@@ -32,6 +32,7 @@ def seen_by_openmp(**given: str) -> str:
     return shown[1] if shown else pytest.skip("torch comes with another OpenMP runtime than GNU's")
 
 
+@pytest.mark.thorough
 def test_the_console_tells_openmp_before_torch_loads_it() -> None:
     assert seen_by_openmp() == "1000"
 

@@ -216,6 +216,7 @@ def test_quality_order_at_equal_bytes(demo_perplexity: float, tmp_path: Path) ->
     assert sum(ratios) / len(ratios) < -0.5  # -0.64 to -0.65 over three draws
 
 
+@pytest.mark.thorough
 def test_one_calibration_sample_is_enough(demo_perplexity: float, tmp_path: Path) -> None:
     run("demo", tmp_path / "out", method="gwq", quantizer="gptq", samples=1, seq_len=128)
     assert perplexity(tmp_path / "out") < 2 * demo_perplexity

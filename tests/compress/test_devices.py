@@ -28,7 +28,7 @@ TEXT = {"calibration": "demo", "samples": 2, "seq_len": 16}
 # every operation is looked at, so each run takes several paths at once, on few widths, and those that are dear have one
 # block: what goes on from block to block is in the others
 ONE_BLOCK = ("coded, embeddings, outliers and factors too", "budget, packed")
-FEW_RUNS = ("budget, portable", "gwq", "dbllm")
+FEW_RUNS = ("gwq",)
 FEW = {"method": "budget", "bits": 3.0, "widths": [2, 4]}
 RUNS: dict[str, dict[str, Any]] = {
     "coded, embeddings, outliers and factors too": {

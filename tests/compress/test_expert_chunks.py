@@ -18,10 +18,10 @@ CASES: list[Any] = [
     ("qwen3_moe", ("--method", "gptq", "--bits", 3, "--all-experts")),
     thorough("jetmoe", ("--method", "descent", "--bits", 3)),
     thorough("gpt_oss", ("--method", "budget", "--bits", 3, "--per-row")),
-    ("llama4_text", ("--method", "gptq", "--bits", 4)),
+    thorough("llama4_text", ("--method", "gptq", "--bits", 4)),
     thorough("dbrx", ("--method", "gwq", "--bits", 3)),
     thorough("mixtral", ("--method", "mixllm", "--bits", 3)),
-    ("qwen3_moe", ("--method", "coded", "--bits", 2.5)),
+    thorough("qwen3_moe", ("--method", "coded", "--bits", 2.5)),
 ]
 
 

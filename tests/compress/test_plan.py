@@ -351,6 +351,7 @@ def test_a_run_lays_the_model_out_once(
 RANKS = {"bits": 2.5, **FAST, "samples": 16, "lorc_rank": "auto"}
 
 
+@pytest.mark.thorough
 def test_ranks_are_bought_within_the_budget_and_promise_more(demo: Source, own: Path, tmp_path: Path) -> None:
     """By round to nearest, whose error has directions worth their bytes; and a plan with ranks is followed."""
     direct = quantize(demo, RANKS, tmp_path / "direct")

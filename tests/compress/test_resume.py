@@ -66,11 +66,11 @@ def stopped_after(step: int) -> Iterator[list[str]]:
         yield noted
 
 
-LIKE_OTHERS = ("budget", "gwq with factors", "lim")  # in their steps
+FEW = ("rtn", "descent")
 STEPS_AT_A_TIME = {"search": 6}  # of runs with many; else one
 
 
-@pytest.mark.parametrize("name", [thorough(name) if name in LIKE_OTHERS else name for name in RUNS])
+@pytest.mark.parametrize("name", [name if name in FEW else thorough(name) for name in RUNS])
 def test_a_run_that_is_stopped_after_every_step_does_nothing_twice(
     demo_of: Callable[[int], Path], tmp_path: Path, name: str
 ) -> None:

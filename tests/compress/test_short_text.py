@@ -25,6 +25,7 @@ def compressed(demo: Path, out: Path, method: str, samples: int) -> tuple[dict[s
     return json.loads((out / SIDECAR).read_text()).get("chances", {}), notes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["gptq", thorough("descent")])
 def test_more_text_leaves_less_to_chance(method: str, demo_of: Callable[[int], Path], tmp_path: Path) -> None:
     demo = demo_of(2)

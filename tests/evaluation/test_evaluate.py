@@ -209,6 +209,7 @@ def test_task_scores_are_those_of_lm_evals_own_entry(
     assert len(answers) == 12
 
 
+@pytest.mark.thorough
 def test_the_demos_task_shows_the_cost_of_two_bits(tmp_path: Path) -> None:
     quantize("demo", make_recipe({"method": "rtn", "bits": 2}), tmp_path / "out", verify=False)
     result = evaluate(tmp_path / "out", "demo", tasks=["demo_stories"], text=Text("t", "Anna has a ball ."), limit=40)

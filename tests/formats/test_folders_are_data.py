@@ -119,6 +119,7 @@ def test_numbers_are_checked_before_anything_is_made_by_them(
         empty_model(folder, load_config(folder))
 
 
+@pytest.mark.thorough
 def test_deep_and_doubled_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="not readable JSON"):

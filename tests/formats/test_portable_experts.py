@@ -87,7 +87,9 @@ def test_a_piece_that_is_lost_or_damaged_is_found(mixture: Mixture, tmp_path: Pa
         ("gpt_oss", ("rtn", "--bits", 4), "hold its experts together, or their rows in another order"),
         thorough("mixtral", ("rtn", "--bits", 4, "--skip", "down_proj"), "an expert that stays dense"),
         thorough("mixtral", ("rtn", "--bits", 4, "--asymmetric"), "--asymmetric"),
-        ("mixtral", ("budget", "--bits", 3, "--per-group", "--levels", "integer", "--widths", "2,3,4"), "one width"),
+        thorough(
+            "mixtral", ("budget", "--bits", 3, "--per-group", "--levels", "integer", "--widths", "2,3,4"), "one width"
+        ),
     ],
 )
 def test_experts_that_are_not_portable_are_native_and_it_says_why(

@@ -18,6 +18,7 @@ from llmsqueeze.formats.entries import read_entries
 from llmsqueeze.model.checkpoint import open_checkpoint
 
 pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.thorough  # test_opening.py opens a folder in the same way
 
 # the entry in sys.modules makes an import of llmsqueeze fail; the adapters go onto the folder "base"
 STOCK = """

@@ -230,6 +230,7 @@ def test_rounds_with_a_search_end_as_those_of_the_torch_form(
     assert same(rounds_on_device(expected, weight, curvature.H, None), rounds)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("short_panels")
 def test_views_of_any_layout_and_several_tiles_are_rounded_alike(
     weight: Tensor,
@@ -321,6 +322,7 @@ def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ the choice
 
 
+@pytest.mark.thorough
 def test_a_trial_sees_whether_a_kernel_computes_what_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trial.differences(DEVICE) == []
     fit, descend, round_columns = scales.fit, sweep.descend, feedback_kernels.round_columns
