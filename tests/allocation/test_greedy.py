@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import thorough
 from torch import Tensor
 
 from llmsqueeze.allocation import greedy, rows
@@ -237,7 +238,7 @@ def promised(plan: Plan, costs: dict[str, Tensor]) -> float:
     return cost
 
 
-@pytest.mark.parametrize("granularity", ["row", "linear", "group"])
+@pytest.mark.parametrize("granularity", ["row", thorough("linear"), thorough("group")])
 def test_more_bytes_are_never_predicted_worse(granularity: str) -> None:
     plan = make_plan()
     for seed in range(2):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import thorough
 
 import llmsqueeze
 
@@ -25,7 +26,7 @@ def double(demo_of: Callable[[int], Path], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.mark.parametrize("settings", [{"method": "rtn"}, {"method": "coded", "samples": 2, "seq_len": 32}])
+@pytest.mark.parametrize("settings", [{"method": "rtn"}, thorough({"method": "coded", "samples": 2, "seq_len": 32})])
 def test_weights_in_float64_are_rounded_as_in_float32(
     double: Path, demo_of: Callable[[int], Path], tmp_path: Path, settings: dict[str, object]
 ) -> None:

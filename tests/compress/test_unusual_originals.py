@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import refused, tensors_of
+from support import refused, tensors_of, thorough
 from torch import Tensor
 
 import llmsqueeze
@@ -88,7 +88,7 @@ def test_tensors_that_the_model_does_not_use_are_told_and_not_counted(
     assert summary["nbytes"] <= size // 2
 
 
-@pytest.mark.parametrize("budget", [{"bits": 8.0}, {"size": 0.95}, {"size": 0.99}])
+@pytest.mark.parametrize("budget", [thorough({"bits": 8.0}), thorough({"size": 0.95}), {"size": 0.99}])
 def test_a_budget_near_the_originals_size_is_kept(
     demo_of: Callable[[int], Path], tmp_path: Path, budget: dict[str, float]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import KINDS, TEXT, command
+from support import KINDS, TEXT, command, thorough
 from torch import Tensor
 
 from llmsqueeze import parts
@@ -65,11 +65,11 @@ def flips(name: str, share: float) -> Damage:
         ("portable", "model.layers.1.input_layernorm.weight", 1.0),
         ("portable", "model.embed_tokens.weight", 0.4),
         ("outliers", f"{LINEAR}.parts.1.index", 1.0),
-        ("dual", f"{LINEAR}.parts.0.plane2", 0.0),
-        ("rows", ".parts.0.rows", 0.4),
-        ("factors", f"{LINEAR}.parts.1.left", 1.0),
+        thorough("dual", f"{LINEAR}.parts.0.plane2", 0.0),
+        thorough("rows", ".parts.0.rows", 0.4),
+        thorough("factors", f"{LINEAR}.parts.1.left", 1.0),
         ("coded", f"{LINEAR}.parts.0.words", 0.4),
-        ("packed", f"{LINEAR}.parts.0.tables", 0.0),
+        thorough("packed", f"{LINEAR}.parts.0.tables", 0.0),
     ],
 )
 def test_one_wrong_byte_is_found_and_named(

@@ -19,7 +19,7 @@ import torch
 import typer
 import yaml
 from safetensors.torch import save_file
-from support import command, refused
+from support import command, refused, thorough
 
 from llmsqueeze import parts
 from llmsqueeze.cli.app import app
@@ -619,8 +619,9 @@ def test_all_weights_can_be_shown(large: Path, open_page: Open) -> None:
     assert len(column(page, 0)) == SHOWN
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(390, "dark"), thorough(1280, "dark"), thorough(390, "light"), thorough(1280, "light")]
+)
 def test_it_fits_every_screen(large: Path, open_page: Open, tmp_path: Path, width: int, scheme: str) -> None:
     compared = tmp_path / "comparison.html"
     compared.write_text(comparison_page(make_comparison()), encoding="utf-8")
