@@ -77,11 +77,7 @@ def smallest_within(
         without_damaged(journal, progress)
         profile = profile or measured(job, folder, journal, progress)
         search = _Search(job, folder, profile, {"verify": verify, "force": force}, progress, journal)
-        if job.recipe.decides == "blocks":
-            rounds = split(search.try_size, sizes(job.plan, profile, job.recipe, job.skeleton.linears))
-        else:
-            rounds = bisect(search.try_size, curve(job.plan, job.recipe, profile), search.bound)
-        rounds = [one for one in rounds if math.isfinite(one.measured)]
+        rounds = [one for one in search.rounds() if math.isfinite(one.measured)]
         if not rounds and search.refused is not None:
             raise search.refused
         kept = [one for one in rounds if one.kept]
@@ -141,6 +137,13 @@ class _Search:
             self._take(f"best {bits!r}")
             self.best_bits, self.summary = one.bits, summary
         return one
+
+    def rounds(self) -> list[Round]:
+        """Every size that the search tries."""
+        recipe, plan = self.job.recipe, self.job.plan
+        if recipe.decides == "blocks":
+            return split(self.try_size, sizes(plan, self.profile, recipe, self.job.skeleton.linears))
+        return bisect(self.try_size, curve(plan, recipe, self.profile), self.bound)
 
     def _take(self, step: str) -> None:
         """The folder that was tried is the best; if this is noted, the one that lies there now is of a later round."""

@@ -86,17 +86,13 @@ def distill(
         return state, opens
 
     state, opens = processes.of_first(train_and_write)
-    return (
-        summary_of(original.source.model, text, settings, state, folder, out)
-        | opens
-        | {
-            "nbytes": open_checkpoint(out).nbytes,
-            "nbytes_before": student.checkpoint.nbytes,
-            "seconds": round(time.monotonic() - start, 3),
-            "peak_memory_mb": peak_memory_mb(),
-            "peak_device_memory_mb": peak_device_memory_mb(str(chosen_device)),
-        }
-    )
+    sizes = {"nbytes": open_checkpoint(out).nbytes, "nbytes_before": student.checkpoint.nbytes}
+    spent = {
+        "seconds": round(time.monotonic() - start, 3),
+        "peak_memory_mb": peak_memory_mb(),
+        "peak_device_memory_mb": peak_device_memory_mb(str(chosen_device)),
+    }
+    return summary_of(original.source.model, text, settings, state, folder, out) | opens | sizes | spent
 
 
 def trained(

@@ -75,9 +75,8 @@ def export(
     summary: dict[str, Any] = {"out": str(out), "model": folder, "target": to, "linears": len(opened.entries)}
     if grid is not None:
         summary |= {"rerounded": str(grid), "predicted_loss_increase": predicted_cost(opened.record, notes.squares)}
-    return (
-        summary | {"nbytes_before": opened.checkpoint.nbytes, "opens": notes.opens, **notes.opened.as_dict()} | result
-    )
+    summary |= {"nbytes_before": opened.checkpoint.nbytes, "opens": notes.opens}
+    return summary | notes.opened.as_dict() | result
 
 
 def check_request(to: str, dtype: str | None) -> None:

@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
 @dataclass
 class Computed:
     """What the run computed with. weights: linear -> digest of its weight (float32, [rows, cols]), None if not known;
-    sample: tokens [1, length]; outputs: each block's output for the sample, returns: what blocks of each kind
+    sample: tokens [1, length]; outputs: each block's output for the sample; returns: what blocks of each kind
     return."""
 
     weights: dict[str, bytes] | None = field(default_factory=dict)
@@ -151,11 +151,12 @@ def verify(
         if computed.sample is not None and not findings.errors:
             with Spill(parent=output.partial) as spill:
                 walk = Walk(skeleton_on(folder), [computed.sample], spill, torch.float32, device)
-                outputs = computed.outputs
-                if complete and len(walk.modules) != len(outputs):
-                    raise VerificationError(f"the folder describes {len(walk.modules)} blocks, not {len(outputs)}")
+                if complete and len(walk.modules) != len(computed.outputs):
+                    raise VerificationError(
+                        f"the folder describes {len(walk.modules)} blocks, not {len(computed.outputs)}"
+                    )
                 walk.returns |= computed.returns
-                largest, logits = rerun(walk, folder, reading, outputs, progress or Progress(), complete)
+                largest, logits = rerun(walk, folder, reading, computed.outputs, progress or Progress(), complete)
         reading.rest()
         findings.errors += reading.errors
         add_obstacles(folder, findings)

@@ -121,42 +121,31 @@ def resumed(
 
     blocks: the linears of each block.
     """
-    if output.journal.value(START) is None:
-        return None
-    with restoring(output.journal.folder):
-        return _resumed(output, plan, blocks, pace, witness, walk)
-
-
-def _resumed(
-    output: Output,
-    plan: Plan,
-    blocks: Sequence[Sequence[str]],
-    pace: Pace | None,
-    witness: Witness | None,
-    walk: Walk,
-) -> Resumed | None:
     journal, steps = output.journal, [START]
-    steps += [step for step in map(step_of, range(len(blocks))) if journal.value(step) is not None]
-    values = {step: journal.value(step) or {} for step in steps}
-    if not all(output.take_over(*shard) for value in values.values() for shard in value["shards"].items()):
-        output.start_over()
-        journal.keep(step for step in journal.steps if step not in values)
+    if journal.value(START) is None:
         return None
-    ends, tally = Tally(), Tally()
-    for step, value in values.items():
-        for name, noted in value["linears"].items():
-            planned = plan.weights[name]
-            if noted["final"]:
-                native.check_entry(name, {"shape": list(planned.shape), "parts": noted["final"]})
-            final = replace(planned, final=tuple(noted["final"]), rank=noted["rank"])
-            (ends if step == START else tally).add(planned, final, {kind: noted[kind] for kind in NUMBERS})
-        if witness is not None:
-            _show(journal, step, value, witness)
-    last = values[steps[-1]]
-    if pace is not None:
-        pace.restore(last["pace"])
-    walk.restore_layouts(len(steps) - 1, last["layouts"])
-    return Resumed(len(steps) - 1, streams_of(journal, last["streams"], walk), ends.plans, tally)
+    with restoring(journal.folder):
+        steps += [step for step in map(step_of, range(len(blocks))) if journal.value(step) is not None]
+        values = {step: journal.value(step) or {} for step in steps}
+        if not all(output.take_over(*shard) for value in values.values() for shard in value["shards"].items()):
+            output.start_over()
+            journal.keep(step for step in journal.steps if step not in values)
+            return None
+        ends, tally = Tally(), Tally()
+        for step, value in values.items():
+            for name, noted in value["linears"].items():
+                planned = plan.weights[name]
+                if noted["final"]:
+                    native.check_entry(name, {"shape": list(planned.shape), "parts": noted["final"]})
+                final = replace(planned, final=tuple(noted["final"]), rank=noted["rank"])
+                (ends if step == START else tally).add(planned, final, {kind: noted[kind] for kind in NUMBERS})
+            if witness is not None:
+                _show(journal, step, value, witness)
+        last = values[steps[-1]]
+        if pace is not None:
+            pace.restore(last["pace"])
+        walk.restore_layouts(len(steps) - 1, last["layouts"])
+        return Resumed(len(steps) - 1, streams_of(journal, last["streams"], walk), ends.plans, tally)
 
 
 def streams_of(journal: Journal, names: Sequence[str | None], walk: Walk) -> ResidualStreams:

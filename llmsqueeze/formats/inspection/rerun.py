@@ -24,8 +24,8 @@ def rerun(
     walk: Walk, folder: Folder, reading: Reading, outputs: Sequence[Tensor], progress: Progress, complete: bool
 ) -> tuple[float, Tensor | None]:
     """Runs the walk's sample through the blocks while they are read; returns the largest difference between a block's
-    output and the given one, relative to the block's largest output, and of a `complete` folder the
-    logits. Raises VerificationError above the tolerance."""
+    output and the given one, relative to the block's largest output, and of a `complete` folder the logits. Raises
+    VerificationError above the tolerance."""
     skeleton, largest = walk.skeleton, 0.0
     with torch.no_grad():
         outside = outside_blocks(skeleton, folder, reading)
