@@ -40,10 +40,10 @@ def conform(path: Path, value: Any, form: type[BaseModel], error: type[SqueezeEr
         form.model_validate(value)
     except ValidationError as wrong:
         first = wrong.errors(include_url=False)[0]
-        field, found = ".".join(map(str, first["loc"])) or "its content", repr(first["input"])
-        found = found if len(found) <= 40 else f"{found[:40]}..."
+        field, content = ".".join(map(str, first["loc"])) or "its content", repr(first["input"])
+        content = content if len(content) <= 40 else f"{content[:40]}..."
         said = first["msg"][:1].lower() + first["msg"][1:]
-        raise error(f"'{path}': {field} is {found}; {said}") from wrong
+        raise error(f"'{path}': {field} is {content}; {said}") from wrong
     except RecursionError as deep:
         raise error(f"'{path}' holds lists in lists that are far too deep") from deep
 
