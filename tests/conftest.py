@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def results_are_not_opened() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("llmsqueeze.formats.verify.open_as_user", lambda *_: Opened())
+        patched.setattr("llmsqueeze.formats.verify.waiting", nullcontext)
         yield
 
 

@@ -118,9 +118,10 @@ def finish(
     recorded = write_rest(output, job, decision, by_weight)
     trust, compared, opened = job.source.trust_remote_code, None, Opened()
     if witness is not None:
-        verified = verification.verify(output, witness.computed, job.device, trust, progress)
+        verified, opened = verification.verified_and_opened(
+            output, witness.computed, job.device, trust, decision.plan.portable, progress
+        )
         compared, opens = verified.compared, verified.opens
-        opened = verification.opened(output, witness.computed, verified, progress)
     else:
         opens = verification.inspected(output, trust)
     if (times := stopwatch.measured()) is not None:

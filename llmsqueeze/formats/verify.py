@@ -10,7 +10,7 @@ and a few activations; at the start, the embeddings.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from llmsqueeze.formats.inspection.reading import (
 )
 from llmsqueeze.formats.inspection.rerun import rerun, skeleton_on
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
+from llmsqueeze.formats.inspection.stock import waiting
 from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.recorder import Returns
@@ -171,13 +172,24 @@ def verify(
     return Verified(compared, findings.verdicts(), folder, logits)
 
 
-def opened(output: Output, computed: Computed, verified: Verified, progress: Progress) -> Opened:
-    """Opens the verified folder as its user will, and compares the logits. Raises VerificationError."""
-    if computed.sample is None or verified.logits is None:
-        wanted = [runtime for runtime in TRIED if not verified.opens.get(runtime, "")]
-        return Opened([], dict.fromkeys(wanted, "the verification has no logits to compare with"))
-    with doubts(output.partial):
-        return open_as_user(verified.folder, computed.sample, verified.logits, verified.opens, progress)
+def verified_and_opened(
+    output: Output,
+    computed: Computed,
+    device: torch.device,
+    trust_remote_code: bool,
+    portable: bool,
+    progress: Progress,
+) -> tuple[Verified, Opened]:
+    """Verifies the finished folder, then opens it as its user will and compares the logits. portable: stock
+    transformers, which probably open it, are imported meanwhile. Raises VerificationError."""
+    with waiting() if portable else nullcontext() as stock:
+        verified = verify(output, computed, device, trust_remote_code, progress)
+        if computed.sample is None or verified.logits is None:
+            wanted = [runtime for runtime in TRIED if not verified.opens.get(runtime, "")]
+            return verified, Opened([], dict.fromkeys(wanted, "the verification has no logits to compare with"))
+        with doubts(output.partial):
+            sample, logits, opens = computed.sample, verified.logits, verified.opens
+            return verified, open_as_user(verified.folder, sample, logits, opens, progress, stock)
 
 
 def rewritten(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from llmsqueeze.errors import VerificationError
 from llmsqueeze.formats import verify as verification
 from llmsqueeze.formats.inspection import opening
 from llmsqueeze.formats.inspection.opening import Opened, open_as_user
+from llmsqueeze.formats.inspection.stock import waiting
 from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.progress import Progress
@@ -54,6 +56,13 @@ def test_stock_transformers_open_a_portable_folder(compressed: Callable[[str], P
     assert opened(folder, reference(folder), {"native": "", "transformers": "", "vllm": ""}) == Opened(
         ["native", "transformers"], {}
     )
+
+
+def test_a_process_that_waits_ends_with_its_context() -> None:
+    with waiting() as stock:
+        scratch = stock.scratch
+        assert (scratch.is_dir(), stock.process.poll()) == (True, None)
+    assert (scratch.exists(), stock.process.returncode) == (False, -signal.SIGKILL)
 
 
 def test_other_logits_are_an_error(compressed: Callable[[str], Path]) -> None:

@@ -7,23 +7,18 @@ is free is not opened, and the summary says so.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.errors import SqueezeError, VerificationError, first_line
+from llmsqueeze.formats.inspection.stock import Stock, by_transformers
 from llmsqueeze.formats.load import load
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.memory import free_memory, give_back
@@ -33,21 +28,6 @@ from llmsqueeze.progress.stopwatch import timed
 TOLERANCE = 1e-3  # of the largest logit: sums in float32, added in another order
 SPARE = 0.1  # of the free memory that stays free
 TRIED = NATIVE, STOCK = "native", "transformers"
-
-# what the entry in sys.modules does: an import of llmsqueeze fails
-OPEN_STOCK = """
-import json, sys
-sys.modules["llmsqueeze"] = None
-import torch, transformers
-from safetensors.torch import load_file, save_file
-task = json.loads(sys.argv[1])
-auto = getattr(transformers, task["auto"])
-model = auto.from_pretrained(task["folder"], dtype=torch.float32, trust_remote_code=task["trust"]).eval()
-tokens = load_file(task["sample"])["tokens"]
-with torch.no_grad():
-    logits = model(input_ids=tokens, use_cache=False).logits
-save_file({"logits": logits.float().contiguous()}, task["out"])
-"""
 
 
 @dataclass(frozen=True)
@@ -65,13 +45,18 @@ class Opened:
 
 @timed("verify")
 def open_as_user(
-    folder: Folder, sample: Tensor, logits: Tensor | None, opens: Mapping[str, str], progress: Progress
+    folder: Folder,
+    sample: Tensor,
+    logits: Tensor | None,
+    opens: Mapping[str, str],
+    progress: Progress,
+    stock: Stock | None = None,
 ) -> Opened:
     """Opens the folder by each runtime that `opens` names without a reason against it.
 
     sample: tokens [1, length]; logits: those that were computed with, [1, length - 1, vocabulary], or None: then those
-    of the first runtime count. Raises VerificationError if `llmsqueeze.load` does not open the folder, or gives other
-    logits.
+    of the first runtime count. stock: the process of stock transformers, if one is waiting. Raises VerificationError
+    if `llmsqueeze.load` does not open the folder, or gives other logits.
     """
     wanted = [runtime for runtime in TRIED if not opens.get(runtime, "")]
     result = Opened()
@@ -80,7 +65,7 @@ def open_as_user(
             result.why_not[runtime] = why
             continue
         try:
-            given, why = by_load(folder, sample) if runtime == NATIVE else by_transformers(folder, sample)
+            given, why = by_load(folder, sample) if runtime == NATIVE else by_transformers(folder, sample, stock)
         except OSError as error:  # no other process, no disk: the result is as good without
             given, why = None, f"opening it here failed: {first_line(error)}"
         if given is not None:
@@ -130,26 +115,6 @@ def by_load(folder: Folder, sample: Tensor) -> tuple[Tensor | None, str]:
         raise VerificationError(f"opened by llmsqueeze.load, the model does not run: {first_line(error)}") from error
     finally:
         give_back()
-
-
-def by_transformers(folder: Folder, sample: Tensor) -> tuple[Tensor | None, str]:
-    """The same of stock transformers in a process of their own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        given, out = Path(scratch) / "sample.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"tokens": sample.cpu()}, given)
-        task = {
-            "folder": str(folder.path.resolve()),
-            "auto": folder.auto_class,
-            "trust": folder.trust_remote_code,
-            "sample": str(given),
-            "out": str(out),
-        }
-        command = [sys.executable, "-I", "-c", OPEN_STOCK, json.dumps(task)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            return None, f"opening it here failed: {lines[-1] if lines else f'code {done.returncode}'}"
-        return load_file(out)["logits"], ""
 
 
 def compared(given: Tensor, logits: Tensor) -> str:
