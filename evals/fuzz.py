@@ -231,7 +231,9 @@ def changed_yaml(path: Path, rng: random.Random) -> None:
 
 def recipe(base: Base, work: Path, rng: random.Random) -> Case:
     file = work / "recipe.yaml"
-    file.write_text(rng.choice(["bits: 3\nmethod: rtn\ngroup_size: 64\n", "method: mixllm\nmix: {6: 0.1, 4: 0.6}\n"]))
+    few = "calibration: demo\nsamples: 2\nseq_len: 16\n"
+    rest = ["bits: 3\nmethod: gptq\ngroup_size: 64\n", "method: mixllm\nmix: {6: 0.1, 4: 0.6}\n"]
+    file.write_text(few + rng.choice(rest))
     changed_yaml(file, rng)
     return file, quantize_with(base.original, work, "--recipe", file)
 

@@ -56,9 +56,9 @@ def main() -> None:
         measure = forecast if name.startswith("plan") else shared
         for row in measure(args, ROWS[name]):
             results.append({"model": Path(args.model).name, "row": name, **row})
-            print("\n".join(page(results[-1:])), flush=True)
             if args.out:
                 args.out.write_text(json.dumps(results, indent=1) + "\n")
+        print("\n".join(page(results)), flush=True)
 
 
 def shared(args: argparse.Namespace, options: list[str]) -> list[Row]:

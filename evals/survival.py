@@ -1,13 +1,13 @@
 """Processes of `quantize`, killed at random moments, and the same command again until it is done.
 
     python evals/survival.py MODEL CALIBRATION [--rows NAME ...] [--kills 5] [--samples 16] [--window 128] [--seed 0]
-        [--out FILE.json]
+        [--after 0] [--out FILE.json]
     python evals/survival.py --show FILE.json ...
 
-A moment is drawn evenly from the time that an uninterrupted run takes. The process gets signal 9, and is started again;
-a run that ends before its moment is compared, and the next one begins anew, until there were so many kills. What is
-compared: every file of the folder with that of the uninterrupted run, byte for byte. A kill loses the work since the
-last step that was noted, and a start of Python.
+A moment is drawn evenly from the time that an uninterrupted run takes, or from what is left of it `--after` a share.
+The process gets signal 9, and is started again; a run that ends before its moment is compared, and the next one begins
+anew, until there were so many kills. What is compared: every file of the folder with that of the uninterrupted run,
+byte for byte. A kill loses the work since the last step that was noted, and a start of Python.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llmsqueeze.progress.log import RUN_LOG
 
 Row = dict[str, Any]
 ROWS: dict[str, list[str]] = {
+    "rtn": ["--method", "rtn", "--bits", "3"],
     "descent": ["--bits", "3"],
     "coded": ["--method", "coded", "--bits", "3"],
     "budget": ["--method", "budget", "--bits", "3"],
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--after", type=float, default=0.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results: list[Row] = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
@@ -63,6 +65,7 @@ def main() -> None:
 def survived(args: argparse.Namespace, options: list[str]) -> Row:
     """One command, uninterrupted, and killed so many times. A run that is done before its moment comes starts anew."""
     text = ["--calibration", args.calibration, "--samples", str(args.samples), "--seq-len", str(args.window)]
+    text = [] if "rtn" in options else text
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder) / "whole", Path(folder) / "killed"
         command = [sys.executable, "-m", "llmsqueeze.cli", "quantize", args.model, *options, *text, "--quiet", "--out"]
@@ -73,7 +76,7 @@ def survived(args: argparse.Namespace, options: list[str]) -> Row:
         while len(kills) < args.kills:
             start, before = time.monotonic(), len(kills)
             while not killed.exists():
-                moment = draw.uniform(0, seconds) if len(kills) < args.kills else None
+                moment = draw.uniform(args.after * seconds, seconds) if len(kills) < args.kills else None
                 process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                 try:
                     _, errors = process.communicate(timeout=moment)

@@ -7,7 +7,8 @@
 what is skipped, in their number of linears. Start-up, embeddings and head come once.
 
 The first blocks alone are no model that could be opened. So `with_opening` takes what the parts of an opening are like:
-`load` reads and decodes the folder as the verification does, and stock transformers start as this process did.
+`load` reads and decodes the folder as the verification does, and stock transformers start as this process did, while
+those two run.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def with_opening(times: Times, stock: bool) -> dict[str, dict[str, float]]:
     nothing = dict.fromkeys(KINDS, 0.0)
     start, verify = times.get("start", nothing), times.get("verify", nothing)
     opened = {kind: (2 + stock) * verify[kind] + stock * start[kind] for kind in KINDS}
+    opened["seconds"] -= stock * min(start["seconds"], 2 * verify["seconds"])
     return added([times]) | {"verify": {kind: round(spent, 4) for kind, spent in opened.items()}}
 
 

@@ -12,16 +12,12 @@ its gradients and one sample inside it; the activations between blocks, spilled 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze import parts
@@ -30,9 +26,7 @@ from llmsqueeze.distillation.options import TRAINABLE
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import StudentBlock
 from llmsqueeze.distillation.teacher import Answers
-from llmsqueeze.distillation.training import BETAS, TrainingState, batch_of, set_rate
-from llmsqueeze.errors import CheckpointError
-from llmsqueeze.files import whole_file
+from llmsqueeze.distillation.training import BETAS, TrainingState, batch_of, read_state, set_rate, write_state
 from llmsqueeze.formats.entries import read_parts
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.blockwise.activations import Activations, Spill
@@ -90,11 +84,12 @@ def train_in_turn(
         with walk.resident_block(index):
             next_original = walk.through(index, original)
             targets = walk.through(index, compressed) if settings.targets == "inputs" else next_original
-        finished = load_block(work, index)
+        file = block_file(work, index)
+        finished = read_state(file, "remove it to train this block again")
         if finished is None:
             finished = train_block(walk, index, block, compressed, targets, count, settings, progress)
-            save_block(work, index, *finished)
-        stored, of_block = finished
+            write_state(file, *finished)
+        of_block, stored = finished
         next_compressed = walk.through(index, compressed, block.overlay(stored))
         for stream in {original, compressed, targets} - {next_original}:
             stream.clear()
@@ -116,12 +111,12 @@ def train_block(
     count: int,
     settings: Distillation,
     progress: Progress,
-) -> tuple[dict[str, Tensor], TrainingState]:
-    """Trains one block on the first `count` samples. Returns its tensors that are best on the other samples, and its
-    state, with relative errors of its output in the place of divergences."""
+) -> tuple[TrainingState, dict[str, Tensor]]:
+    """Trains one block on the first `count` samples. Returns its state, with relative errors of its output in the place
+    of divergences, and its tensors that are best on the other samples."""
     state, groups = TrainingState(), block.trained.parameter_groups(settings.lr)
     if not groups:
-        return {}, state
+        return state, {}
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     loss_of = partial(block_loss, walk, index, inputs, targets)
     held_back, every = range(count, len(walk.samples)), max(1, settings.steps // CHECKS)
@@ -143,7 +138,7 @@ def train_block(
     progress.note(
         f"block {index}: relative error of its output on held-back text {state.before:.3e} -> {state.best:.3e}"
     )
-    return best, state
+    return state, best
 
 
 def block_step(
@@ -228,21 +223,3 @@ def outside_blocks(skeleton: Skeleton, student: Folder) -> dict[str, Callable[[]
 def block_file(work: Path, index: int) -> Path:
     """The file of a finished block."""
     return work / f"block-{index:05d}.safetensors"
-
-
-def save_block(work: Path, index: int, stored: dict[str, Tensor], state: TrainingState) -> None:
-    """Writes the trained tensors of a finished block."""
-    with whole_file(block_file(work, index)) as half:
-        save_file({n: t.contiguous() for n, t in stored.items()}, half, {"state": json.dumps(asdict(state))})
-
-
-def load_block(work: Path, index: int) -> tuple[dict[str, Tensor], TrainingState] | None:
-    """A block that a killed run finished. Raises CheckpointError if its file is damaged."""
-    if not block_file(work, index).exists():
-        return None
-    try:
-        with safe_open(block_file(work, index), framework="pt") as file:
-            state = TrainingState(**json.loads(file.metadata()["state"]))
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{block_file(work, index)} is damaged ({error}); remove it") from error

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmsqueeze.distillation.losses import Predictions
-from llmsqueeze.errors import OutputError
+from llmsqueeze.errors import CheckpointError, OutputError
 from llmsqueeze.files import whole_file
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import file_digests, weights_digest
 from llmsqueeze.model.skeleton import Skeleton
+from llmsqueeze.model.tensors import shard
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 
@@ -39,9 +39,16 @@ class Answers:
         name = hashlib.sha256(row.numpy().astype("<i8").tobytes()).hexdigest()[:24]
         return self.folder / f"{self.key}-{name}.safetensors"
 
+    def has(self, row: Tensor) -> bool:
+        """Whether the predictions for a sample are there, as they were written."""
+        try:
+            return self.file(row).exists() and bool(shard.read(self.file(row)))
+        except CheckpointError:
+            return False
+
     def read(self, rows: Sequence[Tensor], device: torch.device) -> Predictions:
         """For the tokens of several samples [1, length], one sample after the other: [rows * (length - 1), k]."""
-        samples = [load_file(self.file(row)) for row in rows]
+        samples = [shard.read(self.file(row)) for row in rows]
         joined = {name: torch.cat([one[name] for one in samples]).to(device) for name in samples[0]}
         return Predictions(**joined | {"index": joined["index"].long()})
 
@@ -62,7 +69,7 @@ def ask(
     """
     digest = weights_digest(file_digests(skeleton.checkpoint))
     answers = Answers(folder, hashlib.sha256(f"{digest} {k}".encode()).hexdigest()[:16])
-    missing = processes.of_first(lambda: [row for row in rows if not answers.file(row).exists()])
+    missing = processes.of_first(lambda: [row for row in rows if not answers.has(row)])
     own = [missing[number] for number in processes.turns(len(missing))]
     if own:
         _answer(skeleton, own, answers, k, device, progress, scratch or folder)
@@ -97,7 +104,7 @@ def _answer(
                         name: value.cpu().contiguous() for name, value in vars(predict(walk, last, row, k)).items()
                     }
                     with whole_file(answers.file(row)) as half:
-                        save_file(tensors | {"index": tensors["index"].int()}, half)
+                        shard.write(half, tensors | {"index": tensors["index"].int()})
     except OSError as error:
         raise OutputError(f"cannot write the teacher's answers in {folder}: {error}") from error
 

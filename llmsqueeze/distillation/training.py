@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze.distillation.losses import distillation_loss, kl_from_teacher
@@ -26,6 +25,7 @@ from llmsqueeze.distillation.teacher import Answers
 from llmsqueeze.distillation.trained import Trained
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import whole_file
+from llmsqueeze.model.tensors import shard
 from llmsqueeze.progress import Progress
 
 STATE = "state.safetensors"
@@ -164,23 +164,17 @@ def save_state(
     tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    with whole_file(work / STATE) as half:
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(on_cpu, half, {"state": json.dumps(asdict(state))})
+    write_state(work / STATE, state, tensors)
 
 
 def load_state(
     work: Path, trained: Trained, optimizer: torch.optim.Optimizer
 ) -> tuple[TrainingState, dict[str, Tensor]]:
     """Continues from a saved state, if there is one. Raises CheckpointError if it is damaged."""
-    if not (work / STATE).exists():
+    saved = read_state(work / STATE, f"remove {work} to begin again")
+    if saved is None:
         return TrainingState(), {}
-    try:
-        with safe_open(work / STATE, framework="pt") as file:
-            state = TrainingState(**json.loads(file.metadata()["state"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{work / STATE} is damaged ({error}); remove {work} to begin again") from error
+    state, tensors = saved
 
     def of(kind: str) -> dict[str, Tensor]:
         return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
@@ -194,3 +188,22 @@ def load_state(
         moments.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     return state, of("best.")
+
+
+def write_state(path: Path, state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the file, which appears when it is whole."""
+    with whole_file(path) as half:
+        shard.write(half, tensors, {"state": json.dumps(asdict(state))})
+
+
+def read_state(path: Path, remedy: str) -> tuple[TrainingState, dict[str, Tensor]] | None:
+    """What was saved; None if there is nothing. Raises CheckpointError, which ends with the `remedy`, if the file is
+    damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = TrainingState(**json.loads(file.metadata()["state"]))
+        return state, shard.read(path)
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, CheckpointError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error

@@ -70,12 +70,19 @@ def open_model(path: Path, device: torch.device, trust_remote_code: bool, progre
 
 
 def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:
-    """[count, 2]: the BOS token and a random token that is not special; [count, 1] if there is no BOS token."""
+    """[count, 2]: the BOS token and a random token that is not special; [count, 1] if there is no BOS token.
+
+    Raises UnsupportedError if all tokens of the vocabulary are special."""
     rows = model.get_input_embeddings().weight.shape[0]
     bos = tokenizer.bos_token_id
     check_ids([torch.tensor([[bos or 0]])], rows)
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([i for i in range(min(rows, len(tokenizer))) if i not in special])
+    if not len(ordinary):
+        raise UnsupportedError(
+            f"no text can begin: all {rows} tokens that the model has embeddings for are special ones; give a text "
+            "(--calibration)"
+        )
     drawn = torch.randint(len(ordinary), (count, 1), generator=generator, device=generator.device)
     first = ordinary.to(drawn.device)[drawn]
     return first if bos is None else torch.cat([torch.full_like(first, bos), first], dim=1)

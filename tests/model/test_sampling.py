@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmsqueeze.compress.job import open_job, with_text
 from llmsqueeze.demo import MODEL_DIR
-from llmsqueeze.errors import CalibrationError, HubError
+from llmsqueeze.errors import CalibrationError, HubError, UnsupportedError
 from llmsqueeze.formats import load
 from llmsqueeze.model import sampling
 from llmsqueeze.model.calibration import text_or_self
@@ -137,6 +137,12 @@ def test_first_tokens_are_ordinary_ones_of_the_vocabulary(bos: int | None, origi
         assert set(first[:, -1].tolist()) == set(range(limit)) - set(special)
         if bos is not None:
             assert (first[:, 0] == bos).all()
+
+
+def test_a_vocabulary_of_special_tokens_is_refused(original: Any) -> None:
+    tokens: Any = Tokens(3, [0, 1, 2], None)
+    with pytest.raises(UnsupportedError, match="are special ones"):
+        first_tokens(original, tokens, 2, torch.Generator().manual_seed(0))
 
 
 def test_an_end_of_text_does_not_end_a_row() -> None:
