@@ -148,7 +148,7 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The linears to compress, by block, and the format of the result. Everything else stays as it is, but for those of
+    """The linears to compress, and the format of the result. Everything else stays as it is, but for those of
     other towers and projectors that are rounded (`towers`), which no budget counts."""
 
     weights: Mapping[str, WeightPlan]
@@ -213,8 +213,9 @@ class Plan:
 
 
 def planned_linears(skeleton: Skeleton, skip: Sequence[str]) -> list[str]:
-    """The linears of the blocks, but those that `skip` names. Raises RecipeError for a pattern that matches none."""
-    names = [name for block in skeleton.linears for name in block]
+    """The linears that can be compressed, but those that `skip` names. Raises RecipeError for a pattern that matches
+    none."""
+    names = skeleton.all_linears
     skipped = set()
     for pattern in skip:
         matched = {name for name in names if fnmatch.fnmatch(name, pattern) or leaf(name) == pattern}
@@ -244,7 +245,7 @@ def dtype_of_parts(stored: torch.dtype) -> torch.dtype:
 
 
 def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
-    """Every linear of the blocks on the recipe's grid, but those that `skip` names."""
+    """Every linear on the recipe's grid, but those that `skip` names."""
     weights = {name: _base_weight(skeleton, name, recipe) for name in planned_linears(skeleton, recipe.skip)}
     if not weights:
         raise RecipeError("--skip leaves no linear to compress")
@@ -307,6 +308,8 @@ def unfit(recipe: Recipe, skeleton: Skeleton, weights: Mapping[str, WeightPlan])
         return f"{transposed}: a weight that is stored transposed (Conv1D)"
     if isinstance(skeleton.experts_in_files, str):
         return skeleton.experts_in_files
+    if shared := next((name for name in skeleton.shared if name in weights), None):
+        return f"{shared}: a weight that {len(skeleton.sharing(shared))} linears share"
     shapes = {name: weight.shape for name, weight in weights.items()}
     return short_groups(shapes, recipe.group_sizes or (recipe.group_size,))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears
 from llmsqueeze.compress.decision.target import target_nbytes
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.errors import RecipeError, UnsupportedError, first_line
 from llmsqueeze.journal import NO_JOURNAL, Journal
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
@@ -31,6 +31,7 @@ from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted
 
 CPU = torch.device("cpu")
+TRIED_TOKENS = 8
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 # of a sample text that prices are measured on; gradients per row and moments differ little with more of it
 ENOUGH_TOKENS, TOKENS_PER_COLUMN = 8192, 4
@@ -125,11 +126,11 @@ def open_job(
     """
     stopwatch.computes_on(str(device))
     original = open_original(source, weights)
+    if weights and recipe.needs_text:
+        original = replace(original, skeleton=in_turn(original.skeleton, progress))
     recipe, note = fitted(recipe, columns(original.skeleton, recipe))
     if note is not None:
         progress.note(note)
-    if shared := original.skeleton.shared_linears:
-        progress.note(f"{len(shared)} linears, among them {shared[0]}, serve several blocks and stay as they are")
     if note := left_out(original.skeleton):
         progress.note(note)
     if find_towers(original.skeleton.model) and not any((original.path / name).exists() for name in PROCESSORS):
@@ -137,6 +138,25 @@ def open_job(
     recipe = with_products(recipe, progress, device)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
     return with_text(job, progress) if (recipe.needs_text if text is None else text) else job
+
+
+def in_turn(skeleton: Skeleton, progress: Progress) -> Skeleton:
+    """The skeleton, with one block if what it has cannot be walked in turn; as it is, if that does not help. Only
+    models with linears around their blocks, or shared by several, are tried."""
+    if not skeleton.outer:
+        return skeleton
+    row = torch.zeros(1, TRIED_TOKENS, dtype=torch.long)
+    with Spill() as spill:
+        for tried in (skeleton, skeleton.enclosed()):
+            try:
+                Walk(tried, [row], spill, torch.float32, CPU).embed()
+            except UnsupportedError as error:
+                reason = error
+                continue
+            if tried is not skeleton:
+                progress.note(f"the model is compressed as one block, all of it in memory: {first_line(reason)}")
+            return tried
+    return skeleton
 
 
 def left_out(skeleton: Skeleton) -> str | None:

@@ -17,8 +17,16 @@ from llmsqueeze.compress.room import bytes_needed
 from llmsqueeze.compress.summary import Summary, summarize
 from llmsqueeze.compress.weights import resume
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_streams
-from llmsqueeze.compress.weights.ends import compress_ends, outside_shard, outside_shards
-from llmsqueeze.compress.weights.group import with_final
+from llmsqueeze.compress.weights.ends import (
+    compress_ends,
+    compress_outer,
+    outside_shard,
+    outside_shards,
+    readers,
+    stored_parts,
+)
+from llmsqueeze.compress.weights.group import final_plan
+from llmsqueeze.compress.weights.resume import Resumed, Tally, numbers_of
 from llmsqueeze.files import SIDECAR
 from llmsqueeze.formats import compressed_tensors, experts, native, record
 from llmsqueeze.formats import verify as verification
@@ -28,11 +36,10 @@ from llmsqueeze.formats.inspection.opening import Opened
 from llmsqueeze.formats.verify import Witness
 from llmsqueeze.journal import Journal
 from llmsqueeze.measure.profile import Profile, load, save
-from llmsqueeze.measure.streams.residual import ResidualStreams
 from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.experts.find import expert_linears
-from llmsqueeze.model.linears import all_linears
+from llmsqueeze.model.linears import all_linears, as_rows
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.model.tensors.ties import untied_config
@@ -168,14 +175,15 @@ def write_weights(
         witness = Witness(walk, job.recipe.seed, progress) if verify and processes.first() else None
         before = resume.resumed(output, decision.plan, job.skeleton.linears, run.pace, witness, walk)
         if before is None:
-            plan, streams, witness = begin_weights(run, output, inputs, witness)
+            before, witness = begin_weights(run, output, inputs, witness)
         else:
-            plan, streams = decision.plan.having(before.ends), before.streams
             if inputs is not None:
                 inputs.clear()
             progress.note(f"goes on behind block {before.blocks} of {len(job.skeleton.blocks)}")
-        decision = replace(decision, plan=plan)
-        result = compress_blocks(replace(run, decision=decision), streams, output, witness, count, before)
+        decision = replace(decision, plan=decision.plan.having(before.ends))
+        shared = processes.of_first(lambda: stored_parts(output, decision.plan, job.skeleton.shared))
+        with job.skeleton.overriding(readers(job.skeleton, shared, walk.device)):
+            result = compress_blocks(replace(run, decision=decision), output, witness, before, count)
         output.wait()  # what is still to be written may be kept in the spill
         if note := short_text(result.numbers["chance"], job):
             progress.note(note)
@@ -184,14 +192,19 @@ def write_weights(
 
 def begin_weights(
     run: Run, output: Output, inputs: Activations | None, witness: Witness | None
-) -> tuple[Plan, ResidualStreams, Witness | None]:
-    """Compresses and writes what lies outside the blocks. Returns the plan after that, the streams at the first block,
-    and the witness, which has seen it."""
+) -> tuple[Resumed, Witness | None]:
+    """Compresses and writes what lies outside the blocks. Returns where that leaves the run, and the witness, which has
+    seen it."""
     skeleton, recipe, decided = run.walk.skeleton, run.recipe, run.decision.plan
-    ends = compress_ends(run)
-    plan, shards = with_final(decided, ends), []
+    ends = compress_ends(run) | compress_outer(run, inputs)
+    done, tally, shards = Tally(), Tally(), list[str]()
+    for name, one in ends.items():
+        of_kind = done if decided.weights[name].end else tally
+        for each in (done, of_kind):
+            each.add(decided.weights[name], final_plan(decided.weights[name], one.parts), numbers_of(one))
     dense = {name: one.dense for name, one in ends.items()}
-    with skeleton.overriding({f"{name}.weight": weight for name, weight in dense.items()}):
+    new = {f"{name}.weight": as_rows(skeleton.module(name), weight) for name, weight in dense.items()}
+    with skeleton.overriding(new):
         streams = needed_streams(run.walk, inputs, recipe, bool(ends))
         if ends and witness is not None:
             witness = Witness(run.walk, recipe.seed, run.progress)
@@ -201,7 +214,7 @@ def begin_weights(
     if witness is not None:
         witness.see_outside(dense)
     resume.note(output, run.walk, resume.START, None, shards, decided, ends, run.pace, witness, streams)
-    return plan, streams, witness
+    return Resumed(0, streams, done.plans, tally), witness
 
 
 def short_text(chances: Mapping[str, float], job: Job) -> str | None:

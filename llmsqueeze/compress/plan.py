@@ -98,7 +98,7 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
         "nbytes_original": job.nbytes_original,
         "loss": profile.loss,
         "predicted_loss_interval": None if decision.predicted is None else likely(decision.predicted),
-        "rows": table(decision, job.skeleton.linears, profile),
+        "rows": table(decision, [*job.skeleton.linears, job.skeleton.outer], profile),
         **portability(job, decision),
         "towers": rounded_towers(job),
         "curve": curve(job.plan, job.recipe, profile) if decision.predicted is not None else [],

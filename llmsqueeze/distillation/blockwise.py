@@ -27,10 +27,12 @@ from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import StudentBlock
 from llmsqueeze.distillation.teacher import Answers
 from llmsqueeze.distillation.training import BETAS, TrainingState, batch_of, read_state, set_rate, write_state
+from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.formats.entries import read_parts
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.progress import Progress
 
@@ -52,8 +54,14 @@ def train_blocks(
 ) -> tuple[TrainingState, dict[str, Tensor]]:
     """Trains every block on `rows` [1, length]; finished blocks come from `work`.
 
-    Returns the final state, and the trained tensors by their names in the file: none if they are not better.
+    Returns the final state, and the trained tensors by their names in the file: none if they are not better. Raises
+    UnsupportedError if blocks share linears.
     """
+    if skeleton.shared:
+        raise UnsupportedError(
+            f"--blockwise trains one block after the other, and {skeleton.shared[0]} serves several: train the whole "
+            "model, without it"
+        )
     with Spill(parent=work) as spill:
         walk = Walk(skeleton, [*rows, *held_back], spill, torch.float32, device)
         state, best = train_in_turn(walk, student, len(rows), settings, work, progress)
@@ -76,7 +84,7 @@ def train_in_turn(
     """
     skeleton, state, best = walk.skeleton, TrainingState(), dict[str, Tensor]()
     original = compressed = walk.embed()
-    if any(f"{name}.weight" not in student.checkpoint.tensors for name in skeleton.ends):
+    if any(f"{name}.weight" not in student.checkpoint.tensors for name in (*skeleton.ends, *skeleton.outer)):
         with skeleton.overriding(outside_blocks(skeleton, student)):
             compressed = walk.embed()
     for index in progress.over(range(len(skeleton.blocks)), "blockwise", len(skeleton.blocks)):
@@ -215,7 +223,9 @@ def outside_blocks(skeleton: Skeleton, student: Folder) -> dict[str, Callable[[]
     def read(name: str) -> Tensor:
         if name in student.checkpoint.tensors:
             return student.checkpoint.read(name)
-        return parts.sum_of_parts(read_parts(student.checkpoint, student.entries[name.removesuffix(".weight")]))
+        linear = name.removesuffix(".weight")
+        rows = parts.sum_of_parts(read_parts(student.checkpoint, student.entries[linear]))
+        return as_rows(skeleton.module(linear), rows)
 
     return {name: partial(read, name) for name in skeleton.names_around_blocks()}
 

@@ -54,7 +54,7 @@ def check_teacher(skeleton: Skeleton, student: Folder, teacher: str) -> None:
             f"{source} was made from {made_from}"
         )
     wrong = f"{source} was made from {made_from}, and {teacher} is another model: "
-    linears = {name for block in skeleton.linears for name in block} | {*skeleton.ends, *skeleton.tower_linears}
+    linears = {*skeleton.all_linears, *skeleton.ends, *skeleton.tower_linears}
     for linear, entry in student.entries.items():
         if linear not in linears or skeleton.shape(linear) != entry.shape:
             raise RecipeError(f"{wrong}it has no {linear} of {entry.shape[0]} x {entry.shape[1]}")

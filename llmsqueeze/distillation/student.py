@@ -52,11 +52,13 @@ class Student:
             parameter.requires_grad_(False)
         weights: dict[str, TrainedWeight] = {}
         blocks = find_blocks(self.model)
-        for name, layer in list(self.model.named_modules()):
+        trained: dict[nn.Module, TrainedLinear] = {}  # in the place of a layer, wherever it stands
+        for name, layer in list(self.model.named_modules(remove_duplicate=False)):
             if isinstance(layer, SumOfParts):
-                linear = TrainedLinear(layer, train, products)
-                weights[name] = linear.weight
-                self.model.set_submodule(name, linear)
+                if layer not in trained:
+                    trained[layer] = TrainedLinear(layer, train, products)
+                    weights[name] = trained[layer].weight
+                self.model.set_submodule(name, trained[layer])
             elif products != torch.float32 and is_plain(layer):
                 layer.forward = partial(_in_training, layer.forward, partial(multiplied_in, products, layer))
         dtypes = {name: stored.dtype for name, stored in files.tensors.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsqueeze import journal as journals
@@ -108,6 +108,15 @@ class Output:
         self.nbytes += sum(tensor.nbytes for tensor in read.values())
         self.digests |= {key: bytes.fromhex(one) for key, one in digests.items()}
         return True
+
+    def tensors_of(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors that were written under names with this prefix, without it. Of a process that writes, after
+        `wait`."""
+        found = {}
+        for name in (name for name in self.weight_map if name.startswith(prefix)):
+            with safe_open(self.partial / self.weight_map[name], framework="pt") as file:
+                found[name.removeprefix(prefix)] = file.get_tensor(name)
+        return found
 
     def start_over(self) -> None:
         """Forgets all shards."""

@@ -52,12 +52,13 @@ CPU = torch.device("cpu")
 class Computed:
     """What the run computed with. weights: linear -> digest of its weight (float32, [rows, cols]), None if not known;
     sample: tokens [1, length]; outputs: each block's output for the sample; returns: what blocks of each kind
-    return."""
+    return; enclosed: whether the model had one block, which encloses all linears."""
 
     weights: dict[str, bytes] | None = field(default_factory=dict)
     sample: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
     returns: dict[Hashable, Returns] = field(default_factory=dict)
+    enclosed: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Witness:
         try:
             self._hidden = next(self._walk.embed().each(walk.device))
             self.computed.sample, self.computed.returns = row, self._walk.returns
+            self.computed.enclosed = walk.skeleton.is_enclosed
         except UnsupportedError as error:  # rounding alone needs no walk
             progress.note(f"no forward pass in the verification: {error}")
 
@@ -151,7 +153,7 @@ def verify(
         largest, logits = 0.0, None
         if computed.sample is not None and not findings.errors:
             with Spill(parent=output.partial) as spill:
-                walk = Walk(skeleton_on(folder), [computed.sample], spill, torch.float32, device)
+                walk = Walk(skeleton_on(folder, computed.enclosed), [computed.sample], spill, torch.float32, device)
                 if complete and len(walk.modules) != len(computed.outputs):
                     raise VerificationError(
                         f"the folder describes {len(walk.modules)} blocks, not {len(computed.outputs)}"

@@ -7,6 +7,7 @@ the salience of rows and the statistic of outliers. No gradient of a whole block
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from llmsqueeze.measure import importance, outliers
 from llmsqueeze.measure.costs import Rounding, average_trace, coded_points, low_rank_gains, packed_rates, price
 from llmsqueeze.measure.moments import FusionGroup, SecondMoments, fusion_groups, pool_probes
+from llmsqueeze.measure.outer import OuterInputs
 from llmsqueeze.measure.profile import Profile, joined
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.salience import rounding_error, sample_salience
@@ -38,9 +40,16 @@ Linears = Mapping[str, torch.dtype]  # the linears to measure: name -> the dtype
 
 
 def reduce_block(
-    walk: Walk, index: int, inputs: Activations, gradients: Activations, linears: Linears, request: Request
+    walk: Walk,
+    index: int,
+    inputs: Activations,
+    gradients: Activations,
+    linears: Linears,
+    request: Request,
+    outer: OuterInputs | None = None,
 ) -> Profile:
-    """A resident block's backward pass over all samples; `gradients` go from its output to its input."""
+    """A resident block's backward pass over all samples; `gradients` go from its output to its input. `outer` sees the
+    linears that it shares with other blocks."""
     seen: dict[str, Tensor] = {}
     groups, labels = fusion_groups(walk, index, inputs.get(0, walk.device), seen), label_counts(walk)
     probes = pool_probes(walk, groups, seen) if request.prices else {}
@@ -54,7 +63,8 @@ def reduce_block(
         for sample, count in enumerate(labels):
             hidden, upstream = inputs.get(sample, walk.device), gradients.get(sample, walk.device)
             on_linear = partial(moments.add, count) if moments is not None and number == 0 else None
-            gradient = walk.block_gradient(index, sample, hidden, upstream, on_gradient, on_linear, names)
+            with outer.priced(sample) if outer is not None and number == 0 else nullcontext():
+                gradient = walk.block_gradient(index, sample, hidden, upstream, on_gradient, on_linear, names)
             if number == len(passes) - 1:
                 gradients.replace(sample, gradient)
             walk.on_sample(sample + 1, len(walk.samples))
@@ -63,6 +73,8 @@ def reduce_block(
                     sums.sums.fold(senders)
                 if moments is not None and number == 0:
                     moments.sums.fold(senders)
+                if outer is not None and number == 0:
+                    outer.sums.fold(senders)
         statistics = {}
         if sums is not None:
             measured.append(Profile(salience=sums.salience(walk.count)))

@@ -7,6 +7,7 @@ block's outputs until the backward sweep has used them, and the gradients and me
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.journal import NO_JOURNAL, Journal, restoring
-from llmsqueeze.measure.block import Linears, reduce_block, reduce_weights
+from llmsqueeze.measure.block import Linears, priced, reduce_block, reduce_weights
 from llmsqueeze.measure.costs import coded_points
 from llmsqueeze.measure.ends import Ends
 from llmsqueeze.measure.importance import similarity
 from llmsqueeze.measure.moments import fusion_groups
+from llmsqueeze.measure.outer import OuterInputs
 from llmsqueeze.measure.profile import Profile, joined, load, save
 from llmsqueeze.measure.request import Request
 from llmsqueeze.model.blockwise.activations import Activations
 from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.linears import as_rows
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.quantizers.coded import shrunk_gradient
@@ -68,19 +71,25 @@ def gradient_sweeps(
     """The profile of a request that needs gradients."""
     inputs, lim = forward_sweep(walk, first_inputs, progress, journal)
     ends = Ends(walk) if request.ends else None
-    loss, gradients = head_sweep(walk, inputs.pop(), request, progress, ends, journal)
+    outer = OuterInputs(walk, [name for name in walk.skeleton.outer if name in linears]) if request.prices else None
+    if outer is not None and outer.names:
+        journal = NO_JOURNAL  # of what they see in each block the journal has nothing
+    loss, gradients = head_sweep(walk, inputs.pop(), request, progress, ends, outer, journal)
     blocks: list[Profile] = []
     progress.stage("gradients", len(walk.skeleton.blocks))
     for index in reversed(range(len(walk.skeleton.blocks))):
         if (measured := noted_block(walk, index, gradients, journal)) is None:
             with walk.resident_block(index, then=index - 1):
-                measured = reduce_block(walk, index, inputs[index], gradients, linears, request)
+                measured = reduce_block(walk, index, inputs[index], gradients, linears, request, outer)
             if index:  # the first block's inputs belong to the caller
                 inputs[index].clear()
             note_block(walk, index, measured, gradients, journal)
         blocks.append(measured)
         progress.advance()
-    profile = joined([*reversed(blocks), *([price_ends(ends, gradients)] if ends is not None else [])])
+    around = price_ends(ends, gradients) if ends is not None else Profile()
+    if outer is not None and outer.names:
+        around = joined([price_outer(outer, gradients, linears, request), around])
+    profile = joined([*reversed(blocks), around])
     gradients.clear()
     return replace(
         profile,
@@ -210,10 +219,12 @@ def head_sweep(
     request: Request,
     progress: Progress,
     ends: Ends | None = None,
+    outer: OuterInputs | None = None,
     journal: Journal = NO_JOURNAL,
 ) -> tuple[float, Activations]:
     """Mean loss over the samples, and per sample the gradient of its loss at the last block's output; `ends` sees the
-    head's inputs and probabilities, for which the sweep is done again if the journal has its result.
+    head's inputs and probabilities, for which the sweep is done again if the journal has its result, and `outer` the
+    linears before it.
 
     The loss behind the gradient is that on the text, or on labels that the model draws by the request's seed.
     """
@@ -226,11 +237,14 @@ def head_sweep(
     with walk.head.resident():
         pairs = zip(outputs.each(walk.device), walk.samples, strict=True)
         for sample, (hidden, tokens) in enumerate(progress.over(pairs, "loss", len(walk.samples))):
-            loss, gradient = walk.head.gradient(hidden, tokens, draws[sample], None if ends is None else ends.see_head)
+            with nullcontext() if outer is None else outer.priced(sample):
+                on_head = None if ends is None else ends.see_head
+                loss, gradient = walk.head.gradient(hidden, tokens, draws[sample], on_head)
             losses.append(loss)
             gradients.append(gradient)
-            if ends is not None:
-                ends.seen(sample)
+            for sums in (ends, outer):
+                if sums is not None:
+                    sums.seen(sample)
     outputs.clear()
     loss = sum(walk.of_all(losses)) / walk.count
     if journal.active and noted is None:
@@ -263,4 +277,24 @@ def price_ends(ends: Ends, gradients: Activations) -> Profile:
         profiles.append(
             Profile(moments={name: moments}, row_gradient={name: row_gradient.cpu()}, curves={name: points})
         )
+    return joined(profiles)
+
+
+def price_outer(outer: OuterInputs, gradients: Activations, linears: Linears, request: Request) -> Profile:
+    """The outer linears, from what `outer` has seen of the blocks and of what is behind them, and from the gradients at
+    the first block's input."""
+    walk = outer.walk
+    with walk.resident_outside():
+        for sample, gradient in enumerate(gradients.each(walk.device)):
+            with outer.priced(sample):
+                walk.embedding_gradient(sample, gradient)
+            outer.seen(sample)
+    profiles = []
+    for name, moments in outer.moments().items():
+        squares = outer.squares(name)
+        if squares is not None:
+            stored = walk.skeleton.read(f"{name}.weight").to(walk.device).float()
+            weight = as_rows(walk.skeleton.module(name), stored)
+            about = walk.labels, factorize(moments.xtx), linears[name], request
+            profiles.append(priced(name, weight, squares / walk.labels, *about))
     return joined(profiles)

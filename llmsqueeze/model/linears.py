@@ -105,6 +105,22 @@ def find_tower_linears(model: nn.Module, blocks: Sequence[str]) -> list[str]:
     ]
 
 
+def find_linears_around(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """The linears outside the blocks, but for the head, those that text does not use, and those of attention modules
+    that read the weight themselves."""
+    head, inside = output_head(model), tuple(f"{block}." for block in blocks)
+    aside = {*find_tower_linears(model, blocks), *blocks}
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not head
+        and name not in aside
+        and not name.startswith(inside)
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+
+
 def find_linears(model: nn.Module, block: str) -> list[str]:
     """Full names of the linears inside a block: nn.Linear and GPT-2's transposed Conv1D. Without those that choose
     experts: they are small, and what they choose is not to change."""

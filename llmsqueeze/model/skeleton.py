@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.memory import give_back
-from llmsqueeze.model.blockwise.dry_run import obstacle_in_stock
+from llmsqueeze.model.blockwise.dry_run import called, obstacle_in_stock
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
@@ -28,6 +29,7 @@ from llmsqueeze.model.experts.stack import ExpertStack
 from llmsqueeze.model.linears import (
     find_blocks,
     find_linears,
+    find_linears_around,
     find_tower_linears,
     find_towers,
     is_transposed,
@@ -49,8 +51,10 @@ class Skeleton:
 
     `sources`: parameter or buffer name -> where it comes from; `tied`: parameter -> the parameter that it shares.
     `blocks`: full module names of the decoder blocks, in order. `linears`: for each block, the names of its linears.
+    `outer`: the linears around the blocks that text reaches, and those that several blocks share, each once.
     `overrides`: parameter -> a function that gives its tensor; these are not read from the checkpoint. `apart`:
-    parameters that the config ties, and that differ in the file from what it ties them to.
+    parameters that the config ties, and that differ in the file from what it ties them to. `is_enclosed`: see
+    `enclosed`.
     """
 
     model: PreTrainedModel
@@ -59,8 +63,10 @@ class Skeleton:
     tied: dict[str, str]
     blocks: list[str]
     linears: list[list[str]]
+    outer: list[str] = field(default_factory=list)
     overrides: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     apart: list[str] = field(default_factory=list)
+    is_enclosed: bool = False
 
     def read(self, name: str) -> Tensor:
         """A parameter or buffer in its stored shape and dtype."""
@@ -141,7 +147,22 @@ class Skeleton:
     @cached_property
     def obstacle_in_stock(self) -> str | None:
         """Why stock transformers does not open the model with compressed linears; None if nothing is in the way."""
-        return obstacle_in_stock(self.model, self.blocks, [name for names in self.linears for name in names])
+        return obstacle_in_stock(self.model, self.blocks, self.all_linears)
+
+    @property
+    def all_linears(self) -> list[str]:
+        """The linears that can be compressed: of all blocks, and the outer ones."""
+        return [*(name for names in self.linears for name in names), *self.outer]
+
+    def sharing(self, linear: str) -> list[str]:
+        """The linears that share the weight of this one, which is stored under its name; itself first."""
+        of_others = [alias for alias, source in self.tied.items() if source == f"{linear}.weight"]
+        return [linear, *(alias.removesuffix(".weight") for alias in of_others)]
+
+    @cached_property
+    def shared(self) -> list[str]:
+        """The outer linears that several blocks share."""
+        return [name for name in self.outer if len(self.sharing(name)) > 1]
 
     @cached_property
     def experts_in_files(self) -> StoredAs | str:
@@ -153,6 +174,14 @@ class Skeleton:
         of_experts = self.experts_in_files
         stack = linear.rpartition(".")[0]
         return len(of_experts[stack]) if isinstance(of_experts, dict) and stack in of_experts else 1
+
+    def enclosed(self) -> Skeleton:
+        """The same with one block alone, the smallest module that holds all linears that can be compressed: for a model
+        that does something between its blocks, or calls them again and again."""
+        paths = [name.split(".") for name in (*self.blocks, *self.all_linears)]
+        same = (len(set(parts)) == 1 for parts in zip(*paths, strict=False))
+        block = ".".join(part for part, _ in zip(paths[0], takewhile(bool, same), strict=False))
+        return replace(self, blocks=[block], linears=[self.all_linears], outer=[], is_enclosed=True)
 
     def module(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -177,20 +206,16 @@ class Skeleton:
         return self.sources[f"{linear}.weight"].dtype
 
     def names_in(self, module: str) -> list[str]:
-        """The stored parameters and buffers inside a module."""
-        return [name for name in self.sources if name.startswith(module + ".")]
+        """The stored parameters and buffers inside a module, but for what several blocks share."""
+        shared = {f"{name}.weight" for name in self.shared}
+        return [name for name in self.sources if name.startswith(module + ".") and name not in shared]
 
     def names_used_by(self, module: str) -> list[str]:
         """The same, and those elsewhere that the module shares."""
         prefix, own = f"{module}.", self.names_in(module)
-        shared = dict.fromkeys(source for alias, source in self.tied.items() if alias.startswith(prefix))
+        ties = self.tied.items()
+        shared = dict.fromkeys(to for alias, to in ties if alias.startswith(prefix) or to.startswith(prefix))
         return own + [name for name in shared if name in self.sources and name not in own]
-
-    @property
-    def shared_linears(self) -> list[str]:
-        """The linears that several blocks use: they stay as they are."""
-        own = {name for names in self.linears for name in names}
-        return [name for block in self.blocks for name in find_linears(self.model, block) if name not in own]
 
     @property
     def tower_linears(self) -> list[str]:
@@ -200,7 +225,9 @@ class Skeleton:
         return [name for name, weight in weights.items() if weight in self.sources and weight not in shared]
 
     def names_outside_blocks(self) -> list[str]:
-        return [name for name in self.sources if not name.startswith(tuple(block + "." for block in self.blocks))]
+        """The stored parameters and buffers outside the blocks, and what several blocks share."""
+        inside, shared = tuple(block + "." for block in self.blocks), {f"{name}.weight" for name in self.shared}
+        return [name for name in self.sources if not name.startswith(inside) or name in shared]
 
     def stacks_in(self, index: int) -> dict[str, int]:
         """The stacks of experts in block `index`, in their order, and how many experts each has."""
@@ -214,9 +241,9 @@ class Skeleton:
         return {name: module for name in names if isinstance(module := self.module(name), ExpertLinear)}
 
     def names_around_blocks(self) -> list[str]:
-        """The same without the towers for other senses: what a run on text needs."""
-        towers = tuple(f"{name}." for name in find_towers(self.model))
-        return [name for name in self.names_outside_blocks() if not name.startswith(towers)]
+        """The same without the towers for other senses, and what blocks share: what a run on text needs."""
+        others = tuple(f"{name}." for name in (*find_towers(self.model), *self.blocks))
+        return [name for name in self.sources if not name.startswith(others)]
 
     @contextmanager
     def resident(
@@ -273,9 +300,9 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     _check_complete(model, checkpoint, sources, tied)
     blocks = find_blocks(model)
     sources = _of_experts(sources, stack_experts(model, blocks))
-    linears = _own_linears(model, blocks, tied)
+    linears, outer = _own_linears(model, blocks, tied), _outer_linears(model, blocks, tied)
     _check_linears(model, blocks)
-    return Skeleton(model, checkpoint, sources, tied, blocks, linears, apart=apart)
+    return Skeleton(model, checkpoint, sources, tied, blocks, linears, outer, apart=apart)
 
 
 def compressed_skeleton(
@@ -296,7 +323,8 @@ def compressed_skeleton(
         elif name in overrides:
             sources[name] = Compressed(tuple(tensor.shape))
     tied = _tied(model, sources)
-    return Skeleton(model, checkpoint, sources, tied, blocks, _own_linears(model, blocks, tied), overrides)
+    linears, outer = _own_linears(model, blocks, tied), _outer_linears(model, blocks, tied)
+    return Skeleton(model, checkpoint, sources, tied, blocks, linears, outer, overrides)
 
 
 def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoint:
@@ -363,6 +391,23 @@ def _own_linears(model: PreTrainedModel, blocks: list[str], tied: Mapping[str, s
     shared = {*tied, *tied.values()} | {name for pair in model.all_tied_weights_keys.items() for name in pair}
     found = [find_linears(model, block) for block in blocks]
     return [[name for name in names if f"{name}.weight" not in shared] for names in found]
+
+
+def _outer_linears(model: PreTrainedModel, blocks: list[str], tied: Mapping[str, str]) -> list[str]:
+    """Those around the blocks, if text reaches them, and those that several blocks share with each other alone."""
+    inside = {f"{name}.weight" for block in blocks for name in find_linears(model, block)}
+    groups: dict[str, set[str]] = {}
+    for alias, source in tied.items():
+        groups.setdefault(source, {source}).add(alias)
+    shared = [source.removesuffix(".weight") for source, group in groups.items() if group <= inside]
+    ties = {*tied, *tied.values()} | {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    around = [name for name in find_linears_around(model, blocks) if f"{name}.weight" not in ties]
+    if not around:
+        return shared
+    reached = called(model, blocks, around)
+    if reached is None:  # what is for other senses alone cannot be told then
+        reached = set() if find_towers(model) else set(around)
+    return [*(name for name in around if name in reached), *shared]
 
 
 def _check_linears(model: nn.Module, blocks: list[str]) -> None:

@@ -23,6 +23,7 @@ from llmsqueeze.compress.pipeline import compress_model, quantization_config
 from llmsqueeze.compress.summary import Summary
 from llmsqueeze.compress.weights import blocks, group
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks
+from llmsqueeze.compress.weights.resume import Resumed, Tally
 from llmsqueeze.compress.weights.weight import WeightSettings, compress_weight
 from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.files import SIDECAR
@@ -299,7 +300,7 @@ def compress_random(folder: Path, rows: list[Tensor], recipe: Recipe) -> tuple[W
         walk = Walk(skeleton, rows, spill, torch.float32, CPU)
         inputs = walk.embed()
         run = Run.of(walk, Decision(plan), recipe, Progress())
-        compress_blocks(run, ResidualStreams(inputs, inputs), output)
+        compress_blocks(run, output, None, Resumed(0, ResidualStreams(inputs, inputs), {}, Tally()))
     return walk, plan, output.tensors
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import command, tensors_of
+from support import command
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, QianfanOCRConfig
 
 from llmsqueeze.model.blockwise.dry_run import obstacle_in_stock, weight_read_by_others
@@ -61,19 +61,6 @@ def test_stock_transformers_fails_where_it_is_said(random_model: Callable[..., P
     command("quantize", folder, *RTN, "--portable", "--out", tmp_path / "portable")
     with pytest.raises(AttributeError, match="has no attribute 'weight'"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "portable")
-
-
-def test_what_several_blocks_use_stays_as_it_is(random_model: Callable[..., Path], tmp_path: Path) -> None:
-    folder = random_model("linears in several blocks")
-    code, out, err = command("quantize", folder, *RTN[:-1], "--out", tmp_path / "out", "--json")
-    assert code == 0, err
-    assert "serve several blocks and stay as they are" in " ".join(err.split())
-    assert json.loads(out)["opens"]["native"] == ""
-    before, after = tensors_of(folder), tensors_of(tmp_path / "out")
-    shared = [name for name in before if "shared_transformer.self_attn" in name and name.endswith("proj.weight")]
-    assert shared
-    assert all(torch.equal(after[name], before[name]) for name in shared)
-    assert "model.layers.1.mamba_decoder.mamba.in_proj.weight" not in after
 
 
 def test_a_conversion_that_transformers_cannot_prepare_is_an_obstacle() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from architectures import UNUSUAL
 from support import ARCHITECTURES
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, ReformerConfig, ReformerModelWithLMHead, ZayaConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.measure.moments import fusion_groups
@@ -19,7 +22,7 @@ from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import forward_sweep, head_sweep
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.handed import Layout
-from llmsqueeze.model.blockwise.recorder import Recorder, Returns, kind_of
+from llmsqueeze.model.blockwise.recorder import Recorder, Returns, hidden_of, kind_of, others_of
 from llmsqueeze.model.blockwise.trace import given_tensors
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -395,17 +398,31 @@ def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.Monk
             walk.embed()
 
 
-def test_what_a_model_reads_of_its_blocks_by_name_is_refused(tmp_path: Path) -> None:
-    """Reformer's reversible layers give two streams, which the model takes by their names."""
+def test_two_streams_are_refused(tmp_path: Path) -> None:
+    """Reformer's reversible layers give two streams, which the model takes by their names and exchanges."""
     sizes = {"hidden_size": 32, "attention_head_size": 16, "num_attention_heads": 2, "feed_forward_size": 32}
     kinds = {"attn_layers": ["local", "local"], "is_decoder": True, "axial_pos_embds": False}
     config = ReformerConfig(vocab_size=320, local_attn_chunk_length=8, max_position_embeddings=64, **sizes, **kinds)
     ReformerModelWithLMHead(config).save_pretrained(tmp_path)
     with (
         walking(tmp_path, [torch.randint(5, 300, (1, 8))], torch.float32) as walk,
-        pytest.raises(UnsupportedError, match="the model reads 'attn_output' of what its blocks return"),
+        pytest.raises(UnsupportedError, match="changes the hidden states between decoder blocks 0 and 1"),
     ):
         walk.embed()
+
+
+ZEROS, Named = torch.zeros(2), namedtuple("Named", ["hidden", "other"])
+
+
+@pytest.mark.parametrize(
+    "output",
+    [[torch.zeros(2), 1], (torch.zeros(2), 1), Named(torch.zeros(2), 1), BaseModelOutput(torch.zeros(2), (1,))],
+)
+def test_what_stands_for_a_block_returns_what_it_does(output: Any) -> None:
+    like = Returns.of(output).holding(torch.ones(2))
+    assert type(like) is type(output)
+    assert torch.equal(hidden_of(like), torch.ones(2))
+    assert others_of(like) == others_of(output) == [1]
 
 
 def test_what_a_block_gets_of_earlier_blocks_is_refused_also_if_the_model_computes_it() -> None:

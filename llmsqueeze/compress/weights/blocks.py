@@ -19,7 +19,7 @@ from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.weights.group import Compressed, compress_group, compressed_nbytes, final_plan
 from llmsqueeze.compress.weights.kept import KeptParts
 from llmsqueeze.compress.weights.pace import Pace
-from llmsqueeze.compress.weights.resume import START, Resumed, Tally, note, numbers_of, step_of
+from llmsqueeze.compress.weights.resume import START, Resumed, note, numbers_of, step_of
 from llmsqueeze.compress.weights.weight import WeightSettings, group_targets
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.folder import Output
@@ -113,18 +113,13 @@ def needed_streams(
 
 
 def compress_blocks(
-    run: Run,
-    streams: ResidualStreams,
-    output: Output,
-    witness: Witness | None = None,
-    count: int | None = None,
-    before: Resumed | None = None,
+    run: Run, output: Output, witness: Witness | None, before: Resumed, count: int | None = None
 ) -> Result:
     """Compresses and writes every block in turn, or the first `count`; `witness` sees each compressed block, and the
-    journal of the output gets it. before: the blocks that a killed run has left, with which `streams` belongs."""
+    journal of the output gets it. before: what was done before."""
     skeleton, plan = run.walk.skeleton, run.decision.plan
-    done, tally = (0, Tally()) if before is None else (before.blocks, before.tally)
-    indices = range(len(skeleton.blocks))[done:count]
+    streams, tally = before.streams, before.tally
+    indices = range(len(skeleton.blocks))[before.blocks : count]
     for index in run.progress.over(indices, "compress", len(indices)):
         compressed, streams = compress_block(run, index, streams, witness)
         output.write_shard(block_shard(skeleton, index, plan, compressed))

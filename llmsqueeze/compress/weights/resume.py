@@ -100,7 +100,8 @@ def note(
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a run goes on: behind so many blocks, with these streams, plan (of the ends too) and tally."""
+    """Where a run goes on: behind so many blocks, with these streams, the plans of what lies outside the blocks, and a
+    tally of all linears but embeddings and head."""
 
     blocks: int
     streams: ResidualStreams
@@ -138,7 +139,8 @@ def resumed(
                 if noted["final"]:
                     native.check_entry(name, {"shape": list(planned.shape), "parts": noted["final"]})
                 final = replace(planned, final=tuple(noted["final"]), rank=noted["rank"])
-                (ends if step == START else tally).add(planned, final, {kind: noted[kind] for kind in NUMBERS})
+                for one in [ends] * (step == START) + [tally] * (not planned.end):
+                    one.add(planned, final, {kind: noted[kind] for kind in NUMBERS})
             if witness is not None:
                 _show(journal, step, value, witness)
         last = values[steps[-1]]

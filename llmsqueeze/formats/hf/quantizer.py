@@ -54,6 +54,18 @@ def sum_parts(name: str, module: Any, entry: dict[str, Any]) -> None:
     del module.parts, module.parts_of_weight
 
 
+def set_aside(model: PreTrainedModel, linear: str) -> list[str]:
+    """Takes the other linears out of the model that share the weight of this one, so that the file needs nothing for
+    them; their names."""
+    ties: Any = model.all_tied_weights_keys
+    sharing = [alias.removesuffix(".weight") for alias, source in ties.items() if source == f"{linear}.weight"]
+    for name in sharing:
+        model.set_submodule(name, nn.Identity())
+        for alias in [alias for alias in ties if alias.startswith(f"{name}.")]:
+            del ties[alias]
+    return sharing
+
+
 class PieceNames(WeightRenaming):
     """Renames tensors of which one is made, each by a new name of its own."""
 
@@ -109,6 +121,10 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
     requires_calibration = True
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sharing: dict[str, str] = {}  # linear -> the one whose weight it shares
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
@@ -135,13 +151,14 @@ class LlmsqueezeQuantizer(HfQuantizer):
             if name in config.pieces:
                 take_apart(layer, config.pieces[name])
             model.set_submodule(name, layer)
+            self.sharing.update(dict.fromkeys(set_aside(model, name), name))
         # a linear's shape, which compressed-tensors stores, is in the config too
         ignored: Any = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, r"\.weight_shape$"}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        """Decodes coded weights, one after the other."""
+        """Decodes coded weights, one after the other, and puts linears that share a weight in their places."""
         config: Any = self.quantization_config
         for name in config.pieces:
             layer: Any = model.get_submodule(name)
@@ -165,6 +182,8 @@ class LlmsqueezeQuantizer(HfQuantizer):
             if isinstance(module, SumOfParts):
                 module.weight_dtype = model.dtype
                 config.weights[name]["parts"] = module.specs
+        for alias, name in self.sharing.items():
+            model.set_submodule(alias, model.get_submodule(name))
         if not config.weights:
             merge_stacks(model)
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
@@ -172,9 +191,11 @@ class LlmsqueezeQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
+        dense: dict[SumOfParts, nn.Module] = {}
+        for name, module in list(model.named_modules(remove_duplicate=False)):
             if isinstance(module, SumOfParts):
-                model.set_submodule(name, module.as_linear(dtype or model.dtype))
+                dense[module] = dense.get(module) or module.as_linear(dtype or model.dtype)
+                model.set_submodule(name, dense[module])
         merge_stacks(model)
         return model
 

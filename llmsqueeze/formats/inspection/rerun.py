@@ -13,7 +13,7 @@ from llmsqueeze.formats.inspection.reading import Reading
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.experts.linear import Weight
-from llmsqueeze.model.linears import as_rows, find_blocks
+from llmsqueeze.model.linears import as_rows, find_blocks, find_linears
 from llmsqueeze.model.skeleton import Skeleton, compressed_skeleton
 from llmsqueeze.progress import Progress
 
@@ -32,7 +32,7 @@ def rerun(
         with skeleton.overriding(outside):
             hidden = next(walk.embed().each(walk.device))
         for index in progress.over(range(len(outputs)), "verify", len(outputs)):
-            kept, at_use = kept_in(skeleton, index, reading), walk.read_at_use(index)
+            kept, at_use = kept_in(skeleton, index, folder, reading), walk.read_at_use(index)
             weights: dict[str, Weight] = {
                 name: partial(reading.weight, name)
                 if name in at_use
@@ -46,7 +46,7 @@ def rerun(
             largest = max(largest, difference(output, computed, skeleton.blocks[index]))
         if not complete:
             return largest, None
-        with skeleton.overriding(outside | heads(skeleton, folder, reading)):
+        with skeleton.overriding(heads(skeleton, folder, reading) | outside):
             return largest, logits_of(walk, hidden)
 
 
@@ -62,16 +62,19 @@ def logits_of(walk: Walk, hidden: Tensor) -> Tensor | None:
     return torch.cat(copies, dim=-1)[None]
 
 
-def skeleton_on(folder: Folder) -> Skeleton:
-    """The folder's model. All tensors have to be given: none of them is read from the checkpoint a second time."""
+def skeleton_on(folder: Folder, enclosed: bool = False) -> Skeleton:
+    """The folder's model, with one block if it is `enclosed`. All tensors have to be given: none of them is read from
+    the checkpoint a second time."""
 
     def not_given() -> Tensor:
         raise VerificationError("a tensor was needed before it was read")
 
-    inside = tuple(f"{block}." for block in find_blocks(folder.model))
-    ends = [f"{name}.weight" for name in folder.entries if not name.startswith(inside)]
-    sources = dict.fromkeys([*folder.checkpoint.tensors, *ends], not_given)
-    return compressed_skeleton(folder.checkpoint, folder.trust_remote_code, sources)
+    own = {name for block in find_blocks(folder.model) for name in find_linears(folder.model, block)}
+    shared = {*(ties := folder.model.all_tied_weights_keys), *ties.values()}
+    outside = [f"{name}.weight" for name in folder.entries if name not in own or f"{name}.weight" in shared]
+    sources = dict.fromkeys([*folder.checkpoint.tensors, *outside], not_given)
+    skeleton = compressed_skeleton(folder.checkpoint, folder.trust_remote_code, sources)
+    return skeleton.enclosed() if enclosed else skeleton
 
 
 def outside_blocks(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict[str, Tensor]:
@@ -82,19 +85,22 @@ def outside_blocks(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict
 
 
 def heads(skeleton: Skeleton, folder: Folder, reading: Reading) -> dict[str, Tensor]:
-    """The weight of an untied head."""
-    return {f"{name}.weight": whole(f"{name}.weight", folder, reading) for name in skeleton.ends[1:]}
+    """The weight of an untied head, or of all ends if they are inside the one block that encloses all."""
+    ends = skeleton.ends if skeleton.is_enclosed else skeleton.ends[1:]
+    return {f"{name}.weight": whole(f"{name}.weight", folder, reading) for name in ends}
 
 
 def whole(name: str, folder: Folder, reading: Reading) -> Tensor:
-    """A parameter outside the blocks: the sum of its parts, if it has some."""
+    """A parameter outside the blocks, or shared by several: the sum of its parts, if it has some."""
     linear = name.removesuffix(".weight")
-    return reading.weight(linear) if linear in folder.entries else reading.kept(name)
+    if linear not in folder.entries or linear == name:
+        return reading.kept(name)
+    return as_rows(folder.model.get_submodule(linear), reading.weight(linear)).contiguous()
 
 
-def kept_in(skeleton: Skeleton, index: int, reading: Reading) -> dict[str, Tensor]:
-    """The tensors of a block that are not compressed."""
-    return {name: reading.kept(name) for name in skeleton.names_used_by(skeleton.blocks[index])}
+def kept_in(skeleton: Skeleton, index: int, folder: Folder, reading: Reading) -> dict[str, Tensor]:
+    """The tensors of a block that are not those of its own compressed linears."""
+    return {name: whole(name, folder, reading) for name in skeleton.names_used_by(skeleton.blocks[index])}
 
 
 def difference(output: Tensor, computed: Tensor, block: str) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,25 @@ def failing_conversion(model: PreTrainedModel, linears: Sequence[str]) -> str | 
     except AttributeError:  # what comes after the model's conversions asks for a config
         return None
     return None
+
+
+def called(model: PreTrainedModel, blocks: Sequence[str], linears: Sequence[str]) -> set[str] | None:
+    """Those of `linears` that a forward pass on text calls; None if torch cannot compute it without data. `model`: on
+    the meta device; one block of every kind runs."""
+    seen: set[str] = set()
+    with ExitStack() as stack, torch.no_grad():
+        for name in linears:
+            note = partial(_note, seen, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(note).remove)
+        try:
+            _forward(model, blocks)
+        except Exception:  # a path that depends on data: torch has many errors for it, and the models their own
+            return None
+    return seen
+
+
+def _note(seen: set[str], name: str, *_: Any) -> None:
+    seen.add(name)
 
 
 class _Compressed:

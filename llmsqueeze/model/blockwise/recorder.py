@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, enable_grad, equal, nn, zeros_like
 from torch.utils import _pytree as pytree
 
@@ -19,7 +21,8 @@ from llmsqueeze.errors import UnsupportedError
 class BlockCall:
     """The arguments of a block after the hidden states: positional ones and keywords (masks, rotary embeddings).
 
-    called: whether the model calls the block at all. It leaves out blocks that look at images alone. links: leaf ->
+    takes: the dtype of the block's input, if it is not hidden states but tokens. called: whether the model calls the
+    block at all. It leaves out blocks that look at images alone. links: leaf ->
     block and number, if the leaf is that output of the block beside its hidden states.
     """
 
@@ -27,10 +30,11 @@ class BlockCall:
     kwargs: dict[str, Any] = field(default_factory=dict)
     called: bool = True
     links: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    takes: torch.dtype | None = None
 
     def sharing(self, first: BlockCall) -> BlockCall:
         """This call, with the tensors of `first` where they are equal, so that equal masks exist once."""
-        return BlockCall(_shared(first.args, self.args), _shared(first.kwargs, self.kwargs), self.called, self.links)
+        return replace(self, args=_shared(first.args, self.args), kwargs=_shared(first.kwargs, self.kwargs))
 
     @property
     def leaves(self) -> list[Any]:
@@ -40,10 +44,12 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Returns:
-    """What the blocks of a kind return: hidden states alone (container None), or first in a tuple or a list."""
+    """What the blocks of a kind return: hidden states alone (container None), or first in what the container makes of a
+    list. of_tokens: of a block that takes tokens, hidden states that it has returned."""
 
-    container: type[tuple[Any, ...]] | type[list[Any]] | None = None
+    container: Callable[[list[Any]], Any] | None = None
     others: tuple[Any, ...] = ()
+    of_tokens: Tensor | None = None
 
     @classmethod
     def of(cls, output: Any) -> Returns:
@@ -51,7 +57,7 @@ class Returns:
         hidden_of(output)
         if isinstance(output, Tensor):
             return cls()
-        return cls(list if isinstance(output, list) else tuple, tuple(output[1:]))
+        return cls(container_of(output), tuple(values_of(output)[1:]))
 
     def holding(self, hidden: Tensor) -> Any:
         """What a block would return with these hidden states."""
@@ -60,7 +66,12 @@ class Returns:
     def copied(self) -> Returns:
         """The same with tensors of its own, marked like the hidden states (`Recorder`)."""
         with enable_grad():
-            return Returns(self.container, pytree.tree_map_only(Tensor, _marked, self.others))
+            return replace(self, others=pytree.tree_map_only(Tensor, _marked, self.others))
+
+    def passed_on(self, given: Tensor) -> Tensor:
+        """What stands for the hidden states that a block would return, if it was given these, or these tokens."""
+        like = self.of_tokens
+        return given if like is None else like.new_zeros(*given.shape, *like.shape[given.dim() :])
 
 
 def _marked(tensor: Tensor) -> Tensor:
@@ -74,14 +85,32 @@ def kind_of(module: nn.Module) -> Hashable:
     return type(module), tuple(name for name, _ in module.named_modules())
 
 
+def container_of(output: Any) -> Callable[[list[Any]], Any]:
+    """What makes the like of `output`, which is no tensor, of a list: a tuple, a named one, a list, or an output of
+    transformers."""
+    if isinstance(output, OrderedDict):
+        return partial(_named, type(output), tuple(output))
+    kind: Any = type(output)
+    return getattr(kind, "_make", list if isinstance(output, list) else tuple)
+
+
+def _named(kind: Any, keys: Sequence[str], values: Sequence[Any]) -> Any:
+    return kind(**dict(zip(keys, values, strict=True)))
+
+
+def values_of(output: Any) -> Sequence[Any]:
+    """What is in a block's output, which is no tensor: an output of transformers is a mapping."""
+    return tuple(output.values()) if isinstance(output, OrderedDict) else output
+
+
 def others_of(output: Any) -> list[Any]:
     """All that a block returns beside the hidden states, by number."""
-    return [] if isinstance(output, Tensor) else pytree.tree_leaves(tuple(output[1:]))
+    return [] if isinstance(output, Tensor) else pytree.tree_leaves(tuple(values_of(output)[1:]))
 
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in what a block returns. Raises UnsupportedError."""
-    hidden = output[0] if isinstance(output, tuple | list) and output else output
+    hidden = values_of(output)[0] if isinstance(output, tuple | list | OrderedDict) and output else output
     if not isinstance(hidden, Tensor):
         raise UnsupportedError(f"a decoder block returns {type(output).__name__}, which does not begin with a tensor")
     return hidden
@@ -127,7 +156,7 @@ class Recorder:
             hidden, *rest = args or (kwargs.pop(name, None),)
             if not isinstance(hidden, Tensor) or index < len(self.calls):
                 raise UnsupportedError("the decoder blocks are not called in turn with the hidden states first")
-            call = BlockCall(tuple(rest), kwargs)
+            call = BlockCall(tuple(rest), kwargs, takes=None if hidden.is_floating_point() else hidden.dtype)
             call = replace(call, links=self._links(index, hidden, call))
             if not self.calls:
                 self.first_input = hidden.detach().clone()  # the model may write over it
@@ -136,6 +165,9 @@ class Recorder:
             returns = self.returns.get(kind_of(self.modules[index]))
             if returns is None:
                 raise UnknownBlock(index, hidden.detach(), call)
+            if call.takes is not None:
+                with enable_grad():
+                    hidden = _marked(returns.passed_on(hidden))
             self._last, returns = (hidden, hidden._version), returns.copied()
             for number, one in enumerate(pytree.tree_leaves(returns.others)):
                 if isinstance(one, Tensor):

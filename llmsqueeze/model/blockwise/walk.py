@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.handed import Layout, Outputs, board_in
@@ -161,6 +161,12 @@ class Walk:
                 self._calls.append([new.sharing(old) for old, new in zip(first, recorder.calls, strict=True)])
         return inputs
 
+    @timed("forward")
+    def around_blocks(self, sample: int) -> None:
+        """Runs what the model computes outside its blocks for a sample. Call it inside `resident_outside`, after
+        `embed`."""
+        self._record(self.samples[sample])
+
     def call(self, index: int, sample: int) -> BlockCall:
         """The arguments of block `index` for a sample."""
         return self._calls[sample][index]
@@ -221,6 +227,7 @@ class Walk:
         if (layout := self._layouts.get((index, sample))) is not None:
             hidden, content = layout.unpacked(hidden)
         on_board, outputs = content.get("board", {}), Outputs(self._calls[sample], content.get("outputs", {}))
+        hidden = hidden if call.takes is None else hidden.to(call.takes)
         output: Any = hidden
         if call.called:
             args, kwargs = outputs.given(index, args, kwargs)
@@ -321,7 +328,7 @@ class Walk:
                 hook = _linear_hook(name, self.skeleton.shape(name)[0], on_linear)
                 handles.append(self.skeleton.module(name).register_forward_hook(hook))
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._embeddings_with_gradient(index, sample):
                 self.run(index, sample, hidden).backward(upstream)
         finally:
             for handle in handles:
@@ -331,8 +338,17 @@ class Walk:
                     read_later[name].on_gradient = None
                 else:
                     self.skeleton.linear(name).weight.requires_grad_(False)
-        assert hidden.grad is not None
-        return hidden.grad
+        return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad  # tokens have none
+
+    @contextmanager
+    def _embeddings_with_gradient(self, index: int, sample: int) -> Iterator[None]:
+        """In the context what the embeddings give requires a gradient, if block `index` takes tokens."""
+        with ExitStack() as stack:
+            if self._calls[sample][index].takes is not None:
+                embeddings: Any = self.skeleton.model.get_input_embeddings()
+                hook = embeddings.register_forward_hook(lambda _module, _args, rows: rows.requires_grad_(True).clone())
+                stack.callback(hook.remove)
+            yield
 
     @timed("backward")
     def embedding_gradient(self, sample: int, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -390,15 +406,7 @@ class Walk:
             raise Ended
 
         with recorder.installed(), suppress(Ended), replaced(self.head.module, head), torch.enable_grad():
-            try:
-                self.skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
-            except AttributeError as error:
-                if isinstance(error.obj, tuple):  # what stands in for a block gave it
-                    raise UnsupportedError(
-                        f"the model reads '{error.name}' of what its blocks return, followed only if it is "
-                        "hidden states; --method rtn needs no forward pass"
-                    ) from error
-                raise
+            self.skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
         return recorder
 
     def _learn_returns(self) -> None:
@@ -423,7 +431,10 @@ class Walk:
         module, call = self.modules[unknown.index], unknown.call
         try:
             with self.resident_block(unknown.index), torch.no_grad():
-                return Returns.of(module(unknown.hidden.to(self.dtype), *call.args, **call.kwargs))
+                hidden = unknown.hidden.to(self.dtype if call.takes is None else call.takes)
+                output = module(hidden, *call.args, **call.kwargs)
+                of_tokens = None if call.takes is None else hidden_of(output)
+                return replace(Returns.of(output), of_tokens=of_tokens)
         except KeyError:
             if alike is None:
                 raise
