@@ -14,6 +14,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
 from llmsqueeze.formats.experts import joined
 from llmsqueeze.formats.record import read_record
+from llmsqueeze.model.blockwise.heads import stack_heads
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.config import auto_class, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
@@ -70,5 +71,6 @@ def _with_model(checkpoint: Checkpoint, entries: Mapping[str, Entry], trust_remo
     config = load_config(checkpoint.path, trust_remote_code)
     model = empty_model(checkpoint.path, config, trust_remote_code)
     if entries:
-        stack_experts(model, find_blocks(model))
+        stack_experts(model, blocks := find_blocks(model))
+        stack_heads(model, blocks)
     return Folder(checkpoint, entries, model, trust_remote_code)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.memory import give_back
 from llmsqueeze.model.blockwise.dry_run import called, obstacle_in_stock
+from llmsqueeze.model.blockwise.heads import stack_heads
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
 from llmsqueeze.model.experts.find import stack_experts
@@ -240,6 +241,11 @@ class Skeleton:
         names = [f"{stack}.{number}" for stack, count in self.stacks_in(index).items() for number in range(count)]
         return {name: module for name in names if isinstance(module := self.module(name), ExpertLinear)}
 
+    def of_heads(self, linear: str) -> bool:
+        """Whether a linear is one of several that lie in one parameter for the heads of a block."""
+        stack = self.module(linear.rpartition(".")[0])
+        return isinstance(stack, ExpertStack) and stack.of_heads
+
     def names_around_blocks(self) -> list[str]:
         """The same without the towers for other senses, and what blocks share: what a run on text needs."""
         others = tuple(f"{name}." for name in (*find_towers(self.model), *self.blocks))
@@ -299,7 +305,7 @@ def build_skeleton(checkpoint: Checkpoint, trust_remote_code: bool = False) -> S
     tied = _tied(model, sources)
     _check_complete(model, checkpoint, sources, tied)
     blocks = find_blocks(model)
-    sources = _of_experts(sources, stack_experts(model, blocks))
+    sources = _of_experts(sources, stack_experts(model, blocks) | stack_heads(model, blocks))
     linears, outer = _own_linears(model, blocks, tied), _outer_linears(model, blocks, tied)
     _check_linears(model, blocks)
     return Skeleton(model, checkpoint, sources, tied, blocks, linears, outer, apart=apart)
@@ -315,6 +321,7 @@ def compressed_skeleton(
     model = empty_model(checkpoint.path, load_config(checkpoint.path, trust_remote_code), trust_remote_code)
     blocks = find_blocks(model)
     stack_experts(model, blocks)
+    stack_heads(model, blocks)
     overrides = ends or {}
     sources: dict[str, Source] = {}
     for name, tensor in model.state_dict().items():

@@ -170,7 +170,7 @@ def compress_groups(
     """
     skeleton = run.walk.skeleton
     result: dict[str, Compressed] = {}
-    stacks = skeleton.stacks_in(index)
+    experts = skeleton.experts_in(index)
     for names, moments in group_moments(run, index, through):
         group = {name: as_rows(skeleton.module(name), real(original[name])) for name in names if name in original}
         give_back()
@@ -183,7 +183,7 @@ def compress_groups(
             else:
                 one = one._replace(parts=KeptParts((one.dense.shape[0], one.dense.shape[1]), one.parts, run.walk.spill))
                 current[name] = partial(dense_of, one.parts, run.walk.device)
-            tokens = sent if name.rpartition(".")[0] in stacks else None
+            tokens = sent if name in experts and not skeleton.of_heads(name) else None
             result[name] = one._replace(dense=NOTHING, chance=chance, tokens=tokens)
         give_back()
     return result

@@ -24,6 +24,7 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.formats import compressed_tensors, native
 from llmsqueeze.formats.hf.layer import SumOfParts, buffers
 from llmsqueeze.formats.inspection.damage import refuse_changed_config, refuse_damaged
+from llmsqueeze.model.blockwise.heads import put_stack
 from llmsqueeze.model.experts.find import merge_stacks, stack_experts
 from llmsqueeze.model.linears import find_blocks, is_transposed, output_head
 
@@ -134,6 +135,10 @@ class LlmsqueezeQuantizer(HfQuantizer):
         refuse_damaged(files)
         stack_experts(model, find_blocks(model))
         config: Any = self.quantization_config
+        parameters = {name for name, _ in model.named_parameters()}
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in config.weights):
+            if owner in parameters:  # of the matrices of heads
+                put_stack(model, owner)
         for name, entry in native.weight_entries(config.to_dict()).items():
             try:
                 old: Any = model.get_submodule(name)

@@ -9,8 +9,8 @@ conversions of stored tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -180,7 +180,16 @@ def _initialize(model: PreTrainedModel, _blocks: Sequence[str]) -> None:
 
 
 def _forward(model: PreTrainedModel, blocks: Sequence[str]) -> None:
-    """A forward pass in which one block of every class computes."""
+    run_without_data(model, blocks, lambda _: nullcontext())
+
+
+def run_without_data(
+    model: PreTrainedModel,
+    blocks: Sequence[str],
+    watching: Callable[[Mapping[str, Tensor]], AbstractContextManager[object]],
+) -> None:
+    """A forward pass in which one block of every kind computes, in the context that `watching` gives for the
+    parameters. Raises what torch and the model raise where a path depends on data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     returns: dict[Hashable, Returns] = {}
@@ -203,4 +212,5 @@ def _forward(model: PreTrainedModel, blocks: Sequence[str]) -> None:
             stack.enter_context(replaced(module, once(module, module.forward)))
         tensors = {name: torch.empty(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
+        stack.enter_context(watching(tensors))
         torch.func.functional_call(model, tensors, (), {"input_ids": ids, "use_cache": False}, tie_weights=False)

@@ -11,13 +11,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from llmsqueeze.model.experts.linear import ExpertLinear
-from llmsqueeze.model.experts.stack import ExpertStack
+from llmsqueeze.model.experts.stack import ExpertStack, stacked
 
-META = torch.device("meta")
 COUNTS = re.compile("expert")  # in the names of attributes
 
 
@@ -29,12 +26,7 @@ def stack_experts(model: nn.Module, blocks: Sequence[str]) -> dict[str, ExpertSt
     for block in blocks:
         for name, module in model.get_submodule(block).named_modules():
             for leaf, shape, transposed in list(_matrices(module, hidden_size(model))):
-                parameter = getattr(module, leaf)
-                count, rows, cols = shape
-                with torch.device(META):
-                    sizes = (rows, cols) if transposed else (cols, rows)
-                    linears = [ExpertLinear(*sizes, bias=False, dtype=parameter.dtype) for _ in range(count)]
-                stack = ExpertStack(linears, parameter.shape, transposed)
+                stack = stacked(getattr(module, leaf), shape, transposed)
                 delattr(module, leaf)
                 setattr(module, leaf, stack)
                 stacks[".".join(part for part in (block, name, leaf) if part)] = stack
@@ -72,7 +64,7 @@ def routers(model: nn.Module, block: str) -> set[str]:
             found |= {_joined(block, name, inner) for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
     for name, stack in inside.named_modules():
         mixture = name.rpartition(".")[0].rpartition(".")[0]
-        if isinstance(stack, ExpertStack) and mixture:
+        if isinstance(stack, ExpertStack) and mixture and not stack.of_heads:
             found |= {_joined(block, mixture, n) for n in _choosing(inside.get_submodule(mixture), len(stack))}
     return found
 

@@ -37,6 +37,8 @@ def experts_in_files(model: PreTrainedModel) -> StoredAs | str:
 def _pieces(model: PreTrainedModel, name: str, stack: ExpertStack) -> list[tuple[str, int]] | str:
     from transformers.core_model_loading import revert_weight_conversion
 
+    if stack.of_heads:
+        return "the file holds the matrices of its heads together"
     if stack.ndim != 3:
         return "the model holds its experts' matrices in two dimensions"
     try:

@@ -23,13 +23,15 @@ BATCHED = {torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__
 
 class ExpertStack(nn.Module):
     """The linears of all experts, children "0", "1", ..., in the place of a parameter of shape `shape`: [experts, rows,
-    cols], or [experts * rows, cols]. transposed: the parameter holds [cols, rows] of each."""
+    cols], or [experts * rows, cols]. transposed: the parameter holds [cols, rows] of each. of_heads: they are no
+    experts, to which a router sends tokens, but the heads of a block."""
 
     def __init__(self, linears: Iterable[nn.Module], shape: Sequence[int], transposed: bool) -> None:
         super().__init__()
         for index, linear in enumerate(linears):
             self.add_module(str(index), linear)
         self.shape, self.transposed = torch.Size(shape), transposed
+        self.of_heads = False
         self._is_hf_initialized = True  # else transformers would fill the parameter with random numbers
 
     def __len__(self) -> int:
@@ -43,6 +45,8 @@ class ExpertStack(nn.Module):
             isinstance(index, Tensor) and index.numel() == 1 and not index.is_floating_point()
         ):
             return Expert(self, int(index) % len(self), self.transposed)
+        if index == (slice(None), None) and not self.transposed:
+            return Factors(self)
         return self.dense()[index]
 
     def linear(self, index: int) -> nn.Module:
@@ -108,6 +112,31 @@ class ExpertStack(nn.Module):
         cls, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _computed(function, args, dict(kwargs or {}))
+
+
+class Factors:
+    """All matrices of a stack as left factors, [experts, 1, rows, cols]."""
+
+    def __init__(self, stack: ExpertStack) -> None:
+        self.stack = stack
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """x [experts, some, cols, tokens] -> [experts, some, rows, tokens]"""
+        pairs = zip(self.stack.linears, x.transpose(-1, -2), strict=True)
+        return torch.stack([linear(one) for linear, one in pairs]).transpose(-1, -2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stack.dense()[:, None], name)
+
+
+def stacked(parameter: Tensor, shape: tuple[int, int, int], transposed: bool) -> ExpertStack:
+    """A stack of linears without data for a parameter that holds matrices of this shape, [experts, rows, cols] or, if
+    they lie `transposed`, [experts, cols, rows]."""
+    count, rows, cols = shape
+    with torch.device("meta"):
+        sizes = (rows, cols) if transposed else (cols, rows)
+        linears = [ExpertLinear(*sizes, bias=False, dtype=parameter.dtype) for _ in range(count)]
+    return ExpertStack(linears, parameter.shape, transposed)
 
 
 class Experts:
