@@ -14,7 +14,7 @@ import pytest
 import torch
 from children import Child
 from shared_runs import shared_runs
-from support import TEXT, refused
+from support import TEXT, refused, thorough
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from llmsqueeze.compress.job import open_job
@@ -66,13 +66,14 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("names", [["descent"], thorough(["descent", "coded ends", "experts"])])
 def test_two_processes_one_of_them_killed_write_what_one_writes(
-    demo_of: Callable[[int], Path], mixtral: Path, tmp_path: Path
+    names: list[str], demo_of: Callable[[int], Path], mixtral: Path, tmp_path: Path
 ) -> None:
     """The last process is killed after the first block of the first run. The other one stops with one line, and the
     same command goes on."""
-    models = {name: mixtral if name == "experts" else demo_of(2 if name == "descent" else 1) for name in RUNS}
-    runs = {name: (models[name], settings) for name, settings in RUNS.items()}
+    models = {name: mixtral if name == "experts" else demo_of(2 if name == "descent" else 1) for name in names}
+    runs = {name: (models[name], RUNS[name]) for name in names}
     one, two = tmp_path / "one", tmp_path / "two"
     first, last = start(2, tmp_path, two, runs, "block-0")
     assert last.ended()[0] == -signal.SIGKILL
@@ -83,8 +84,8 @@ def test_two_processes_one_of_them_killed_write_what_one_writes(
     assert len(err.strip().splitlines()) == 1
     assert [path.name for path in two.iterdir()] == ["descent.partial"]
     again = start(2, tmp_path, two, runs)
-    for name, settings in RUNS.items():
-        quantize(Source(str(models[name])), settings, one / name)
+    for name, (model, settings) in runs.items():
+        quantize(Source(str(model)), settings, one / name)
     assert [process.ended() for process in again] == [(0, ""), (0, "")]
     assert contents(two) == contents(one)
 
