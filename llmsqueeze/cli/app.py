@@ -12,6 +12,7 @@ import typer
 
 from llmsqueeze import __version__
 from llmsqueeze.cli.check import check
+from llmsqueeze.cli.command import Verb
 from llmsqueeze.cli.compare import compare
 from llmsqueeze.cli.distill import distill
 from llmsqueeze.cli.eval import evaluate
@@ -31,12 +32,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (quantize, plan, recipes, distill, export):
-    app.command()(verb)
-app.command("eval")(evaluate)
+    app.command(cls=Verb)(verb)
+app.command("eval", cls=Verb)(evaluate)
 for verb in (compare, show, check, report, push):
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 
 
 def _version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import Device, Overwrite, Revision, TrustCode, takes
+from llmsqueeze.cli.options import Device, Overwrite, Revision, TrustCode, takes, written_to
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.distillation.options import DistillationOptions
 from llmsqueeze.distillation.settings import make_distillation
@@ -24,7 +24,7 @@ def distill(
         Path | None,
         typer.Option(help="Folder that keeps the teacher's answers for another run. [not kept]"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-distilled]")] = None,
+    out: Annotated[Path | None, written_to("Folder to write. [<folder>-distilled]")] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     revision: Revision = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmsqueeze.cli.options import Overwrite, TrustCode
+from llmsqueeze.cli.options import Overwrite, TrustCode, written_to
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.progress import Progress
 
@@ -27,7 +27,7 @@ def export(
         int | None,
         typer.Option(help="With --bits: columns that share a scale; -1: whole rows. [128, or the largest that fits]"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. [<folder>-<to>]")] = None,
+    out: Annotated[Path | None, written_to("Folder to write. [<folder>-<to>]")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustCode = False,
     *,

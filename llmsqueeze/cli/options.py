@@ -13,6 +13,7 @@ from llmsqueeze.cli.terminal import Outcome, keyword, with_parameters
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.methods import methods_of
 from llmsqueeze.recipe.options import Asked
+from llmsqueeze.recipe.resolve import make_recipe
 from llmsqueeze.recipe.table import Table
 
 MODEL_HELP = "Hub id, local folder, or 'demo' (the built-in model)"
@@ -21,10 +22,33 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 ProfileTime = Annotated[bool, typer.Option("--profile-time", help="Measure the time of each stage of the run.")]
+FIRST = "What most runs need"
+PANELS = {  # groups of the help -> options of a recipe, in the order of the table
+    FIRST: ("method", "bits", "size", "calibration"),
+    "Grids": ("group_size", "symmetric", "levels", "search", "quantizer", "inputs"),
+    "Outliers, rows and blocks": (
+        *("outliers", "outlier_ranking", "outlier_scope", "importance"),
+        *("high_bits", "low_bits", "high_fraction", "mix"),
+    ),
+    "Budgets": (
+        *("max_ppl_increase", "max_kl", "granularity", "widths", "group_sizes", "row_outliers", "dual", "labels"),
+    ),
+    "What is compressed and written": ("skip", "code_embeddings", "vision", "portable", "pack"),
+    "After the rounding": ("lorc_rank", "lorc", "distill_steps", "distill_loss"),
+    "Text and measurements": ("samples", "seq_len", "seed", "all_experts", "products"),
+}
 RECIPE = Annotated[
-    str | None, typer.Option(help="YAML file, or the name of one of `llmsqueeze recipes`; options replace its keys.")
+    str | None,
+    typer.Option(
+        help="YAML file, or the name of one of `llmsqueeze recipes`; options replace its keys.", rich_help_panel=FIRST
+    ),
 ]
 FEW = 4  # methods that the help of an option names; with more, it belongs to most
+
+
+def written_to(text: str, panel: str | None = None) -> Any:
+    """The option `--out`."""
+    return typer.Option("--out", "-o", help=text, rich_help_panel=panel)
 
 
 def takes(table: type[Table]) -> Callable[[Callable[..., Outcome]], Callable[..., Outcome]]:
@@ -39,10 +63,13 @@ def takes(table: type[Table]) -> Callable[[Callable[..., Outcome]], Callable[...
 
 def takes_recipe(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """Gives a command the options of a recipe and `--recipe`, whose keys they replace; it gets them as `given`."""
-    options = [parameter for name in Asked.model_fields for parameter in parameters(Asked, name)]
+    ordered = [(name, panel) for panel, names in PANELS.items() for name in names]
+    options = [parameter for name, panel in ordered for parameter in parameters(Asked, name, panel)]
 
     def collect(arguments: dict[str, Any]) -> dict[str, Any]:
-        return from_file(arguments.pop("recipe")) | asked(Asked, arguments)
+        settings = from_file(arguments.pop("recipe")) | asked(Asked, arguments)
+        make_recipe(settings)  # what is wrong is told before anything heavy is imported
+        return settings
 
     return _with_options(command, [*options, keyword("recipe", RECIPE, None)], collect)
 
@@ -54,18 +81,21 @@ def from_file(recipe: str | None) -> dict[str, Any]:
     return read_recipe(find_recipe(recipe)) if recipe else {}
 
 
-def parameters(table: type[Table], name: str) -> list[inspect.Parameter]:
-    """The parameters of one option: one, or a flag for each of its choices."""
+def parameters(table: type[Table], name: str, panel: str | None = None) -> list[inspect.Parameter]:
+    """The parameters of one option: one, or a flag for each of its choices. panel: its group in the help."""
     option = table.option(name)
     if option.choice_flags:
         prefix = f"{', '.join(methods_of(name))}: "
         flags = option.choice_flags.items()
-        return [_parameter(f"{name}_{choice}", bool, False, prefix + text, flag) for choice, (flag, text) in flags]
-    return [_parameter(name, _kind(table, name), None, help_of(table, name), option.flag)]
+        return [
+            _parameter(f"{name}_{choice}", bool, False, prefix + text, flag, panel) for choice, (flag, text) in flags
+        ]
+    return [_parameter(name, _kind(table, name), None, help_of(table, name), option.flag, panel)]
 
 
-def _parameter(name: str, kind: Any, default: Any, text: str, flag: str) -> inspect.Parameter:
-    return keyword(name, Annotated[kind, typer.Option(*([flag] if flag else []), help=text)], default)
+def _parameter(name: str, kind: Any, default: Any, text: str, flag: str, panel: str | None) -> inspect.Parameter:
+    option = typer.Option(*([flag] if flag else []), help=text, rich_help_panel=panel)
+    return keyword(name, Annotated[kind, option], default)
 
 
 def _kind(table: type[Table], name: str) -> Any:

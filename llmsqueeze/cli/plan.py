@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, Device, ProfileTime, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.options import FIRST, MODEL_HELP, Device, ProfileTime, Revision, TrustCode, takes_recipe, written_to
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.progress import Progress, stopwatch
@@ -26,7 +26,7 @@ def plan(
     processes: Annotated[
         int, typer.Option(min=1, max=16, help="Predict the time that so many processes take together.")
     ] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder for plan and profile. [./<model>-plan]")] = None,
+    out: Annotated[Path | None, written_to("Folder for plan and profile. [./<model>-plan]", FIRST)] = None,
     profile_time: ProfileTime = False,
     device: Device = "auto",
     revision: Revision = None,

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, Device, Overwrite, ProfileTime, Revision, TrustCode, takes_recipe
+from llmsqueeze.cli.options import (
+    FIRST,
+    MODEL_HELP,
+    Device,
+    Overwrite,
+    ProfileTime,
+    Revision,
+    TrustCode,
+    takes_recipe,
+    written_to,
+)
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.progress import Progress, stopwatch
 
@@ -19,7 +29,7 @@ def quantize(
     given: dict[str, Any],
     plan: Annotated[Path | None, typer.Option(help="Plan from `llmsqueeze plan`, as it is or edited.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Measurements from `llmsqueeze plan`.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write. [./<model>-<bits>bit]")] = None,
+    out: Annotated[Path | None, written_to("Folder to write. [./<model>-<bits>bit]", FIRST)] = None,
     overwrite: Overwrite = False,
     verify: Annotated[
         bool,

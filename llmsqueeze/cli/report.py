@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from llmsqueeze.cli.options import written_to
 from llmsqueeze.cli.terminal import Outcome, verb
 
 
 @verb
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder that llmsqueeze wrote")],
-    out: Annotated[Path | None, typer.Option(help="File to write. [<folder>/report.html]")] = None,
+    out: Annotated[Path | None, written_to("File to write. [<folder>/report.html]")] = None,
 ) -> Outcome:
     """Write one HTML file about a compressed FOLDER: sizes, scores, bits and errors of every weight, its recipe."""
     from llmsqueeze.publish.report import write_report

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmsqueeze.recipe.methods import importances, method_names, rounding_methods
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.recipe.methods import METHODS, importances, method_names, rounding_methods
 from llmsqueeze.recipe.table import Choices, Table, option
 from llmsqueeze.recipe.values import (
     bits,
     boolean,
     choice,
+    flag,
     fraction,
     group_size,
     group_sizes,
@@ -34,10 +36,20 @@ def one_of(names: Choices, text: str, default: str = "", **more: Any) -> Any:
     return option(check, text, default, choices=names, **more)
 
 
+def method(key: str, value: Any) -> str:
+    """A check for the name of a method; a ranking is told which method it belongs to."""
+    if value in importances() and value not in method_names():
+        owner = next(name for name in method_names() if value in METHODS[name].importance)
+        raise RecipeError(f"{flag(key)} {value} is no method but a ranking: --method {owner} --importance {value}")
+    return choice(method_names())(key, value)
+
+
 class Asked(Table):
     """What the user asked for: one field per option; None is not asked for. `resolve.py` makes a `Recipe` of it."""
 
-    method: str | None = one_of(method_names, "How to compress", "descent; auto if a budget is asked for")
+    method: str | None = option(
+        method, "How to compress", "descent; auto if a budget is asked for", choices=method_names
+    )
     bits: int | float | None = option(
         bits,
         "A whole number: the width of the codes; a method that mixes widths gets the bytes of codes of that width. "

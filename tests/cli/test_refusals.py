@@ -66,7 +66,8 @@ BAD_OPTIONS = [
     (["--recipe", "nowhere.yaml"], "no recipe file nowhere.yaml"),
     (["--calibration", "nowhere.txt"], "no text file nowhere.txt"),
     (["--skip", "nonsense"], "matches no linear"),
-    (["--bit", 3], "No such option: --bit"),
+    (["--bit", 3], "quantize has no option --bit; did you mean '--bits'?"),
+    (["--method", "lim"], "--method lim is no method but a ranking: --method layerwise --importance lim"),
     (
         ["--size", "400kB", "--method", "coded", "--group-size", 128],
         "--group-size 128 does not apply to --method coded",

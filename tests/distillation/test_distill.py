@@ -542,7 +542,7 @@ BAD_OPTIONS = [
     (["--device", "gpu"], "unknown device 'gpu'"),
     (["--calibration", "nowhere.txt"], "no text file nowhere.txt"),
     (["--teacher", "./nowhere"], "there is no folder ./nowhere"),
-    (["--step", 3], "No such option: --step"),
+    (["--step", 3], "distill has no option --step; did you mean '--steps'?"),
 ]
 
 
