@@ -16,6 +16,7 @@ from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
 from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.recorder import needs_more
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.calibration import read_calibration
 from llmsqueeze.model.checkpoint import Checkpoint
@@ -142,21 +143,23 @@ def open_job(
 
 def in_turn(skeleton: Skeleton, progress: Progress) -> Skeleton:
     """The skeleton, with one block if what it has cannot be walked in turn; as it is, if that does not help. Only
-    models with linears around their blocks, or shared by several, are tried."""
-    if not skeleton.outer:
+    models are tried whose blocks demand more than hidden states, or that have linears around them or shared by several.
+    """
+    if not skeleton.outer and not any(needs_more(skeleton.module(block)) for block in skeleton.blocks):
         return skeleton
-    row = torch.zeros(1, TRIED_TOKENS, dtype=torch.long)
+    row, enclosed = torch.zeros(1, TRIED_TOKENS, dtype=torch.long), skeleton.enclosed()
     with Spill() as spill:
-        for tried in (skeleton, skeleton.enclosed()):
-            try:
-                Walk(tried, [row], spill, torch.float32, CPU).embed()
-            except UnsupportedError as error:
-                reason = error
-                continue
-            if tried is not skeleton:
-                progress.note(f"the model is compressed as one block, all of it in memory: {first_line(reason)}")
-            return tried
-    return skeleton
+        try:
+            Walk(skeleton, [row], spill, torch.float32, CPU).embed()
+            return skeleton
+        except UnsupportedError as error:
+            reason = first_line(error)
+        try:
+            Walk(enclosed, [row], spill, torch.float32, CPU).embed()
+        except Exception:  # whatever it is, the reason above is what the user has to know
+            return skeleton
+    progress.note(f"the model is compressed as one block, all of it in memory: {reason}")
+    return enclosed
 
 
 def left_out(skeleton: Skeleton) -> str | None:

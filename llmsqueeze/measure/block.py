@@ -57,6 +57,8 @@ def reduce_block(
     moments = _InputMoments(walk, index, groups, probes, linears) if request.prices else None
     measured = [Profile(groups=tuple(group.names for group in groups))]
     passes = in_passes(walk, index, linears, request)
+    if labels:  # tried before anybody sees the calls of linears
+        walk.mode_of_backward(index, 0, inputs.get(0, walk.device), gradients.get(0, walk.device))
     for number, names in enumerate(passes):
         sums = _GradientSums(walk.skeleton, index, names, request) if request.weight_gradients else None
         on_gradient = sums.add if sums is not None else None

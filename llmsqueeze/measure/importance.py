@@ -20,8 +20,8 @@ from llmsqueeze.model.experts.linear import Weight, real
 
 
 def similarity(before: Tensor, after: Tensor) -> float:
-    """Mean over the tokens of the cosine between a block's input and output [1, length, width]; 0 for a block that
-    takes tokens."""
+    """Mean over the tokens of the cosine between a block's input and output [1, length, width]; 0 if they have other
+    shapes, as tokens have."""
     if before.shape != after.shape:
         return 0.0
     return float(torch.nn.functional.cosine_similarity(before, after, dim=-1).mean())

@@ -182,6 +182,8 @@ class Skeleton:
         paths = [name.split(".") for name in (*self.blocks, *self.all_linears)]
         same = (len(set(parts)) == 1 for parts in zip(*paths, strict=False))
         block = ".".join(part for part, _ in zip(paths[0], takewhile(bool, same), strict=False))
+        while isinstance(self.module(block), nn.ModuleList):
+            block = block.rpartition(".")[0]
         return replace(self, blocks=[block], linears=[self.all_linears], outer=[], is_enclosed=True)
 
     def module(self, name: str) -> nn.Module:

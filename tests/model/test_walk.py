@@ -398,17 +398,40 @@ def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.Monk
             walk.embed()
 
 
-def test_two_streams_are_refused(tmp_path: Path) -> None:
-    """Reformer's reversible layers give two streams, which the model takes by their names and exchanges."""
+@pytest.fixture
+def reversible(tmp_path: Path) -> Path:
+    """Reformer's reversible layers give two streams, which the model exchanges; their backward pass is their own."""
     sizes = {"hidden_size": 32, "attention_head_size": 16, "num_attention_heads": 2, "feed_forward_size": 32}
     kinds = {"attn_layers": ["local", "local"], "is_decoder": True, "axial_pos_embds": False}
-    config = ReformerConfig(vocab_size=320, local_attn_chunk_length=8, max_position_embeddings=64, **sizes, **kinds)
-    ReformerModelWithLMHead(config).save_pretrained(tmp_path)
+    dropped = {"hidden_dropout_prob": 0.5, "local_attention_probs_dropout_prob": 0.5}
+    lengths = {"local_attn_chunk_length": 8, "max_position_embeddings": 64}
+    ReformerModelWithLMHead(ReformerConfig(vocab_size=320, **sizes, **kinds, **dropped, **lengths)).save_pretrained(
+        tmp_path
+    )
+    return tmp_path
+
+
+def test_two_streams_are_refused(reversible: Path) -> None:
     with (
-        walking(tmp_path, [torch.randint(5, 300, (1, 8))], torch.float32) as walk,
+        walking(reversible, [torch.randint(5, 300, (1, 8))], torch.float32) as walk,
         pytest.raises(UnsupportedError, match="changes the hidden states between decoder blocks 0 and 1"),
     ):
         walk.embed()
+
+
+def test_gradients_of_a_backward_pass_for_training_alone(reversible: Path) -> None:
+    """They are those of the model in training, in which nothing is dropped out."""
+    tokens, off = torch.arange(5, 13)[None], {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0}
+    with Spill() as spill:
+        skeleton = build_skeleton(open_checkpoint(reversible)).enclosed()
+        assert skeleton.blocks == ["reformer.encoder"]
+        _, walked = walk_gradients(Walk(skeleton, [tokens], spill, torch.float64, CPU))
+    model = AutoModelForCausalLM.from_pretrained(reversible, dtype=torch.float64, **off).train()
+    logits = model(input_ids=tokens).logits
+    nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
+    assert len(walked) == len(skeleton.linears[0])
+    assert largest_difference(walked, model) < 1e-6
+    assert not any(module.training for module in skeleton.model.modules())
 
 
 ZEROS, Named = torch.zeros(2), namedtuple("Named", ["hidden", "other"])

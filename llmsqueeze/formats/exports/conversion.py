@@ -164,7 +164,7 @@ def stored_experts(folder: Folder, to: str) -> StoredAs:
     names = experts_in_files(folder.model) if to == compressed_tensors.METHOD else f"{to} has no place for experts"
     if isinstance(names, str):
         raise UnsupportedError(
-            f"{experts[0]} in {folder.path} is one of the model's experts: {names}; export --to dense"
+            f"{experts[0]} in {folder.path} lies with others in one tensor: {names}; export --to dense"
         )
     return names
 

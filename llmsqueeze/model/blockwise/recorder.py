@@ -203,6 +203,12 @@ def first_parameter(forward: Callable[..., Any]) -> str:
     return next((name for name in names if name != "self"), "hidden_states")
 
 
+def needs_more(module: nn.Module) -> bool:
+    """Whether a module's `forward` demands more than its first argument."""
+    _, *others = (p for name, p in inspect.signature(type(module).forward).parameters.items() if name != "self")
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in others)
+
+
 class Ended(Exception):  # noqa: N818 - no error
     """Ends a forward pass: all that was wanted of it is there."""
 
@@ -219,6 +225,27 @@ def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
+
+
+@contextmanager
+def in_training(module: nn.Module) -> Iterator[None]:
+    """In the context the module is in training mode, but drops nothing out: one with a backward pass of its own may
+    refuse it in any other. The random numbers that it draws are those of nobody else."""
+    modes, functions = [(one, one.training) for one in module.modules()], vars(nn.functional)
+    dropout = functions["dropout"]
+    module.train()
+    functions["dropout"] = _all_kept
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        functions["dropout"] = dropout
+        for one, mode in modes:
+            one.training = mode
+
+
+def _all_kept(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
 
 
 @contextmanager

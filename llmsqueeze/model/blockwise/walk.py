@@ -14,7 +14,7 @@ Samples are token rows [1, length].
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
 from llmsqueeze.model.blockwise.handed import Layout, Outputs, board_in
@@ -35,6 +36,7 @@ from llmsqueeze.model.blockwise.recorder import (
     UnknownBlock,
     first_parameter,
     hidden_of,
+    in_training,
     kind_of,
     replaced,
     skipped,
@@ -81,6 +83,7 @@ class Walk:
         self._calls: list[list[BlockCall]] = []  # [sample][block]
         self.returns: dict[Hashable, Returns] = {}
         self._layouts: dict[tuple[int, int], Layout] = {}  # (block, sample) -> of the block's input, if it is packed
+        self._trains: dict[Hashable, bool] = {}  # kinds of blocks; whether their backward pass is one of training
         self._compared: set[str] = set()  # the operations of traces that compute what their blocks compute
         for module in skeleton.model.modules():
             compute_as(module, dtype, device)
@@ -315,6 +318,7 @@ class Walk:
         [rows, cols], transposed for Conv1D; of_weights: of these alone. `on_linear(linear, x, gradient)` gets the
         linear's input [1, length, cols] and the gradient at its output [tokens, rows]. Neither may keep its tensors.
         """
+        mode = self.mode_of_backward(index, sample, hidden, upstream)
         hidden, read_later = hidden.detach().requires_grad_(True), self.read_at_use(index)
         handles = []
         for name in self.skeleton.linears[index]:
@@ -328,7 +332,7 @@ class Walk:
                 hook = _linear_hook(name, self.skeleton.shape(name)[0], on_linear)
                 handles.append(self.skeleton.module(name).register_forward_hook(hook))
         try:
-            with torch.enable_grad(), self._embeddings_with_gradient(index, sample):
+            with torch.enable_grad(), self._embeddings_with_gradient(index, sample), mode():
                 self.run(index, sample, hidden).backward(upstream)
         finally:
             for handle in handles:
@@ -339,6 +343,26 @@ class Walk:
                 else:
                     self.skeleton.linear(name).weight.requires_grad_(False)
         return torch.zeros_like(hidden) if hidden.grad is None else hidden.grad  # tokens have none
+
+    def mode_of_backward(
+        self, index: int, sample: int, hidden: Tensor, upstream: Tensor
+    ) -> Callable[[], AbstractContextManager[None]]:
+        """The mode in which blocks of this kind have a backward pass, tried once for every kind: mostly that of the
+        forward pass. Raises UnsupportedError if they have none."""
+        module, kind, hidden = self.modules[index], kind_of(self.modules[index]), hidden.detach().requires_grad_(True)
+        modes: list[Callable[[], AbstractContextManager[None]]] = [nullcontext, partial(in_training, module)]
+        if kind not in self._trains:
+            for trains, mode in enumerate(modes):
+                try:
+                    with torch.enable_grad(), self._embeddings_with_gradient(index, sample), mode():
+                        self.run(index, sample, hidden).backward(upstream)
+                except AssertionError as error:  # of a backward pass of its own
+                    if trains:
+                        raise UnsupportedError(f"the blocks have no backward pass: {first_line(error)}") from error
+                else:
+                    self._trains[kind] = bool(trains)
+                    break
+        return modes[self._trains[kind]]
 
     @contextmanager
     def _embeddings_with_gradient(self, index: int, sample: int) -> Iterator[None]:
