@@ -17,6 +17,7 @@ from llmsqueeze.cli.compare import compare
 from llmsqueeze.cli.distill import distill
 from llmsqueeze.cli.eval import evaluate
 from llmsqueeze.cli.export import export
+from llmsqueeze.cli.generate import generate
 from llmsqueeze.cli.plan import plan
 from llmsqueeze.cli.push import push
 from llmsqueeze.cli.quantize import quantize
@@ -37,7 +38,7 @@ app = typer.Typer(
 for verb in (quantize, plan, recipes, distill, export):
     app.command(cls=Verb)(verb)
 app.command("eval", cls=Verb)(evaluate)
-for verb in (compare, show, check, report, push):
+for verb in (generate, compare, show, check, report, push):
     app.command(cls=Verb)(verb)
 
 

@@ -24,6 +24,7 @@ JSON = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 SHARED = {"quantize": "quantize", "evaluate": "eval", "compare": "compare", "distill": "distill"}  # function -> verb
 UNFINISHED = "no half-written result was left under the final name"
+GIVEN = ("progress", "as_text")  # what a verb gets that is no option of its own
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -37,7 +38,8 @@ class Outcome:
 
 
 def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
-    """A command with `--json` and `--debug`, which prints its outcome; with `--quiet`, if it takes `progress`."""
+    """A command with `--json` and `--debug`, which prints its outcome; with `--quiet`, if it takes `progress`. One that
+    takes `as_text` prints as it goes: it is told whether what it prints is text."""
     own = inspect.signature(command, eval_str=True).parameters
     kinds = {"as_json": JSON, **({"quiet": QUIET} if "progress" in own else {}), "debug": DEBUG}
     common = [keyword(name, kind, False) for name, kind in kinds.items()]
@@ -45,6 +47,7 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
     def wrapped(**arguments: Any) -> None:
         as_json, quiet, debug = (arguments.pop(name, False) for name in ("as_json", "quiet", "debug"))
         quiet |= launched.follows()
+        arguments |= {"as_text": not as_json} if "as_text" in own else {}
         with friendly(debug), _joined(command.__name__):
             if "progress" in own:
                 from llmsqueeze.cli.console import TerminalProgress
@@ -62,7 +65,7 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
             if not outcome.met:
                 raise typer.Exit(2)
 
-    return with_parameters(wrapped, command, [*(p for p in own.values() if p.name != "progress"), *common])
+    return with_parameters(wrapped, command, [*(p for p in own.values() if p.name not in GIVEN), *common])
 
 
 @contextmanager
