@@ -16,8 +16,14 @@ from transformers import AutoModelForCausalLM, HrmTextConfig, XLMConfig
 
 import llmsqueeze
 from llmsqueeze.compress.weights import blocks
+from llmsqueeze.compress.weights.blocks import needed_streams
 from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.formats.hf.layer import SumOfParts
+from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.blockwise.walk import Walk
+from llmsqueeze.model.checkpoint import open_checkpoint
+from llmsqueeze.model.skeleton import build_skeleton
+from llmsqueeze.recipe.resolve import make_recipe
 
 SAMPLE = torch.arange(4, 28)[None]
 SHORT = ("--calibration", "demo", "--samples", "2", "--seq-len", "16", "--quiet")
@@ -119,3 +125,19 @@ def test_blocks_that_are_not_called_in_turn_are_one(
     linears = [n for n, m in original.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     kept = set(tensors_of(tmp_path / "out"))
     assert not any(f"{name}.weight" in kept for name in linears if "pred_layer" not in name)
+
+
+def test_streams_of_other_lengths_are_not_compared(hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compressed before the blocks may cut the text otherwise."""
+    recipe = make_recipe({"method": "descent", "bits": 3, "calibration": "demo"})
+    skeleton = build_skeleton(open_checkpoint(hybrid))
+    with Spill() as spill:
+        walk = Walk(skeleton, [SAMPLE, SAMPLE], spill, torch.float32, torch.device("cpu"))
+        shorter = Activations(spill)
+        for hidden in (inputs := walk.embed()).each(walk.device):
+            shorter.append(hidden[:, :-1])
+        both = needed_streams(walk, inputs, recipe, True)
+        assert both.original is inputs
+        assert both.compressed is not inputs
+        monkeypatch.setattr(walk, "embed", lambda: shorter)
+        assert needed_streams(walk, inputs, recipe, True).all == [shorter]

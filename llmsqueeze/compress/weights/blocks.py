@@ -98,7 +98,8 @@ def needed_streams(
 ) -> ResidualStreams:
     """The residual streams that the recipe's moments come from; a stream that nobody needs is released.
 
-    `new_embeddings`: the compressed model's stream begins with embeddings of its own.
+    `new_embeddings`: the compressed model's stream begins with embeddings of its own. If what is compressed before the
+    blocks cuts the text otherwise than the original, nothing can be compared, and the compressed model's is left.
     """
     if inputs is not None and not recipe.needs_moments:
         inputs.clear()
@@ -109,7 +110,16 @@ def needed_streams(
         if original is None:
             compressed.clear()
         compressed = walk.embed()
+        if original is not None and not same_shapes(walk, original, compressed):
+            original.clear()
+            original = None
     return ResidualStreams(original, compressed)
+
+
+def same_shapes(walk: Walk, one: Activations, other: Activations) -> bool:
+    """Whether the activations of every sample have one shape in both."""
+    pairs = zip(one.each(walk.device), other.each(walk.device), strict=True)
+    return all(walk.of_all([first.shape == second.shape for first, second in pairs]))
 
 
 def compress_blocks(
