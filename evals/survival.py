@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.formats.folder import partial_of
+from llmsqueeze.journal.partial import partial_of
 from llmsqueeze.progress.log import RUN_LOG
 
 Row = dict[str, Any]

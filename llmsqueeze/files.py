@@ -18,7 +18,9 @@ from llmsqueeze.errors import CheckpointError, OutputError, RecipeError, Squeeze
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SIDECAR = "llmsqueeze.json"  # the record of the compression: recipe, calibration, sizes, errors
+SPILL = "llmsqueeze-"  # how the names of folders with spilled activations begin
 EVALUATION = "evaluation.json"  # the last scores that `llmsqueeze eval` measured
+REPORT = "report.html"
 COMPARISON = "comparison.json"  # the last table of `llmsqueeze compare` with this folder among the models
 FRONTIER = "frontier.png"  # the picture of that table
 TEMPLATES = "additional_chat_templates"

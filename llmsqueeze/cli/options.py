@@ -20,7 +20,10 @@ MODEL_HELP = "Hub id, local folder, or 'demo' (the built-in model)"
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace a result, but for files that are not llmsqueeze's."),
+]
 ProfileTime = Annotated[bool, typer.Option("--profile-time", help="Measure the time of each stage of the run.")]
 FIRST = "What most runs need"
 PANELS = {  # groups of the help -> options of a recipe, in the order of the table

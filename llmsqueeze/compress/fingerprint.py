@@ -19,8 +19,9 @@ from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import read_json
-from llmsqueeze.formats.folder import digest, partial_of
+from llmsqueeze.formats.folder import digest
 from llmsqueeze.journal import ABOUT, FOLDER
+from llmsqueeze.journal.partial import partial_of
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.checkpoint import file_digests, weights_digest
 from llmsqueeze.parallel import processes

@@ -23,8 +23,9 @@ from llmsqueeze.compress.job import Job
 from llmsqueeze.compress.pipeline import compress, measured, without_damaged
 from llmsqueeze.errors import BudgetError, CalibrationError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate_rows
-from llmsqueeze.formats.folder import joined_journal, partial_folder, publish
+from llmsqueeze.formats.folder import joined_journal, publish
 from llmsqueeze.journal import Journal, restoring
+from llmsqueeze.journal.partial import partial_folder
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.files import refuse_links
-from llmsqueeze.formats.folder import owner_of
+from llmsqueeze.journal.partial import owner_of
 from llmsqueeze.progress.log import RUN_LOG, read
 
 

@@ -28,8 +28,9 @@ from llmsqueeze.formats.exports.conversion import (
     write_folder,
 )
 from llmsqueeze.formats.exports.reround import grid_for, predicted_cost
-from llmsqueeze.formats.folder import check_writable, partial_folder, publish
+from llmsqueeze.formats.folder import check_writable, publish
 from llmsqueeze.formats.opened import open_compressed
+from llmsqueeze.journal.partial import partial_folder
 from llmsqueeze.model.linears import find_blocks, find_linears
 from llmsqueeze.model.tensors import shard
 from llmsqueeze.parts import LowRank

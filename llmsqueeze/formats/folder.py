@@ -1,8 +1,6 @@
 """Writing a model folder, shard by shard.
 
-It grows in a sibling `<name>.partial`, which takes the final name when it is complete. A run with a journal that was
-killed or interrupted leaves it, and the same command goes on from there (journal.py). All others that fail remove it;
-the next run removes that of a run that was killed.
+It grows in a sibling `<name>.partial` (journal/partial.py), which takes the final name when it is complete.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -22,13 +19,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsqueeze import journal as journals
-from llmsqueeze.errors import CheckpointError, OutputError, ProcessError, SqueezeError, VerificationError
-from llmsqueeze.files import INDEX, SIDECAR, refuse_links, text_within, write_json
+from llmsqueeze.errors import CheckpointError, OutputError
+from llmsqueeze.files import INDEX, SIDECAR, read_json_if_there, write_json
 from llmsqueeze.formats.experts import NO_EXPERTS, StoredAs, joined_tensors, split, stored_names
 from llmsqueeze.formats.inspection import beside
 from llmsqueeze.formats.inspection.damage import CONFIG, config_checksums
 from llmsqueeze.journal import NO_JOURNAL, Journal, write_behind
-from llmsqueeze.model.blockwise.activations import SPILL
+from llmsqueeze.journal.partial import (
+    FILES,
+    OWNER,
+    About,
+    behind,
+    files_of,
+    partial_folder,
+    partial_of,
+    remove_journals,
+    take_name,
+)
 from llmsqueeze.model.checkpoint import Checkpoint
 from llmsqueeze.model.tensors import shard as shards
 from llmsqueeze.model.tensors.shard import Later, Stored, present
@@ -36,9 +43,6 @@ from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.log import RUN_LOG
 from llmsqueeze.progress.stopwatch import timed
-
-OWNER = ".owner"  # in a .partial: the process that writes it
-LONGEST_OWNER = 1000  # bytes
 
 
 class Output:
@@ -178,11 +182,6 @@ def flush(file: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def partial_of(path: Path) -> Path:
-    """Where the folder `path` grows."""
-    return path.with_name(path.name + ".partial")
-
-
 def check_writable(path: Path, overwrite: bool) -> None:
     """Raises OutputError unless the run may write a new folder at `path`."""
     if path.is_file():
@@ -242,58 +241,6 @@ def _check_room(path: Path, partial: Path, needed: int) -> None:
         )
 
 
-About = Mapping[str, Any]  # the fingerprint of a run
-
-
-@contextmanager
-def partial_folder(path: Path, about: About | None = None, restart: bool = False) -> Iterator[Path]:
-    """`<path>.partial` with a mark of this process, removed at the end unless it was renamed or failed verification.
-
-    about: the fingerprint of a run with a journal. Such a run goes on with what one with the same fingerprint has left,
-    unless it is to `restart`, and leaves its own if it is stopped by anything but an error of ours. All others replace
-    what was left. Raises OutputError if it belongs to a living run, to one with another fingerprint, or to the user.
-    """
-    partial = partial_of(path)
-    journal = partial / journals.FOLDER
-    processes.of_first(lambda: _begin_partial(partial, about, restart))
-    if not (partial / OWNER).exists():
-        raise OutputError(f"{partial} is not there for process {processes.rank()}: all processes need the same folder")
-    try:
-        yield partial
-    except VerificationError:
-        _remove_journals(partial)  # the rest stays for inspection
-        raise
-    except BaseException as error:
-        ours = isinstance(error, SqueezeError) and not isinstance(error, OutputError | ProcessError)
-        if not ours and (journal / journals.LINES).exists():
-            error.add_note(f"what was done is kept in {partial}: the same command goes on from there")
-        elif processes.first():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if processes.first():
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _begin_partial(partial: Path, about: About | None, restart: bool) -> None:
-    """Makes a `.partial`, with the mark of this process, from what another run has left, if it may."""
-    journal = partial / journals.FOLDER
-    _check_leftover(partial)
-    if about is not None and not restart and (journal / journals.ABOUT).exists():
-        refuse_links(partial)
-        journals.begin(journal, about)
-        for folder in partial.glob(f"{SPILL}*"):
-            shutil.rmtree(folder)
-    elif partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    _write_owner(partial)
-
-
-def _remove_journals(folder: Path) -> None:
-    for journal in folder.glob(f"{journals.FOLDER}*"):
-        shutil.rmtree(journal, ignore_errors=True)
-
-
 def rewrite(
     checkpoint: Checkpoint,
     out: Path,
@@ -328,67 +275,12 @@ def rewrite(
 
 
 def publish(folder: Path, path: Path, overwrite: bool) -> None:
-    """Gives a finished folder its final name; a folder at `path` is replaced only with `overwrite`."""
+    """Gives a finished folder its final name. A folder at `path` is replaced only with `overwrite`; what llmsqueeze did
+    not write of it goes into the new one."""
     check_writable(path, overwrite)
     for name in (OWNER, RUN_LOG):
         (folder / name).unlink(missing_ok=True)
-    _take_name(folder, path)
-    _remove_journals(path)
-
-
-def _check_leftover(partial: Path) -> None:
-    """Raises OutputError if there is a `.partial` of a living run or of the user."""
-    if not partial.exists():
-        return
-    owner, alive = owner_of(partial)
-    if owner != os.getpid() and alive:
-        raise OutputError(f"another run (process {owner}) is writing {partial}; wait for it, or choose another --out")
-
-
-def owner_of(partial: Path) -> tuple[int, bool]:
-    """The process that writes a `.partial`, and whether it still runs. Raises OutputError if llmsqueeze did not write
-    it."""
-    try:
-        pid, _, start = text_within(partial / OWNER, LONGEST_OWNER).partition(" ")
-        owner = int(pid)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{partial} exists, and llmsqueeze did not write it; remove or rename it") from error
-    return owner, _alive(owner, start)
-
-
-def _write_owner(partial: Path) -> None:
-    (partial / OWNER).write_text(f"{os.getpid()} {_started(os.getpid())}")
-
-
-def _alive(pid: int, start: str) -> bool:
-    """Whether the process that started then still runs: after a restart of the machine another may have its number."""
-    try:
-        with suppress(PermissionError):  # it is there, and another user's
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return not start or _started(pid) in ("", start)
-
-
-def _started(pid: int) -> str:
-    """When a process started, as Linux counts, and in which run of the machine; empty if the system does not tell."""
-    try:
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{ticks}"
-    except (OSError, IndexError):
-        return ""
-
-
-def _take_name(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f"{path.name}.replaced-", dir=path.parent))
-    path.rename(aside / path.name)
-    try:
-        partial.rename(path)
-    except OSError:
-        (aside / path.name).rename(path)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if record := read_json_if_there(folder / SIDECAR):
+        write_json(folder / SIDECAR, record | {FILES: [str(name) for name in files_of(folder)]})
+    take_name(folder, path)
+    remove_journals(behind(path))

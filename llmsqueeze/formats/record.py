@@ -84,6 +84,7 @@ class Record(BaseModel):
     nbytes: Count = 0
     nbytes_original: Count = 0
     towers: list[str] = []
+    files: list[str] | None = None
     errors: dict[str, float | None] = {}
     chances: dict[str, float | None] = {}
     tokens: dict[str, float | None] = {}

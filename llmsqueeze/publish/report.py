@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import OutputError
-from llmsqueeze.files import write_text
+from llmsqueeze.files import REPORT, write_text
 from llmsqueeze.publish import provenance
 from llmsqueeze.publish.folder import Folder, read_public
 from llmsqueeze.publish.linears import Linear
@@ -22,7 +22,6 @@ from llmsqueeze.publish.plots.figure import available
 from llmsqueeze.publish.plots.heat_map import BITS, ERRORS
 from llmsqueeze.publish.scores import baseline, score_rows
 
-REPORT = "report.html"
 SHOWN = 50  # rows of the table of weights, until the reader shows all
 
 

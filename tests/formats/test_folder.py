@@ -10,7 +10,8 @@ import torch
 
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import SIDECAR
-from llmsqueeze.formats.folder import OWNER, check_writable, output_folder
+from llmsqueeze.formats.folder import check_writable, output_folder
+from llmsqueeze.journal.partial import OWNER
 from llmsqueeze.model.checkpoint import open_checkpoint
 
 
@@ -24,9 +25,9 @@ def test_output_appears_only_when_complete(tmp_path: Path) -> None:
         assert not path.exists()
         assert output.partial == tmp_path / "out.partial"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    written = open_checkpoint(path)
-    assert written.nbytes == 3 * 4 + 2 * 4 + 2 * 2
-    assert torch.equal(written.read("view"), torch.tensor([2.0, 3.0]))
+    stored = open_checkpoint(path)
+    assert stored.nbytes == 3 * 4 + 2 * 4 + 2 * 2
+    assert torch.equal(stored.read("view"), torch.tensor([2.0, 3.0]))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -67,11 +68,11 @@ def test_a_failed_replacement_keeps_the_old_result(tmp_path: Path) -> None:
         output.finish()
     with pytest.raises(RuntimeError), output_folder(tmp_path / "out", shards=0, needed=0):
         raise RuntimeError
-    assert json.loads((tmp_path / "out" / SIDECAR).read_text()) == {"run": 1}
+    assert json.loads((tmp_path / "out" / SIDECAR).read_text())["run"] == 1
     with output_folder(tmp_path / "out", shards=0, needed=0, overwrite=True) as output:
         output.write_json(SIDECAR, {"run": 2})
         output.finish()
-    assert json.loads((tmp_path / "out" / SIDECAR).read_text()) == {"run": 2}
+    assert json.loads((tmp_path / "out" / SIDECAR).read_text())["run"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -142,3 +143,49 @@ def test_what_may_be_overwritten(tmp_path: Path) -> None:
         check_writable(file, overwrite=True)
     with pytest.raises(OutputError, match="cannot be written"):
         check_writable(file / "below", overwrite=False)
+
+
+def written(path: Path, name: str, overwrite: bool = True) -> None:
+    """A result that holds `name`."""
+    with output_folder(path, shards=1, needed=0, overwrite=overwrite) as output:
+        output.write_shard({name: torch.zeros(2)})
+        output.write_json(SIDECAR, {"towers": [name]})
+        output.finish()
+
+
+def test_what_others_put_into_a_result_stays(tmp_path: Path) -> None:
+    """Scores are of the weights that are replaced, and go with them."""
+    out = tmp_path / "out"
+    written(out, "first")
+    (out / "notes").mkdir()
+    (out / "notes" / "idea.txt").write_text("try 3 bits")
+    (out / "notes" / "link").symlink_to("/nowhere")
+    (out / "evaluation.json").write_text("{}")
+    written(out, "second")
+    assert json.loads((out / SIDECAR).read_text())["towers"] == ["second"]
+    assert (out / "notes" / "idea.txt").read_text() == "try 3 bits"
+    assert (out / "notes" / "link").readlink() == Path("/nowhere")
+    assert not (out / "evaluation.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    written(out, "third")
+    assert (out / "notes" / "idea.txt").exists(), "it is not taken for a file of ours the next time"
+
+
+def test_a_link_to_a_result_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    written(real, "first")
+    link.symlink_to(real)
+    written(link, "second")
+    assert link.is_symlink()
+    assert json.loads((real / SIDECAR).read_text())["towers"] == ["second"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if not path.is_file()) == ["disk", "link", "real"]
+
+
+def test_a_record_without_its_files_says_nothing_of_others(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    written(out, "first")
+    (out / SIDECAR).write_text("{}")
+    (out / "vocab.json").write_text("{}")
+    written(out, "second")
+    assert not (out / "vocab.json").exists(), "as of a version that did not note what it wrote"

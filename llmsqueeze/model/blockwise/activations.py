@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.files import SPILL
 
 DEFAULT_LIMIT = 24 << 20  # bytes
-SPILL = "llmsqueeze-"  # how the names of folders with spilled activations begin
 
 
 class Spill:
