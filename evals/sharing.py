@@ -6,7 +6,7 @@
 
 For every row and count: `torchrun --nproc-per-node COUNT -m llmsqueeze quantize`, one thread for each process, one run
 after the other on a machine that does nothing else. seconds: of the run as the summary has it, and of the whole launch;
-peak_mb: of the first process. same: whether the folder is that of one process, byte for byte. The rows `plan` are
+peak_mb: of the first process. same: whether the folder is that of one process, byte for byte, if that ran before. The rows `plan` are
 `plan` and then `quantize --plan`, by one process: the predicted time and peak memory, and the measured ones.
 """
 
@@ -75,14 +75,14 @@ def shared(args: argparse.Namespace, options: list[str]) -> list[Row]:
             record = json.loads((out / SIDECAR).read_text())
             (out / SIDECAR).write_text(json.dumps({name: value for name, value in record.items() if name != "time"}))
             files = contents(out)
-            alone = alone or files
+            alone = files if count == 1 else alone
             rows.append(
                 {
                     "processes": count,
                     "seconds": summary["seconds"],
                     "whole_seconds": round(seconds, 1),
                     "peak_mb": summary["peak_memory_mb"],
-                    "same": files == alone,
+                    "same": None if alone is None else files == alone,
                     "processor_seconds": {stage: one["processor_seconds"] for stage, one in summary["time"].items()},
                 }
             )
@@ -131,7 +131,7 @@ def page(results: list[Row]) -> list[str]:
         for row in runs:
             alone = one.get((row["model"], row["row"]))
             ratio = f"{row['seconds'] / alone:.2f}" if alone else ""
-            same = "yes" if row["same"] else "**no**"
+            same = {True: "yes", False: "**no**", None: "not compared"}[row["same"]]
             cells = [row["model"], row["row"], row["processes"], f"{row['seconds']:.0f}", ratio, same]
             lines.append(f"| {' | '.join(map(str, cells))} | {row['peak_mb']:.0f} |")
     for row in runs:
