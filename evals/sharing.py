@@ -6,8 +6,9 @@
 
 For every row and count: `torchrun --nproc-per-node COUNT -m llmsqueeze quantize`, one thread for each process, one run
 after the other on a machine that does nothing else. seconds: of the run as the summary has it, and of the whole launch;
-peak_mb: of the first process. same: whether the folder is that of one process, byte for byte, if that ran before. The rows `plan` are
-`plan` and then `quantize --plan`, by one process: the predicted time and peak memory, and the measured ones.
+peak_mb: of the first process. same: whether the folder is that of one process, byte for byte, if that ran before. The
+rows `plan` are `plan` and then `quantize --plan`, by one process: the predicted time and peak memory, and the measured
+ones.
 """
 
 from __future__ import annotations
