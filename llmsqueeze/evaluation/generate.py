@@ -77,7 +77,7 @@ def generate(
     def loader(name: str, **given: Any) -> PreTrainedModel:
         nonlocal dense
         model = load(name, **given)
-        dense = made_dense(model, progress)
+        dense = to_dense(model, progress)
         return model
 
     opened = open_model(name, pick_device(device), trust_remote_code, dtype, progress, loader)
@@ -141,7 +141,7 @@ class Pieces(TextStreamer):
             self._on_text(text)
 
 
-def made_dense(model: PreTrainedModel, progress: Progress) -> bool:
+def to_dense(model: PreTrainedModel, progress: Progress) -> bool:
     """Makes compressed layers ordinary ones, if the memory suffices; whether none is left."""
     layers = [module for module in model.modules() if isinstance(module, SumOfParts)]
     if not layers:

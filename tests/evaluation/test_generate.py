@@ -13,7 +13,7 @@ from support import command, refused
 
 import llmsqueeze
 from llmsqueeze.evaluation import generate as generating
-from llmsqueeze.evaluation.generate import Sampling, generate, made_dense, prompt_tokens
+from llmsqueeze.evaluation.generate import Sampling, generate, prompt_tokens, to_dense
 from llmsqueeze.evaluation.models import open_model
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.progress import Progress
@@ -68,7 +68,7 @@ def test_without_the_memory_layers_stay_compressed(
 
     model = llmsqueeze.load(str(compressed("native")))
     monkeypatch.setattr(generating, "free_memory", lambda: 1000)
-    assert not made_dense(model, Listens())
+    assert not to_dense(model, Listens())
     assert any(isinstance(module, SumOfParts) for module in model.modules())
     assert notes[0].startswith("the layers stay compressed, and every token rebuilds them")
 
