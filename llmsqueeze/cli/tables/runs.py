@@ -36,9 +36,6 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row("", predicted_interval(summary["predicted_loss_interval"]))
     if "kl_before" in summary:
         table.add_row("distilled", divergence(summary))
-    elif summary["method"] == "dbllm":
-        command = shlex.join(["llmsqueeze", "distill", summary["out"]])
-        table.add_row("next", f"{command} trains the scales, as the paper does")
     if "rounds" in summary:
         increase = f"perplexity {fixed(100 * summary['perplexity_increase'], 2, sign=True)} %"
         measured = f"{increase}, KL {significant(summary['kl_mean'])}"
@@ -61,8 +58,16 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     if summary["peak_device_memory_mb"]:
         table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
+    table.add_row("next", next_command(summary))
     console().print(table)
     print_times("time by stage", summary["time"])
+
+
+def next_command(summary: dict[str, Any]) -> str:
+    """What a user may want to do with the result."""
+    if summary["method"] == "dbllm" and "kl_before" not in summary:
+        return f"{shlex.join(['llmsqueeze', 'distill', summary['out']])} trains the scales, as the paper does"
+    return f'{shlex.join(["llmsqueeze", "generate", summary["out"]])} "..."'
 
 
 def print_distillation(summary: dict[str, Any]) -> None:
