@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
 from llmsqueeze.memory import give_back
-from llmsqueeze.model.blockwise.dry_run import called, obstacle_in_stock
+from llmsqueeze.model.blockwise.dry_run import called, choosing, obstacle_in_stock
 from llmsqueeze.model.blockwise.heads import stack_heads
 from llmsqueeze.model.checkpoint import Checkpoint, StoredTensor, read_config
 from llmsqueeze.model.config import check_supported, empty_model, load_config
@@ -396,10 +396,10 @@ def _check_complete(
 
 
 def _own_linears(model: PreTrainedModel, blocks: list[str], tied: Mapping[str, str]) -> list[list[str]]:
-    """Of each block the linears that it shares with no other module: what several blocks use stays as it is."""
+    """Of each block the linears that it shares with no other module, without those that only choose."""
     shared = {*tied, *tied.values()} | {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    found = [find_linears(model, block) for block in blocks]
-    return [[name for name in names if f"{name}.weight" not in shared] for names in found]
+    found, aside = [find_linears(model, block) for block in blocks], choosing(model, blocks)
+    return [[name for name in names if f"{name}.weight" not in shared and name not in aside] for names in found]
 
 
 def _outer_linears(model: PreTrainedModel, blocks: list[str], tied: Mapping[str, str]) -> list[str]:

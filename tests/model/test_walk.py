@@ -398,6 +398,15 @@ def test_work_between_blocks_is_refused(demo_dir: Path, monkeypatch: pytest.Monk
             walk.embed()
 
 
+def test_what_only_chooses_stays_as_it_is(random_model: Callable[..., Path]) -> None:
+    """The indexer of sparse attention gives the numbers of tokens, and nothing else."""
+    skeleton = build_skeleton(open_checkpoint(random_model("indices handed on")))
+    inside = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+    left = {name for name in inside if name.startswith("model.layers.")} - set(skeleton.all_linears)
+    assert {name.rpartition(".")[2] for name in left} == {"wq_b", "wk", "weights_proj"}
+    assert all(".indexer." in name for name in left)
+
+
 @pytest.fixture
 def reversible(tmp_path: Path) -> Path:
     """Reformer's reversible layers give two streams, which the model exchanges; their backward pass is their own."""

@@ -8,21 +8,23 @@ conversions of stored tensors.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from llmsqueeze.errors import first_line
 from llmsqueeze.model.blockwise.recorder import Returns, first_parameter, kind_of, replaced
 from llmsqueeze.model.blockwise.trace import unchanged
 from llmsqueeze.model.casting import is_plain
 from llmsqueeze.model.experts.find import expert_linears
-from llmsqueeze.model.linears import is_transposed
+from llmsqueeze.model.linears import is_linear, is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +82,37 @@ def called(model: PreTrainedModel, blocks: Sequence[str], linears: Sequence[str]
         except Exception:  # a path that depends on data: torch has many errors for it, and the models their own
             return None
     return seen
+
+
+def choosing(model: PreTrainedModel, blocks: Sequence[str]) -> set[str]:
+    """The linears inside the blocks in modules that give whole numbers alone, such as the tokens that attention looks
+    at. They are small, and what they choose is not to change. Only modules are looked at whose forward takes the
+    largest of some numbers. `model`: on the meta device."""
+    modules = {
+        f"{block}.{name}": module
+        for block in blocks
+        for name, module in model.get_submodule(block).named_modules()
+        if name and _takes_largest(module) and any(map(is_linear, module.modules()))
+    }
+    choose: dict[type[nn.Module], bool] = {}
+
+    def note(module: nn.Module, _args: Any, output: Any) -> None:
+        given = [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor)]
+        whole = bool(given) and not any(one.is_floating_point() for one in given)
+        choose[type(module)] = choose.get(type(module), True) and whole
+
+    with ExitStack() as stack, torch.no_grad(), suppress(Exception):  # what depends on data comes behind, as experts do
+        for module in modules.values():
+            stack.callback(module.register_forward_hook(note).remove)
+        if modules:
+            _forward(model, blocks)
+    found = [(name, module) for name, module in modules.items() if choose.get(type(module))]
+    return {f"{name}.{inner}" for name, module in found for inner, one in module.named_modules() if is_linear(one)}
+
+
+def _takes_largest(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "topk" in code.co_names
 
 
 def _note(seen: set[str], name: str, *_: Any) -> None:
