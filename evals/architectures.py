@@ -98,7 +98,6 @@ ORDER = ("whole", "partly", "failing", "refused", "not built")
 FLIPS = "a random router (or indexer) that decides otherwise for a few tokens; with the original's choices: "
 KNOWN = {  # causes that were looked into, by type
     "glm_moe_dsa": FLIPS + "0.9996",
-    "hy_v4": FLIPS + "0.9996",
     "phimoe": FLIPS + "0.9996 (the other tokens)",
     "muse_spark": FLIPS + "0.9994",
     "shieldgemma2": "transformers saves it under names that it does not read again: the original does not open either",
