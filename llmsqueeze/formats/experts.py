@@ -83,15 +83,15 @@ def joined(checkpoint: Checkpoint) -> Checkpoint:
 def names_in_file(stored: Iterable[str], experts: StoredAs) -> dict[str, tuple[str, str]]:
     """Name of a tensor of an expert in the file -> its linear and the tensor, in the order of the linear's rows."""
     templates = {template: (stack, at) for stack, pieces in experts.items() for at, (template, _) in enumerate(pieces)}
-    found: dict[str, tuple[int, str, str]] = {}
+    places: dict[str, tuple[int, str, str]] = {}
     for name in stored:
         for match in re.finditer(r"\.(\d+)\.", name):
             rest, _, leaf = name[match.end() :].rpartition(".")
             template = f"{name[: match.start()]}.{{}}.{rest}"
             if template in templates:
                 stack, at = templates[template]
-                found[name] = at, f"{stack}.{match[1]}", leaf
-    return {name: (linear, leaf) for name, (_, linear, leaf) in sorted(found.items(), key=lambda one: one[1][0])}
+                places[name] = at, f"{stack}.{match[1]}", leaf
+    return {name: (linear, leaf) for name, (_, linear, leaf) in sorted(places.items(), key=lambda one: one[1][0])}
 
 
 def _joined(name: str, pieces: Sequence[tuple[str, StoredTensor]]) -> StoredTensor:
@@ -114,15 +114,15 @@ def _joined_shape(shapes: Sequence[Tensor]) -> Tensor:
 
 def experts_of(record: Mapping[str, Any]) -> StoredAs:
     """What a folder's record says of its experts; empty if nothing."""
-    found: StoredAs = record.get(KEY) or {}
-    return found
+    stored: StoredAs = record.get(KEY) or {}
+    return stored
 
 
 def pieces_of(linears: Iterable[str], experts: StoredAs) -> dict[str, list[tuple[str, int]]]:
     """Linear of an expert -> the linears in the file that have its rows, and how many each has."""
-    found = {}
+    pieces = {}
     for linear in linears:
         stack, _, number = linear.rpartition(".")
         if stack in experts:
-            found[linear] = [(template.format(number), rows) for template, rows in experts[stack]]
-    return found
+            pieces[linear] = [(template.format(number), rows) for template, rows in experts[stack]]
+    return pieces

@@ -116,11 +116,11 @@ class Output:
     def tensors_of(self, prefix: str) -> dict[str, Tensor]:
         """The tensors that were written under names with this prefix, without it. Of a process that writes, after
         `wait`."""
-        found = {}
+        tensors = {}
         for name in (name for name in self.weight_map if name.startswith(prefix)):
             with safe_open(self.partial / self.weight_map[name], framework="pt") as file:
-                found[name.removeprefix(prefix)] = file.get_tensor(name)
-        return found
+                tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+        return tensors
 
     def start_over(self) -> None:
         """Forgets all shards."""

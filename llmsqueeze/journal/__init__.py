@@ -188,14 +188,14 @@ def begin(folder: Path, about: Mapping[str, Any]) -> Journal:
 
 def differences(before: Mapping[str, Any], about: Mapping[str, Any], inside: str = "") -> list[str]:
     """What is not the same in two fingerprints, in words."""
-    found = []
+    told = []
     for key in dict.fromkeys([*about, *before]):
         old, new = before.get(key), about.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{key} ")
+            told += differences(old, new, f"{key} ")
         elif old != new:
-            found.append(f"{inside}{key.replace('_', ' ')} {_short(old)}, not {_short(new)}")
-    return found
+            told.append(f"{inside}{key.replace('_', ' ')} {_short(old)}, not {_short(new)}")
+    return told
 
 
 def _short(value: Any) -> str:

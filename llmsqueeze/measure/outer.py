@@ -77,12 +77,12 @@ class OuterInputs:
 
     def moments(self) -> dict[str, Moments]:
         """Of the linears that a sample reached; nothing can be added afterwards."""
-        found = {}
+        moments = {}
         for name in [name for name in self.names if self._xtx[name].tokens]:
             xtx = self._xtx.pop(name)
             tokens, (mean, chance) = xtx.tokens, xtx.shrunk(xtx.mean())
-            found[name] = Moments(mean, {}, chance, tokens)
-        return found
+            moments[name] = Moments(mean, {}, chance, tokens)
+        return moments
 
     def squares(self, name: str) -> Tensor | None:
         """[rows]: the summed squared gradients at a linear's outputs; None if none reached them."""

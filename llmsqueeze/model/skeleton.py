@@ -353,16 +353,16 @@ def imagine_checkpoint(path: Path, trust_remote_code: bool = False) -> Checkpoin
 
 def _of_experts(sources: Mapping[str, Source], stacks: Mapping[str, ExpertStack]) -> dict[str, Source]:
     """The sources with one for every expert in the place of that of a parameter for all."""
-    found: dict[str, Source] = {}
+    of_experts: dict[str, Source] = {}
     for name, source in sources.items():
         stack = stacks.get(name)
         if stack is None:
-            found[name] = source
+            of_experts[name] = source
             continue
         assert isinstance(source, Stored | Converted)
         for index in range(len(stack)):
-            found[f"{name}.{index}.weight"] = Slice(source, index, len(stack), stack.transposed)
-    return found
+            of_experts[f"{name}.{index}.weight"] = Slice(source, index, len(stack), stack.transposed)
+    return of_experts
 
 
 def _tied(model: PreTrainedModel, sources: Mapping[str, Source]) -> dict[str, str]:
@@ -398,8 +398,8 @@ def _check_complete(
 def _own_linears(model: PreTrainedModel, blocks: list[str], tied: Mapping[str, str]) -> list[list[str]]:
     """Of each block the linears that it shares with no other module, without those that only choose."""
     shared = {*tied, *tied.values()} | {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    found, aside = [find_linears(model, block) for block in blocks], choosing(model, blocks)
-    return [[name for name in names if f"{name}.weight" not in shared and name not in aside] for names in found]
+    by_block, aside = [find_linears(model, block) for block in blocks], choosing(model, blocks)
+    return [[name for name in names if f"{name}.weight" not in shared and name not in aside] for names in by_block]
 
 
 def _outer_linears(model: PreTrainedModel, blocks: list[str], tied: Mapping[str, str]) -> list[str]:

@@ -60,14 +60,14 @@ def compress_outer(run: Run, inputs: Activations | None) -> dict[str, Compressed
 def stored_parts(output: Output, plan: Plan, linears: Sequence[str]) -> dict[str, list[Part]]:
     """The parts of those of the linears that are planned, as they were written. Raises CheckpointError."""
     output.wait()
-    found = {}
+    restored = {}
     for name in (name for name in linears if name in plan.weights):
         planned = plan.weights[name]
-        found[name] = [
+        restored[name] = [
             parts.restore(planned.shape, spec, output.tensors_of(f"{name}.parts.{at}."))
             for at, spec in enumerate(planned.specs)
         ]
-    return found
+    return restored
 
 
 def readers(

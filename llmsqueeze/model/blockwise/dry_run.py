@@ -179,10 +179,10 @@ def _watched(module: nn.Module, name: str, read: list[str]) -> Iterator[None]:
 
     def weight(self: nn.Module) -> Tensor:
         read.append(name)
-        found: Any = self._parameters.get("weight")
-        if found is None:
+        parameter: Any = self._parameters.get("weight")
+        if parameter is None:
             raise AttributeError(f"{name} has no weight")
-        return found  # type: ignore[no-any-return]
+        return parameter  # type: ignore[no-any-return]
 
     module.__class__ = type(kind.__name__, (kind,), {"weight": property(weight)})
     try:

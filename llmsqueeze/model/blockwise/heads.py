@@ -55,7 +55,7 @@ def put_stack(model: nn.Module, name: str) -> ExpertStack:
 
 def _candidates(block: nn.Module, prefix: str) -> dict[str, Hashable]:
     """The parameters that have the shape: full name -> the kind of block, and the name in it."""
-    found: dict[str, Hashable] = {}
+    kinds: dict[str, Hashable] = {}
     for name, module in block.named_modules():
         if type(module).__module__.startswith("torch.nn"):
             continue
@@ -63,8 +63,8 @@ def _candidates(block: nn.Module, prefix: str) -> dict[str, Hashable]:
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.shape[0] in counts and min(parameter.shape[1:]) >= LEAST:
                 inside = ".".join(filter(None, (name, leaf)))
-                found[f"{prefix}.{inside}"] = kind_of(block), inside
-    return found
+                kinds[f"{prefix}.{inside}"] = kind_of(block), inside
+    return kinds
 
 
 class Uses(TorchFunctionMode):

@@ -58,15 +58,15 @@ def expert_linears(model: nn.Module) -> dict[str, str]:
 def routers(model: nn.Module, block: str) -> set[str]:
     """The linears of a block that choose experts, or weigh them: those in modules from which transformers records the
     choice, and those with one output, or one per expert, in the modules around experts."""
-    inside, found = model.get_submodule(block), set()
+    inside, chosen = model.get_submodule(block), set()
     for name, module in inside.named_modules():
         if _records_choice(model, name, module) and not any(isinstance(m, ExpertStack) for m in module.modules()):
-            found |= {_joined(block, name, inner) for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
+            chosen |= {_joined(block, name, inner) for inner, m in module.named_modules() if isinstance(m, nn.Linear)}
     for name, stack in inside.named_modules():
         mixture = name.rpartition(".")[0].rpartition(".")[0]
         if isinstance(stack, ExpertStack) and mixture and not stack.of_heads:
-            found |= {_joined(block, mixture, n) for n in _choosing(inside.get_submodule(mixture), len(stack))}
-    return found
+            chosen |= {_joined(block, mixture, n) for n in _choosing(inside.get_submodule(mixture), len(stack))}
+    return chosen
 
 
 def _choosing(mixture: nn.Module, experts: int) -> Iterator[str]:

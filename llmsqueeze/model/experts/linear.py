@@ -40,10 +40,10 @@ class ExpertLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         if self.reads is not None:
             return self.reads()
-        found = self._parameters.get("weight")
-        if found is None:
+        parameter = self._parameters.get("weight")
+        if parameter is None:
             raise AttributeError("weight")
-        return found
+        return parameter
 
 
 def plain(x: Tensor, weight: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ StoredAs = dict[str, list[tuple[str, int]]]  # stack -> names with {} for the ex
 def experts_in_files(model: PreTrainedModel) -> StoredAs | str:
     """What every expert's linear is in the Hub's files: linears of some of its rows, in their order. A string says why
     it is nothing of that kind."""
-    found: StoredAs = {}
+    stored: StoredAs = {}
     for name, stack in stacks_of(model).items():
         pieces = _pieces(model, name, stack)
         if isinstance(pieces, str):
             return f"{name}: {pieces}"
-        found[name] = pieces
-    return found
+        stored[name] = pieces
+    return stored
 
 
 def _pieces(model: PreTrainedModel, name: str, stack: ExpertStack) -> list[tuple[str, int]] | str:

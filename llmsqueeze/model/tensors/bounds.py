@@ -87,7 +87,7 @@ def asked(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
     """Bytes of the tensors that a call makes; 0 if the meta device cannot tell."""
     try:
         moved = tree_map_only(torch.Tensor, lambda tensor: torch.empty_like(tensor, device=META), args)
-        made = func(*moved, **{**kwargs, "device": META})
+        result = func(*moved, **{**kwargs, "device": META})
     except (RuntimeError, TypeError, NotImplementedError, ValueError):
         return 0
-    return math.prod(made.shape) * made.dtype.itemsize if isinstance(made, torch.Tensor) else 0
+    return math.prod(result.shape) * result.dtype.itemsize if isinstance(result, torch.Tensor) else 0
