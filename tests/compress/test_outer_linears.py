@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import COMMON, unusual
-from support import command, tensors_of
+from support import command, tensors_of, thorough
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HrmTextConfig, XLMConfig
 
@@ -63,7 +63,7 @@ def quantized(*arguments: object) -> None:
     assert code == 0, err
 
 
-@pytest.mark.parametrize("method", [GPTQ, CODED])
+@pytest.mark.parametrize("method", [GPTQ, thorough(CODED)])
 def test_what_several_blocks_share_is_compressed_once(method: tuple[str, ...], hybrid: Path, tmp_path: Path) -> None:
     quantized(hybrid, *method, "--out", tmp_path / "out")
     names = [name for name in tensors_of(tmp_path / "out") if ".shared_transformer.self_attn.q_proj." in name]
@@ -80,6 +80,7 @@ def test_what_several_blocks_share_is_compressed_once(method: tuple[str, ...], h
     assert 1e-4 < (before - original).norm() / original.norm() < 0.5
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_with_what_is_shared(hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized(hybrid, *GPTQ, "--out", tmp_path / "whole")
     compress_block = blocks.compress_block
@@ -109,7 +110,7 @@ def between_blocks() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", [GPTQ, CODED])
+@pytest.mark.parametrize("method", [CODED, thorough(GPTQ)])
 @pytest.mark.parametrize("kind", between_blocks())
 def test_blocks_that_are_not_called_in_turn_are_one(
     kind: str, method: tuple[str, ...], made: Callable[[Any], Path], tmp_path: Path

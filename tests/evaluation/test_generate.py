@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import command, refused
+from support import command, refused, thorough
 
 import llmsqueeze
 from llmsqueeze.evaluation import generate as generating
@@ -28,7 +28,7 @@ def answered(folder: Path, **sampling: Any) -> tuple[str, list[str]]:
     return answer.text, pieces
 
 
-@pytest.mark.parametrize("kind", ["native", "coded", "portable"])
+@pytest.mark.parametrize("kind", ["native", thorough("coded"), "portable"])
 def test_the_answer_is_what_transformers_generate(kind: str, compressed: Callable[[str], Path]) -> None:
     folder = compressed(kind)
     text, pieces = answered(folder)
