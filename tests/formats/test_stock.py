@@ -83,6 +83,7 @@ def ours(folder: Path, tokens: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.thorough
 def test_compressed_tensors_of_several_widths(
     stock: tuple[dict[str, Any], str], compressed: Callable[[str], Path], tokens: Tensor
 ) -> None:

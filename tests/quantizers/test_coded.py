@@ -194,6 +194,7 @@ def test_neither_gain_nor_pass_raises_a_rows_error(
 # -------------------------------------------------------------------------------------------------- the whole of it
 
 
+@pytest.mark.thorough
 @with_pinned
 def test_rows_are_independent_of_how_many_are_coded_at_once(
     with_pinned: bool, weight: Tensor, gradient: Tensor, curvature: Curvature, pinned: Tensor
