@@ -7,8 +7,13 @@ import ctypes
 import mmap
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 SLACK = 48 << 20  # bytes
+SPARE = 0.1  # of the free memory that stays free
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8  # of glibc's mallopt
 GROUP = "/sys/fs/cgroup/memory"
 CGROUPS = (  # of version 2 and of version 1: the files of the limit and of what is in use
@@ -45,6 +50,24 @@ def free_memory() -> int | None:
         with contextlib.suppress(OSError, ValueError):
             rooms.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(0, min(rooms)) if rooms else None
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that are free on a device, as `free_memory`; None if nobody tells."""
+    if device.type == "cpu":
+        return free_memory()
+    import torch
+
+    try:
+        free: int = torch.cuda.mem_get_info(device)[0]
+    except (AssertionError, RuntimeError):  # torch or the driver cannot tell
+        return None
+    return free
+
+
+def fits(needed: int, free: int | None) -> bool:
+    """Whether so many bytes leave a tenth of those that are free; yes if nobody knows how many are."""
+    return free is None or needed <= (1 - SPARE) * free
 
 
 def memory_mb() -> float:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from llmsqueeze import memory
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
@@ -67,10 +65,10 @@ def bytes_needed(job: Job, decision: Decision | None) -> int:
 
 def check_room(job: Job, decision: Decision | None, out: Path) -> None:
     """Raises OutputError if memory or disk cannot suffice."""
-    least, free = least_memory(job) / 1e6, free_memory(job.device)
+    least, free = least_memory(job), memory.free_on(job.device)
     if free is not None and least > free:
         raise OutputError(
-            f"this run needs at least {least / 1e3:.1f} GB of memory on {job.device}, and {free / 1e3:.1f} GB are "
+            f"this run needs at least {least / 1e9:.1f} GB of memory on {job.device}, and {free / 1e9:.1f} GB are "
             "free; take a smaller model or a machine with more, or --force to try"
         )
     folder = next(parent for parent in out.absolute().parents if parent.exists())
@@ -80,15 +78,3 @@ def check_room(job: Job, decision: Decision | None, out: Path) -> None:
             f"{out} needs {needed:.2f} GB during the run (activations included; fewer or shorter samples need less), "
             f"and {on_disk:.2f} GB are free on that disk; --force to try"
         )
-
-
-def free_memory(device: torch.device) -> float | None:
-    """MB that are free on a device; None if it is not known."""
-    if device.type == "cpu":
-        on_cpu = memory.free_memory()
-        return None if on_cpu is None else on_cpu / 1e6
-    try:
-        free: int = torch.cuda.mem_get_info(device)[0]
-    except (AssertionError, RuntimeError):  # torch or the driver cannot tell
-        return None
-    return free / 1e6

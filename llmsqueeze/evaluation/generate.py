@@ -19,11 +19,10 @@ from llmsqueeze.errors import RecipeError, UnsupportedError, foreign
 from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.formats.hf.layer import SumOfParts
 from llmsqueeze.formats.load import load
-from llmsqueeze.memory import free_memory
+from llmsqueeze.memory import fits, free_on
 from llmsqueeze.model.original import pick_device
 from llmsqueeze.progress import Progress
 
-SPARE = 0.1  # of the free memory that stays free
 LARGEST = torch.float32.itemsize  # of the dtypes that it may compute in
 
 
@@ -147,8 +146,8 @@ def to_dense(model: PreTrainedModel, progress: Progress) -> bool:
     if not layers:
         return True
     needed = sum(layer.out_features * layer.in_features for layer in layers) * LARGEST
-    free = free_memory() if model.device.type == "cpu" else torch.cuda.mem_get_info(model.device)[0]
-    if free is not None and needed > (1 - SPARE) * free:
+    free = free_on(model.device)
+    if free is not None and not fits(needed, free):
         progress.note(
             f"the layers stay compressed, and every token rebuilds them: dense they take {needed / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free"

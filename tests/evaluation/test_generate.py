@@ -67,7 +67,7 @@ def test_without_the_memory_layers_stay_compressed(
             notes.append(text)
 
     model = llmsqueeze.load(str(compressed("native")))
-    monkeypatch.setattr(generating, "free_memory", lambda: 1000)
+    monkeypatch.setattr(generating, "free_on", lambda _: 1000)
     assert not to_dense(model, Listens())
     assert any(isinstance(module, SumOfParts) for module in model.modules())
     assert notes[0].startswith("the layers stay compressed, and every token rebuilds them")

@@ -21,12 +21,11 @@ from llmsqueeze.errors import SqueezeError, VerificationError, first_line
 from llmsqueeze.formats.inspection.stock import Stock, by_transformers
 from llmsqueeze.formats.load import load
 from llmsqueeze.formats.opened import Folder
-from llmsqueeze.memory import free_memory, give_back
+from llmsqueeze.memory import fits, free_memory, give_back
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 
 TOLERANCE = 1e-3  # of the largest logit: sums in float32, added in another order
-SPARE = 0.1  # of the free memory that stays free
 TRIED = NATIVE, STOCK = "native", "transformers"
 
 
@@ -83,7 +82,7 @@ def open_as_user(
 def too_large(folder: Folder, runtime: str) -> str:
     """Why the folder is not opened here, if it takes too much memory; "" if it does not, or if nobody knows."""
     free, needed = free_memory(), memory_needed(folder, runtime)
-    if free is None or needed <= (1 - SPARE) * free:
+    if free is None or fits(needed, free):
         return ""
     return f"opening it takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
 

@@ -22,8 +22,8 @@ class BlockCall:
     """The arguments of a block after the hidden states: positional ones and keywords (masks, rotary embeddings).
 
     takes: the dtype of the block's input, if it is not hidden states but tokens. called: whether the model calls the
-    block at all. It leaves out blocks that look at images alone. links: leaf ->
-    block and number, if the leaf is that output of the block beside its hidden states.
+    block at all. It leaves out blocks that look at images alone. links: leaf -> block and number, if the leaf is that
+    output of the block beside its hidden states.
     """
 
     args: tuple[Any, ...] = ()
