@@ -35,8 +35,8 @@ from torch import Tensor
 
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.pipeline import compress_model as quantize
+from llmsqueeze.evaluation.losses.perplexity import losses, standard_error
 from llmsqueeze.evaluation.models import OpenModel, open_model
-from llmsqueeze.evaluation.perplexity import losses, standard_error
 from llmsqueeze.measure.shrinkage import Chance
 from llmsqueeze.model.text import load_tokenizer, read_text, windows
 from llmsqueeze.progress import Progress

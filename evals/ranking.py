@@ -25,7 +25,7 @@ from llmsqueeze.allocation.options import request_of, salience_grids
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.job import open_job
 from llmsqueeze.compress.pipeline import compress_model as quantize
-from llmsqueeze.evaluation.divergence import token_losses
+from llmsqueeze.evaluation.losses.divergence import token_losses
 from llmsqueeze.measure.costs import Option
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.sweeps import measure

@@ -7,7 +7,7 @@ causes are `SqueezeError`s. A function imports torch and transformers when it is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,17 +137,25 @@ def evaluate(
     text: str | None = None,
     tasks: Sequence[str] = (),
     include_path: str | Path | None = None,
-    limit: int | None = None,
+    limit: float | None = None,
     seq_len: int | None = None,
-    batch_size: int = 8,
+    stride: int | None = None,
+    protocol: str | None = None,
+    batch_size: int | str = 8,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    gen_kwargs: Mapping[str, Any] | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measures a model, compressed or not, and `baseline` in the same way; returns the scores.
 
     text: a text file or a Hub data set; by default the demo's own text for the demo, else WikiText-2, or no text if
-    there are tasks. tasks: names of lm-eval tasks, or "demo_stories". include_path: a folder with more tasks.
-    limit: at most so many windows of text and documents of each task. seq_len: tokens in a window.
+    there are tasks. tasks: names of lm-eval tasks and groups, wildcards, YAML files, or "demo_stories". include_path: a
+    folder with more tasks. limit: at most so many windows of text and documents of each task, or this share of them.
+    seq_len: tokens in a window. stride: tokens between the beginnings of two windows. protocol: "papers", as GPTQ and
+    QTIP read WikiText-2. batch_size: of tasks, or "auto". num_fewshot and what follows: as in lm-eval.
     The scores have "perplexity", "tasks" and, with a baseline, "kl_mean" (nats per token) and "baseline".
 
     Raises SqueezeError: RecipeError for an unknown task, CalibrationError or HubError for the text, CheckpointError or
@@ -158,6 +166,7 @@ def evaluate(
     True
     """
     from llmsqueeze.evaluation.evaluate import evaluate as measure
+    from llmsqueeze.evaluation.tasks.options import TaskOptions
 
     return measure(
         model,
@@ -167,7 +176,15 @@ def evaluate(
         include_path=include_path,
         limit=limit,
         window=seq_len,
+        stride=stride,
+        protocol=protocol,
         batch_size=batch_size,
+        task_options=TaskOptions(
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            system_instruction=system_instruction,
+            gen_kwargs=gen_kwargs or {},
+        ),
         device=device,
         trust_remote_code=trust_remote_code,
     ).as_dict()

@@ -22,6 +22,8 @@ ALIKE = {  # what other tools call it -> what it is called here
     "symmetric": ("sym",),
     "text": ("dataset", "data"),
     "tasks": ("task", "benchmarks"),
+    "num-fewshot": ("fewshot", "shots", "num-shots", "nshot", "n-shot"),
+    "output-path": ("out", "output", "output-dir", "out-dir", "results"),
     "distill-steps": ("iters", "iterations", "epochs"),
     "overwrite": ("yes", "overwrite-output-dir"),
 }

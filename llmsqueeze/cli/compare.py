@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, takes_measurement
+from llmsqueeze.cli.measurement import takes_measurement
+from llmsqueeze.cli.options import MODEL_HELP
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.parallel import launched
@@ -46,7 +47,7 @@ def compare(
     result = comparing.compare(model, folders or [], bnb_types=types, **given, progress=progress)
     if launched.follows():
         return Outcome(result, print_comparison, met=not result["left_out"])
-    kept = comparing.save_comparison(result) if given["limit"] is None else []
+    kept = comparing.save_comparison(result)
     for folder in kept:
         with progress.beside(f"no picture in {folder}"):
             draw_frontier(shown(result), Path(folder) / FRONTIER)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import MODEL_HELP, takes_measurement
+from llmsqueeze.cli.measurement import takes_measurement
+from llmsqueeze.cli.options import MODEL_HELP
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.parallel import launched
 from llmsqueeze.progress import Progress
@@ -28,6 +29,6 @@ def evaluate(
 
     hush()
     result = evaluation.evaluate(model, baseline, **given, progress=progress).as_dict()
-    if given["limit"] is None and not launched.follows():
+    if not launched.follows():
         save_scores(model, result)
     return Outcome(result, print_evaluation)

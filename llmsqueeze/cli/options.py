@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -59,7 +58,7 @@ def takes(table: type[Table]) -> Callable[[Callable[..., Outcome]], Callable[...
 
     def decorate(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
         options = [parameter for name in table.model_fields for parameter in parameters(table, name)]
-        return _with_options(command, options, lambda arguments: asked(table, arguments))
+        return with_options(command, options, lambda arguments: asked(table, arguments))
 
     return decorate
 
@@ -74,7 +73,7 @@ def takes_recipe(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
         make_recipe(settings)  # what is wrong is told before anything heavy is imported
         return settings
 
-    return _with_options(command, [*options, keyword("recipe", RECIPE, None)], collect)
+    return with_options(command, [*options, keyword("recipe", RECIPE, None)], collect)
 
 
 def from_file(recipe: str | None) -> dict[str, Any]:
@@ -138,47 +137,7 @@ def asked(table: type[Table], arguments: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def takes_measurement(command: Callable[..., Outcome]) -> Callable[..., Outcome]:
-    """Gives a command the options of `eval` and `compare`; it gets them as `given`, by the names of `evaluate`."""
-    options = list(inspect.signature(_measurement, eval_str=True).parameters.values())
-    return _with_options(command, options, lambda arguments: _measurement(**arguments))
-
-
-def _measurement(
-    tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, separated by commas; demo_stories is built in.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Text file or Hub data set for perplexity. [WikiText-2 test, unless --tasks]")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most N windows of text and N documents a task.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="Window in tokens. [context length, at most 2048]")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with your own lm-eval task definitions.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for tasks.")] = 8,
-    dtype: Annotated[
-        str, typer.Option(help="Compute in: stored (that of the model), float32, or auto (the faster here).")
-    ] = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustCode = False,
-) -> dict[str, Any]:
-    """Raises RecipeError for `--tasks` without any."""
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if tasks is not None and not names:
-        raise RecipeError("--tasks is empty; name lm-eval tasks separated by commas, such as piqa,arc_easy")
-    return {
-        "tasks": names,
-        "text": text,
-        "limit": limit,
-        "window": seq_len,
-        "include_path": include_path,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device,
-        "trust_remote_code": trust_remote_code,
-    }
-
-
-def _with_options(
+def with_options(
     command: Callable[..., Outcome],
     options: list[inspect.Parameter],
     collect: Callable[[dict[str, Any]], dict[str, Any]],

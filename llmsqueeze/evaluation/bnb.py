@@ -16,6 +16,7 @@ from llmsqueeze.errors import UnsupportedError, first_line
 from llmsqueeze.formats import load as hf
 
 NAMES = {"nf4": "bitsandbytes nf4", "int8": "bitsandbytes int8"}
+BITS = {"nf4": 4.0, "int8": 8.0}
 
 
 def load(model: str, kind: str, **kwargs: Any) -> Any:

@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.evaluation import bnb
 from llmsqueeze.evaluation.contenders import Contender, RoundedModel, StoredModel, find_contenders
-from llmsqueeze.evaluation.evaluate import check_sizes, choose_text, text_rows
+from llmsqueeze.evaluation.evaluate import choose_text, metrics_beside
+from llmsqueeze.evaluation.losses.perplexity import no_scores, score_text
+from llmsqueeze.evaluation.losses.windows import Windows, read_windows
 from llmsqueeze.evaluation.models import OpenModel, open_model
-from llmsqueeze.evaluation.perplexity import no_scores, score_text
+from llmsqueeze.evaluation.options import Limit, Reading
 from llmsqueeze.evaluation.scores import Evaluation, Scores, is_ours, save_scores
-from llmsqueeze.evaluation.tasks import Tasks, TaskScores, find_tasks, paired_differences
-from llmsqueeze.files import COMPARISON, write_json
+from llmsqueeze.evaluation.tasks.options import TaskOptions, batch_size_of
+from llmsqueeze.evaluation.tasks.run import Tasks, find_tasks
+from llmsqueeze.evaluation.tasks.scores import TaskScores
+from llmsqueeze.files import COMPARISON, read_json_if_there, write_json
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.original import pick_device
 from llmsqueeze.model.precision import DTYPES
@@ -34,11 +37,10 @@ from llmsqueeze.recipe.values import choice
 
 @dataclass(frozen=True)
 class Harness:
-    """What every model is measured with. original: in memory. rows: token rows [1, length] of the text, or none."""
+    """What every model is measured with. original: in memory. windows: of the text, if one is read."""
 
     original: OpenModel
-    rows: list[Tensor]
-    window: int | None
+    windows: Windows | None
     tasks: Tasks
     progress: Progress
 
@@ -62,9 +64,12 @@ def compare(
     text: str | Text | None = None,
     tasks: Sequence[str] = (),
     include_path: Path | None = None,
-    limit: int | None = None,
+    limit: Limit | None = None,
     window: int | None = None,
-    batch_size: int = 8,
+    stride: int | None = None,
+    protocol: str | None = None,
+    batch_size: int | str = 8,
+    task_options: TaskOptions | None = None,
     dtype: str = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
@@ -77,14 +82,14 @@ def compare(
     compared, before anything is measured.
     """
     progress, chosen_device = progress or Progress(), pick_device(str(device))
-    check_sizes(limit=limit, window=window, batch_size=batch_size)
+    reading = Reading(window, stride, protocol, limit)
     choice(DTYPES)("dtype", dtype)
     stored_original, others = find_contenders(original, folders, bnb_types, chosen_device, trust_remote_code, dtype)
-    chosen_tasks = find_tasks(tasks, include_path, limit, batch_size)
-    chosen_text = choose_text(original, text, required=not tasks)
+    chosen_tasks = find_tasks(tasks, include_path, limit, batch_size_of(batch_size), task_options, progress)
+    chosen_text = choose_text(original, text, required=not tasks, protocol=protocol)
     opened = open_model(original, chosen_device, trust_remote_code, dtype, progress)
-    rows, length = text_rows(opened, chosen_text, window, limit) if chosen_text is not None else ([], None)
-    harness = Harness(opened, rows, length, chosen_tasks, progress)
+    windows = None if chosen_text is None else read_windows(opened, chosen_text, reading)
+    harness = Harness(opened, windows, chosen_tasks, progress)
     answers = chosen_tasks.run(opened, progress)
     measurements, left_out = measure_all(others, harness)
     models = [measurement_of_original(stored_original, answers, measurements[0]), *measurements]
@@ -92,7 +97,11 @@ def compare(
     mark_frontier(result)
     return {
         "text": chosen_text.source if chosen_text else None,
-        "window": length,
+        "window": windows.length if windows else None,
+        "stride": stride,
+        "protocol": protocol,
+        "limit": limit,
+        "task_settings": {label: values.settings for label, values in answers.items()},
         "tokens": models[0].evaluation.scores.tokens,
         "models": result,
         "left_out": left_out,
@@ -124,8 +133,8 @@ def measure_one(contender: Contender, harness: Harness) -> Measurement:
             nbytes, bits = bnb.stored_sizes(opened.model)  # before it computes, which may change them
         opened = replace(opened, name=contender.name)
         evaluation = Evaluation(no_scores(opened), no_scores(harness.original))
-        if harness.rows:
-            evaluation = score_text(opened, harness.original, harness.rows, harness.progress)
+        if harness.windows is not None:
+            evaluation = score_text(opened, harness.original, harness.windows, harness.progress)
         return Measurement(contender, nbytes, bits, evaluation, harness.tasks.run(opened, harness.progress))
 
 
@@ -143,6 +152,8 @@ def row_of(one: Measurement, answers: Mapping[str, TaskScores]) -> dict[str, Any
     return {
         "model": one.model.name,
         "kind": one.model.kind,
+        "method": one.model.method,
+        "bits": one.model.bits,
         "nbytes": one.nbytes,
         "bits_per_weight": one.bits_per_weight,
         "perplexity": scores.perplexity,
@@ -153,7 +164,7 @@ def row_of(one: Measurement, answers: Mapping[str, TaskScores]) -> dict[str, Any
         "kl_p99": scores.kl_p99,
         "top1_changed": scores.top1_changed,
         "computed_in": scores.computed_in,
-        "tasks": {task: own.metrics | paired_differences(own, answers[task]) for task, own in one.tasks.items()},
+        "tasks": {label: metrics_beside(own, answers.get(label)) for label, own in one.tasks.items()},
         "on_frontier": False,
     }
 
@@ -173,16 +184,19 @@ def mark_frontier(models: list[dict[str, Any]]) -> None:
 def save_comparison(result: Mapping[str, Any]) -> list[str]:
     """Writes `comparison.json` and `evaluation.json` into every compared folder of ours; returns their names.
 
-    Model card and report read the files there.
+    Model card and report read the files there. A comparison on a part of the data replaces no whole one.
     """
     public = shown(dict(result))
     folders = []
     for i, model in enumerate(result["models"]):
         folder = Path(model["model"])
         if i and is_ours(folder):
+            save_scores(model["model"], as_evaluation(result, model))
+            before = read_json_if_there(folder / COMPARISON)
+            if result["limit"] is not None and before and before.get("limit") is None:
+                continue
             models = [one | {"this": i == j} for j, one in enumerate(public["models"])]
             write_json(folder / COMPARISON, public | {"models": models})
-            save_scores(model["model"], as_evaluation(result, model))
             folders.append(model["model"])
     return folders
 
@@ -192,12 +206,8 @@ def as_evaluation(result: Mapping[str, Any], model: Mapping[str, Any]) -> dict[s
 
     def scores(one: Mapping[str, Any]) -> dict[str, Any]:
         names = {field.name for field in fields(Scores)}
-        tasks = {
-            task: {metric: value for metric, value in values.items() if "_difference" not in metric}
-            for task, values in one["tasks"].items()
-        }
-        return {key: value for key, value in one.items() if key in names} | {"tasks": tasks, "tokens": result["tokens"]}
+        return {key: value for key, value in one.items() if key in names} | {"tokens": result["tokens"]}
 
+    about = {field.name: result[field.name] for field in fields(Evaluation) if field.name in result}
     differences = {key: model[key] for key in ("nll_difference", "nll_difference_stderr")}
-    about = {"text": result["text"], "window": result["window"], "baseline": scores(result["models"][0])}
-    return scores(model) | differences | about
+    return scores(model) | about | differences | {"baseline": scores(result["models"][0])}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from llmsqueeze.errors import RecipeError, UnsupportedError
 from llmsqueeze.evaluation import bnb
 from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.formats.entries import format_of
+from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
 from llmsqueeze.model.config import empty_model, load_config, vocabulary
 from llmsqueeze.model.linears import find_blocks, find_linears
@@ -23,13 +25,16 @@ from llmsqueeze.model.original import locate
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A folder or Hub id. kind: `original`, or the format that it is stored in. The sizes are those of its files."""
+    """A folder or Hub id. kind: `original`, or the format that it is stored in. The sizes are those of its files.
+    method, bits: how it was compressed and the width of its codes, as far as it tells."""
 
     name: str
     kind: str
     open: Callable[[], OpenModel]
     nbytes: int
     bits_per_weight: float
+    method: str | None = None
+    bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class RoundedModel:
     name: str
     kind: str
     open: Callable[[], OpenModel]
+    method: str
+    bits: float
 
 
 Contender = StoredModel | RoundedModel
@@ -69,7 +76,8 @@ def find_contenders(
 
     def stored(name: str, kind: str, files: Checkpoint) -> StoredModel:
         opener = partial(open_model, name, device, trust_remote_code, dtype)
-        return StoredModel(name, kind, opener, files.nbytes, bits_per_weight(files, model, linears))
+        made = (None, None) if kind == "original" else method_and_bits(files)
+        return StoredModel(name, kind, opener, files.nbytes, bits_per_weight(files, model, linears), *made)
 
     others: list[Contender] = []
     for name in folders:
@@ -84,8 +92,30 @@ def find_contenders(
         others.append(stored(name, format_of(files), files))
     for kind in bnb_types:
         opener = partial(open_model, original, device, trust_remote_code, dtype, loader=partial(bnb.load, kind=kind))
-        others.append(RoundedModel(f"{Path(original).name} ({kind})", bnb.NAMES[kind], opener))
+        name = f"{Path(original).name} ({kind})"
+        others.append(RoundedModel(name, bnb.NAMES[kind], opener, bnb.NAMES[kind], bnb.BITS[kind]))
     return stored(original, "original", checkpoint), others
+
+
+def method_and_bits(checkpoint: Checkpoint) -> tuple[str | None, float | None]:
+    """How a folder was compressed and the width of its codes: of our record, or of what another tool wrote into the
+    config; None for what it does not tell."""
+    record = read_record(checkpoint.path)
+    if recipe := record.get("recipe"):
+        width = record.get("code_bits") or recipe.get("bits")
+        return recipe.get("method"), None if width is None else round(float(width), 2)
+    config = checkpoint.config.get("quantization_config")
+    if not isinstance(config, dict):
+        return None, None
+    return str(config.get("quant_method")), _width(config)
+
+
+def _width(config: Mapping[str, Any]) -> float | None:
+    """The first width of weights that a quantization config names, however deep."""
+    named = (config.get(key) for key in ("bits", "w_bit", "num_bits", "weight_bits"))
+    widths = [float(one) for one in named if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    inner = (_width(value) for value in config.values() if isinstance(value, dict))
+    return next((width for width in (*widths, *inner) if width is not None), None)
 
 
 def bits_per_weight(checkpoint: Checkpoint, model: PreTrainedModel, linears: Iterable[str]) -> float:

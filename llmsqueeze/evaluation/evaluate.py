@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llmsqueeze.evaluation.losses.perplexity import PairedLosses, no_scores, paired_losses, score_text
+from llmsqueeze.evaluation.losses.windows import papers_text, read_windows
 from llmsqueeze.evaluation.models import OpenModel, open_model
-from llmsqueeze.evaluation.perplexity import PairedLosses, choose_window, no_scores, paired_losses, score_text
+from llmsqueeze.evaluation.options import PAPERS, Limit, Reading
 from llmsqueeze.evaluation.scores import Evaluation, Scores
-from llmsqueeze.evaluation.tasks import Tasks, TaskScores, find_tasks
+from llmsqueeze.evaluation.tasks.options import TaskOptions, batch_size_of
+from llmsqueeze.evaluation.tasks.paired import paired_differences
+from llmsqueeze.evaluation.tasks.run import Tasks, find_tasks
+from llmsqueeze.evaluation.tasks.scores import TaskScores
 from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.original import pick_device
 from llmsqueeze.model.precision import DTYPES
-from llmsqueeze.model.text import DEMO, Text, evaluation_text, windows
+from llmsqueeze.model.text import DEMO, Text, evaluation_text
 from llmsqueeze.progress import Progress
-from llmsqueeze.recipe.values import choice, whole
+from llmsqueeze.recipe.values import choice
 
 
 def evaluate(
@@ -28,9 +33,12 @@ def evaluate(
     tasks: str | Sequence[str] = (),
     text: str | Text | None = None,
     include_path: str | Path | None = None,
-    limit: int | None = None,
+    limit: Limit | None = None,
     window: int | None = None,
-    batch_size: int = 8,
+    stride: int | None = None,
+    protocol: str | None = None,
+    batch_size: int | str = 8,
+    task_options: TaskOptions | None = None,
     dtype: str = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
@@ -40,13 +48,17 @@ def evaluate(
 
     model, baseline: a folder, compressed or not, a Hub id, or `demo`. The differences and the KL divergence are from
     the baseline.
-    tasks: names of lm-eval tasks, or `demo_stories`. include_path: a folder with definitions of more tasks.
+    tasks: names of lm-eval tasks and groups, wildcards, YAML files, or `demo_stories`. include_path: a folder with
+    definitions of more tasks. task_options: how they are asked.
     text: the source of a text: a .txt or .jsonl file, a data set on the Hub as `owner/name[:config[:split]]`, or
     `demo`. By default `demo` for the demo and its compressed forms; for every other model WikiText-2, or no text if
     tasks are named.
-    limit: how many windows of text, and how many documents of each task, are measured at most; all by default.
-    window: tokens in a window; by default the context length of the model, at most 2048.
-    batch_size: task requests that go through the model at a time.
+    limit: how many windows of text, and how many documents of each task, are measured at most, or which share of them
+    (below 1); all by default.
+    window: tokens in a window; by default the context length of the model, at most 2048. stride: tokens between the
+    beginnings of two windows, of which only the tokens beyond the window before count; by default windows do not
+    overlap. protocol: `papers` reads WikiText-2 as GPTQ and QTIP do (losses/windows.py).
+    batch_size: task requests that go through the model at a time, or `auto`.
     dtype: what the models compute in. `stored`: the dtype of their files; `float32`; `auto`: the one of the two in
     which the device is faster, by a short trial. The results of a bfloat16 model differ slightly between the two.
     device: `auto` (the first CUDA device, or else the CPU), `cpu`, `cuda`, `cuda:1`, ...
@@ -64,46 +76,51 @@ def evaluate(
     """
     progress = progress or Progress()
     chosen_device = pick_device(str(device))
-    check_sizes(limit=limit, window=window, batch_size=batch_size)
+    reading = Reading(window, stride, protocol, limit)
     choice(DTYPES)("dtype", dtype)
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    chosen_tasks = find_tasks(names, None if include_path is None else Path(include_path), limit, batch_size)
-    chosen_text = choose_text(str(model), text, required=not names)
+    folder = None if include_path is None else Path(include_path)
+    chosen_tasks = find_tasks(names, folder, limit, batch_size_of(batch_size), task_options, progress)
+    chosen_text = choose_text(str(model), text, required=not names, protocol=protocol)
     opened = open_model(str(model), chosen_device, trust_remote_code, dtype, progress)
     other = None if baseline is None else open_model(str(baseline), chosen_device, trust_remote_code, dtype)
+    for one in (opened, other):
+        if one is not None:
+            chosen_tasks.check(one)
     result = Evaluation(no_scores(opened), None if other is None else no_scores(other))
     if chosen_text is not None:
-        rows, length = text_rows(opened, chosen_text, window, limit)
-        result = replace(score_text(opened, other, rows, progress), text=chosen_text.source, window=length)
-    return with_tasks(result, chosen_tasks, opened, other, progress)
-
-
-def check_sizes(**sizes: int | None) -> None:
-    """Raises RecipeError for a limit, window or batch size that is too small."""
-    for name, value in sizes.items():
-        if value is not None:
-            whole(2 if name == "window" else 1)(name, value)
-
-
-def text_rows(opened: OpenModel, text: Text, window: int | None, limit: int | None) -> tuple[list[Tensor], int]:
-    """Token rows [1, length] over the text, at most `limit`, and their length; the last row may be shorter."""
-    length = choose_window(opened, window)
-    return windows(text, opened.tokenizer, length, tail=True)[:limit], length
+        windows = read_windows(opened, chosen_text, reading)
+        result = replace(
+            score_text(opened, other, windows, progress), text=chosen_text.source, stride=stride, protocol=protocol
+        )
+    return with_tasks(replace(result, limit=limit), chosen_tasks, opened, other, progress)
 
 
 def with_tasks(
     result: Evaluation, tasks: Tasks, opened: OpenModel, other: OpenModel | None, progress: Progress
 ) -> Evaluation:
-    """The result with the metrics of the tasks, for the model and its baseline."""
-    result = replace(result, scores=with_metrics(result.scores, tasks.run(opened, progress)))
+    """The result with the metrics of the tasks, for the model and its baseline, and their paired differences."""
+    own = tasks.run(opened, progress)
+    settings = {label: values.settings for label, values in own.items()}
     if other is None or result.baseline is None:
-        return result
-    return replace(result, baseline=with_metrics(result.baseline, tasks.run(other, progress)))
+        return replace(result, scores=with_metrics(result.scores, own, {}), task_settings=settings)
+    theirs = tasks.run(other, progress)
+    return replace(
+        result,
+        scores=with_metrics(result.scores, own, theirs),
+        baseline=with_metrics(result.baseline, theirs, {}),
+        task_settings=settings,
+    )
 
 
-def with_metrics(scores: Scores, tasks: dict[str, TaskScores]) -> Scores:
-    """The scores with the metrics of `tasks`."""
-    return replace(scores, tasks={name: values.metrics for name, values in tasks.items()})
+def with_metrics(scores: Scores, own: Mapping[str, TaskScores], theirs: Mapping[str, TaskScores]) -> Scores:
+    """The scores with the metrics of tasks, and with the differences from those of a baseline."""
+    return replace(scores, tasks={label: metrics_beside(values, theirs.get(label)) for label, values in own.items()})
+
+
+def metrics_beside(own: TaskScores, theirs: TaskScores | None) -> dict[str, float]:
+    """The metrics of a task; their differences from a baseline's."""
+    return own.metrics | ({} if theirs is None else paired_differences(own, theirs))
 
 
 def evaluate_rows(
@@ -114,13 +131,16 @@ def evaluate_rows(
     return paired_losses(opened, other, rows, progress)
 
 
-def choose_text(model: str, text: str | Text | None, required: bool) -> Text | None:
+def choose_text(model: str, text: str | Text | None, required: bool, protocol: str | None = None) -> Text | None:
     """The text to measure on: `text`, or by default the demo's own for the demo and its compressed forms.
 
-    For other models it is WikiText-2 if `required`, else None. Raises CalibrationError for an unreadable text.
+    For other models it is WikiText-2 if `required`, else None. A protocol has its own text and form of it.
+    Raises CalibrationError for an unreadable text.
     """
     if isinstance(text, Text):
         return text
+    if protocol == PAPERS:
+        return papers_text(text)
     original = read_record(Path(model)).get("model") if Path(model).is_dir() else model
     if text is None and not required and DEMO not in (model, original):
         return None

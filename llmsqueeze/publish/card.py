@@ -24,6 +24,7 @@ from llmsqueeze.publish.provenance import (
     recipe_yaml,
     versions,
 )
+from llmsqueeze.publish.scores import limited
 from llmsqueeze.publish.snippets import how_to_load, programs
 
 if TYPE_CHECKING:
@@ -130,7 +131,11 @@ def _limits(folder: Folder, check: Mapping[str, Any]) -> str:
     if text := mapping(folder.record.get("calibration")).get("source"):
         lines.append(f"Calibrated on {text}. The quality in other languages and domains was not measured.")
     measured = card_scores.measured_on(folder)
-    lines.append(f"Measured only on {'; '.join(measured)}." if measured else "Its quality was not measured.")
+    if measured:
+        lines.append(f"Measured only on {'; '.join(measured)}.")
+    else:
+        part = " but on a part of the data" if limited(folder.evaluation) else ""
+        lines.append(f"Its quality was not measured{part}.")
     lines.append("The limits and the biases of the original remain.")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -12,7 +12,7 @@ from llmsqueeze.formats.public import is_hub_id
 from llmsqueeze.publish import numbers
 from llmsqueeze.publish.folder import Folder, mapping, task_scores
 from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, integer, percent, significant
-from llmsqueeze.publish.scores import baseline, score, score_rows
+from llmsqueeze.publish.scores import baseline, has_baseline, limited, made, reading, score, score_rows, task_score
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -31,6 +31,10 @@ UNITS = (
     "Lower is better for perplexity and for the KL divergence from the original's predictions (nats per token). "
     "± is one standard error."
 )
+FLIPS = (
+    " Changed answers: from right to wrong (lost) and from wrong to right (won), with the p of McNemar's exact test."
+)
+LIMITED = " A limit is the number of windows or documents that were measured, or the share of them."
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,23 +49,29 @@ def scores(folder: Folder, name: str) -> str:
     rows = score_rows(folder.evaluation)
     if not rows:
         return f"Not measured yet. This command measures the original and the result:\n\n{command}"
-    cells = [(row.name, row.before, row.after, row.difference) for row in rows]
-    text = f"{table(('', 'Original', 'This model', 'Difference'), cells)}\n\n{_text(folder)}{UNITS}"
+    cells = [[row.name, row.before, row.after, row.difference, row.flips] for row in rows]
+    header = ["", "Original", "This model", "Difference", "Changed answers"]
+    if not any(row.flips for row in rows):
+        header, cells = header[:-1], [cell[:-1] for cell in cells]
+    notes = f"{_text(folder)}{UNITS}{FLIPS if len(header) == 5 else ''}{LIMITED if limited(folder.evaluation) else ''}"
+    text = f"{table(header, cells)}\n\n{notes}"
     return (
         text
-        if baseline(folder.evaluation)
+        if has_baseline(folder.evaluation)
         else f"{text}\n\nThe original was not measured; this command does:\n\n{command}"
     )
 
 
 def _text(folder: Folder) -> str:
     """The scored text and its length; empty if no text was scored."""
-    if not folder.evaluation.get("text"):
+    evaluation = folder.evaluation if folder.evaluation.get("text") else limited(folder.evaluation)
+    if not evaluation.get("text"):
         return ""
-    count, other = finite(folder.evaluation.get("tokens")), finite(baseline(folder.evaluation).get("tokens"))
+    count, other = finite(evaluation.get("tokens")), finite(baseline(evaluation).get("tokens"))
     tokens = f", {integer(count)} tokens" if count else ""
     tokens += f" ({integer(other)} for the original)" if other and other != count else ""
-    return f"Text: {folder.evaluation['text']}{tokens}. "
+    windows = f" in windows of {integer(evaluation.get('window'))}{reading(evaluation)}" if reading(evaluation) else ""
+    return f"Text: {evaluation['text']}{tokens}{windows}. "
 
 
 def comparison(folder: Folder) -> list[str]:
@@ -73,7 +83,13 @@ def comparison(folder: Folder) -> list[str]:
         return ["## Compared", *picture] if picture else []
     header, *rows = zip(*_columns(models), strict=True)
     text = folder.comparison.get("text")
-    notes = [f"Text: {text}, {integer(folder.comparison.get('tokens'))} tokens."] if text else []
+    notes = (
+        [f"Text: {text}, {integer(folder.comparison.get('tokens'))} tokens{reading(folder.comparison)}."]
+        if text
+        else []
+    )
+    if (limit := finite(folder.comparison.get("limit"))) is not None:
+        notes.append(f"Measured on a part of the data, limit {limit:g}.{LIMITED}")
     notes.append(UNITS)
     if any(model.get("on_frontier") for model in models):
         notes.append("* marks the frontier: no other row is both smaller and better.")
@@ -85,7 +101,7 @@ def measured_on(folder: Folder) -> list[str]:
     names: list[str] = []
     for model, text in _measurements(folder):
         names += [str(text)] if text and finite(model.get("perplexity")) is not None else []
-        names += list(mapping(model.get("tasks")))
+        names += [bare(task) for task in mapping(model.get("tasks"))]
     return list(dict.fromkeys(names))
 
 
@@ -99,8 +115,9 @@ def eval_results(folder: Folder) -> list[EvalResult]:
 
 
 def _measurements(folder: Folder) -> list[tuple[Mapping[str, Any], Any]]:
-    """The scores of this model and their text, from `evaluation.json` and from `comparison.json`."""
-    this = next((model for model in folder.compared if model.get("this")), {})
+    """The scores of this model on all of the data, and their text: of `evaluation.json`, and of `comparison.json`."""
+    whole = finite(folder.comparison.get("limit")) is None
+    this = next((model for model in folder.compared if whole and model.get("this")), {})
     return [(folder.evaluation, folder.evaluation.get("text")), (this, folder.comparison.get("text"))]
 
 
@@ -113,11 +130,16 @@ def _results(model: Mapping[str, Any], text: str) -> Iterator[EvalResult]:
         if finite(model.get(key)) is not None:
             yield EvalResult(**task, **_dataset(text), metric_type=kind, metric_value=model[key], metric_name=name)
     for one, values in mapping(model.get("tasks")).items():
-        kind = one if DATASET_TYPE.fullmatch(one) else _slug(one)
+        kind = bare(one) if DATASET_TYPE.fullmatch(bare(one)) else _slug(one)
         dataset: dict[str, Any] = {"dataset_name": one, "dataset_type": kind}
         for name, value in task_scores(values).items():
             metric = METRIC_TYPES.get(name, name)
             yield EvalResult(**task, **dataset, metric_type=metric, metric_value=value, metric_name=name)
+
+
+def bare(task: str) -> str:
+    """'arc_easy (5-shot)' -> 'arc_easy'."""
+    return task.partition(" (")[0]
 
 
 def _dataset(text: str) -> dict[str, Any]:
@@ -146,7 +168,7 @@ def _columns(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     }
     tasks = [mapping(model.get("tasks")) for model in models]
     for task, metric in dict.fromkeys((t, m) for one in tasks for t in one for m in task_scores(one[t])):
-        columns[f"{task} {metric}"] = [score(mapping(one.get(task)), metric) for one in tasks]
+        columns[f"{task} {metric}"] = [task_score(mapping(one.get(task)), metric) for one in tasks]
     bold = [bool(model.get("this")) for model in models]
     yield "", *map(_bold, map(_name, models), bold)
     for header, column in columns.items():
@@ -155,7 +177,7 @@ def _columns(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def _name(model: Mapping[str, Any]) -> str:
-    kind = f" ({model['kind']})" if model.get("kind") else ""
+    kind = f" ({made(model)})" if model.get("kind") else ""
     return f"{model.get('model')}{kind}{' *' if model.get('on_frontier') else ''}"
 
 

@@ -22,7 +22,8 @@ from llmsqueeze.publish.linears import Linear, compressed_linears, dense_linears
 from llmsqueeze.publish.numbers import finite
 
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # the names of this number in configs
-DERIVED = ("_stderr", "_difference")  # the ends of the keys that stand beside a task's scores
+# the ends of the keys that stand beside a task's scores
+DERIVED = ("_stderr", "_difference", "_right_to_wrong", "_wrong_to_right", "_mcnemar_p")
 
 # the keys of the record that card and report need
 NEEDED = ("model", "recipe", "bits_per_weight", "quantized_weights", "nbytes", "nbytes_original")

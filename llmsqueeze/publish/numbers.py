@@ -82,6 +82,16 @@ def with_error(text: str, error: float | None) -> str:
     return f"{text} ± {fixed(error, len(decimals))}"
 
 
+def with_error_or_dash(text: str, error: float | None) -> str:
+    """`with_error`, and a dash in the place of an error that is not known: '15.3000 ± –'."""
+    return f"{text} ± {UNKNOWN}" if error is None and text != UNKNOWN else with_error(text, error)
+
+
+def chance(p: float) -> str:
+    """A probability: 'p 0.034', 'p < 0.001'."""
+    return "p < 0.001" if p < 0.001 else f"p {significant(p, 2)}"
+
+
 def code_widths(bits: float) -> str:
     """The width of the codes: 'codes of 3 bits'; of codes of several widths 'codes of 2.21 bits on average'."""
     width = f"codes of {round(bits, 2):g} bits"

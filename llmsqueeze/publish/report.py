@@ -20,7 +20,7 @@ from llmsqueeze.publish.page.render import render
 from llmsqueeze.publish.page.times import time_rows
 from llmsqueeze.publish.plots.figure import available
 from llmsqueeze.publish.plots.heat_map import BITS, ERRORS
-from llmsqueeze.publish.scores import baseline, score_rows
+from llmsqueeze.publish.scores import has_baseline, limited, reading, score_rows
 
 SHOWN = 50  # rows of the table of weights, until the reader shows all
 
@@ -56,6 +56,8 @@ def report_page(folder: Folder) -> str:
     bits = {linear.name: linear.bits for linear in folder.linears if linear.bits is not None}
     errors = {linear.name: 100 * linear.error for linear in folder.linears if linear.error is not None}
     blocks = blocks_of([linear.name for linear in folder.linears], folder.blocks)
+    evaluation = folder.evaluation if folder.evaluation.get("text") else limited(folder.evaluation)
+    scores = score_rows(folder.evaluation)
     return render(
         "report.html",
         title=f"{folder.name}: {story.sentence(folder)}",
@@ -64,9 +66,12 @@ def report_page(folder: Folder) -> str:
         figures=story.figures(folder),
         history=story.history(folder),
         sizes=size_bars(folder),
-        scores=score_rows(folder.evaluation),
-        evaluation=folder.evaluation,
-        has_baseline=bool(baseline(folder.evaluation)),
+        scores=scores,
+        flips=any(row.flips for row in scores),
+        evaluation=evaluation,
+        reading=reading(evaluation),
+        limited=bool(limited(folder.evaluation)),
+        has_baseline=has_baseline(folder.evaluation),
         measure=shlex.join(["llmsqueeze", "eval", folder.name, "--baseline", model]),
         compare=shlex.join(["llmsqueeze", "compare", model, folder.name, "OTHER-FOLDER"]),
         comparison=view_of(folder.comparison) if folder.comparison else None,

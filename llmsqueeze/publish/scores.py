@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmsqueeze.publish import numbers
 from llmsqueeze.publish.folder import mapping, task_scores
-from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, percent, significant, with_error
+from llmsqueeze.publish.numbers import (
+    UNKNOWN,
+    chance,
+    finite,
+    fixed,
+    integer,
+    percent,
+    significant,
+    with_error,
+    with_error_or_dash,
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A score of the original, of the compressed model, and their difference. `note`: the unit."""
+    """A score of the original, of the compressed model, and their difference. `note`: the unit. `flips`: how many
+    documents changed from right to wrong and back, and whether that may be chance."""
 
     name: str
     note: str
     before: str
     after: str
     difference: str = ""
+    flips: str = ""
 
 
 def perplexities(evaluation: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -33,8 +45,35 @@ def baseline(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping(evaluation.get("baseline"))
 
 
+def limited(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores that were measured on a part of the data, empty if there are none."""
+    return mapping(evaluation.get("limited"))
+
+
+def has_baseline(evaluation: Mapping[str, Any]) -> bool:
+    """Whether the original was measured, on a part of the data at least."""
+    return bool(baseline(evaluation) or baseline(limited(evaluation)))
+
+
+def reading(evaluation: Mapping[str, Any]) -> str:
+    """How the windows of the text are cut, if that is not as usual: ', which begin 512 tokens apart'."""
+    if evaluation.get("protocol"):
+        return f", protocol {evaluation['protocol']}: no BOS, the rest dropped"
+    stride = finite(evaluation.get("stride"))
+    return f", which begin {integer(stride)} tokens apart" if stride else ""
+
+
 def score_rows(evaluation: Mapping[str, Any]) -> list[Row]:
-    """A row for each score."""
+    """A row for each score; those of a part of the data last, named so, unless there is one of all of it."""
+    rows, part = rows_of(evaluation), limited(evaluation)
+    names = {row.name for row in rows}
+    limit = finite(part.get("limit"))
+    share = UNKNOWN if limit is None else f"{limit:g}"
+    return rows + [replace(row, name=f"{row.name} (limit {share})") for row in rows_of(part) if row.name not in names]
+
+
+def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:
+    """A row for each score, without those of a part of the data."""
     rows = perplexity_row(evaluation)
     for key, name in (("kl_mean", "KL divergence, mean"), ("kl_p99", "KL divergence, 99th percentile")):
         if (divergence := finite(evaluation.get(key))) is not None:
@@ -60,17 +99,47 @@ def perplexity_row(evaluation: Mapping[str, Any]) -> list[Row]:
 
 
 def task_row(task: str, metric: str, after: Mapping[str, Any], before: Mapping[str, Any]) -> Row:
-    """A row for a metric of an lm-eval task. The error of the difference counts both errors as independent."""
+    """A row for a metric of an lm-eval task. The error of the difference is that of the pairs, document by document; if
+    the two were not measured together, it counts both errors as independent."""
     new, old = finite(after.get(metric)), finite(before.get(metric))
-    errors = [finite(scores.get(f"{metric}_stderr")) for scores in (before, after)]
-    measured = [error for error in errors if error is not None]
-    both = sum(error**2 for error in measured) ** 0.5 if len(measured) == 2 else None
-    difference = UNKNOWN if new is None or old is None else with_error(fixed(new - old, 4, sign=True), both)
-    return Row(f"{task} {metric}", "", score(before, metric), score(after, metric), difference)
+    if new is None or old is None:
+        difference = UNKNOWN
+    elif finite(after.get(f"{metric}_difference")) is not None:
+        difference = task_score(after, f"{metric}_difference", sign=True)
+    else:
+        errors = [finite(scores.get(f"{metric}_stderr")) for scores in (before, after)]
+        measured = [error for error in errors if error is not None]
+        both = sum(error**2 for error in measured) ** 0.5 if len(measured) == 2 else None
+        difference = with_error_or_dash(fixed(new - old, 4, sign=True), both)
+    return Row(
+        f"{task} {metric}", "", task_score(before, metric), task_score(after, metric), difference, flips(after, metric)
+    )
 
 
-def score(
-    scores: Mapping[str, Any], key: str, write: Callable[[float | None], str] = lambda value: fixed(value, 4)
-) -> str:
+def task_score(scores: Mapping[str, Any], key: str, sign: bool = False) -> str:
+    """The number of a task under `key` with its standard error; a dash if lm-eval gives none."""
+    return with_error_or_dash(fixed(finite(scores.get(key)), 4, sign), finite(scores.get(f"{key}_stderr")))
+
+
+def flips(scores: Mapping[str, Any], metric: str) -> str:
+    """'3 lost, 1 won, p 0.63': documents that changed from right to wrong and back, and the p of McNemar's exact test;
+    empty if that was not measured."""
+    keys = ("right_to_wrong", "wrong_to_right", "mcnemar_p")
+    lost, won, p = (finite(scores.get(f"{metric}_{key}")) for key in keys)
+    return "" if p is None else f"{integer(lost)} lost, {integer(won)} won, {chance(p)}"
+
+
+def score(scores: Mapping[str, Any], key: str, write: Callable[[float | None], str]) -> str:
     """The number under `key` with its standard error."""
     return with_error(write(finite(scores.get(key))), finite(scores.get(f"{key}_stderr")))
+
+
+def made(model: Mapping[str, Any]) -> str:
+    """How a model was made: 'gptq, 3 bits, compressed-tensors'; of the original, or of what says no more, its kind."""
+    method, bits, kind = model.get("method"), finite(model.get("bits")), str(model.get("kind"))
+    parts = [
+        str(method) if method else "",
+        f"{bits:g} bits" if bits is not None else "",
+        "" if method == kind else kind,
+    ]
+    return ", ".join(part for part in parts if part)

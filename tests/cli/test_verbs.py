@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def outliers(compressed: Callable[[str], Path]) -> Path:
     return compressed("outliers")
 
 
-def test_eval_json(outliers: Path, demo_of: Callable[[int], Path]) -> None:
+def test_eval_json(compressed: Callable[[str], Path], tmp_path: Path, demo_of: Callable[[int], Path]) -> None:
+    outliers = Path(shutil.copytree(compressed("outliers"), tmp_path / "outliers"))
     options = ["--text", "demo", "--limit", 4, "--tasks", "demo_stories", "--device", "cpu", "--json"]
     code, stdout, _ = command("eval", outliers, "--baseline", demo_of(2), *options)
     assert code == 0
@@ -32,7 +34,9 @@ def test_eval_json(outliers: Path, demo_of: Callable[[int], Path]) -> None:
     assert 0 < result["kl_mean"] < result["kl_p99"]
     assert result["tokens"] == result["baseline"]["tokens"] > 0
     assert {"acc", "acc_stderr"} <= set(result["tasks"]["demo_stories"])
-    assert not (outliers / "evaluation.json").exists(), "scores of a limited run are not for the card"
+    kept = json.loads((outliers / "evaluation.json").read_text())
+    assert kept.keys() == {"limited"}, "scores of a part of the data are kept apart"
+    assert kept["limited"]["limit"] == result["limit"] == 4
 
 
 def test_show(outliers: Path) -> None:

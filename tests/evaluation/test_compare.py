@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -24,12 +25,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llmsqueeze import parts
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo.task import TASK_NAME
-from llmsqueeze.evaluation import bnb, tasks
+from llmsqueeze.evaluation import bnb
 from llmsqueeze.evaluation import compare as comparing
 from llmsqueeze.evaluation.compare import compare, mark_frontier
 from llmsqueeze.evaluation.contenders import StoredModel, find_contenders
 from llmsqueeze.evaluation.models import OpenModel
-from llmsqueeze.evaluation.tasks import TaskScores, paired_differences
+from llmsqueeze.evaluation.tasks import definitions
+from llmsqueeze.evaluation.tasks.paired import mcnemar, paired_differences
+from llmsqueeze.evaluation.tasks.run import find_tasks
+from llmsqueeze.evaluation.tasks.scores import TaskScores
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
@@ -74,7 +78,7 @@ def short_index() -> Iterator[None]:
     """Without the thousands of task definitions that lm-eval reads for seconds."""
     index = TaskManager(include_defaults=False)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tasks, "_index", lambda *_: index)
+        patched.setattr(definitions, "task_index", lambda *_: index)
         yield
 
 
@@ -256,6 +260,7 @@ def test_bitsandbytes_is_counted_as_it_would_be_stored(
 def test_bitsandbytes_rows_are_measured_too(compared: dict[str, Any]) -> None:
     nf4, int8 = row(compared, "bitsandbytes nf4"), row(compared, "bitsandbytes int8")
     assert 0 < int8["kl_mean"] < nf4["kl_mean"] < row(compared, "llmsqueeze")["kl_mean"]
+    assert (nf4["method"], nf4["bits"]) == ("bitsandbytes nf4", 4)
     assert nf4["nbytes"] < int8["nbytes"] < row(compared, "original")["nbytes"]
     assert 0 <= nf4["top1_changed"] < 0.5
     assert all(set(model) == set(compared["models"][0]) for model in compared["models"])
@@ -321,17 +326,35 @@ def test_paired_differences_by_hand() -> None:
     )
     paired = paired_differences(after, before)
     differences = [0.0, 0.0, -1.0, 0.0]  # of documents 0 to 3
-    assert paired.keys() == {"acc_difference", "acc_difference_stderr", "f1_difference"}, "one document has no spread"
+    flips = {"acc_right_to_wrong", "acc_wrong_to_right", "acc_mcnemar_p"}
+    assert paired.keys() == {"acc_difference", "acc_difference_stderr", "f1_difference"} | flips, "one has no spread"
+    assert [paired[key] for key in ("acc_right_to_wrong", "acc_wrong_to_right", "acc_mcnemar_p")] == [1, 0, 1]
     assert paired["acc_difference"] == pytest.approx(-0.2)
     assert paired["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(4))
     assert paired["f1_difference"] == -0.25
     assert paired_differences(before, before)["acc_difference_stderr"] == 0
 
 
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (3, 3), (0, 8), (9, 2), (5, 6)])
+def test_mcnemars_test_by_counting_every_way(lost: int, won: int) -> None:
+    """Of all ways in which the changed documents could have fallen, those at least as uneven, on either side."""
+    ways = itertools.product((0, 1), repeat=lost + won)
+    uneven = sum(abs(2 * sum(way) - lost - won) >= abs(lost - won) for way in ways)
+    assert mcnemar(lost, won) == mcnemar(won, lost) == uneven / 2 ** (lost + won)
+
+
+def test_mcnemars_test_of_many_documents() -> None:
+    """Where floats overflow: against the normal distribution with continuity correction."""
+    z = (abs(1350 - 1250) - 1) / math.sqrt(2600)
+    assert mcnemar(1350, 1250) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
+    assert mcnemar(5000, 0) == 0
+    assert mcnemar(20000, 20000) == 1
+
+
 def answers(model: Any, folder: Path) -> list[float]:
     """Right (1) or wrong (0) by document."""
     opened = OpenModel("", model, load_tokenizer(folder), torch.bfloat16)
-    right = tasks.find_tasks([TASK_NAME], limit=DOCUMENTS).run(opened, Progress())[TASK_NAME].documents["acc"]
+    right = find_tasks([TASK_NAME], limit=DOCUMENTS).run(opened, Progress())[TASK_NAME].documents["acc"]
     return [right[i] for i in range(DOCUMENTS)]
 
 
@@ -345,6 +368,9 @@ def test_task_differences_are_paired_by_document(
         assert measured["acc"] == pytest.approx(statistics.mean(right[kind]))
         assert measured["acc_difference"] == pytest.approx(statistics.mean(differences))
         assert measured["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(DOCUMENTS))
+        assert measured["acc_right_to_wrong"] == differences.count(-1)
+        assert measured["acc_wrong_to_right"] == differences.count(1)
+        assert measured["acc_mcnemar_p"] == mcnemar(differences.count(-1), differences.count(1))
     assert row(compared, "original")["tasks"][TASK_NAME]["acc_difference"] == 0
 
 
@@ -376,14 +402,14 @@ def test_a_comparison_is_kept_in_our_folders(
     arguments = ["compare", original_dir, *copies.values(), "--text", text_file, "--seq-len", WINDOW, "--device", "cpu"]
     code, out, err = command(*arguments, "--limit", 2, "--json", "--quiet")
     assert code == 0, err
-    assert json.loads(out)["kept_in"] == []
-    assert not list(tmp_path.rglob("comparison.json")), "a limited run is for nobody else"
-    assert not list(tmp_path.rglob("frontier.png"))
+    ours = [copies["portable"], copies["dense"]]
+    assert json.loads(out)["kept_in"] == [str(folder) for folder in ours]
+    assert json.loads((ours[0] / "comparison.json").read_text())["limit"] == 2
+    assert json.loads((ours[0] / "evaluation.json").read_text()).keys() == {"limited"}
 
     code, out, err = command(*arguments, "--json", "--quiet", "--html", tmp_path / "page.html")
     assert code == 0, err
     result = json.loads(out)
-    ours = [copies["portable"], copies["dense"]]
     assert result["kept_in"] == [str(folder) for folder in ours]
     assert {path.parent for path in tmp_path.rglob("comparison.json")} == set(ours)
     assert {path.parent for path in tmp_path.rglob("frontier.png")} == (set(ours) if available() else set())
@@ -392,6 +418,7 @@ def test_a_comparison_is_kept_in_our_folders(
         assert str(tmp_path) not in written
         kept = json.loads(written)
         assert kept["text"] == "words.txt"
+        assert kept["limit"] is None
         assert kept["tokens"] == result["tokens"] > 0
         assert [model["model"] for model in kept["models"]] == [
             original_dir.name,
@@ -407,6 +434,9 @@ def test_a_comparison_is_kept_in_our_folders(
     (dense, foreign) = (next(m for m in result["models"] if m["model"] == str(copies[n])) for n in ("dense", "foreign"))
     assert foreign["kind"] == dense["kind"] == "dense"
     assert foreign["kl_mean"] == 0
+    assert command(*arguments, "--limit", 2, "--json", "--quiet")[0] == 0
+    assert json.loads((ours[0] / "comparison.json").read_text())["limit"] is None, "a part replaces no whole"
+    assert json.loads((ours[0] / "evaluation.json").read_text())["tokens"] == result["tokens"]
 
 
 def test_a_page_that_cannot_be_made_costs_no_scores(
@@ -433,6 +463,7 @@ def test_people_read_a_table(original_dir: Path, folders: dict[str, Path], text_
     shown = [line.split() for line in out.splitlines()]
     assert any("portable" in line for line in shown)
     assert any("demo-2" in line for line in shown)
+    assert "rtn, 4 bits" in out, "how it was made, not only its format"
     assert max(map(len, out.splitlines())) <= 100
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsqueeze.evaluation.divergence import Divergence, by_torch, divergence, token_losses
-from llmsqueeze.evaluation.logit_loops import TILE
+from llmsqueeze.evaluation.losses.divergence import Divergence, by_torch, divergence, token_losses
+from llmsqueeze.evaluation.losses.logit_loops import TILE
 
 FORMS = {"compiled": divergence, "torch": by_torch}
 

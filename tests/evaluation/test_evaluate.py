@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.demo.task import task_config
 from llmsqueeze.errors import CalibrationError, RecipeError, UnsupportedError
-from llmsqueeze.evaluation import perplexity, tasks
 from llmsqueeze.evaluation.evaluate import evaluate
+from llmsqueeze.evaluation.losses import perplexity
+from llmsqueeze.evaluation.losses.perplexity import paired_losses
 from llmsqueeze.evaluation.models import open_model
-from llmsqueeze.evaluation.perplexity import paired_losses
-from llmsqueeze.evaluation.scores import save_scores
+from llmsqueeze.evaluation.tasks import definitions
+from llmsqueeze.evaluation.tasks.run import find_tasks
+from llmsqueeze.evaluation.tasks.scores import metrics_of
 from llmsqueeze.model import precision
 from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer, windows
 from llmsqueeze.progress import Progress
@@ -141,7 +143,7 @@ def test_the_example_of_the_docstring() -> None:
 def test_bad_values_are_refused_before_anything_opens(demo_of: Callable[[int], Path]) -> None:
     for option, message in (
         ({"limit": 0}, "limit is 0; it must be a whole number from 1"),
-        ({"window": 1}, "window is 1; it must be a whole number from 2"),
+        ({"window": 1}, "seq-len is 1; it must be a whole number from 2"),
         ({"batch_size": 0}, "batch-size is 0"),
         ({"dtype": "bfloat16"}, "unknown --dtype 'bfloat16'.*auto, stored, float32"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
@@ -170,7 +172,9 @@ def test_lm_eval_task_from_a_local_file(
 ) -> None:
     """An own definition through `include_path`: the label is the first choice, which a constant text makes likely."""
     # without the thousands of definitions that lm-eval has itself
-    monkeypatch.setattr(tasks, "_index", lambda path, _=True: TaskManager(include_path=path, include_defaults=False))
+    monkeypatch.setattr(
+        definitions, "task_index", lambda path, _=True: TaskManager(include_path=path, include_defaults=False)
+    )
     rows = [{"context": "Anna has a", "choices": [" ball .", " zzzz qqqq"], "label": 0} for _ in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "own.yaml").write_text(
@@ -180,23 +184,25 @@ def test_lm_eval_task_from_a_local_file(
         "doc_to_choice: choices\ndoc_to_target: label\nmetric_list:\n  - metric: acc\n"
     )
     result = evaluate(demo_of(1), demo_of(1), tasks="own_choice", include_path=tmp_path, limit=6)
-    assert result.scores.tasks == {"own_choice": {"acc": 1.0, "acc_stderr": 0.0}}
+    alike = {"acc_difference": 0, "acc_difference_stderr": 0, "acc_right_to_wrong": 0, "acc_wrong_to_right": 0}
     assert result.baseline is not None
-    assert result.baseline.tasks == result.scores.tasks
+    assert result.baseline.tasks == {"own_choice": {"acc": 1.0, "acc_stderr": 0.0}}
+    assert result.scores.tasks == {"own_choice": result.baseline.tasks["own_choice"] | alike | {"acc_mcnemar_p": 1}}
+    assert result.task_settings == {"own_choice": {"task": "own_choice", "num_fewshot": 0}}
     assert result.scores.perplexity is None, "a model other than the demo, and no text"
     with pytest.raises(RecipeError, match="did you mean 'own_choice'"):
-        tasks.find_tasks(["own_choise"], tmp_path)
+        find_tasks(["own_choise"], tmp_path)
 
 
 def test_task_scores_are_those_of_lm_evals_own_entry(
     demo_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`simple_evaluate`, which describes the machine as well; that takes seconds."""
+    """`simple_evaluate`, which describes the machine as well; that takes seconds. Log-softmax in float32."""
     monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)
     opened = open_model(str(demo_of(1)), torch.device("cpu"), False)
-    scores = tasks.find_tasks(["demo_stories"], limit=12).run(opened, Progress())["demo_stories"]
+    scores = find_tasks(["demo_stories"], limit=12).run(opened, Progress())["demo_stories"]
     expected = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=8),
+        model=HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=8, softmax_dtype="float32"),
         tasks=[task_config()],
         limit=12,
         task_manager=TaskManager(include_defaults=False),
@@ -219,28 +225,6 @@ def test_the_demos_task_shows_the_cost_of_two_bits(tmp_path: Path) -> None:
     assert after < before - 0.1
 
 
-def test_scores_are_saved_in_the_folder(tmp_path: Path) -> None:
-    """Later runs add what they measured; local paths are cut to their last component."""
-    (tmp_path / "llmsqueeze.json").write_text("{}")
-    text = {
-        "model": str(tmp_path),
-        "perplexity": 3.0,
-        "tokens": 9,
-        "tasks": {},
-        "baseline": {"model": "/a/b", "perplexity": 2.0, "tokens": 9, "tasks": {}},
-    }
-    of_tasks = {"model": str(tmp_path), "perplexity": None, "tokens": 0, "tasks": {"t": {"acc": 1.0}}, "baseline": None}
-    save_scores(str(tmp_path), text)
-    save_scores(str(tmp_path), of_tasks)
-    kept = json.loads((tmp_path / "evaluation.json").read_text())
-    assert kept["perplexity"] == 3.0
-    assert kept["tokens"] == 9
-    assert kept["tasks"] == {"t": {"acc": 1.0}}
-    assert kept["baseline"]["perplexity"] == 2.0
-    assert kept["baseline"]["model"] == "b"
-    assert "/" not in kept["model"]
-
-
 def test_metric_names() -> None:
     raw = {
         "alias": "x",
@@ -250,4 +234,4 @@ def test_metric_names() -> None:
         "em_stderr,strict": 0.3,
         "e,none": "N/A",
     }
-    assert tasks._metrics(raw) == {"acc": 0.5, "acc_stderr": 0.1, "em_strict": 0.2, "em_strict_stderr": 0.3}
+    assert metrics_of(raw) == {"acc": 0.5, "acc_stderr": 0.1, "em_strict": 0.2, "em_strict_stderr": 0.3}

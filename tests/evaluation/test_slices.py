@@ -12,8 +12,8 @@ from support import ARCHITECTURES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmsqueeze.evaluation import slices
-from llmsqueeze.evaluation.slices import SlicedLogits, WholeLogits, sliced
+from llmsqueeze.evaluation.losses import slices
+from llmsqueeze.evaluation.losses.slices import SlicedLogits, WholeLogits, sliced
 from llmsqueeze.formats.load import load
 from llmsqueeze.model.casting import compute_in
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as by_torch
 
-from llmsqueeze.evaluation.slices import sliced
+from llmsqueeze.evaluation.losses.slices import sliced
 from llmsqueeze.model.blockwise import attention
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.attention import (

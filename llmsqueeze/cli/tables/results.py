@@ -12,10 +12,12 @@ from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.runs import divergence
 from llmsqueeze.publish.numbers import code_widths, fixed, size
 from llmsqueeze.publish.page.comparison import model_row, task_table
-from llmsqueeze.publish.scores import score_rows
+from llmsqueeze.publish.scores import reading, score_rows
 
 PROGRAMS = {"native": "llmsqueeze.load", "transformers": "stock transformers", "vllm": "vLLM"}
 SHOWN_ERRORS = 10
+FLIPS = "changed answers"
+ABOUT_FLIPS = "lost: from right to wrong; won: from wrong to right; p: of McNemar's exact test"
 
 
 def print_evaluation(result: dict[str, Any]) -> None:
@@ -23,14 +25,29 @@ def print_evaluation(result: dict[str, Any]) -> None:
     baseline = bool(result["baseline"])
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
+    rows = score_rows(result)
+    changed = any(row.flips for row in rows)
     for head in ("before", "after", "difference") if baseline else ("score",):
         table.add_column(head, justify="right")
-    for row in score_rows(result):
-        table.add_row(row.name, *((row.before, row.after, row.difference) if baseline else (row.after,)))
+    if changed:
+        table.add_column(FLIPS, justify="right")
+    for row in rows:
+        cells = (row.before, row.after, row.difference, row.flips) if baseline else (row.after,)
+        table.add_row(row.name, *cells[: len(table.columns) - 1])
     out = console()
     if result["text"]:
         out.print(text_line(result))
+    print_limit(result)
     out.print(table)
+    if changed:
+        out.print(ABOUT_FLIPS)
+
+
+def print_limit(result: dict[str, Any]) -> None:
+    """That only a part of the data was measured, if so."""
+    if result["limit"] is not None:
+        part = f"{100 * result['limit']:g} %" if result["limit"] < 1 else f"at most {result['limit']}"
+        console().print(f"limited: {part} of the windows of text and of the documents of each task")
 
 
 def print_comparison(result: dict[str, Any]) -> None:
@@ -45,12 +62,14 @@ def print_comparison(result: dict[str, Any]) -> None:
     out = console()
     if result["text"]:
         out.print(text_line(result))
+    print_limit(result)
     out.print(table)
     if result["text"]:
         out.print("* no other model here is both smaller and better. loss: nats per token above the original's,")
         out.print("  ± one standard error of the paired difference. changed: share of the top-1 tokens")
     if tasks := task_table(result["models"]):
         out.print(tasks_table(tasks))
+        out.print(ABOUT_FLIPS)
     for reason in result["left_out"]:
         out.print(f"left out: {reason}", soft_wrap=True, markup=False)
     if result["kept_in"]:
@@ -61,18 +80,18 @@ def text_line(result: dict[str, Any]) -> str:
     """The text and the dtype of the computation; `result`: that of `eval` or `compare`."""
     scores = result["models"][0] if "models" in result else result
     return (
-        f"text: {result['text']}, {result['tokens']} tokens predicted in windows of {result['window']}, "
-        f"in {scores['computed_in']}"
+        f"text: {result['text']}, {result['tokens']} tokens predicted in windows of {result['window']}"
+        f"{reading(result)}, in {scores['computed_in']}"
     )
 
 
 def comparison_cells(model: dict[str, Any]) -> list[str]:
     """The cells of a model in the table of the comparison."""
     row = model_row(0, model)
-    name, texts = row["name"].rstrip("/"), row["texts"]
+    texts = row["texts"]
     return [
         "*" if row["on_frontier"] else "",
-        name.rpartition("/")[2] if len(name) > 20 else name,
+        short_name(row["name"]) + (f"\n{row['kind']}" if row["role"] != "original" else ""),
         size(row["nbytes"]),
         fixed(row["bits_per_weight"], 2),
         *(texts[key] for key in ("perplexity", "loss", "kl_mean", "kl_p99", "top1_changed")),
@@ -80,15 +99,24 @@ def comparison_cells(model: dict[str, Any]) -> list[str]:
 
 
 def tasks_table(tasks: dict[str, Any]) -> Table:
-    """A score and its paired difference from the original's, for each metric of each task."""
+    """For each metric of each task a line per model: score, paired difference from the original's, changed answers."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
-    for task, metric in tasks["heads"]:
-        table.add_column(f"{task} {metric}", justify="right")
-        table.add_column("paired difference", justify="right")
-    for name, _, cells in tasks["rows"]:
-        table.add_row(name, *(text for cell in cells for text in (cell["text"], cell["difference"])))
+    table.add_column("model", overflow="fold")
+    for head in ("score", "paired difference", FLIPS):
+        table.add_column(head, justify="right")
+    for at, (task, metric) in enumerate(tasks["heads"]):
+        for name, place, cells in tasks["rows"]:
+            cell = cells[at]
+            head = f"{task} {metric}" if place == 1 else ""
+            table.add_row(head, short_name(name), cell["text"], cell["difference"], cell["flips"])
     return table
+
+
+def short_name(model: str) -> str:
+    """The last part of a long path."""
+    name = model.rstrip("/")
+    return name.rpartition("/")[2] if len(name) > 20 else name
 
 
 def print_contents(contents: dict[str, Any]) -> None:

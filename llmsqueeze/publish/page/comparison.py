@@ -18,6 +18,7 @@ from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, percent, signific
 from llmsqueeze.publish.page.pictures import frontier_picture
 from llmsqueeze.publish.page.render import render
 from llmsqueeze.publish.plots.figure import available
+from llmsqueeze.publish.scores import flips, made, reading, task_score
 
 NUMBERS = (
     *("nbytes", "bits_per_weight", "perplexity", "perplexity_stderr", "nll_difference", "nll_difference_stderr"),
@@ -45,6 +46,8 @@ def view_of(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": task_table(models),
         "text": public.get("text"),
         "window": public.get("window"),
+        "reading": reading(public),
+        "limit": finite(public.get("limit")),
         "tokens": public.get("tokens"),
         "plot": frontier_picture(models),
         "frontier": [row["name"] for row in rows if row["on_frontier"] and row["role"] != "original"],
@@ -67,7 +70,7 @@ def model_row(place: int, model: Mapping[str, Any]) -> dict[str, Any]:
     return row | {
         "place": place,
         "name": str(model.get("model")),
-        "kind": str(model.get("kind")),
+        "kind": made(model),
         "role": "original" if original else "this" if model.get("this") is True else "other",
         "on_frontier": model.get("on_frontier") is True,
         "texts": texts,
@@ -86,15 +89,14 @@ def task_table(models: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def task_cell(values: Mapping[str, Any], metric: str, place: int) -> dict[str, Any]:
-    """A score, and its difference from the first model's."""
-    score, error, difference, error_of_difference = (
-        finite(values.get(metric + suffix)) for suffix in ("", "_stderr", "_difference", "_difference_stderr")
-    )
-    if place == 1:
-        difference = None
-    text = "" if difference is None else with_error(fixed(difference, 4, sign=True), error_of_difference)
-    beyond = bool(difference and error_of_difference and abs(difference) > BEYOND * error_of_difference)
-    return {"score": score, "text": with_error(fixed(score, 4), error), "difference": text, "beyond": beyond}
+    """A score, its difference from the first model's, and the documents that changed."""
+    score, difference, error = (finite(values.get(metric + end)) for end in ("", "_difference", "_difference_stderr"))
+    cell = {"score": score, "text": task_score(values, metric), "difference": "", "flips": "", "beyond": False}
+    if place > 1 and difference is not None:
+        cell["difference"] = task_score(values, f"{metric}_difference", sign=True)
+        cell["flips"] = flips(values, metric)
+        cell["beyond"] = bool(error and abs(difference) > BEYOND * error)
+    return cell
 
 
 def write_page(comparison: Mapping[str, Any], path: Path) -> None:

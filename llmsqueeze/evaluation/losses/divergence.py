@@ -30,7 +30,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     logits = logits.float()
     if logits.device.type != "cpu":
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
-    from llmsqueeze.evaluation.logit_loops import normalisers
+    from llmsqueeze.evaluation.losses.logit_loops import normalisers
 
     z = torch.empty(len(logits), dtype=torch.float64)
     rows, out = _rows(logits), z.numpy()
@@ -43,7 +43,7 @@ def divergence(model: Tensor, baseline: Tensor, labels: Tensor) -> Divergence:
     q, p = model.float(), baseline.float()
     if q.device.type != "cpu":
         return by_torch(q, p, labels)
-    from llmsqueeze.evaluation.logit_loops import pairs
+    from llmsqueeze.evaluation.losses.logit_loops import pairs
 
     z_q, z_p, kl = torch.empty(3, len(q), dtype=torch.float64)
     changed = torch.empty(len(q), dtype=torch.int64)

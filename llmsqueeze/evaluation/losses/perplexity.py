@@ -3,10 +3,9 @@
     perplexity = exp(mean_t nll_t)                       nll_t = -log q_t[token t], q_t the model's distribution
     KL_t = sum_v p_t[v] (log p_t[v] - log q_t[v])        p_t the baseline's distribution; all in nats
 
-The windows cover the whole text and do not overlap. Each begins with BOS if the tokenizer has one, and t runs over all
-tokens after the first of each window. Losses are float32. A standard error treats the windows as the independent
-units, and the mean as a ratio of sums, because the last window may be shorter. Memory: the head's inputs for one batch
-of 4096 tokens, and the logits of both models for a slice of it (slices.py), at most LOGITS_BYTES each.
+t runs over the tokens that count, as windows.py says. Losses are float32. A standard error treats the windows as the
+independent units, and the mean as a ratio of sums, because the last window may be shorter. Memory: the head's inputs
+for one batch of 4096 tokens, and the logits of both models for a slice of it (slices.py), at most LOGITS_BYTES each.
 """
 
 from __future__ import annotations
@@ -20,17 +19,18 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.evaluation.divergence import divergence, token_losses
+from llmsqueeze.evaluation.losses.divergence import divergence, token_losses
+from llmsqueeze.evaluation.losses.slices import Logits, sliced
+from llmsqueeze.evaluation.losses.windows import Windows
 from llmsqueeze.evaluation.models import OpenModel
 from llmsqueeze.evaluation.scores import Evaluation, Scores
-from llmsqueeze.evaluation.slices import Logits, sliced
-from llmsqueeze.model.config import context_length, vocabulary
+from llmsqueeze.model.config import vocabulary
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 
 T = TypeVar("T")
+Batch = tuple[Tensor, int]  # tokens [rows, length]; how many of the last tokens of each row count
 BATCH_TOKENS = 4096
-DEFAULT_WINDOW = 2048
 LOGITS_BYTES = 128 << 20  # of one model's logits in float32, at a time
 
 
@@ -59,18 +59,12 @@ class PairedLosses:
         return float(self.kl.mean())
 
 
-def choose_window(opened: OpenModel, length: int | None) -> int:
-    """Tokens in a window of text: `length`, but no more than the context; by default the context, at most 2048."""
-    context = context_length(opened.model.config) or DEFAULT_WINDOW
-    return min(length or min(context, DEFAULT_WINDOW), context)
-
-
-def score_text(opened: OpenModel, baseline: OpenModel | None, rows: Sequence[Tensor], progress: Progress) -> Evaluation:
-    """Scores on token rows [1, length]. Raises UnsupportedError if the two vocabularies differ in size."""
-    window = rows[0].shape[1]
+def score_text(opened: OpenModel, baseline: OpenModel | None, windows: Windows, progress: Progress) -> Evaluation:
+    """Scores on the windows of a text. Raises UnsupportedError if the two vocabularies differ in size."""
     if baseline is None:
-        return Evaluation(text_scores(opened, losses(opened, rows, progress)), window=window)
-    pair = paired_losses(opened, baseline, rows, progress)
+        own = losses(opened, windows.rows, progress, windows.counted)
+        return Evaluation(text_scores(opened, own), window=windows.length)
+    pair = paired_losses(opened, baseline, windows.rows, progress, windows.counted)
     scores = replace(
         text_scores(opened, pair.model),
         kl_mean=pair.kl_mean,
@@ -78,7 +72,13 @@ def score_text(opened: OpenModel, baseline: OpenModel | None, rows: Sequence[Ten
         top1_changed=pair.changed / len(pair.kl),
     )
     same = replace(text_scores(baseline, pair.baseline), kl_mean=0.0, kl_p99=0.0, top1_changed=0.0)
-    return Evaluation(scores, same, None, window, pair.nll_difference, standard_error(pair.differences))
+    return Evaluation(
+        scores,
+        same,
+        window=windows.length,
+        nll_difference=pair.nll_difference,
+        nll_difference_stderr=standard_error(pair.differences),
+    )
 
 
 def no_scores(opened: OpenModel) -> Scores:
@@ -90,23 +90,28 @@ def text_scores(opened: OpenModel, per_window: list[Tensor]) -> Scores:
     """Perplexity, its standard error and the count of tokens, from the losses in each window."""
     every = torch.cat(per_window)
     perplexity = math.exp(min(float(every.mean()), 700.0))
-    stderr = perplexity * standard_error(per_window)
+    error = standard_error(per_window)
+    stderr = None if error is None else perplexity * error
     return replace(no_scores(opened), perplexity=perplexity, perplexity_stderr=stderr, tokens=len(every))
 
 
 @torch.no_grad()
-def losses(opened: OpenModel, rows: Sequence[Tensor], progress: Progress) -> list[Tensor]:
-    """The losses of each row [1, length], in nats: float64 [length - 1]."""
-    batches, logits = list(_batches(rows)), sliced(opened.model, rows[0])
+def losses(
+    opened: OpenModel, rows: Sequence[Tensor], progress: Progress, counted: Sequence[int] | None = None
+) -> list[Tensor]:
+    """The losses of the last `counted` tokens of each row [1, length], in nats: float64 [counted]; by default of all
+    that have one before them, length - 1."""
+    batches, logits = list(_batches(rows, counted)), sliced(opened.model, rows[0])
 
-    def of_batch(batch: Tensor) -> list[Tensor]:
-        parts = [token_losses(one, labels).cpu() for (one,), labels in _slices([logits], opened, batch)]
+    def of_batch(given: Batch) -> list[Tensor]:
+        batch = given[0]
+        parts = [token_losses(one, labels).cpu() for (one,), labels in _slices([logits], opened, *given)]
         return list(torch.cat(parts).view(len(batch), -1).unbind())
 
     return [losses for batch in _shared(batches, of_batch, progress) for losses in batch]
 
 
-def _shared(batches: Sequence[Tensor], of_batch: Callable[[Tensor], T], progress: Progress) -> list[T]:
+def _shared(batches: Sequence[Batch], of_batch: Callable[[Batch], T], progress: Progress) -> list[T]:
     """of_batch(batch) for every batch; each process takes some."""
     own = processes.turns(len(batches))
     values = [of_batch(batches[number]) for number in progress.over(own, "text", len(own))]
@@ -114,14 +119,24 @@ def _shared(batches: Sequence[Tensor], of_batch: Callable[[Tensor], T], progress
 
 
 @torch.no_grad()
-def paired_losses(opened: OpenModel, baseline: OpenModel, rows: Sequence[Tensor], progress: Progress) -> PairedLosses:
-    """The losses of both models on each row, and the divergences. Raises UnsupportedError for other vocabularies."""
+def paired_losses(
+    opened: OpenModel,
+    baseline: OpenModel,
+    rows: Sequence[Tensor],
+    progress: Progress,
+    counted: Sequence[int] | None = None,
+) -> PairedLosses:
+    """The losses of both models on each row, as `losses`, and the divergences.
+
+    Raises UnsupportedError for other vocabularies.
+    """
     if vocabulary(opened.model.config) != vocabulary(baseline.model.config):
         raise UnsupportedError("model and baseline have vocabularies of different size, so they cannot be compared")
-    batches, both = list(_batches(rows)), [sliced(one.model, rows[0]) for one in (opened, baseline)]
+    batches, both = list(_batches(rows, counted)), [sliced(one.model, rows[0]) for one in (opened, baseline)]
 
-    def of_batch(batch: Tensor) -> PairedLosses:
-        parts = [divergence(q, p, labels) for (q, p), labels in _slices(both, opened, batch)]
+    def of_batch(given: Batch) -> PairedLosses:
+        batch = given[0]
+        parts = [divergence(q, p, labels) for (q, p), labels in _slices(both, opened, *given)]
         own, others = (
             list(torch.cat(losses).cpu().view(len(batch), -1).unbind())
             for losses in ([one.model for one in parts], [one.baseline for one in parts])
@@ -138,32 +153,34 @@ def paired_losses(opened: OpenModel, baseline: OpenModel, rows: Sequence[Tensor]
     )
 
 
-def _batches(rows: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Rows of equal length, several at a time."""
+def _batches(rows: Sequence[Tensor], counted: Sequence[int] | None) -> Iterator[Batch]:
+    """Rows of equal length of which equally many tokens count, several at a time."""
     size = max(1, BATCH_TOKENS // rows[0].shape[1])
+    kinds = [(row.shape[1], row.shape[1] - 1 if counted is None else counted[i]) for i, row in enumerate(rows)]
     for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        for length in dict.fromkeys(row.shape[1] for row in chunk):
-            yield torch.cat([row for row in chunk if row.shape[1] == length])
+        chunk = range(start, min(start + size, len(rows)))
+        for kind in dict.fromkeys(kinds[i] for i in chunk):
+            yield torch.cat([rows[i] for i in chunk if kinds[i] == kind]), kind[1]
 
 
-def _slices(models: Sequence[Logits], opened: OpenModel, batch: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Over the predicted tokens of `batch` [rows, length]: logits [slice, vocabulary] per model, next tokens [slice].
-
-    The vocabulary and the device are those of `opened`.
+def _slices(
+    models: Sequence[Logits], opened: OpenModel, batch: Tensor, counted: int
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Over the last `counted` tokens of each row of `batch` [rows, length]: logits [slice, vocabulary] per model that
+    predict them, and the tokens [slice]. The vocabulary and the device are those of `opened`.
     """
-    labels = batch[:, 1:].flatten().to(opened.model.device)
+    labels = batch[:, -counted:].flatten().to(opened.model.device)
     size = max(1, LOGITS_BYTES // (4 * vocabulary(opened.model.config)))
-    states = [model.states(batch)[:, :-1].flatten(0, 1) for model in models]
+    states = [model.states(batch)[:, -counted - 1 : -1].flatten(0, 1) for model in models]
     for start in range(0, len(labels), size):
         part = slice(start, start + size)
         yield [model.logits(own[part]) for model, own in zip(models, states, strict=True)], labels[part]
 
 
-def standard_error(per_window: list[Tensor]) -> float:
-    """Standard error of the mean over all tokens, with the windows as the independent units; 0 for one window."""
+def standard_error(per_window: list[Tensor]) -> float | None:
+    """Standard error of the mean over all tokens, with the windows as the independent units; None for one window."""
     if len(per_window) < 2:
-        return 0.0
+        return None
     tokens = sum(len(values) for values in per_window)
     mean = float(torch.cat(per_window).mean())
     spread = sum((float(values.sum()) - mean * len(values)) ** 2 for values in per_window)
