@@ -43,7 +43,8 @@ class Verb(TyperCommand):
             from llmsqueeze.cli.console import print_error
 
             known = [name for param in self.params for name in param.opts if name.startswith("--")]
-            print_error(f"{ctx.info_name} has no option {wrong}{right_word(wrong, known)}")
+            said = f"{ctx.info_name} has no option {wrong}{right_word(wrong, known)}"
+            print_error(error.format_message() if wrong in known else said)
             raise typer.Exit(2) from error
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

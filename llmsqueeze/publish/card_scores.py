@@ -12,7 +12,16 @@ from llmsqueeze.formats.public import is_hub_id
 from llmsqueeze.publish import numbers
 from llmsqueeze.publish.folder import Folder, mapping, task_scores
 from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, integer, percent, significant
-from llmsqueeze.publish.scores import baseline, has_baseline, limited, made, reading, score, score_rows, task_score
+from llmsqueeze.publish.scores import (
+    baseline,
+    has_baseline,
+    limited,
+    made_and_stored,
+    reading,
+    score,
+    score_rows,
+    task_score,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -177,7 +186,7 @@ def _columns(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def _name(model: Mapping[str, Any]) -> str:
-    kind = f" ({made(model)})" if model.get("kind") else ""
+    kind = f" ({made_and_stored(model)})" if model.get("kind") else ""
     return f"{model.get('model')}{kind}{' *' if model.get('on_frontier') else ''}"
 
 

@@ -135,11 +135,14 @@ def score(scores: Mapping[str, Any], key: str, write: Callable[[float | None], s
 
 
 def made(model: Mapping[str, Any]) -> str:
-    """How a model was made: 'gptq, 3 bits, compressed-tensors'; of the original, or of what says no more, its kind."""
-    method, bits, kind = model.get("method"), finite(model.get("bits")), str(model.get("kind"))
-    parts = [
-        str(method) if method else "",
-        f"{bits:g} bits" if bits is not None else "",
-        "" if method == kind else kind,
-    ]
-    return ", ".join(part for part in parts if part)
+    """How a model was compressed: 'gptq, 3 bits'; of the original, or of what says no more, its kind."""
+    method, bits = model.get("method"), finite(model.get("bits"))
+    if not method:
+        return str(model.get("kind"))
+    return str(method) if bits is None else f"{method}, {bits:g} bits"
+
+
+def made_and_stored(model: Mapping[str, Any]) -> str:
+    """The same, and the format: 'gptq, 3 bits, compressed-tensors'."""
+    how, kind = made(model), str(model.get("kind"))
+    return how if kind == model.get("method") or kind == how else f"{how}, {kind}"

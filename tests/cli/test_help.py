@@ -49,6 +49,11 @@ def test_words_of_other_tools_are_those_of_the_verb() -> None:
     assert "eval has no option --dataset; here that is --text" in refused("eval", "demo", "--dataset", "x")
 
 
+def test_an_option_with_a_value_too_many_or_too_few() -> None:
+    assert "Option '--json' does not take a value." in refused("eval", "demo", "--json=yes")
+    assert "Option '--tasks' requires an argument." in refused("eval", "demo", "--tasks")
+
+
 def test_a_wrong_method_is_refused_before_anything_heavy_is_imported() -> None:
     script = (
         "import sys; from llmsqueeze.cli.app import app\n"

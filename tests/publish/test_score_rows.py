@@ -13,7 +13,7 @@ from llmsqueeze.publish.card import model_card
 from llmsqueeze.publish.numbers import chance
 from llmsqueeze.publish.page.comparison import comparison_page
 from llmsqueeze.publish.report import write_report
-from llmsqueeze.publish.scores import flips, made, score_rows
+from llmsqueeze.publish.scores import flips, made, made_and_stored, score_rows
 
 PAIRED = {"acc": 0.7, "acc_stderr": 0.02, "acc_difference": -0.01, "acc_difference_stderr": 0.003}
 CHANGED = {"acc_right_to_wrong": 12, "acc_wrong_to_right": 2, "acc_mcnemar_p": 0.01294}
@@ -121,7 +121,8 @@ def test_how_the_text_was_read_is_said(folder: Path) -> None:
     ],
 )
 def test_how_a_model_was_made(model: dict[str, Any], text: str) -> None:
-    assert made(model) == text
+    assert made_and_stored(model) == text
+    assert text.startswith(made(model))
 
 
 def test_changed_answers_are_on_the_page_of_a_comparison() -> None:

@@ -16,7 +16,6 @@ from llmsqueeze.publish.scores import reading, score_rows
 
 PROGRAMS = {"native": "llmsqueeze.load", "transformers": "stock transformers", "vllm": "vLLM"}
 SHOWN_ERRORS = 10
-FLIPS = "changed answers"
 ABOUT_FLIPS = "lost: from right to wrong; won: from wrong to right; p: of McNemar's exact test"
 
 
@@ -24,22 +23,19 @@ def print_evaluation(result: dict[str, Any]) -> None:
     """The scores before and after and their difference, or one column of scores without a baseline."""
     baseline = bool(result["baseline"])
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     rows = score_rows(result)
-    changed = any(row.flips for row in rows)
     for head in ("before", "after", "difference") if baseline else ("score",):
-        table.add_column(head, justify="right")
-    if changed:
-        table.add_column(FLIPS, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        cells = (row.before, row.after, row.difference, row.flips) if baseline else (row.after,)
-        table.add_row(row.name, *cells[: len(table.columns) - 1])
+        cells = (row.before, row.after, two_lines(row.difference, row.flips)) if baseline else (row.after,)
+        table.add_row(row.name, *cells)
     out = console()
     if result["text"]:
         out.print(text_line(result))
     print_limit(result)
     out.print(table)
-    if changed:
+    if any(row.flips for row in rows):
         out.print(ABOUT_FLIPS)
 
 
@@ -91,7 +87,7 @@ def comparison_cells(model: dict[str, Any]) -> list[str]:
     texts = row["texts"]
     return [
         "*" if row["on_frontier"] else "",
-        short_name(row["name"]) + (f"\n{row['kind']}" if row["role"] != "original" else ""),
+        two_lines(short_name(row["name"]), row["made"] if row["role"] != "original" else ""),
         size(row["nbytes"]),
         fixed(row["bits_per_weight"], 2),
         *(texts[key] for key in ("perplexity", "loss", "kl_mean", "kl_p99", "top1_changed")),
@@ -103,14 +99,19 @@ def tasks_table(tasks: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", overflow="fold")
     table.add_column("model", overflow="fold")
-    for head in ("score", "paired difference", FLIPS):
-        table.add_column(head, justify="right")
+    for head in ("score", "paired difference"):
+        table.add_column(head, justify="right", no_wrap=True)
     for at, (task, metric) in enumerate(tasks["heads"]):
         for name, place, cells in tasks["rows"]:
             cell = cells[at]
             head = f"{task} {metric}" if place == 1 else ""
-            table.add_row(head, short_name(name), cell["text"], cell["difference"], cell["flips"])
+            table.add_row(head, short_name(name), cell["text"], two_lines(cell["difference"], cell["flips"]))
     return table
+
+
+def two_lines(first: str, second: str) -> str:
+    """Two texts below each other, if there is a second."""
+    return f"{first}\n{second}" if second else first
 
 
 def short_name(model: str) -> str:

@@ -103,7 +103,7 @@ def refuse_unused(options: TaskOptions, types: dict[str, str]) -> None:
     names = ", ".join(types)
     if options.gen_kwargs:
         if GENERATING not in types.values():
-            raise RecipeError(f"--gen-kwargs is for tasks that generate text, and {names} compare likelihoods")
+            raise RecipeError(f"--gen-kwargs is for tasks that generate text; of {names} likelihoods are compared")
         from transformers import GenerationConfig
 
         known = {*GenerationConfig().to_dict(), *OWN_SETTINGS}
@@ -116,7 +116,7 @@ def refuse_unused(options: TaskOptions, types: dict[str, str]) -> None:
             "--system-instruction": options.system_instruction is not None,
         }
         if unused := [flag for flag, given in asked.items() if given]:
-            raise RecipeError(f"{unused[0]} is for tasks with a prompt, and {names} only read a text")
+            raise RecipeError(f"{unused[0]} is for tasks with a prompt; of {names} a whole text is read")
 
 
 def set_examples(name: str, task: Any, options: TaskOptions) -> list[str]:

@@ -18,7 +18,7 @@ from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, percent, signific
 from llmsqueeze.publish.page.pictures import frontier_picture
 from llmsqueeze.publish.page.render import render
 from llmsqueeze.publish.plots.figure import available
-from llmsqueeze.publish.scores import flips, made, reading, task_score
+from llmsqueeze.publish.scores import flips, made, made_and_stored, reading, task_score
 
 NUMBERS = (
     *("nbytes", "bits_per_weight", "perplexity", "perplexity_stderr", "nll_difference", "nll_difference_stderr"),
@@ -70,7 +70,8 @@ def model_row(place: int, model: Mapping[str, Any]) -> dict[str, Any]:
     return row | {
         "place": place,
         "name": str(model.get("model")),
-        "kind": made(model),
+        "kind": made_and_stored(model),
+        "made": made(model),
         "role": "original" if original else "this" if model.get("this") is True else "other",
         "on_frontier": model.get("on_frontier") is True,
         "texts": texts,
