@@ -23,7 +23,7 @@ from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.distillation.distill import distill
 from llmsqueeze.distillation.settings import make_distillation
 from llmsqueeze.evaluation.evaluate import evaluate
-from llmsqueeze.model.text import evaluation_text
+from llmsqueeze.text.source import evaluation_text
 
 DISTILLED: dict[str, dict[str, Any]] = {
     "kd": {},

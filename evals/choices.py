@@ -38,11 +38,13 @@ from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.losses.perplexity import losses, standard_error
 from llmsqueeze.evaluation.models import OpenModel, open_model
 from llmsqueeze.measure.shrinkage import Chance
-from llmsqueeze.model.text import load_tokenizer, read_text, windows
 from llmsqueeze.progress import Progress
 from llmsqueeze.quantizers.curvature import factorize
 from llmsqueeze.quantizers.descent import corrected_target
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.rows import windows
+from llmsqueeze.text.source import read_text
+from llmsqueeze.text.tokens import load_tokenizer
 
 share = Chance.share
 HELD_BACK = 4  # one line in so many

@@ -31,11 +31,11 @@ from torch import Tensor
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.evaluate import evaluate
-from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.parts.coding import rans
 from llmsqueeze.quantizers import coded
 from llmsqueeze.quantizers.curvature import Curvature
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.source import evaluation_text
 
 BITS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 ZERO_BITS = 2.05  # binary logarithm of the step, in sizes of the row, at which bits come to none

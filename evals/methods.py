@@ -17,9 +17,9 @@ from typing import Any
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.evaluation.evaluate import evaluate
-from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.source import evaluation_text
 
 GWQ = {"method": "gwq", "outlier_scope": "global", "outlier_ranking": "gradient-weight"}
 PAPER = {"method": "gwq", "outlier_scope": "layer", "outlier_ranking": "gradient"}

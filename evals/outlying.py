@@ -32,10 +32,12 @@ from torch import Tensor, nn
 
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.measure.moments import SecondMoments
-from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
+from llmsqueeze.text.rows import mixed_rows
+from llmsqueeze.text.source import calibration_texts
+from llmsqueeze.text.tokens import load_tokenizer
 
 GROUPS = {
     "self_attn.q_proj": (("q_proj", "k_proj", "v_proj"), "input_layernorm"),
@@ -91,8 +93,8 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as folder:
         file, others = held_back(args, Path(folder))
-        text = calibration_text(str(file), args.model)
-        rows = calibration_rows(text, load_tokenizer(args.model), args.samples, args.window, seed=0).rows
+        text = calibration_texts(str(file), args.model)
+        rows = mixed_rows(text, load_tokenizer(args.model), args.samples, args.window, seed=0).rows
     names = [f"model.layers.{block}.{name}" for block in args.blocks for name in GROUPS]
     calibration, held = (moments_of(model, names, given) for given in (rows, others))
     for name in names:

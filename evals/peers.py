@@ -98,18 +98,20 @@ def bits_of(settings: Settings) -> int | None:
 
 def calibration_tokens(args: argparse.Namespace) -> list[list[int]]:
     """The rows that `quantize` would draw."""
-    from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
+    from llmsqueeze.text.rows import mixed_rows
+    from llmsqueeze.text.source import calibration_texts
+    from llmsqueeze.text.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
-    text = calibration_text(args.calibration, str(args.model))
-    return [row[0].tolist() for row in calibration_rows(text, tokenizer, args.samples, args.window, seed=0).rows]
+    text = calibration_texts(args.calibration, str(args.model))
+    return [row[0].tolist() for row in mixed_rows(text, tokenizer, args.samples, args.window, seed=0).rows]
 
 
 def measured(args: argparse.Namespace, work: Path, common: Settings, settings: Settings) -> dict[str, Any]:
     """One row: the tool's process, and a real evaluation of what came out. Without settings nothing is quantized."""
     from llmsqueeze.cli.terminal import hush
     from llmsqueeze.evaluation.evaluate import evaluate
-    from llmsqueeze.model.text import evaluation_text
+    from llmsqueeze.text.source import evaluation_text
 
     hush()
     answer: dict[str, Any] = {"version": "", "bits_per_weight": None, "seconds": 0.0}

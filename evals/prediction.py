@@ -29,8 +29,8 @@ from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.measure.profile import Profile, load
 from llmsqueeze.model.original import Source
-from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.progress import Progress
+from llmsqueeze.text.source import evaluation_text
 
 
 def main() -> None:

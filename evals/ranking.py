@@ -32,11 +32,13 @@ from llmsqueeze.measure.sweeps import measure
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.original import Source
-from llmsqueeze.model.text import evaluation_text, load_tokenizer, windows
 from llmsqueeze.parts import Grid
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.rows import windows
+from llmsqueeze.text.source import evaluation_text
+from llmsqueeze.text.tokens import load_tokenizer
 
 WIDTHS = (2, 3)
 

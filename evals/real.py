@@ -32,8 +32,8 @@ from methods import add_arguments
 from llmsqueeze.allocation.prediction import LIKELY
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.evaluation.evaluate import evaluate
-from llmsqueeze.model.text import evaluation_text
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.source import evaluation_text
 
 Row = dict[str, Any]
 CHILD = "import json, sys, llmsqueeze; print(json.dumps(llmsqueeze.quantize(**json.loads(sys.argv[1]))))"

@@ -31,8 +31,8 @@ class Child:
 
 
 def tokenized_once() -> Callable[[str, Any], list[int]]:
-    """`text.token_ids`, which keeps what a fast tokenizer has made of a text."""
-    from llmsqueeze.model.text import token_ids
+    """`tokens.token_ids`, which keeps what a fast tokenizer has made of a text."""
+    from llmsqueeze.text.tokens import token_ids
 
     known = dict[tuple[str, str], list[int]]()
 
@@ -54,11 +54,15 @@ def _called(
 
     from llmsqueeze.formats import verify
     from llmsqueeze.formats.inspection.opening import Opened
-    from llmsqueeze.model import text
+    from llmsqueeze.text import rows
 
     os.dup2(os.open(errors, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     os.environ.update(environment)
     logging.disable_progress_bar()
-    text.token_ids = tokenized_once()
-    verify.open_as_user, verify.waiting = lambda *_: Opened(), nullcontext  # as in all other runs of the tests
+    rows.token_ids = tokenized_once()
+    verify.open_as_user, verify.waiting, verify.tried = (
+        lambda *_: Opened(),
+        nullcontext,
+        lambda *_: {},
+    )  # as in all others
     call(*given)

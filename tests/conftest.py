@@ -35,7 +35,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def texts_are_tokenized_once() -> Iterator[None]:
     """The same tokenizer gives the same text the same tokens: hundreds of runs read the same text."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("llmsqueeze.model.text.token_ids", tokenized_once())
+        patched.setattr("llmsqueeze.text.rows.token_ids", tokenized_once())
         yield
 
 
@@ -56,6 +56,7 @@ def results_are_not_opened() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("llmsqueeze.formats.verify.open_as_user", lambda *_: Opened())
         patched.setattr("llmsqueeze.formats.verify.waiting", nullcontext)
+        patched.setattr("llmsqueeze.formats.verify.tried", lambda *_: {})
         yield
 
 

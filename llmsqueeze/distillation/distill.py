@@ -33,10 +33,10 @@ from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoin
 from llmsqueeze.model.original import Source, open_original, pick_device
 from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.text import Calibration
 from llmsqueeze.parallel import processes
 from llmsqueeze.parts.grid import dtype_name
 from llmsqueeze.progress import Progress
+from llmsqueeze.text.rows import Calibration
 
 SETTINGS = "settings.json"
 PRODUCTS = ("float32", "bfloat16")

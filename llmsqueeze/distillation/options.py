@@ -16,7 +16,7 @@ BLOCK_TARGETS = ("stream", "inputs")
 def as_in_recipes(name: str, default: str = "") -> Any:
     """The option of a recipe of this name, with another default."""
     same: Option = Asked.option(name)
-    return option(same.check, same.text, default or same.default)
+    return option(same.check, same.text, default or same.default, flag=same.flag)
 
 
 class DistillationOptions(Table):
@@ -48,8 +48,10 @@ class DistillationOptions(Table):
     top_k: int | None = option(whole(1), "How many of the teacher's next tokens are kept", "128")
     held_back: int | None = option(whole(1), "Samples to measure on, not trained on", "32")
     calibration: str | None = as_in_recipes("calibration")
+    text_field: str | None = as_in_recipes("text_field")
     samples: int | None = as_in_recipes("samples", "256")
     seq_len: int | None = as_in_recipes("seq_len")
+    pack_documents: bool | None = as_in_recipes("pack_documents")
     seed: int | None = as_in_recipes("seed")
     products: str | None = one_of(
         ("auto", "float32", "bfloat16"),

@@ -43,8 +43,10 @@ class Distillation:
     top_k: int = 128
     held_back: int = 32
     calibration: str | None = None
+    text_field: str | None = None
     samples: int = 256
     seq_len: int = 2048
+    pack_documents: bool = True
     seed: int = 0
     products: str = "auto"
 
@@ -69,7 +71,8 @@ class Distillation:
     @property
     def text(self) -> TextSettings:
         """The settings of the text."""
-        return TextSettings(self.calibration, self.samples, self.seq_len, self.seed)
+        drawn = self.samples, self.seq_len, self.seed
+        return TextSettings(self.calibration, *drawn, self.text_field, self.pack_documents)
 
 
 def make_distillation(given: Mapping[str, Any]) -> Distillation:

@@ -30,9 +30,9 @@ from llmsqueeze.files import COMPARISON, read_json_if_there, write_json
 from llmsqueeze.formats.public import shown
 from llmsqueeze.model.original import pick_device
 from llmsqueeze.model.precision import DTYPES
-from llmsqueeze.model.text import Text
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.values import choice
+from llmsqueeze.text.document import Text
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from llmsqueeze.evaluation.tasks.scores import TaskScores
 from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.original import pick_device
 from llmsqueeze.model.precision import DTYPES
-from llmsqueeze.model.text import DEMO, Text, evaluation_text
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.values import choice
+from llmsqueeze.text.document import Text
+from llmsqueeze.text.source import DEMO, evaluation_text
 
 
 def evaluate(

@@ -16,9 +16,9 @@ from llmsqueeze.memory import keep_freed
 from llmsqueeze.model.casting import compute_in
 from llmsqueeze.model.original import locate
 from llmsqueeze.model.precision import computing_dtype
-from llmsqueeze.model.text import check_ids, load_tokenizer
 from llmsqueeze.parts import dtype_name
 from llmsqueeze.progress import Progress
+from llmsqueeze.text.tokens import check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

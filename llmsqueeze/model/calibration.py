@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,22 +14,20 @@ from llmsqueeze.model.config import context_length
 from llmsqueeze.model.original import Original
 from llmsqueeze.model.sampling import SOURCE as SAMPLED
 from llmsqueeze.model.sampling import sample_rows
-from llmsqueeze.model.text import (
-    SELF,
-    Calibration,
-    Text,
-    calibration_rows,
-    calibration_text,
-    check_ids,
-    hashed,
-    load_tokenizer,
-)
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.recipe.recipe import TextSettings
+from llmsqueeze.text.chat import rendered
+from llmsqueeze.text.document import Text
+from llmsqueeze.text.rows import Calibration, enough_characters, hashed, mixed_rows
+from llmsqueeze.text.source import SELF, calibration_texts
+from llmsqueeze.text.tokens import check_ids, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+BEGINNING = 200  # characters of the first row that a summary shows
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,15 @@ class Earlier:
     seq_len: int
     seed: int
     sha256: str
+    pack: bool
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Earlier | None:
         """The draw that a compressed folder was made with; None if its record tells of none."""
         try:
-            drawn, seed = record["calibration"], record["recipe"]["seed"]
-            return cls(int(drawn["samples"]), int(drawn["seq_len"]), int(seed), str(drawn["sha256"]))
+            drawn, recipe = record["calibration"], record["recipe"]
+            counts = int(drawn["samples"]), int(drawn["seq_len"]), int(recipe["seed"])
+            return cls(*counts, str(drawn["sha256"]), bool(recipe.get("pack_documents", True)))
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -68,42 +68,53 @@ def read_calibration(
     skeleton, trust = original.skeleton, original.source.trust_remote_code
     context = context_length(skeleton.model.config) or settings.seq_len
     tokenizer, seq_len = load_tokenizer(original.path, trust), min(settings.seq_len, context)
-    text = text_or_self(original.source.model, settings.calibration, progress)
-    if text is None:
-        count, device = settings.samples + held_back, device or torch.device("cpu")
+    count = settings.samples + held_back
+    texts = texts_or_self(original.source.model, settings, enough_characters(2 * count, seq_len), progress)
+    if texts is None:
         seed = settings.seed + (earlier is not None)  # for other rows
+        device = device or torch.device("cpu")
         rows = sample_rows(original.path, tokenizer, count, seq_len, seed, device, trust, progress)
         return hashed(SAMPLED, rows[: settings.samples], rows[settings.samples :])
-    seen = () if earlier is None else rows_of(earlier, text, tokenizer)
-    calibration = calibration_rows(text, tokenizer, settings.samples, seq_len, settings.seed, held_back, seen)
+    texts = [rendered(text, tokenizer) for text in texts]
+    for note in [note for text in texts for note in text.notes]:
+        progress.note(note)
+    seen = () if earlier is None else rows_of(earlier, texts, tokenizer)
+    drawn = settings.samples, seq_len, settings.seed, held_back, seen, settings.pack_documents
+    calibration = mixed_rows(texts, tokenizer, *drawn)
     check_ids([*calibration.rows, *calibration.held_back], skeleton.embedding_shape[0])
-    count = len(calibration.rows)
-    if count < settings.samples:
-        progress.note(f"the calibration text fills {count} samples of {seq_len} tokens, not {settings.samples}")
-    return calibration
+    if (count := len(calibration.rows)) < settings.samples:
+        rows_ = f"samples of {seq_len} tokens" if settings.pack_documents else "samples, one a document"
+        progress.note(f"the calibration text fills {count} {rows_}, not {settings.samples}")
+    return replace(calibration, begins=beginning(calibration.rows[0], tokenizer))
 
 
-def rows_of(earlier: Earlier, text: Text, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+def beginning(row: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first characters of a row [1, length], as the model sees them."""
+    text: Any = tokenizer.decode(row[0, : 2 * BEGINNING])
+    return str(text)[:BEGINNING]
+
+
+def rows_of(earlier: Earlier, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """The rows of an earlier draw; none if it was from another text."""
     try:
-        again = calibration_rows(text, tokenizer, earlier.samples, earlier.seq_len, earlier.seed)
+        again = mixed_rows(texts, tokenizer, earlier.samples, earlier.seq_len, earlier.seed, pack=earlier.pack)
     except CalibrationError:
         return []
     return again.rows if again.sha256 == earlier.sha256 else []
 
 
-def text_or_self(model: str, calibration: str | None, progress: Progress) -> Text | None:
-    """The text that `calibration` names, or the default text of `model`.
+def texts_or_self(model: str, settings: TextSettings, enough: int, progress: Progress) -> list[Text] | None:
+    """The texts that `settings.calibration` names, `enough` characters of each, or the default text of `model`.
 
-    None: the model generates the text, because `calibration` is `self`, or because it names no text and the default
-    text cannot be read. Raises HubError if a named text cannot be read.
+    None: the model generates the text, because its name is `self`, or because no text is named and the default text
+    cannot be read. Raises HubError if a named text cannot be read.
     """
-    if calibration == SELF:
+    if settings.calibration == SELF:
         return None
     try:
-        return calibration_text(calibration, model)
+        return calibration_texts(settings.calibration, model, settings.text_field, enough)
     except HubError as error:
-        if calibration is not None:
+        if settings.calibration is not None:
             raise
         progress.note(
             f"{first_line(error).partition(';')[0]}: the model generates the calibration text, which costs some "

@@ -19,10 +19,10 @@ from llmsqueeze.errors import UnsupportedError, foreign
 from llmsqueeze.model.casting import compute_in
 from llmsqueeze.model.config import auto_class, load_config
 from llmsqueeze.model.precision import computing_dtype
-from llmsqueeze.model.text import check_ids
 from llmsqueeze.parts import dtype_name
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
+from llmsqueeze.text.tokens import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +60,9 @@ def open_model(path: Path, device: torch.device, trust_remote_code: bool, progre
     Raises UnsupportedError if transformers cannot open it.
     """
     with foreign(UnsupportedError, f"transformers cannot open {path}"):
-        model: Any = auto_class(load_config(path, trust_remote_code)).from_pretrained(
-            path, dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code
+        config = load_config(path, trust_remote_code)
+        model: Any = auto_class(config).from_pretrained(
+            path, config=config, dtype="auto", device_map={"": device}, trust_remote_code=trust_remote_code
         )
     if (chosen := computing_dtype(model.dtype, device)) != model.dtype:
         progress.note(f"the model is {dtype_name(model.dtype)}, computed in {dtype_name(chosen)}, which is faster here")

@@ -11,6 +11,7 @@ from llmsqueeze.recipe.values import (
     bits,
     boolean,
     choice,
+    field,
     flag,
     fraction,
     group_size,
@@ -31,6 +32,7 @@ def one_of(names: Choices, text: str, default: str = "", **more: Any) -> Any:
     """An option that takes one of some names."""
 
     def check(key: str, value: Any) -> str:
+        key = str(more.get("flag", key)).removeprefix("--")
         return choice(names() if callable(names) else names)(key, value)
 
     return option(check, text, default, choices=names, **more)
@@ -55,6 +57,12 @@ class Asked(Table):
         "A whole number: the width of the codes; a method that mixes widths gets the bytes of codes of that width. "
         "With a decimal point (2.7, 3.0): the average over the compressed weights, everything counted",
         "3",
+    )
+    target: str | None = one_of(
+        ("transformers", "vllm", "llama.cpp", "smallest"),
+        "Set method and format by what is to open the result",
+        "transformers, if they can represent it",
+        flag="--for",
     )
     size: int | None = option(
         nbytes, "Budget for all weights of the folder, embeddings included: 4GB, 900MB", as_text=True
@@ -146,11 +154,21 @@ class Asked(Table):
     distill_loss: str | None = one_of(("kd", "dad"), "kd, or dad (the paper's, deviation-aware)", "kd")
     calibration: str | None = option(
         text,
-        "Text file (txt, jsonl), Hub data set name[:config[:split]], or self: the model generates the text",
+        "Text: file (txt, jsonl, json, csv, parquet, arrow; .gz), folder of datasets, Hub data set "
+        "name[:config[:split]], several with shares (a.jsonl:0.7,b.txt:0.3), or self: the model generates it",
         "WikiText-2 train",
+    )
+    text_field: str | None = option(
+        field, "Field of the rows that has the text or the chat", "messages, text and others by their names"
     )
     samples: int | None = option(whole(1), "Calibration samples", "128")
     seq_len: int | None = option(whole(2), "Tokens in a sample, at most the context", "2048")
+    pack_documents: bool | None = option(
+        boolean,
+        "Samples go on from document to document; --no-pack: each is the beginning of one, unpadded",
+        "packed",
+        flag="--pack-documents/--no-pack",
+    )
     seed: int | None = option(whole(0, 2**63 - 1), "Seed of everything random", "0")
     products: str | None = one_of(
         ("auto", "float32", "bfloat16"),

@@ -8,19 +8,23 @@ from typing import Any
 
 from llmsqueeze.recipe.methods import METHODS, Method, methods_of
 
-TEXT = ("calibration", "samples", "seq_len", "products")
+TEXT = ("calibration", "text_field", "samples", "seq_len", "pack_documents", "products")
 NEEDS_GRADIENTS = ("gradient", "gradient-weight", "gradient-error")  # rankings of outliers
 
 
 @dataclass(frozen=True)
 class TextSettings:
     """Which text to calibrate on, and how much of it. calibration: a file, a Hub data set, `self`, or None for the
-    default; samples: how many rows; seq_len: tokens in each; seed: of their order."""
+    default; samples: how many rows; seq_len: tokens in each; seed: of their order; text_field: the field of a data
+    set's rows that has the text, None to find it; pack_documents: rows go on from document to document, else a row is
+    the beginning of one."""
 
     calibration: str | None
     samples: int
     seq_len: int
     seed: int
+    text_field: str | None = None
+    pack_documents: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,10 @@ class Recipe:
     distill_steps: int
     distill_loss: str
     calibration: str | None
+    text_field: str | None
     samples: int
     seq_len: int
+    pack_documents: bool
     seed: int
     products: str
     skip: tuple[str, ...]
@@ -178,7 +184,8 @@ class Recipe:
     @property
     def text(self) -> TextSettings:
         """The settings of the calibration text."""
-        return TextSettings(self.calibration, self.samples, self.seq_len, self.seed)
+        drawn = self.samples, self.seq_len, self.seed
+        return TextSettings(self.calibration, *drawn, self.text_field, self.pack_documents)
 
     def unused(self) -> dict[str, str]:
         """Options that say nothing of this recipe, and what each would need."""
@@ -194,6 +201,10 @@ class Recipe:
         }
         needs["all_experts"] = needs["inputs"]
         needs |= dict.fromkeys(TEXT, (self.needs_text or self.distill_steps, no_text))
+        if self.calibration in (None, "self", "demo"):
+            needs["text_field"] = (False, "needs --calibration with a file, a folder or a data set")
+        if self.calibration == "self":
+            needs["pack_documents"] = (False, "does not apply to --calibration self, which has no documents")
         return {name: why for name, (used, why) in needs.items() if not used}
 
     def as_dict(self) -> dict[str, Any]:
@@ -206,7 +217,8 @@ class Recipe:
         return plain | ({"mix": dict(self.mix)} if self.mix else {})
 
     def _has(self, option: str) -> bool:
-        """Whether the option belongs to the method, and is not a flag that is off."""
+        """Whether the option belongs to the method, and is not a flag at its default."""
         off = option in ("dual", "code_embeddings", "all_experts") and not getattr(self, option)
         off = off or (option == "vision" and not self.rounds_towers)
+        off = off or (option == "pack_documents" and self.pack_documents)
         return not off and (option in self.entry.allows or not methods_of(option))

@@ -11,6 +11,7 @@ from llmsqueeze.recipe.conflicts import conflicts, unfollowed
 from llmsqueeze.recipe.methods import BUDGETS, DEFAULT, DEFAULTS, METHODS, Method, methods_of
 from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.recipe.targets import against_target, with_target
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (128, 64, 32)  # that a default may take
@@ -23,7 +24,8 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
 
 def resolve(asked: Asked) -> Recipe:
     """`asked` with every open setting decided. Raises RecipeError for options that cannot be followed together."""
-    given = asked.asked
+    refuse(against_target(asked.asked))
+    given = with_target(asked.asked)
     entry = METHODS[chosen_method(given)]
     refuse(conflicts(given, entry))
     recipe = filled(given, entry)
@@ -89,7 +91,7 @@ def filled(given: Mapping[str, Any], entry: Method) -> Recipe:
     names = {field.name for field in dataclasses.fields(Recipe)}
     neutral: dict[str, Any] = {"high_bits": 0, "low_bits": 0, "mix": (), "granularity": "", "widths": ()}
     neutral |= {"group_sizes": (), "row_outliers": (), "dual": False, "portable": None, "code_embeddings": False}
-    neutral |= {"all_experts": False, "vision": "dense"}
+    neutral |= {"all_experts": False, "vision": "dense", "pack_documents": True}
     neutral |= {"calibration": None, "size": None, "max_ppl_increase": None, "max_kl": None}
     settings: dict[str, Any] = {name: values.get(name, neutral.get(name)) for name in names - {"group_size_open"}}
     return Recipe(**settings, group_size_open="group_size" not in given)

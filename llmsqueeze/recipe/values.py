@@ -191,6 +191,13 @@ def text(key: str, value: Any) -> str:
     return value
 
 
+def field(key: str, value: Any) -> str:
+    """A check for the name of a field."""
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f"{flag(key)} must be the name of a field, not {value!r}")
+    return value
+
+
 def patterns(key: str, value: Any) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):

@@ -35,10 +35,12 @@ from llmsqueeze.distillation.settings import Distillation, make_distillation
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.model.calibration import Earlier, read_calibration, rows_of
 from llmsqueeze.model.original import Source, open_original
-from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import TextSettings
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.rows import mixed_rows
+from llmsqueeze.text.source import calibration_texts, read_text
+from llmsqueeze.text.tokens import load_tokenizer
 
 VOCABULARY = 626  # of the demo
 SHORT = {"samples": 6, "held_back": 3, "batch_size": 2, "seq_len": 32, "calibration": "demo"}
@@ -48,7 +50,7 @@ Run = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def stories() -> str:
     """The beginning of the demo's text; to write and cut up all of it takes as long as a short distillation."""
-    return calibration_text(None, "demo").content[:20_000]
+    return read_text("demo", "train").content[:20_000]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,12 +130,12 @@ def measured(original_of: Callable[[Path], Path]) -> Callable[[Path], float]:
     @functools.cache
     def divergence(folder: Path) -> float:
         original = AutoModelForCausalLM.from_pretrained(original_of(folder), dtype=torch.float32).eval()
-        text = calibration_text(None, "demo")
+        texts = calibration_texts(None, "demo")
         tokenizer = load_tokenizer(original_of(folder))
         earlier = Earlier.of(json.loads((folder / "llmsqueeze.json").read_text()))
-        seen = rows_of(earlier, text, tokenizer) if earlier else ()
+        seen = rows_of(earlier, texts, tokenizer) if earlier else ()
         of = SHORT["samples"], SHORT["seq_len"], 0, SHORT["held_back"]
-        rows = calibration_rows(text, tokenizer, *of, seen).held_back
+        rows = mixed_rows(texts, tokenizer, *of, seen).held_back
         assert len(rows) == 3
         opened = llmsqueeze.load(str(folder), dtype=torch.float32)
         per_token = []

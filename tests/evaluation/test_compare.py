@@ -37,11 +37,13 @@ from llmsqueeze.evaluation.tasks.scores import TaskScores
 from llmsqueeze.formats.entries import read_entries, read_parts
 from llmsqueeze.formats.export import export
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
 from llmsqueeze.progress import Progress
 from llmsqueeze.publish.plots.draw import draw_frontier
 from llmsqueeze.publish.plots.figure import available
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.document import Text
+from llmsqueeze.text.source import evaluation_text
+from llmsqueeze.text.tokens import load_tokenizer
 
 CPU = torch.device("cpu")
 WINDOW = 48
@@ -90,7 +92,7 @@ def compared(original_dir: Path, folders: dict[str, Path], words: str) -> dict[s
         str(original_dir),
         names,
         bnb_types=["nf4", "int8"],
-        text=Text("words", words),
+        text=Text("words", (words,)),
         tasks=[TASK_NAME],
         window=WINDOW,
         limit=DOCUMENTS,  # more than there are windows

@@ -29,9 +29,12 @@ from llmsqueeze.evaluation.tasks import definitions
 from llmsqueeze.evaluation.tasks.run import find_tasks
 from llmsqueeze.evaluation.tasks.scores import metrics_of
 from llmsqueeze.model import precision
-from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer, windows
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.document import Text
+from llmsqueeze.text.rows import windows
+from llmsqueeze.text.source import evaluation_text
+from llmsqueeze.text.tokens import load_tokenizer
 
 
 def test_perplexity_is_that_of_the_protocol(demo_dir: Path) -> None:
@@ -46,7 +49,7 @@ def test_perplexity_is_that_of_the_protocol(demo_dir: Path) -> None:
         logits = model(torch.tensor([window])).logits[0].float().log_softmax(-1)
         total -= sum(float(logits[i, window[i + 1]].detach()) for i in range(len(window) - 1))
         count += len(window) - 1
-    result = evaluate("demo", text=Text("t", words), window=64)
+    result = evaluate("demo", text=Text("t", (words,)), window=64)
     assert result.scores.tokens == count == len(ids)
     assert result.scores.perplexity == pytest.approx(math.exp(total / count), rel=2e-3)  # batches round bf16 otherwise
     assert result.scores.perplexity_stderr is not None
@@ -57,7 +60,7 @@ def test_perplexity_is_that_of_the_protocol(demo_dir: Path) -> None:
 def test_known_perplexities(shared: Path, name: str, expected: float) -> None:
     """The first 8 windows of TinyStories; over the whole text the published figures are 4.66 and 2.28."""
     content = (shared / "data" / "tinystories" / "eval.txt").read_text()[:60_000]
-    result = evaluate(shared / "models" / name, text=Text("t", content), limit=8)
+    result = evaluate(shared / "models" / name, text=Text("t", (content,)), limit=8)
     assert result.scores.perplexity == pytest.approx(expected, rel=1e-3)
 
 
@@ -93,7 +96,7 @@ def test_the_dtype_is_chosen_by_the_trial_and_named(
     demo_of: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Model and baseline alike; the user hears of it once, and only of another dtype than the file's."""
-    folder, words = demo_of(1), Text("t", "Anna has a ball . " * 30)
+    folder, words = demo_of(1), Text("t", ("Anna has a ball . " * 30,))
     for seconds, name, count in ((0.2, "float32", 1), (5.0, "bfloat16", 0)):
         monkeypatch.setattr(
             precision, "trial_seconds", lambda _, among, t=seconds: dict.fromkeys(among, 1.0) | {torch.float32: t}
@@ -112,7 +115,7 @@ def test_the_dtype_is_chosen_by_the_trial_and_named(
 
 
 def test_the_dtype_changes_a_result_only_slightly(demo_of: Callable[[int], Path]) -> None:
-    words = Text("t", evaluation_text("demo", "demo").content[:3000])
+    words = Text("t", (evaluation_text("demo", "demo").content[:3000],))
     stored, single = (
         evaluate(demo_of(2), text=words, window=64, dtype=dtype).scores for dtype in ("stored", "float32")
     )
@@ -164,7 +167,7 @@ def test_other_vocabularies_cannot_be_compared(demo_of: Callable[[int], Path], t
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": len(tensors[embeddings])}))
     with pytest.raises(UnsupportedError, match="vocabularies of different size"):
-        evaluate(demo_of(1), other, text=Text("t", "a b c " * 50))
+        evaluate(demo_of(1), other, text=Text("t", ("a b c " * 50,)))
 
 
 def test_lm_eval_task_from_a_local_file(
@@ -218,7 +221,9 @@ def test_task_scores_are_those_of_lm_evals_own_entry(
 @pytest.mark.thorough
 def test_the_demos_task_shows_the_cost_of_two_bits(tmp_path: Path) -> None:
     quantize("demo", make_recipe({"method": "rtn", "bits": 2}), tmp_path / "out", verify=False)
-    result = evaluate(tmp_path / "out", "demo", tasks=["demo_stories"], text=Text("t", "Anna has a ball ."), limit=40)
+    result = evaluate(
+        tmp_path / "out", "demo", tasks=["demo_stories"], text=Text("t", ("Anna has a ball .",)), limit=40
+    )
     assert result.baseline is not None
     before, after = (scores.tasks["demo_stories"]["acc"] for scores in (result.baseline, result.scores))
     assert before > 0.6

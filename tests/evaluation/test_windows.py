@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from llmsqueeze.errors import CalibrationError, HubError, RecipeError
 from llmsqueeze.evaluation.evaluate import evaluate
 from llmsqueeze.evaluation.losses.windows import hub_rows, papers_text, strided_rows
-from llmsqueeze.model.text import Text, evaluation_text, load_tokenizer
+from llmsqueeze.text.document import Text
+from llmsqueeze.text.source import evaluation_text
+from llmsqueeze.text.tokens import load_tokenizer
 
 LINES = " \n = Anna = \n \n Anna has a ball . \n She is at home . \n \n"
 
@@ -51,7 +53,7 @@ def test_with_a_stride_every_token_counts_once(model: Any, folder: Path, stride:
     for at in range(0 if bos else 1, len(ids)):
         first = next(k * stride for k in range(len(ids)) if k * stride + held > at)
         twin.append(loss(model, start + ids[first:at], ids[at]))
-    rows, counted = strided_rows(Text("t", words), tokenizer, length, stride)
+    rows, counted = strided_rows(Text("t", (words,)), tokenizer, length, stride)
     assert max(row.shape[1] for row in rows) == length
     assert counted[1:-1] == [stride] * (len(rows) - 2)
     assert sum(counted) == len(twin)
@@ -62,19 +64,19 @@ def test_with_a_stride_every_token_counts_once(model: Any, folder: Path, stride:
     ]
     assert own == pytest.approx(twin, rel=1e-6)
     if bos:
-        result = evaluate(folder, text=Text("t", words), window=length, stride=stride, dtype="float32")
+        result = evaluate(folder, text=Text("t", (words,)), window=length, stride=stride, dtype="float32")
         assert result.scores.perplexity == pytest.approx(math.exp(sum(twin) / len(twin)), rel=1e-5)
         assert (result.scores.tokens, result.stride) == (len(twin), stride)
 
 
 def test_the_longest_stride_is_the_usual_protocol(folder: Path) -> None:
-    words = Text("t", evaluation_text("demo", "demo").content[:600])
+    words = Text("t", (evaluation_text("demo", "demo").content[:600],))
     usual, strided = (evaluate(folder, text=words, window=32, stride=stride).scores for stride in (None, 31))
     assert usual == strided
 
 
 def test_differences_from_a_baseline_are_of_the_tokens_that_count(folder: Path, demo_of: Callable[[int], Path]) -> None:
-    words = Text("t", evaluation_text("demo", "demo").content[:600])
+    words = Text("t", (evaluation_text("demo", "demo").content[:600],))
     both = evaluate(folder, demo_of(2), text=words, window=32, stride=7, dtype="float32")
     alone = [evaluate(one, text=words, window=32, stride=7, dtype="float32").scores for one in (folder, demo_of(2))]
     assert both.baseline is not None
@@ -143,11 +145,11 @@ def test_what_cannot_be_read_is_one_error(folder: Path, tmp_path: Path, monkeypa
     with pytest.raises(RecipeError, match="--stride is 300; it must be below the window of 256 tokens"):
         evaluate(folder, text=str(tmp_path / "t.txt"), stride=300)
     with pytest.raises(CalibrationError, match="too few to predict one"):
-        strided_rows(Text("t", ""), load_tokenizer(folder), 32, 4)
+        strided_rows(Text("t", ("",)), load_tokenizer(folder), 32, 4)
 
 
 def test_a_share_of_the_windows(folder: Path) -> None:
-    words = Text("t", evaluation_text("demo", "demo").content[:3000])
+    words = Text("t", (evaluation_text("demo", "demo").content[:3000],))
     whole, tenth = (evaluate(folder, text=words, window=32, limit=limit) for limit in (None, 0.1))
     assert tenth.limit == 0.1
     assert tenth.scores.tokens == 31 * math.ceil(math.ceil(whole.scores.tokens / 31) * 0.1)

@@ -20,12 +20,16 @@ from llmsqueeze.demo import MODEL_DIR
 from llmsqueeze.errors import CalibrationError, HubError, UnsupportedError
 from llmsqueeze.formats import load
 from llmsqueeze.model import sampling
-from llmsqueeze.model.calibration import text_or_self
+from llmsqueeze.model.calibration import texts_or_self
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.sampling import continued, first_tokens, sample_rows
-from llmsqueeze.model.text import Calibration, Text, evaluation_text, hashed, load_tokenizer
 from llmsqueeze.progress import Progress
+from llmsqueeze.recipe.recipe import TextSettings
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.document import Text
+from llmsqueeze.text.rows import Calibration, hashed
+from llmsqueeze.text.source import evaluation_text
+from llmsqueeze.text.tokens import load_tokenizer
 
 CPU = torch.device("cpu")
 VOCABULARY = 626
@@ -201,11 +205,11 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A Hub that cannot be reached, and the names of the data sets in the requests to it."""
     asked: list[str] = []
 
-    def read(name: str, config: str | None, split: str) -> str:
+    def read(name: str, *_: Any) -> Text:
         asked.append(name)
         raise HubError(f"the data set {name} cannot be read from the Hub (ConnectionError); name a local text file")
 
-    monkeypatch.setattr("llmsqueeze.model.text._read_hub", read)
+    monkeypatch.setattr("llmsqueeze.text.source.read_hub", read)
     return asked
 
 
@@ -214,7 +218,7 @@ def test_without_the_hub_it_falls_back_and_says_so(small: str, no_hub: list[str]
     text = text_of(small, notes)
     assert no_hub == ["Salesforce/wikitext"]
     assert text.source == sampling.SOURCE
-    (note,) = [text for text in notes.texts if "faster here" not in text]  # which depends on the processor
+    note = notes.texts[0]
     assert "cannot be read from the Hub" in note
     assert "the model generates the calibration text" in note
     assert "--calibration" in note
@@ -233,21 +237,20 @@ def test_a_named_text_that_cannot_be_read_is_an_error(small: str, no_hub: list[s
 def test_other_errors_do_not_fall_back(source: str | None, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user must know of a text that exists but cannot be used."""
 
-    def read(name: str, config: str | None, split: str) -> str:
+    def read(name: str, *_: Any) -> Text:
         raise CalibrationError(f"the data set {name} has no 'text' column")
 
-    monkeypatch.setattr("llmsqueeze.model.text._read_hub", read)
+    monkeypatch.setattr("llmsqueeze.text.source.read_hub", read)
     with pytest.raises(CalibrationError, match="no 'text' column"):
         text_of(small, calibration=source)
 
 
 def test_the_hubs_text_is_taken_if_it_can_be_read(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmsqueeze.model.text._read_hub", lambda name, config, split: "Tom has a red ball. " * 50)
+    monkeypatch.setattr("llmsqueeze.text.source.read_hub", lambda *_: Text("the text", ("Tom has a red ball. " * 50,)))
     notes = Notes()
-    assert text_or_self(small, None, notes) == Text(
-        "Salesforce/wikitext wikitext-2-raw-v1 train", "Tom has a red ball. " * 50
-    )
-    assert text_or_self(small, "self", notes) is None
+    none, by_itself = (TextSettings(name, 3, 16, 0) for name in (None, "self"))
+    assert texts_or_self(small, none, 1000, notes) == [Text("the text", ("Tom has a red ball. " * 50,))]
+    assert texts_or_self(small, by_itself, 1000, notes) is None
     assert notes.texts == []
 
 

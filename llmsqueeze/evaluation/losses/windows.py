@@ -27,7 +27,11 @@ from llmsqueeze.errors import CalibrationError, HubError, RecipeError, foreign
 from llmsqueeze.evaluation.models import OpenModel
 from llmsqueeze.evaluation.options import PAPERS, Reading, part_of
 from llmsqueeze.model.config import context_length
-from llmsqueeze.model.text import WIKITEXT, Text, read_text, token_ids, windows
+from llmsqueeze.text.chat import rendered
+from llmsqueeze.text.document import Text
+from llmsqueeze.text.rows import windows
+from llmsqueeze.text.source import WIKITEXT, read_text
+from llmsqueeze.text.tokens import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +51,7 @@ class Windows:
 
 def read_windows(opened: OpenModel, text: Text, reading: Reading) -> Windows:
     """The windows of a text for a model. Raises RecipeError for windows that the model cannot read."""
-    length = choose_window(opened, reading)
+    length, text = choose_window(opened, reading), rendered(text, opened.tokenizer)
     if reading.protocol == PAPERS:
         rows = papers_rows(text, opened.tokenizer, length)
         counted = [length - 1] * len(rows)
@@ -118,10 +122,10 @@ def papers_text(source: str | None) -> Text:
     """
     path = None if source is None else Path(source).expanduser()
     if path is not None and path.suffix != ".jsonl" and path.is_file():
-        return Text(path.name, SEPARATOR.join(hub_rows(read_text(str(path), split="test").content)))
+        return Text(path.name, (SEPARATOR.join(hub_rows(read_text(str(path), "test").content)),))
     if source is not None:
         raise CalibrationError(f"--protocol papers reads WikiText-2 or a text file, and {source} is neither")
-    return Text(f"{WIKITEXT.replace(':', ' ')} test", SEPARATOR.join(_wikitext_rows()))
+    return Text(f"{WIKITEXT.replace(':', ' ')} test", (SEPARATOR.join(_wikitext_rows()),))
 
 
 def hub_rows(content: str) -> list[str]:
