@@ -22,7 +22,7 @@ from torch import Tensor
 from llmsqueeze.errors import CheckpointError, UnsupportedError, VerificationError
 from llmsqueeze.formats.check import check, form_errors
 from llmsqueeze.formats.folder import Output, digest, flush
-from llmsqueeze.formats.inspection.opening import TRIED, Opened, open_as_user
+from llmsqueeze.formats.inspection.opening import TRIED, Given, Opened, open_as_user, tried
 from llmsqueeze.formats.inspection.reading import (
     Expected,
     Findings,
@@ -32,7 +32,7 @@ from llmsqueeze.formats.inspection.reading import (
 )
 from llmsqueeze.formats.inspection.rerun import rerun, skeleton_on
 from llmsqueeze.formats.inspection.runtimes import add_obstacles
-from llmsqueeze.formats.inspection.stock import waiting
+from llmsqueeze.formats.inspection.stock import Stock, waiting
 from llmsqueeze.formats.opened import Folder, open_folder
 from llmsqueeze.model.blockwise.activations import Spill
 from llmsqueeze.model.blockwise.recorder import Returns
@@ -41,6 +41,7 @@ from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.config import vocabulary
 from llmsqueeze.model.experts.linear import Weight, real
 from llmsqueeze.model.linears import as_rows
+from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 from llmsqueeze.progress.stopwatch import timed
 
@@ -176,22 +177,49 @@ def verify(
 
 def verified_and_opened(
     output: Output,
-    computed: Computed,
+    computed: Computed | None,
     device: torch.device,
     trust_remote_code: bool,
     portable: bool,
     progress: Progress,
-) -> tuple[Verified, Opened]:
-    """Verifies the finished folder, then opens it as its user will and compares the logits. portable: stock
-    transformers, which probably open it, are imported meanwhile. Raises VerificationError."""
-    with waiting() if portable else nullcontext() as stock:
-        verified = verify(output, computed, device, trust_remote_code, progress)
-        if computed.sample is None or verified.logits is None:
-            wanted = [runtime for runtime in TRIED if not verified.opens.get(runtime, "")]
-            return verified, Opened([], dict.fromkeys(wanted, "the verification has no logits to compare with"))
+) -> tuple[Verified, Opened] | None:
+    """Verifies the finished folder, and opens it as its user will and compares the logits. portable: stock
+    transformers, which probably open it, are imported meanwhile. Of several processes the second opens the folder while
+    the first one reads it; only the first one gets the result, and has `computed`. Raises VerificationError."""
+    sample = processes.told(None if computed is None else computed.sample)
+
+    def read() -> Verified:
+        assert computed is not None, "the first process has seen what was computed"
+        return verify(output, computed, device, trust_remote_code, progress)
+
+    def opened() -> Given:
+        if sample is None:
+            return {}
         with doubts(output.partial):
-            sample, logits, opens = computed.sample, verified.logits, verified.opens
-            return verified, open_as_user(verified.folder, sample, logits, opens, progress, stock)
+            return tried(open_folder(open_checkpoint(output.partial), trust_remote_code), sample, portable)
+
+    if processes.count() == 1:
+        with waiting() if portable else nullcontext() as stock:
+            return _opened(output, read(), sample, progress, stock, None)
+    verified, given = processes.side_by_side([read, opened])
+    return _opened(output, verified, sample, progress, None, given) if processes.first() else None
+
+
+def _opened(
+    output: Output,
+    verified: Verified,
+    sample: Tensor | None,
+    progress: Progress,
+    stock: Stock | None,
+    given: Given | None,
+) -> tuple[Verified, Opened]:
+    """The verified folder, and what opens it: in this process, or as another one has tried."""
+    if sample is None or verified.logits is None:
+        wanted = [runtime for runtime in TRIED if not verified.opens.get(runtime, "")]
+        return verified, Opened([], dict.fromkeys(wanted, "the verification has no logits to compare with"))
+    with doubts(output.partial):
+        logits, opens = verified.logits, verified.opens
+        return verified, open_as_user(verified.folder, sample, logits, opens, progress, stock, given)
 
 
 def rewritten(

@@ -33,7 +33,7 @@ OverRows = Callable[[int, Callable[[slice], Sequence[Tensor]]], list[Tensor]]  #
 
 def count() -> int:
     """How many processes have joined this run."""
-    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
+    return 1 if _apart else _size()
 
 
 def rank() -> int:
@@ -80,6 +80,31 @@ def of_first(value: Callable[[], T]) -> T:
     if raised is not None:
         raise raised
     return result  # type: ignore[return-value]
+
+
+def side_by_side(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What the tasks give, each done by a process of its own, and by this one if there is no other. The first process
+    gets all results; the others have None for those of others. An error of ours that one raises is raised in all."""
+    if count() == 1:
+        return [task() for task in tasks]
+    own: list[Any] = [None] * len(tasks)
+    refused: SqueezeError | None = None
+    try:
+        with _work_apart():
+            for number in range(rank(), len(tasks), _size()):
+                own[number] = tasks[number]()
+    except SqueezeError as error:
+        refused = error
+    for sender, (results, raised) in enumerate(gathered(([] if first() else own, refused))):
+        if raised is not None:
+            raise raised
+        if first() and sender != rank():
+            own[sender :: count()] = results[sender :: count()]
+    return own
+
+
+def _size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def told(value: T) -> T:

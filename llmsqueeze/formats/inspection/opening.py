@@ -8,7 +8,7 @@ is free is not opened, and the summary says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmsqueeze import parts
 from llmsqueeze.errors import SqueezeError, VerificationError, first_line
-from llmsqueeze.formats.inspection.stock import Stock, by_transformers
+from llmsqueeze.formats.inspection.stock import Stock, by_transformers, waiting
 from llmsqueeze.formats.load import load
 from llmsqueeze.formats.opened import Folder
 from llmsqueeze.memory import fits, free_memory, give_back
@@ -27,6 +27,7 @@ from llmsqueeze.progress.stopwatch import timed
 
 TOLERANCE = 1e-3  # of the largest logit: sums in float32, added in another order
 TRIED = NATIVE, STOCK = "native", "transformers"
+Given = Mapping[str, tuple[Tensor | None, str]]  # runtime -> logits [1, length, vocabulary], or why there are none
 
 
 @dataclass(frozen=True)
@@ -50,33 +51,45 @@ def open_as_user(
     opens: Mapping[str, str],
     progress: Progress,
     stock: Stock | None = None,
+    given: Given | None = None,
 ) -> Opened:
     """Opens the folder by each runtime that `opens` names without a reason against it.
 
     sample: tokens [1, length]; logits: those that were computed with, [1, length - 1, vocabulary], or None: then those
-    of the first runtime count. stock: the process of stock transformers, if one is waiting. Raises VerificationError
-    if `llmsqueeze.load` does not open the folder, or gives other logits.
+    of the first runtime count. stock: the process of stock transformers, if one is waiting; given: what `tried` gave,
+    if another process was to open the folder. Raises VerificationError if `llmsqueeze.load` does not open the folder,
+    or gives other logits.
     """
     wanted = [runtime for runtime in TRIED if not opens.get(runtime, "")]
     result = Opened()
     for runtime in progress.over(wanted, "open", len(wanted)):
-        if why := too_large(folder, runtime):
-            result.why_not[runtime] = why
-            continue
-        try:
-            given, why = by_load(folder, sample) if runtime == NATIVE else by_transformers(folder, sample, stock)
-        except OSError as error:  # no other process, no disk: the result is as good without
-            given, why = None, f"opening it here failed: {first_line(error)}"
-        if given is not None:
-            logits = given if logits is None else logits
-            why = compared(given[:, : logits.shape[1]], logits)
+        own, why = given[runtime] if given and runtime in given else opened_by(runtime, folder, sample, stock)
+        if own is not None:
+            logits = own if logits is None else logits
+            why = compared(own[:, : logits.shape[1]], logits)
         if not why:
             result.runtimes.append(runtime)
-        elif runtime == NATIVE and given is not None:
+        elif runtime == NATIVE and own is not None:
             raise VerificationError(f"opened by llmsqueeze.load, the folder gives other logits: {why}")
         else:
             result.why_not[runtime] = why
     return result
+
+
+def tried(folder: Folder, sample: Tensor, portable: bool) -> Given:
+    """What the runtimes give that probably open the folder; portable: stock transformers among them."""
+    with waiting() if portable else nullcontext() as stock:
+        return {runtime: opened_by(runtime, folder, sample, stock) for runtime in TRIED[: 1 + portable]}
+
+
+def opened_by(runtime: str, folder: Folder, sample: Tensor, stock: Stock | None = None) -> tuple[Tensor | None, str]:
+    """The logits [1, length, vocabulary] of the model that a runtime opens, or why there are none."""
+    if why := too_large(folder, runtime):
+        return None, why
+    try:
+        return by_load(folder, sample) if runtime == NATIVE else by_transformers(folder, sample, stock)
+    except OSError as error:  # no other process, no disk: the result is as good without
+        return None, f"opening it here failed: {first_line(error)}"
 
 
 def too_large(folder: Folder, runtime: str) -> str:
