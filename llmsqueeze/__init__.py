@@ -31,6 +31,9 @@ def quantize(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+    merge_adapter: bool = False,
+    from_quantized: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     restart: bool = False,
@@ -41,7 +44,9 @@ def quantize(
 
     options: the options of a recipe by name, for example bits=3, method="gptq", group_size=64; recipes/README.md has
     the table. They replace those of `recipe`, a YAML file or the name of a bundled recipe. plan: a `plan.yaml`, which
-    takes the place of all options. profile: measurements of an earlier `plan`. verify: read the result back and compare
+    takes the place of all options. profile: measurements of an earlier `plan`. adapter: a LoRA adapter to merge into
+    the weights first; merge_adapter: the one in the model's folder. from_quantized: the model may be one that is
+    quantized already (a GGUF file may always be). verify: read the result back and compare
     it with the intended weights. restart: start over, instead of going on with what a killed run has done.
     profile_time: measure the time of each stage ("time": wall and processor seconds). The summary has sizes in bytes
     ("nbytes", "nbytes_original"), "bits_per_weight" with everything counted, "seconds", peak memory in MB (10**6
@@ -59,7 +64,7 @@ def quantize(
 
     with stopwatch.running(stopwatch.Stopwatch() if profile_time else None):
         return compress(
-            Source(str(model), revision, trust_remote_code),
+            Source(str(model), revision, trust_remote_code, _text(adapter), merge_adapter, from_quantized),
             _settings(recipe, options),
             _path(out),
             plan=_path(plan),
@@ -82,6 +87,9 @@ def plan(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+    merge_adapter: bool = False,
+    from_quantized: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Measures a model and decides the bits of every weight; compresses nothing.
@@ -90,6 +98,7 @@ def plan(
     "bits_per_weight", "nbytes", the predicted costs and more. `quantize(model, plan="<out>/plan.yaml")` follows it.
     options, recipe: as in `quantize`. weights: False reads config.json only, and all linears get the same bits.
     trial: compress two blocks to predict time ("predicted_seconds", by stage "predicted_time") and memory.
+    adapter, merge_adapter, from_quantized: as in `quantize`.
     profile_time: measure the time of each stage of the plan itself ("time").
 
     Raises SqueezeError: RecipeError for an option (BudgetError if the budget is too small), CheckpointError or
@@ -104,7 +113,7 @@ def plan(
 
     with stopwatch.running(stopwatch.Stopwatch() if profile_time else None):
         return decide(
-            Source(str(model), revision, trust_remote_code),
+            Source(str(model), revision, trust_remote_code, _text(adapter), merge_adapter, from_quantized),
             _settings(recipe, options),
             _path(out),
             device=device,
@@ -194,6 +203,10 @@ def _settings(recipe: str | Path | None, options: dict[str, Any]) -> dict[str, A
     from llmsqueeze.recipe.bundled import find_recipe, read_recipe
 
     return {**(read_recipe(find_recipe(str(recipe))) if recipe else {}), **options}
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _path(path: str | Path | None) -> Path | None:

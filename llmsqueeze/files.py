@@ -24,6 +24,10 @@ REPORT = "report.html"
 COMPARISON = "comparison.json"  # the last table of `llmsqueeze compare` with this folder among the models
 FRONTIER = "frontier.png"  # the picture of that table
 TEMPLATES = "additional_chat_templates"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)  # of a LoRA adapter, as PEFT has it
 
 MOST_JSON, MOST_YAML = 1 << 28, 1 << 24  # bytes of a file that is read as such
 

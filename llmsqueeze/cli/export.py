@@ -27,6 +27,9 @@ def export(
         int | None,
         typer.Option(help="With --bits: columns that share a scale; -1: whole rows. [128, or the largest that fits]"),
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="With dense: LoRA adapter (folder or Hub id) to merge into the weights.")
+    ] = None,
     out: Annotated[Path | None, written_to("Folder to write. [<folder>-<to>]")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustCode = False,
@@ -45,6 +48,7 @@ def export(
         dtype=dtype,
         bits=bits,
         group_size=group_size,
+        adapter=adapter,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=progress,

@@ -15,10 +15,18 @@ from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.resolve import make_recipe
 from llmsqueeze.recipe.table import Table
 
-MODEL_HELP = "Hub id, local folder, or 'demo' (the built-in model)"
+MODEL_HELP = "Hub id, local folder, GGUF file, or 'demo' (the built-in model)"
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
+Adapter = Annotated[str | None, typer.Option(help="LoRA adapter (folder or Hub id) to merge into the weights first.")]
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="Merge the LoRA adapter in MODEL's folder into the weights first.")
+]
+FromQuantized = Annotated[
+    bool,
+    typer.Option("--from-quantized", help="Take a model that is quantized already; a GGUF file needs no flag."),
+]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a result, but for files that are not llmsqueeze's."),
@@ -26,7 +34,7 @@ Overwrite = Annotated[
 ProfileTime = Annotated[bool, typer.Option("--profile-time", help="Measure the time of each stage of the run.")]
 FIRST = "What most runs need"
 PANELS = {  # groups of the help -> options of a recipe, in the order of the table
-    FIRST: ("method", "bits", "size", "calibration"),
+    FIRST: ("method", "bits", "size", "target", "calibration"),
     "Grids": ("group_size", "symmetric", "levels", "search", "quantizer", "inputs"),
     "Outliers, rows and blocks": (
         *("outliers", "outlier_ranking", "outlier_scope", "importance"),
@@ -37,7 +45,9 @@ PANELS = {  # groups of the help -> options of a recipe, in the order of the tab
     ),
     "What is compressed and written": ("skip", "code_embeddings", "vision", "portable", "pack"),
     "After the rounding": ("lorc_rank", "lorc", "distill_steps", "distill_loss"),
-    "Text and measurements": ("samples", "seq_len", "seed", "all_experts", "products"),
+    "Text and measurements": (
+        *("text_field", "samples", "seq_len", "pack_documents", "seed", "all_experts", "products"),
+    ),
 }
 RECIPE = Annotated[
     str | None,

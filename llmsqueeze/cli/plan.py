@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import FIRST, MODEL_HELP, Device, ProfileTime, Revision, TrustCode, takes_recipe, written_to
+from llmsqueeze.cli.options import (
+    FIRST,
+    MODEL_HELP,
+    Adapter,
+    Device,
+    FromQuantized,
+    MergeAdapter,
+    ProfileTime,
+    Revision,
+    TrustCode,
+    takes_recipe,
+    written_to,
+)
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.progress import Progress, stopwatch
@@ -29,6 +41,9 @@ def plan(
     out: Annotated[Path | None, written_to("Folder for plan and profile. [./<model>-plan]", FIRST)] = None,
     profile_time: ProfileTime = False,
     device: Device = "auto",
+    adapter: Adapter = None,
+    merge_adapter: MergeAdapter = False,
+    from_quantized: FromQuantized = False,
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     *,
@@ -47,7 +62,7 @@ def plan(
     hush()
     with stopwatch.of_command(profile_time):
         result = plan_model(
-            Source(model, revision, trust_remote_code),
+            Source(model, revision, trust_remote_code, adapter, merge_adapter, from_quantized),
             given,
             out,
             device=device,

@@ -10,7 +10,10 @@ import typer
 from llmsqueeze.cli.options import (
     FIRST,
     MODEL_HELP,
+    Adapter,
     Device,
+    FromQuantized,
+    MergeAdapter,
     Overwrite,
     ProfileTime,
     Revision,
@@ -43,6 +46,9 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Run even if memory or disk do not seem to suffice.")] = False,
     profile_time: ProfileTime = False,
     device: Device = "auto",
+    adapter: Adapter = None,
+    merge_adapter: MergeAdapter = False,
+    from_quantized: FromQuantized = False,
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     *,
@@ -56,7 +62,7 @@ def quantize(
     hush()
     with stopwatch.of_command(profile_time):
         summary = quantize_model(
-            Source(model, revision, trust_remote_code),
+            Source(model, revision, trust_remote_code, adapter, merge_adapter, from_quantized),
             given,
             out,
             plan=plan,

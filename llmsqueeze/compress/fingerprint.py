@@ -23,7 +23,7 @@ from llmsqueeze.formats.folder import digest
 from llmsqueeze.journal import ABOUT, FOLDER
 from llmsqueeze.journal.partial import partial_of
 from llmsqueeze.measure.profile import Profile
-from llmsqueeze.model.checkpoint import file_digests, weights_digest
+from llmsqueeze.model.checkpoint import weights_digest
 from llmsqueeze.parallel import processes
 
 PRODUCTS = ("float32", "bfloat16")
@@ -32,7 +32,7 @@ PRODUCTS = ("float32", "bfloat16")
 def fingerprint(job: Job, decision: Decision | None, profile: Profile | None, verify: bool) -> dict[str, Any]:
     """The fingerprint of a run, as JSON. decision, profile: those of an earlier run that it begins with."""
     return {
-        "weights": weights_digest(file_digests(job.checkpoint)),
+        "weights": weights_digest(job.digests()),
         "config": _sha256(job.checkpoint.config),
         "calibration": None if job.calibration is None else job.calibration.sha256,
         "held back": None if job.calibration is None else _tensors_sha256(dict(enumerate(job.calibration.held_back))),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from torch import Tensor
 from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears
 from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.errors import RecipeError, UnsupportedError, first_line
+from llmsqueeze.files import ADAPTER_WEIGHTS
+from llmsqueeze.formats.imports.quantized import GGUF
 from llmsqueeze.journal import NO_JOURNAL, Journal
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.measure.request import Request
@@ -19,23 +24,25 @@ from llmsqueeze.model.blockwise.activations import Activations, Spill
 from llmsqueeze.model.blockwise.recorder import needs_more
 from llmsqueeze.model.blockwise.walk import Walk
 from llmsqueeze.model.calibration import read_calibration
-from llmsqueeze.model.checkpoint import Checkpoint
+from llmsqueeze.model.checkpoint import Checkpoint, file_digests
+from llmsqueeze.model.config import attention_kernel
 from llmsqueeze.model.linears import find_towers
 from llmsqueeze.model.original import Original, Source, open_original
 from llmsqueeze.model.precision import fastest_dtype
 from llmsqueeze.model.skeleton import Skeleton
-from llmsqueeze.model.text import Calibration
 from llmsqueeze.parallel import processes
 from llmsqueeze.parallel.shares import SHARES, Shares
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import fitted
+from llmsqueeze.text.rows import Calibration
 
 CPU = torch.device("cpu")
 TRIED_TOKENS = 8
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 # of a sample text that prices are measured on; gradients per row and moments differ little with more of it
 ENOUGH_TOKENS, TOKENS_PER_COLUMN = 8192, 4
+GOOD_TOKENS_PER_COLUMN = 8  # on SmolLM2-135M, about those from which on little of the moments is chance
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,11 @@ class Job:
     def samples(self) -> list[Tensor]:
         """Token rows [1, length] of the text; none if it was not read."""
         return self.calibration.rows if self.calibration is not None else []
+
+    def digests(self, previous: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+        """`file_digests` of the model, and of the adapter that is merged into it."""
+        adapter = self.original.adapter
+        return file_digests(self.checkpoint, previous, () if adapter is None else (adapter / ADAPTER_WEIGHTS,))
 
     @property
     def kept_nbytes(self) -> int:
@@ -110,7 +122,8 @@ class Job:
 
 def model_name(source: Source) -> str:
     """The model's name without its owner or folder; folders of results begin with it."""
-    return Path(source.model).expanduser().resolve().name
+    path = Path(source.name).expanduser().resolve()
+    return path.stem if path.suffix.lower() == GGUF else path.name
 
 
 def open_job(
@@ -134,6 +147,10 @@ def open_job(
         progress.note(note)
     if note := left_out(original.skeleton):
         progress.note(note)
+    if kernel := attention_kernel(original.checkpoint.config):
+        progress.note(
+            f"config.json asks for {kernel}, which compression does not need; the result's does not ask for it"
+        )
     if find_towers(original.skeleton.model) and not any((original.path / name).exists() for name in PROCESSORS):
         progress.note(f"{original.path} has no processor ({PROCESSORS[0]}); the result will have none either")
     recipe = with_products(recipe, progress, device)
@@ -199,7 +216,23 @@ def with_text(job: Job, progress: Progress, held_back: int = 0) -> Job:
     def read() -> Calibration:
         return read_calibration(job.original, job.recipe.text, progress, held_back, job.device)
 
-    return replace(job, calibration=processes.of_first(read))
+    job = replace(job, calibration=processes.of_first(read))
+    if job.recipe.needs_moments and (note := few_tokens(job)):
+        progress.note(note)
+    return job
+
+
+def few_tokens(job: Job) -> str | None:
+    """What to say if the text has few tokens for the columns of the widest linear, and how many are enough."""
+    widest = max((weight.shape[1] for weight in job.plan.weights.values()), default=0)
+    if job.calibration is None or job.calibration.tokens >= TOKENS_PER_COLUMN * widest:
+        return None
+    enough = GOOD_TOKENS_PER_COLUMN * widest
+    samples = math.ceil(enough * len(job.calibration.rows) / job.calibration.tokens)
+    return (
+        f"{job.calibration.tokens} tokens of text are few for linears of {widest} columns, and may do harm: take "
+        f"{enough} or more (--samples {samples} of this length)"
+    )
 
 
 def measured_samples(job: Job, request: Request) -> list[Tensor]:

@@ -38,6 +38,7 @@ from llmsqueeze.journal import Journal
 from llmsqueeze.measure.profile import Profile, load, save
 from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.blockwise.activations import Activations, Spill
+from llmsqueeze.model.config import attention_kernel, without_kernel
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.linears import all_linears, as_rows
 from llmsqueeze.model.original import Source, pick_device
@@ -106,9 +107,7 @@ def compress(
         told = processes.told((writable(job, decision.plan), decision.chosen, decision.predicted))
         decision = replace(decision, plan=told[0], chosen=told[1], predicted=told[2])
         decision, by_weight, witness = write_weights(job, decision, output, verify, progress)
-        compared, opens, opened = processes.of_first(
-            lambda: finish(output, job, decision, by_weight, witness, progress)
-        )
+        compared, opens, opened = finish(output, job, decision, by_weight, witness, verify, progress)
     return summarize(job, decision, output, time.monotonic() - start, compared, opens, by_weight, opened)
 
 
@@ -118,22 +117,26 @@ def finish(
     decision: Decision,
     by_weight: Mapping[str, Mapping[str, float]],
     witness: Witness | None,
+    verify: bool,
     progress: Progress,
 ) -> tuple[dict[str, float] | None, dict[str, str], Opened]:
-    """Writes what is left and reads everything back: what was compared, if the run had a witness, what opens the folder
-    (`Verified`), and as what it was opened."""
-    recorded = write_rest(output, job, decision, by_weight)
-    trust, compared, opened = job.source.trust_remote_code, None, Opened()
-    if witness is not None:
-        verified, opened = verification.verified_and_opened(
-            output, witness.computed, job.device, trust, decision.plan.portable, progress
-        )
-        compared, opens = verified.compared, verified.opens
+    """Writes what is left and reads everything back: what was compared, if the run is to `verify`, what opens the
+    folder (`Verified`), and as what it was opened. Only the first process has a witness."""
+    recorded = processes.of_first(lambda: write_rest(output, job, decision, by_weight))
+    trust, portable = job.source.trust_remote_code, decision.plan.portable
+    seen: tuple[dict[str, float] | None, dict[str, str], Opened] | None
+    if verify:
+        computed = None if witness is None else witness.computed
+        outcome = verification.verified_and_opened(output, computed, job.device, trust, portable, progress)
+        seen = None if outcome is None else (outcome[0].compared, outcome[0].opens, outcome[1])
     else:
-        opens = verification.inspected(output, trust)
-    if (times := stopwatch.measured()) is not None:
+        opens = processes.of_first(lambda: verification.inspected(output, trust))
+        seen = None, opens, Opened()
+    if processes.first() and (times := stopwatch.measured()) is not None:
         output.write_json(SIDECAR, recorded | {"time": times})
-    return compared, opens, opened
+    result = processes.told(seen)
+    assert result is not None, "the first process has seen it"
+    return result
 
 
 def without_damaged(journal: Journal, progress: Progress) -> None:
@@ -235,6 +238,9 @@ def write_rest(
     """Everything in the folder beside the shards; returns the record."""
     output.copy_rest(job.path)
     config = record.without_paths(job.checkpoint.config)
+    config = without_kernel(config) if attention_kernel(config) else config
+    if config.get("architectures") and (own := type(job.skeleton.model).__name__) not in config["architectures"]:
+        config["architectures"] = [own]  # not that of a model without its head
     config = untied_config(config) if job.skeleton.apart else config
     quantization = quantization_config(job.skeleton, decision.plan)
     output.write_json("config.json", config | {"quantization_config": quantization})

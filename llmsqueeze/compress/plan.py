@@ -17,6 +17,7 @@ from llmsqueeze.compress.room import bytes_needed
 from llmsqueeze.compress.summary import portability, rounded_towers
 from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
+from llmsqueeze.formats.imports.quantized import dense_source, remove
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress, stopwatch
@@ -44,6 +45,7 @@ def plan(
     progress = progress or Progress()
     recipe = plannable(settings, weights)
     folder = make_folder(out or Path(f"{model_name(source)}-plan"))
+    source = dense_source(source, folder, progress)
     job = open_job(
         source, recipe, progress, text=None if weights else False, weights=weights, device=pick_device(device)
     )
@@ -55,9 +57,10 @@ def plan(
     about = in_short(job, profile, decision)
     write_plan(folder / PLAN, decision.plan, job.recipe, about, rows_by(job.recipe), PROFILE if weights else None)
     needed = run_trial(job, folder / PLAN, progress, shared_among) if trial and weights else {}
+    remove(source)
     return (
         about
-        | {"given": source.model, "out": str(folder)}
+        | {"given": source.name, "out": str(folder)}
         | at_length(job, profile, decision)
         | {f"predicted_{key}": needed.get(key) for key in ("seconds", "time", "peak_memory_mb")}
         | {"predicted_disk_bytes": bytes_needed(job, decision), "processes": shared_among}
@@ -79,9 +82,9 @@ def plannable(settings: Mapping[str, Any], weights: bool) -> Recipe:
 
 def in_short(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
     """What the plan file says beside the plan: the model, sizes, the promise."""
-    model = job.source.model
+    model = job.source.name
     return {
-        "model": Path(model).name if Path(model).is_dir() else model,
+        "model": Path(model).name if Path(model).exists() else model,
         "weights_sha256": profile.source.get("weights"),
         "bits_per_weight": round(decision.plan.bits_per_weight, 6),
         "nbytes": job.kept_nbytes + decision.plan.nbytes,

@@ -20,6 +20,7 @@ from llmsqueeze.compress.search import HELD_BACK, smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.files import read_json_if_there, write_json
 from llmsqueeze.formats.folder import check_writable
+from llmsqueeze.formats.imports.quantized import dense_source, remove
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.original import Source, pick_device
@@ -62,6 +63,7 @@ def quantize(
     if recipe.products == "auto" and not restart:
         before = undistilled(folder) if recipe.distill_steps else folder
         recipe = replace(recipe, products=earlier_products(before) or recipe.products)
+    source = dense_source(source, folder, progress)
     job = open_job(source, recipe, progress, text=False, device=pick_device(device))
     recipe = job.recipe
     job.target()  # a budget that no plan can meet is refused before the text is read
@@ -78,8 +80,10 @@ def quantize(
         job = job if recipe.needs_text else replace(job, calibration=None)
     if recipe.bounded:
         result = smallest_within(job, folder, measured, overwrite, verify, progress, restart, force)
+        remove(source)
         return result | {"time": stopwatch.measured()}
     result = run(job, folder, decision, measured, overwrite, verify, progress, restart, force)
+    remove(source)
     # with all that was read before
     return result | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
 

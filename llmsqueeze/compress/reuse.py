@@ -15,7 +15,7 @@ from llmsqueeze.compress.job import Job, measure_job
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats import compressed_tensors
 from llmsqueeze.measure.profile import Profile, lacks, load, misfit, save
-from llmsqueeze.model.checkpoint import file_digests, weights_digest
+from llmsqueeze.model.checkpoint import weights_digest
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import Recipe
@@ -35,7 +35,7 @@ def rows_by(recipe: Recipe) -> str | None:
 def origin_of(job: Job, stored: Profile | None = None) -> dict[str, Any]:
     """The model, text and settings that a profile of this job is of; files that `stored` is of are not read again."""
     recipe = job.recipe
-    files = file_digests(job.checkpoint, stored.source.get("files") if stored else None)
+    files = job.digests(stored.source.get("files") if stored else None)
     return {
         "files": files,
         "weights": weights_digest(files),
@@ -95,9 +95,9 @@ def given_plan(job: Job, file: PlanFile) -> Decision:
     """The decision in a plan file, checked against the model. Raises RecipeError if it is for another."""
     profile = load(file.profile) if file.profile is not None else Profile()
     if file.weights_sha256 is not None:
-        files = file_digests(job.checkpoint, profile.source.get("files"))
+        files = job.digests(profile.source.get("files"))
         if weights_digest(files) != file.weights_sha256:
-            raise RecipeError(f"{file.path} is a plan for other weights than those of {job.source.model}")
+            raise RecipeError(f"{file.path} is a plan for other weights than those of {job.source.name}")
     if file.profile is not None and profile.source.get("weights") != file.weights_sha256:
         raise RecipeError(f"{file.path} and {file.profile} are for different weights")
     if reason := misfit(profile, shapes_of(job)):

@@ -25,7 +25,8 @@ class Summary:
     of the result was read back and compared. opens: runtime -> why it does not open the result, "" if it does or
     should; opened: the runtimes that opened it here, with the logits that were computed with; not_opened: runtime ->
     why one that should open it was not tried, or did not. why_native: what compressed-tensors cannot represent;
-    predicted_portable: the loss increase that the same bytes promise there. experts: of their matrices that were fitted
+    predicted_portable: the loss increase that the same bytes promise there. text_begins: the first characters of the
+    first calibration sample, as the model sees them; "" without a text. experts: of their matrices that were fitted
     to inputs, how many there are (`matrices`), how many saw few tokens (`few`) and how many none (`none`).
     towers: of the rounded linears of other towers and projectors, their number (`linears`), their bytes (`nbytes`) and
     those of the original (`nbytes_original`); None if they stay as they are. unreached: how many linears no text
@@ -44,6 +45,7 @@ class Summary:
     predicted_loss_increase: float | None
     predicted_loss_interval: list[float] | None
     calibration: dict[str, object] | None
+    text_begins: str
     seconds: float
     peak_memory_mb: float
     peak_device_memory_mb: float
@@ -78,7 +80,7 @@ def summarize(
     planned = [name for name, weight in plan.weights.items() if not weight.end]
     return Summary(
         out=str(output.final),
-        model=job.source.model,
+        model=job.source.name,
         method=job.recipe.method,
         bits=plan.code_bits,
         bits_per_weight=round(plan.bits_per_weight, 6),
@@ -88,6 +90,7 @@ def summarize(
         predicted_loss_increase=decision.predicted,
         predicted_loss_interval=None if decision.predicted is None else likely(decision.predicted),
         calibration=job.calibration.as_dict() if job.calibration else None,
+        text_begins=job.calibration.begins if job.calibration else "",
         seconds=round(seconds, 3),
         peak_memory_mb=peak_memory_mb(),
         peak_device_memory_mb=peak_device_memory_mb(str(job.device)),

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,7 @@ print(json.dumps(main(json.loads(sys.argv[2]))))
 def run_trial(job: Job, plan: Path, progress: Progress, processes: int = 1) -> dict[str, Any]:
     """`time` by stage, `seconds` and `peak_memory_mb` that `quantize --plan` will need, and each of so many processes
     that share it; empty, with a note, if the trial fails."""
-    source = [job.source.model, job.source.revision, job.source.trust_remote_code]
-    task = json.dumps({"source": source, "plan": str(plan), "device": str(job.device)})
+    task = json.dumps({"source": asdict(job.source), "plan": str(plan), "device": str(job.device)})
     progress.stage("trial", 1)
     prediction: dict[str, Any] = {}
     with progress.beside("no prediction of time and memory: the trial failed"), timed("trial"):
@@ -90,7 +89,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     with running(stopwatch):
         keep_within_block()
         file = open_plan(Path(task["plan"]))
-        job = open_job(Source(*task["source"]), file.recipe, Progress(), device=torch.device(task["device"]))
+        job = open_job(Source(**task["source"]), file.recipe, Progress(), device=torch.device(task["device"]))
         decision, laps = given_plan(job, file), Laps(stopwatch)
         with tempfile.TemporaryDirectory(dir=Path(task["plan"]).parent) as folder:
             compress_first(job, decision, Path(folder) / "trial", laps)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError, RecipeError, SqueezeError, UnsupportedError
-from llmsqueeze.files import SIDECAR
+from llmsqueeze.files import ADAPTER_WEIGHTS, SIDECAR
 from llmsqueeze.formats.entries import DENSE, FORMATS, Entry, format_of
 from llmsqueeze.formats.exports import gguf, peft
 from llmsqueeze.formats.inspection.damage import (
@@ -48,7 +48,7 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
         recorded = read_record(path).get("format")
         if recorded == peft.FORMAT:
             findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
-            refuse_damaged([path / peft.ADAPTER / peft.WEIGHTS])
+            refuse_damaged([path / peft.ADAPTER / ADAPTER_WEIGHTS])
             path = path / peft.BASE
         if recorded == gguf.FORMAT:
             raise UnsupportedError(

@@ -95,6 +95,16 @@ def grid_of_experts(grids: Iterable[tuple[Grid, int]]) -> tuple[int, int] | None
     return (bits.pop(), widths.pop()) if len(widths) == 1 else None
 
 
+def named(target: str, linears: Collection[str]) -> list[str]:
+    """The linears that a target or an entry of `ignore` means: a name, `re:` and a pattern, or the class of all. A name
+    that means none of them is given back."""
+    if target == "Linear":
+        return list(linears)
+    if target.startswith("re:"):
+        return [name for name in linears if re.match(target.removeprefix("re:"), name)]
+    return [target]
+
+
 def writable_plan(plan: Plan, portable: bool | None, experts: Collection[str]) -> Plan:
     """The plan, in the native format if this one cannot represent all of it. Raises RecipeError if `portable` asks for
     this one. experts: the linears of the model's experts."""

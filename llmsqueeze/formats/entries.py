@@ -126,18 +126,23 @@ def _native(linear: str, entry: Mapping[str, Any]) -> Entry:
 
 
 def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Entry]:
-    """Raises UnsupportedError if not as ours are: symmetric integers in groups or rows, columns in order, modules named
-    one by one."""
+    """Raises UnsupportedError if not as ours are: symmetric integers in groups or rows, columns in order."""
     conform(checkpoint.path / "config.json", config, Groups)
-    entries = {}
-    for group in config["config_groups"].values():
+    entries: dict[str, Entry] = {}
+    packed = f".{compressed_tensors.NAMES['codes']}"
+    linears = [name.removesuffix(packed) for name in checkpoint.tensors if name.endswith(packed)]
+    # of several groups a name is stronger than a pattern, and that than a class
+    for group in sorted(config["config_groups"].values(), key=lambda group: min(map(_strength, group["targets"]))):
         weights = group["weights"]
         ours = weights["type"] == "int" and weights["symmetric"] and weights.get("strategy") in ("group", "channel")
         ours = ours and weights.get("actorder") in (None, "weight", "static") and not group.get("input_activations")
         targets = dict.fromkeys(group["targets"])
         if targets.keys() & set(compressed_tensors.EXPERTS):
             targets = dict.fromkeys(_experts(checkpoint))
-        if not ours or not all("." in target and not target.startswith("re:") for target in targets):
+        else:
+            means = (compressed_tensors.named(target, linears) for target in targets)
+            targets = dict.fromkeys(name for names in means for name in names if name not in entries)
+        if not ours or not all("." in target for target in targets):
             raise UnsupportedError(
                 f"{checkpoint.path} is in a form of compressed-tensors that llmsqueeze does not write"
             )
@@ -152,6 +157,11 @@ def _compressed_tensors(checkpoint: Checkpoint, config: Mapping[str, Any]) -> di
             spec = parts.grid_spec(grid, checkpoint.tensors[names["scale"]].dtype)
             entries[linear] = Entry((rows, cols), (spec,), (names,), (beside,))
     return entries
+
+
+def _strength(target: str) -> int:
+    """0 for a name, 1 for a pattern, 2 for a class."""
+    return 1 if target.startswith("re:") else 2 * ("." not in target)
 
 
 def _experts(checkpoint: Checkpoint) -> list[str]:

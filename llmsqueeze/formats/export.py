@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import RecipeError, UnsupportedError
-from llmsqueeze.files import SIDECAR, write_json
+from llmsqueeze.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDECAR, write_json
 from llmsqueeze.formats import compressed_tensors, verify
 from llmsqueeze.formats.check import refuse_misfits
 from llmsqueeze.formats.entries import DENSE
@@ -32,6 +32,7 @@ from llmsqueeze.formats.folder import check_writable, publish
 from llmsqueeze.formats.opened import open_compressed
 from llmsqueeze.journal.partial import partial_folder
 from llmsqueeze.model.linears import find_blocks, find_linears
+from llmsqueeze.model.original import locate
 from llmsqueeze.model.tensors import shard
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
@@ -49,6 +50,7 @@ def export(
     dtype: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
+    adapter: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -57,13 +59,16 @@ def export(
 
     dtype (bf16, fp16, fp32): of dense weights (else the model's own) and adapters (else fp32). bits (else 4) and
     group_size (else the largest of 128, 64, 32 that fits): of the grid onto which coded weights are rounded for
-    compressed-tensors. Raises UnsupportedError if a part would be lost, and names the first; RecipeError.
+    compressed-tensors. adapter: folder or Hub id of a LoRA adapter that is merged into dense weights.
+    Raises UnsupportedError if a part would be lost, and names the first; RecipeError.
     """
     check_request(to, dtype)
+    if adapter is not None and to != DENSE:
+        raise RecipeError(f"--adapter applies to --to dense; {to} has no place for what it adds to a weight")
     opened = open_compressed(folder, "export converts one that llmsqueeze wrote", trust_remote_code)
     refuse_misfits(opened)
     grid = grid_for(opened.entries, to == compressed_tensors.METHOD, bits, group_size)
-    plan = conversion(opened, to, DTYPES[dtype] if dtype else None, grid)
+    plan = conversion(opened, to, DTYPES[dtype] if dtype else None, grid, locate(adapter) if adapter else None)
     out = out or opened.path.with_name(f"{opened.path.resolve().name}-{to}")
     check_writable(out, overwrite)
     notes, progress = Converted(), progress or Progress()
@@ -127,9 +132,9 @@ def write_adapter(folder: Path, base: str, notes: Converted, rank: int, dtype: t
     for linear, factors in notes.factors.items():
         tensors |= peft.adapter_tensors(linear, factors, rank, dtype or torch.float32)
     folder.mkdir()
-    shard.write(folder / peft.WEIGHTS, tensors)
-    verify.same_tensors(folder / peft.WEIGHTS, tensors)
-    write_json(folder / peft.CONFIG, peft.adapter_config(base, list(notes.factors), rank))
+    shard.write(folder / ADAPTER_WEIGHTS, tensors)
+    verify.same_tensors(folder / ADAPTER_WEIGHTS, tensors)
+    write_json(folder / ADAPTER_CONFIG, peft.adapter_config(base, list(notes.factors), rank))
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

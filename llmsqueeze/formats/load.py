@@ -20,7 +20,7 @@ from llmsqueeze.formats.experts import experts_of, pieces_of
 from llmsqueeze.formats.inspection.damage import refuse_damaged
 from llmsqueeze.formats.opened import open_folder
 from llmsqueeze.model.checkpoint import open_checkpoint
-from llmsqueeze.model.config import auto_class, empty_model, load_config
+from llmsqueeze.model.config import attention_kernel, auto_class, empty_model, load_config
 from llmsqueeze.model.original import locate
 
 
@@ -65,6 +65,8 @@ def native_form(path: Path, kwargs: dict[str, Any]) -> Any:
     """The folder's config; if llmsqueeze wrote it as compressed-tensors, `kwargs` get what opens it as a native one."""
     checkpoint, trust = open_checkpoint(path), kwargs.get("trust_remote_code", False)
     config: Any = load_config(path, trust)
+    if attention_kernel(checkpoint.config) is not None and "attn_implementation" not in kwargs:
+        kwargs |= {"config": config}
     if format_of(checkpoint) == native.METHOD:
         refuse_misfits(open_folder(checkpoint, trust))
     elif is_compressed(checkpoint):
@@ -72,6 +74,11 @@ def native_form(path: Path, kwargs: dict[str, Any]) -> Any:
             folder = open_folder(checkpoint, trust)
         except UnsupportedError:  # another tool's, which transformers opens
             return config
+        if folder.padded:
+            raise UnsupportedError(
+                f"{path} has its codes in the packing of compressed-tensors up to 0.17, which newer versions decode "
+                f"wrongly: llmsqueeze export {path} --to compressed-tensors writes it anew"
+            )
         refuse_misfits(folder)
         entries, experts = folder.entries, experts_of(folder.record)
         config.quantization_config = native_config(entries) | {"pieces": pieces_of(entries, experts)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.formats.entries import Entry, format_of, is_compressed, read_entries
 from llmsqueeze.formats.experts import joined
+from llmsqueeze.formats.imports.padded import packed_again, padded_linears
 from llmsqueeze.formats.record import read_record
 from llmsqueeze.model.blockwise.heads import stack_heads
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint
@@ -23,12 +24,14 @@ from llmsqueeze.model.linears import find_blocks
 
 @dataclass(frozen=True)
 class Folder:
-    """`entries`: its compressed linears, none if it is dense. `model`: on the meta device."""
+    """`entries`: its compressed linears, none if it is dense. `model`: on the meta device. `padded`: the linears whose
+    codes the file holds in the packing of compressed-tensors up to 0.17."""
 
     checkpoint: Checkpoint
     entries: Mapping[str, Entry]
     model: PreTrainedModel
     trust_remote_code: bool
+    padded: Sequence[str] = ()
 
     @property
     def path(self) -> Path:
@@ -68,9 +71,12 @@ def open_compressed(folder: str, purpose: str, trust_remote_code: bool) -> Folde
 
 
 def _with_model(checkpoint: Checkpoint, entries: Mapping[str, Entry], trust_remote_code: bool) -> Folder:
+    if entries and checkpoint.absent:
+        raise CheckpointError(f"{checkpoint.path} lacks {checkpoint.absent[0]}, which its index names")
     config = load_config(checkpoint.path, trust_remote_code)
     model = empty_model(checkpoint.path, config, trust_remote_code)
     if entries:
         stack_experts(model, blocks := find_blocks(model))
         stack_heads(model, blocks)
-    return Folder(checkpoint, entries, model, trust_remote_code)
+    padded = padded_linears(checkpoint, entries)
+    return Folder(packed_again(checkpoint, entries), entries, model, trust_remote_code, padded)

@@ -6,7 +6,10 @@ import re
 from pathlib import PureWindowsPath
 from typing import Any
 
-TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet", ".csv", ".tsv", ".md", ".gz", ".zst", ".raw")
+TEXT_SUFFIXES = (
+    *(".txt", ".text", ".md", ".raw", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv"),
+    *(".gz", ".zst", ".xz", ".bz2"),
+)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # the start of a path on a disk; not a single backslash, because a skip pattern may have one

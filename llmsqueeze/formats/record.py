@@ -17,10 +17,12 @@ from llmsqueeze.files import SIDECAR, STRICT, Count, conform, read_json_if_there
 from llmsqueeze.formats import native
 from llmsqueeze.measure.streams.pooled import PRIOR
 from llmsqueeze.model.original import Source
-from llmsqueeze.model.text import Calibration
 from llmsqueeze.recipe.recipe import Recipe
+from llmsqueeze.text.rows import Calibration
+from llmsqueeze.text.source import without_folders
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
+CARD_KEYS = ("language", "datasets", "tags", "base_model", "pipeline_tag")
 Template = Annotated[str, Field(pattern=r"^[^{}]*\{\}[^{}]*$")]  # a name with {} for the number of an expert
 
 
@@ -52,8 +54,10 @@ class Settings(BaseModel):
     lorc_rank: Count | str | None = None
     distill_steps: Count | None = None
     calibration: str | None = None
+    text_field: str | None = None
     samples: Count | None = None
     seq_len: Count | None = None
+    pack_documents: bool | None = None
     seed: int | None = None
 
 
@@ -71,6 +75,9 @@ class Record(BaseModel):
     model_config = STRICT
     model: str | None = None
     revision: str | None = None
+    adapter: str | None = None
+    read_from: str | None = None
+    card: dict[str, Any] = {}
     recipe: Settings = Settings()
     calibration: Drawn | None = None
     versions: dict[str, str | None] = {}
@@ -103,10 +110,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def provenance(source: Source, path: Path) -> dict[str, Any]:
     """The model: the name that the user gave, or a folder's last component; its commit and licence if known."""
-    local = Path(source.model).expanduser().is_dir()
+    local = Path(source.name).expanduser().exists()
     commit = path.name if path.parent.name == "snapshots" else None
-    name = path.absolute().name if local else source.model
-    return {"model": name, "revision": commit or source.revision, **license_of(path)}
+    name = Path(source.name).expanduser().absolute().name if local else source.name
+    added = {"adapter": source.adapter and Path(source.adapter).name, "read_from": source.read_from}
+    added["adapter"] = added["adapter"] or ("its own" if source.merge_adapter else None)
+    about = {"model": name, "revision": commit or source.revision, **license_of(path)}
+    return about | {key: value for key, value in (added | {"card": card_of(path)}).items() if value}
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,8 +130,8 @@ def settings(recipe: Recipe, calibration: Calibration | None) -> dict[str, Any]:
     import transformers
 
     values = recipe.as_dict()
-    if recipe.calibration is not None and Path(recipe.calibration).expanduser().exists():
-        values["calibration"] = Path(recipe.calibration).name
+    if recipe.calibration is not None:
+        values["calibration"] = without_folders(recipe.calibration)
     return {
         "recipe": values,
         "calibration": calibration.as_dict() if calibration else None,
@@ -164,6 +174,18 @@ def experts(tokens: Mapping[str, float]) -> dict[str, int] | None:
 
 def license_of(directory: Path) -> dict[str, Any]:
     """The licence lines in the front matter of a model folder's README.md; empty if there are none."""
+    metadata = front_matter(directory)
+    return {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)} if metadata.get("license") else {}
+
+
+def card_of(directory: Path) -> dict[str, Any]:
+    """What else a model folder's README.md tells the Hub that is true of a compressed model too."""
+    metadata = front_matter(directory)
+    return {key: metadata[key] for key in CARD_KEYS if metadata.get(key)}
+
+
+def front_matter(directory: Path) -> dict[str, Any]:
+    """The metadata at the head of a folder's README.md; empty if there are none."""
     import yaml
 
     try:
@@ -172,6 +194,4 @@ def license_of(directory: Path) -> dict[str, Any]:
         metadata = yaml.safe_load(match[1]) if match else None
     except (OSError, UnicodeError, yaml.YAMLError):
         return {}
-    if not isinstance(metadata, dict) or not metadata.get("license"):
-        return {}
-    return {key: metadata[key] for key in LICENSE_KEYS if metadata.get(key)}
+    return metadata if isinstance(metadata, dict) else {}

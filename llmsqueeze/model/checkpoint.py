@@ -7,7 +7,7 @@ headers only. It finds files that are missing, cut short, or outside the folder.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,27 +19,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
-from llmsqueeze.files import INDEX, PICKLES, SINGLE, STRICT, conform, read_json
+from llmsqueeze.files import ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, STRICT, conform, read_json
 from llmsqueeze.model.tensors.shard import DTYPES, checksums, compare
 from llmsqueeze.progress.stopwatch import timed
 
+POINTER = b"version https://git-lfs"
 LONGEST_NAME = 200  # characters of a shard's name, fewer than any system allows
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     """The file, shape and dtype of one tensor. pieces: the names of those in the file that `join` makes it of, if it is
-    not there as one under its own name."""
+    not there as one under its own name; in_file: the bytes that these take, if they are not those of the tensor."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
     pieces: tuple[str, ...] = ()
     join: Callable[[list[Tensor]], Tensor] = torch.cat
+    in_file: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
+        if self.in_file is not None:
+            return self.in_file
         joined = torch.Size(self.shape).numel() * self.dtype.itemsize
         return joined if self.join is torch.cat else joined * len(self.pieces)
 
@@ -47,12 +51,13 @@ class StoredTensor:
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened folder: its config and its tensors by name. checksums: of tensors as the files name them, which are
-    compared when one is read."""
+    compared when one is read; absent: what its index names and no file has."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, StoredTensor]
     checksums: Mapping[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -110,12 +115,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     config = read_config(path)
     if (path / SINGLE).exists():  # transformers also reads it before any index
-        tensors, sums = _headers(path / SINGLE)
-    elif (path / INDEX).exists():
-        tensors, sums = _indexed(path)
-    else:
-        raise CheckpointError(_no_weights(path))
-    return Checkpoint(path, config, tensors, sums)
+        return Checkpoint(path, config, *_headers(path / SINGLE))
+    if (path / INDEX).exists():
+        tensors, sums, named = _indexed(path)
+        return Checkpoint(path, config, tensors, sums, tuple(name for name in named if name not in tensors))
+    raise CheckpointError(_no_weights(path))
 
 
 class Config(BaseModel):
@@ -130,6 +134,11 @@ class Config(BaseModel):
 
 def read_config(path: Path) -> dict[str, Any]:
     """The folder's `config.json`. Raises CheckpointError if it is missing or is not that of a model."""
+    if not (path / "config.json").exists() and (path / ADAPTER_CONFIG).exists():
+        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{path} is a LoRA adapter and no model: compress its base ({base}) with --adapter {path}"
+        )
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} has no config.json, so it is not a model folder")
     config = read_json(path / "config.json")
@@ -161,7 +170,8 @@ def pickled_only(model: str, file: str) -> str:
 Stored = tuple[dict[str, StoredTensor], dict[str, str]]  # tensors and their checksums
 
 
-def _indexed(path: Path) -> Stored:
+def _indexed(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str], Mapping[str, str]]:
+    """The tensors of the shards and their checksums, and what the index says of them."""
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -173,12 +183,11 @@ def _indexed(path: Path) -> Stored:
         if len(file) > LONGEST_NAME or not (path / file).exists():
             raise CheckpointError(f"{path} lacks the shard {file[:LONGEST_NAME]} that {INDEX} names")
         stored, checked = _headers(path / file)
-        for name in (n for n, f in weight_map.items() if f == file):
-            if name not in stored:
-                raise CheckpointError(f"{path / file} does not contain {name}, which {INDEX} expects there")
+        # as transformers do: what counts is what the files hold; a tensor that the model needs is missed later
+        for name in (name for name in stored if name not in tensors or weight_map.get(name) == file):
             tensors[name] = stored[name]
             sums |= {name: checked[name]} if checked else {}
-    return tensors, sums
+    return tensors, sums, weight_map
 
 
 def _headers(file: Path) -> Stored:
@@ -194,7 +203,17 @@ def _headers(file: Path) -> Stored:
     except KeyError as error:
         raise UnsupportedError(f"{file} contains tensors of dtype {error}, which is not supported") from error
     except (SafetensorError, OSError) as error:
+        if is_pointer(file):
+            raise CheckpointError(
+                f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there"
+            ) from error
         raise CheckpointError(f"{file} is damaged or cut short ({error}); download or copy it again") from error
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git has in the place of a large one."""
+    with file.open("rb") as stream:
+        return stream.read(len(POINTER)) == POINTER
 
 
 def all_finite(values: Tensor) -> bool:
@@ -204,13 +223,15 @@ def all_finite(values: Tensor) -> bool:
 
 
 @timed("read")
-def file_digests(checkpoint: Checkpoint, previous: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """File name -> its size, modification time and SHA-256.
+def file_digests(
+    checkpoint: Checkpoint, previous: Mapping[str, Any] | None = None, others: Sequence[Path] = ()
+) -> dict[str, dict[str, Any]]:
+    """File name -> its size, modification time and SHA-256; `others`: files that belong to the weights too.
 
     A file with the size and time that it has in `previous` is not read again: it gets the digest from there.
     """
     digests: dict[str, dict[str, Any]] = {}
-    for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
+    for file in sorted({*others, *(stored.file for stored in checkpoint.tensors.values())}):
         stat = file.stat()
         identity = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         before = (previous or {}).get(file.name, {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from llmsqueeze.files import read_json_if_there
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")  # keys of a config
 KEPT = 8  # models without weights; a run opens the same folder several times, and a copy is made much faster
 _EMPTY: dict[Hashable, PreTrainedModel] = {}
 
@@ -29,7 +30,22 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig
     hint = "the model has its own code, which only --trust-remote-code runs" if own_code else ""
     with foreign(UnsupportedError, f"transformers cannot read {path / 'config.json'}", hint):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if attention_kernel(raw) is not None:
+        config._attn_implementation = None  # what transformers takes by default, which every machine has
     return config
+
+
+def attention_kernel(raw: Mapping[str, Any]) -> str | None:
+    """The attention that a `config.json` asks for, if it needs a package of its own, in its parts too."""
+    own = (raw[key] for key in ATTENTION if isinstance(raw.get(key), str))
+    of_parts = (attention_kernel(value) for value in raw.values() if isinstance(value, dict))
+    return next((name for name in (*own, *of_parts) if name not in (None, "eager", "sdpa")), None)
+
+
+def without_kernel(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` that leaves the choice of attention to who opens it."""
+    kept = {key: value for key, value in raw.items() if key not in ATTENTION}
+    return {key: without_kernel(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -37,6 +53,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
     Raises UnsupportedError if neither gives the class that the config names.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto
 
@@ -46,15 +63,28 @@ def auto_class(config: PreTrainedConfig) -> Any:
     }
     classes = {auto: mapping[config.model_type] for auto, mapping in mappings.items() if config.model_type in mapping}
     named = config.architectures or []
+    # the model without its head, as AutoModel saves it: whether the head is there is told by the tensors
+    decodes = getattr(config, "is_decoder", True)
+    base = modeling_auto.MODEL_MAPPING_NAMES.get(config.model_type, ()) if decodes else ()
     for auto, name in classes.items():
-        if not named or name in named or set(name) & set(named):  # some types have several classes
+        known = {*_several(name), *_several(base)}  # some types have several classes
+        if not named or known & set(named):
             return auto
     if "auto_map" in vars(config) or getattr(config, "auto_map", None):
         return AutoModelForCausalLM
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named) and AutoModelForCausalLM in classes:
         return AutoModelForCausalLM
     kind = named[0] if named else f"model type {config.model_type}"
+    if named and not hasattr(transformers, kind):
+        raise UnsupportedError(
+            f"config.json names the class {kind}, which transformers {transformers.__version__} does not have: it is "
+            "of another version or package"
+        )
     raise UnsupportedError(f"{kind} is not a causal language model; encoders and classifiers are not supported")
+
+
+def _several(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None:
@@ -62,7 +92,10 @@ def check_supported(raw: Mapping[str, object], config: PreTrainedConfig) -> None
     quantized = raw.get("quantization_config")
     if isinstance(quantized, dict):
         method = quantized.get("quant_method", "an unnamed method")
-        raise UnsupportedError(f"this model is already quantized (by {method}); start from the original weights")
+        raise UnsupportedError(
+            f"this model is already quantized (by {method}); start from the original weights, or take what is left of "
+            "them with --from-quantized"
+        )
     if config.is_encoder_decoder:
         raise UnsupportedError(f"{config.model_type} is an encoder-decoder model; only decoders are supported")
     auto_class(config)

@@ -7,31 +7,48 @@ from pathlib import Path
 
 import torch
 
-from llmsqueeze.errors import CheckpointError, HubError, RecipeError, first_line, nearest
-from llmsqueeze.files import OTHER_WEIGHTS, PICKLES
+from llmsqueeze.errors import CheckpointError, HubError, RecipeError, UnsupportedError, first_line, nearest
+from llmsqueeze.files import ADAPTER_CONFIG, OTHER_WEIGHTS, PICKLES
 from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint, pickled_only
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton, imagine_checkpoint
-from llmsqueeze.model.text import DEMO
 from llmsqueeze.parallel import processes
+from llmsqueeze.text.source import DEMO
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model by name (a Hub id, a folder, or 'demo'), and how it may be opened."""
+    """A model by name (a Hub id, a folder, or 'demo'), and how it may be opened.
+
+    adapter: folder or Hub id of a LoRA adapter to merge; merge_adapter: merge the one in the model's folder.
+    from_quantized: a model that is quantized already may be read. named: what the user called a model that was written
+    again as the folder `model`, and how that was quantized (`read_from`).
+    """
 
     model: str
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter: str | None = None
+    merge_adapter: bool = False
+    from_quantized: bool = False
+    named: str | None = None
+    read_from: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the user called the model."""
+        return self.named or self.model
 
 
 @dataclass(frozen=True)
 class Original:
-    """A model laid out without its weights, and the folder of its weights."""
+    """A model laid out without its weights, and the folder of its weights. adapter: the folder of the one that is
+    merged into them."""
 
     source: Source
     path: Path
     checkpoint: Checkpoint
     skeleton: Skeleton
+    adapter: Path | None = None
 
 
 def open_original(source: Source, weights: bool = True) -> Original:
@@ -44,7 +61,32 @@ def open_original(source: Source, weights: bool = True) -> Original:
         raise RecipeError(f"--revision {source.revision} applies to a Hub id, and {source.model} is a local folder")
     path = locate(source.model, source.revision, weights)
     checkpoint = open_checkpoint(path) if weights else imagine_checkpoint(path, source.trust_remote_code)
-    return Original(source, path, checkpoint, build_skeleton(checkpoint, source.trust_remote_code))
+    skeleton, adapter = build_skeleton(checkpoint, source.trust_remote_code), adapter_of(source, path)
+    if adapter is not None:
+        from llmsqueeze.model.adapter import merged
+
+        skeleton = merged(skeleton, path, adapter, source.trust_remote_code)
+    return Original(source, path, checkpoint, skeleton, adapter)
+
+
+def adapter_of(source: Source, path: Path) -> Path | None:
+    """The folder of the adapter that is to be merged; None if there is none.
+
+    Raises UnsupportedError if the model's folder has one and nobody said what is to become of it.
+    """
+    own = (path / ADAPTER_CONFIG).exists()
+    if source.adapter is not None:
+        if own and source.merge_adapter:
+            raise RecipeError(f"--adapter {source.adapter} contradicts --merge-adapter: {path} has another adapter")
+        return locate(source.adapter)
+    if source.merge_adapter and not own:
+        raise RecipeError(f"--merge-adapter: there is no {ADAPTER_CONFIG} in {path}; name the adapter with --adapter")
+    if own and not source.merge_adapter:
+        raise UnsupportedError(
+            f"{path} holds a LoRA adapter ({ADAPTER_CONFIG}): --merge-adapter merges it into the weights first; to "
+            "compress the model without it, move it out of the folder"
+        )
+    return path if own else None
 
 
 def pick_device(device: str) -> torch.device:

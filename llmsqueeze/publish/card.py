@@ -30,6 +30,7 @@ from llmsqueeze.publish.snippets import how_to_load, programs
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+STORED = ("safetensors", "pytorch", "tf", "jax", "onnx", "gguf")
 MARK = "<!-- Written by llmsqueeze: `llmsqueeze push` writes this file again. -->"
 
 
@@ -68,12 +69,15 @@ def model_card(path: Path, repo: str | None = None, check: Mapping[str, Any] | N
 
 
 def metadata(folder: Folder, name: str) -> ModelCardData:
-    """The card's metadata. The licence is that of the record or of the README.md in the folder, never a guess."""
+    """The card's metadata. The licence is that of the record or of the README.md in the folder, never a guess;
+    language, data sets, tags and the base are those of the original's card."""
     from huggingface_hub import ModelCardData
 
     record, model = folder.record, str(folder.record["model"])
     recorded = {key: record[key] for key in LICENSE_KEYS if record.get("license") and record.get(key)}
     values: dict[str, Any] = dict(recorded or shown(license_of(folder.checkpoint.path)))
+    card = dict(mapping(record.get("card")))
+    values |= {key: card[key] for key in ("language", "datasets", "base_model") if card.get(key)}
     if is_hub_id(model):
         values |= {"base_model": model, "base_model_relation": "quantized"}
     if results := card_scores.eval_results(folder):
@@ -81,10 +85,16 @@ def metadata(folder: Folder, name: str) -> ModelCardData:
     return ModelCardData(
         # the Hub's page shows the code of this library; transformers alone would fill our format with random values
         library_name="llmsqueeze" if folder.format == "llmsqueeze" else "transformers",
-        pipeline_tag="text-generation",
-        tags=["llmsqueeze", "quantized", *_tags(folder)],
+        pipeline_tag=str(card.get("pipeline_tag") or "text-generation"),
+        tags=list(dict.fromkeys(["llmsqueeze", "quantized", *_tags(folder), *_tags_of(card)])),
         **values,
     )
+
+
+def _tags_of(card: Mapping[str, Any]) -> list[str]:
+    """The tags of the original's card, but for those that say how its weights are stored."""
+    tags = card.get("tags")
+    return [tag for tag in tags if isinstance(tag, str) and tag not in STORED] if isinstance(tags, list) else []
 
 
 def _tags(folder: Folder) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from llmsqueeze.formats.public import TEXT_SUFFIXES
 from llmsqueeze.publish.folder import Folder, mapping
 from llmsqueeze.publish.numbers import integer
+from llmsqueeze.text.source import text_names
 
 
 def chosen(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,9 +41,9 @@ def quantize_command(folder: Folder) -> str:
 
 
 def own_text(folder: Folder) -> str | None:
-    """The name of the calibration text if it is a file on the disk of the person who made the folder."""
-    text = str(folder.recipe.get("calibration"))
-    return text if text.lower().endswith(TEXT_SUFFIXES) else None
+    """The calibration texts that are files on the disk of the person who made the folder; None if there are none."""
+    names = text_names(str(folder.recipe.get("calibration")))
+    return ", ".join(name for name in names if name.lower().endswith(TEXT_SUFFIXES)) or None
 
 
 def later_distillations(folder: Folder) -> list[Mapping[str, Any]]:
@@ -59,7 +60,9 @@ def distill_command(distillation: Mapping[str, Any]) -> str:
     left_out |= set() if "codes" in train else {"moves"}
     command = ["llmsqueeze", "distill", "FOLDER", "--teacher", str(distillation.get("teacher"))]
     for key, value in settings.items():
-        if key not in left_out and value is not None:
+        if key == "pack_documents":
+            command += [] if value else ["--no-pack"]
+        elif key not in left_out and value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             command += [f"--{key.replace('_', '-')}", text]
     return shlex.join([*command, *(["--blockwise"] if blockwise else [])])
@@ -70,7 +73,9 @@ def calibration(folder: Folder) -> str:
     text = folder.record.get("calibration")
     if not isinstance(text, Mapping):
         return "none: the method reads no text"
-    rows = f"{integer(text.get('samples'))} samples of {integer(text.get('seq_len'))} tokens"
+    packed = mapping(folder.recipe).get("pack_documents", True)
+    most = "" if packed else "at most "
+    rows = f"{integer(text.get('samples'))} samples of {most}{integer(text.get('seq_len'))} tokens"
     return f"{text.get('source')}, {rows}"
 
 

@@ -121,8 +121,8 @@ def test_a_folder_is_no_recipe_and_a_file_no_result(tmp_path: Path) -> None:
         ("short.txt", b"too short", "too few for one sample of 32"),
         ("binary.txt", b"\xff\xfe\x00\x01", "is not text"),
         ("nul.txt", b"abc\0def", "NUL"),
-        ("list.jsonl", b'["no object"]', "line 1 has no 'text' field"),
-        ("other.jsonl", b'{"content": "abc"}', "it has: content"),
+        ("numbers.jsonl", b'{"n": 1}', "name it with --text-field (it has: n)"),
+        ("other.jsonl", b'{"title": "abc", "summary": "d"}', "--text-field (it has: title, summary)"),
         ("broken.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
     ],
 )

@@ -115,9 +115,11 @@ def test_outliers_are_restored_exactly(gwq: Path, folder: Path) -> None:
 
 def test_the_outliers_are_those_with_the_largest_gradient(gwq: Path, folder: Path) -> None:
     """Against one ordinary backward pass per calibration sample."""
-    from llmsqueeze.model.text import calibration_rows, calibration_text, load_tokenizer
+    from llmsqueeze.text.rows import mixed_rows
+    from llmsqueeze.text.source import calibration_texts
+    from llmsqueeze.text.tokens import load_tokenizer
 
-    rows = calibration_rows(calibration_text("demo", ""), load_tokenizer(folder), 2, 32, seed=0).rows
+    rows = mixed_rows(calibration_texts("demo", ""), load_tokenizer(folder), 2, 32, seed=0).rows
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total: dict[str, Tensor] = {}
     for tokens in rows:
@@ -189,7 +191,7 @@ def test_every_method_and_extreme_width_opens_and_runs(method: str, bits: int, f
 
 def perplexity(path: str | Path) -> float:
     from llmsqueeze.evaluation.evaluate import evaluate
-    from llmsqueeze.model.text import evaluation_text
+    from llmsqueeze.text.source import evaluation_text
 
     result = evaluate(str(path), text=evaluation_text("demo", "demo"), limit=12)
     assert result.scores.perplexity is not None

@@ -130,8 +130,9 @@ def test_a_profile_that_does_not_serve_is_measured_anew(
             notes.append(text)
 
     plan(demo, {"bits": 2.5} | settings, own, trial=False, progress=Listening())
-    assert reason in notes[0]
-    assert "measured again" in notes[0]
+    note = next(note for note in notes if "few for linears" not in note)
+    assert reason in note
+    assert "measured again" in note
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from llmsqueeze.formats.exports.peft import how_to_load
 from llmsqueeze.formats.inspection import beside
 from llmsqueeze.formats.inspection.beside import copy, files_beside
 from llmsqueeze.model.config import empty_model, load_config
+from llmsqueeze.model.original import Source
 
 
 def test_a_result_is_not_written_through_a_link(tmp_path: Path) -> None:
@@ -91,8 +92,7 @@ def test_the_trial_does_not_import_from_the_working_folder(monkeypatch: pytest.M
         raise OSError("no")
 
     monkeypatch.setattr(subprocess, "run", run)
-    job: Any = type("Job", (), {"source": type("S", (), {"model": "m", "revision": None, "trust_remote_code": False})})
-    job.device = "cpu"
+    job: Any = type("Job", (), {"source": Source("m"), "device": "cpu"})
     from llmsqueeze.progress import Progress
 
     assert trial.run_trial(job, Path("plan.yaml"), Progress()) == {}, "what fails is a note"

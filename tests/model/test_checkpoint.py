@@ -66,10 +66,8 @@ def point_outside(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def wrong_shard(folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    index["weight_map"]["c"] = "one.safetensors"
-    (folder / INDEX).write_text(json.dumps(index))
+def pointer(folder: Path) -> None:
+    (folder / "two.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
 
 def pickle_only(folder: Path) -> None:
@@ -108,7 +106,7 @@ def broken_index(folder: Path) -> None:
         (rename_shard, "lacks the shard two.safetensors"),
         (lose_index, "was a file renamed or lost"),
         (point_outside, "outside the model folder"),
-        (wrong_shard, "does not contain c"),
+        (pointer, "two.safetensors is a pointer of Git LFS, not the weights: run `git lfs pull`"),
         (pickle_only, "pickle"),
         (no_weights, "has no weights"),
         (no_config, "no config.json"),
@@ -141,3 +139,15 @@ def test_names_that_are_no_model() -> None:
         locate("llama")
     with pytest.raises(CheckpointError, match="is a file"):
         locate(__file__)
+
+
+def test_what_counts_is_what_the_files_hold(sharded: Path) -> None:
+    """An index may name a tensor that is nowhere, or another file for one, or forget one, as for transformers."""
+    before = open_checkpoint(sharded)
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"] |= {"nowhere": "two.safetensors", "c": "one.safetensors"}
+    del index["weight_map"]["a"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    after = open_checkpoint(sharded)
+    assert after.tensors == before.tensors
+    assert torch.equal(after.read("c"), before.read("c"))

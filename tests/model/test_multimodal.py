@@ -138,9 +138,9 @@ def test_the_config_alone_is_enough_for_a_plan(original: Path, tmp_path: Path) -
 def test_a_class_without_text_is_named(original: Path, tmp_path: Path) -> None:
     folder = tmp_path / "config"
     folder.mkdir()
-    config = json.loads((original / "config.json").read_text()) | {"architectures": ["LlavaForImageClassification"]}
+    config = json.loads((original / "config.json").read_text()) | {"architectures": ["ViTForImageClassification"]}
     (folder / "config.json").write_text(json.dumps(config))
-    assert "LlavaForImageClassification is not a causal language model" in refused(
+    assert "ViTForImageClassification is not a causal language model" in refused(
         "plan", folder, "--weights", "none", "--bits", "4.5", "--out", tmp_path / "plan"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from llmsqueeze.formats.check import check
 from llmsqueeze.formats.export import export
 from llmsqueeze.formats.public import shown
+from llmsqueeze.formats.record import provenance
+from llmsqueeze.model.original import Source
 from llmsqueeze.publish.card import model_card
 from llmsqueeze.publish.folder import read_folder
 from llmsqueeze.publish.numbers import exact_size
@@ -55,6 +58,29 @@ def test_card_takes_the_license_from_the_sidecar(tmp_path: Path, make_folder: Ca
     folder = make_folder(tmp_path / "out", license="llama3.1")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     assert front_matter(model_card(folder))["license"] == "llama3.1"
+
+
+def test_card_carries_what_the_originals_card_says(
+    tmp_path: Path, make_folder: Callable[..., Path], demo_of: Callable[[int], Path]
+) -> None:
+    """Read when the model was compressed; a local model keeps the base that its own card names."""
+    original = Path(shutil.copytree(demo_of(1), tmp_path / "original"))
+    said = {
+        "language": ["en", "de"],
+        "datasets": ["owner/set"],
+        "tags": ["chat", "safetensors"],
+        "base_model": "o/base",
+    }
+    (original / "README.md").write_text(f"---\n{yaml.safe_dump(said | {'widget': 1})}---\n# Original\n")
+    assert provenance(Source(str(original)), original)["card"] == said
+    front = front_matter(model_card(make_folder(tmp_path / "out", model="original", card=said)))
+    assert {key: front[key] for key in ("language", "datasets", "base_model")} == {
+        key: said[key] for key in ("language", "datasets", "base_model")
+    }
+    assert front["tags"] == ["llmsqueeze", "quantized", "3-bit", "chat"]
+    assert "base_model_relation" not in front
+    of_hub = front_matter(model_card(make_folder(tmp_path / "out2", model="owner/model", card=said)))
+    assert (of_hub["base_model"], of_hub["base_model_relation"]) == ("owner/model", "quantized")
 
 
 def test_card_carries_the_license_of_the_readme_that_is_there(folder: Path) -> None:

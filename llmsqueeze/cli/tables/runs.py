@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
@@ -43,8 +45,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     if calibration is None:
         table.add_row("calibration", "none needed")
     else:
-        rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
-        table.add_row("calibration", f"{calibration['source']}, {rows}")
+        table.add_row("calibration", f"{calibration['source']}, {drawn(calibration)}")
+    if summary["text_begins"]:
+        table.add_row("it begins", Text(f"{json.dumps(summary['text_begins'], ensure_ascii=False)} ..."))
     if summary["experts"] is not None:
         table.add_row("experts", experts(summary["experts"]))
     if summary["unreached"]:
@@ -61,6 +64,14 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("next", next_command(summary))
     console().print(table)
     print_times("time by stage", summary["time"])
+
+
+def drawn(calibration: dict[str, Any]) -> str:
+    """'128 x 2048 tokens', or how many tokens there are in samples of several lengths."""
+    samples, length, tokens = (calibration[name] for name in ("samples", "seq_len", "tokens"))
+    if samples * length == tokens:
+        return f"{samples} x {length} tokens"
+    return f"{samples} samples of at most {length} tokens, {tokens} in all"
 
 
 def next_command(summary: dict[str, Any]) -> str:
@@ -84,8 +95,7 @@ def print_distillation(summary: dict[str, Any]) -> None:
     if summary["stopped"]:
         table.add_row("stopped", summary["stopped"])
     calibration = summary["calibration"]
-    rows = f"{calibration['samples']} x {calibration['seq_len']} tokens"
-    table.add_row("text", f"{calibration['source']}, {rows}")
+    table.add_row("text", f"{calibration['source']}, {drawn(calibration)}")
     same = summary["nbytes"] == summary["nbytes_before"]
     before = "as before" if same else f"was {size(summary['nbytes_before'])}: the streams are coded again"
     table.add_row("size", f"{size(summary['nbytes'])}, {before}")

@@ -25,6 +25,7 @@ from llmsqueeze.formats.exports.reround import reround
 from llmsqueeze.formats.folder import Output, digest, rewrite
 from llmsqueeze.formats.inspection.opening import Opened
 from llmsqueeze.formats.opened import Folder
+from llmsqueeze.model.adapter import Change, changes
 from llmsqueeze.model.experts.find import expert_linears
 from llmsqueeze.model.experts.names import experts_in_files
 from llmsqueeze.model.experts.stack import ExpertStack
@@ -37,7 +38,8 @@ from llmsqueeze.progress import Progress
 class Conversion:
     """A compressed folder and the format to write it in. dtype: of dense weights, None for the model's own; grid: onto
     which coded weights are rounded, None if they are not; transposed: linears that the model stores so; ends:
-    compressed embeddings and head, which other formats have dense."""
+    compressed embeddings and head, which other formats have dense; changes: parameter -> what an adapter adds to it.
+    """
 
     folder: Folder
     format: str
@@ -46,6 +48,7 @@ class Conversion:
     transposed: frozenset[str]
     ends: frozenset[str]
     experts: StoredAs
+    changes: Mapping[str, Change]
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -82,12 +85,19 @@ class Converted:
     opened: Opened = field(default_factory=Opened)
 
 
-def conversion(folder: Folder, to: str, dtype: torch.dtype | None, grid: Grid | None) -> Conversion:
+def conversion(
+    folder: Folder, to: str, dtype: torch.dtype | None, grid: Grid | None, adapter: Path | None = None
+) -> Conversion:
+    """How to write the folder. Raises CheckpointError or UnsupportedError for an adapter that cannot be merged."""
     model = folder.model
     transposed = frozenset(name for name in folder.entries if is_transposed(model.get_submodule(name)))
     ends = (model.get_input_embeddings(), output_head(model))
     compressed_ends = frozenset(name for name in folder.entries if model.get_submodule(name) in ends)
-    return Conversion(folder, to, dtype, grid, transposed, compressed_ends, stored_experts(folder, to))
+    added = changes(folder.path, adapter, folder.trust_remote_code) if adapter is not None else {}
+    for name in added:
+        if name.removesuffix(".weight") not in folder.entries and name not in folder.checkpoint.tensors:
+            raise UnsupportedError(f"the adapter {adapter} changes {name}, which {folder.path} has in another form")
+    return Conversion(folder, to, dtype, grid, transposed, compressed_ends, stored_experts(folder, to), added)
 
 
 def write_folder(plan: Conversion, out: Path, overwrite: bool, notes: Converted, progress: Progress) -> int:
@@ -138,7 +148,7 @@ def converter(plan: Conversion, notes: Converted) -> Callable[[list[str]], dict[
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name not in linear_of:
-                tensors[name] = kept(plan, plan.folder.checkpoint.read(name))
+                tensors[name] = kept(plan, name, plan.folder.checkpoint.read(name))
             elif name in first:
                 tensors |= converted(plan, linear_of[name], notes)
         return with_merged_experts(plan.folder.model, tensors)
@@ -169,8 +179,10 @@ def stored_experts(folder: Folder, to: str) -> StoredAs:
     return names
 
 
-def kept(plan: Conversion, tensor: Tensor) -> Tensor:
+def kept(plan: Conversion, name: str, tensor: Tensor) -> Tensor:
     """A tensor that was not compressed, in the dtype of the new folder."""
+    if name in plan.changes:
+        tensor = (tensor.float() + plan.changes[name]()).to(tensor.dtype)
     return tensor.to(plan.dtype) if plan.format == DENSE and plan.dtype and tensor.is_floating_point() else tensor
 
 
@@ -187,7 +199,10 @@ def converted(plan: Conversion, linear: str, notes: Converted) -> dict[str, Tens
     if plan.format != DENSE and linear not in plan.ends:
         notes.digests[linear] = digest(parts.sum_of_parts(weight_parts))
         return compressed_tensors.stored_tensors(linear, weight_parts)
-    dense = parts.sum_of_parts(weight_parts).to(plan.stored_dtype(linear))
+    dense = parts.sum_of_parts(weight_parts)
+    if (change := plan.changes.get(f"{linear}.weight")) is not None:
+        dense = dense + (change().T if linear in plan.transposed else change())
+    dense = dense.to(plan.stored_dtype(linear))
     if not bool(dense.isfinite().all()):
         dtype = parts.dtype_name(dense.dtype)
         raise UnsupportedError(f"{linear} has weights beyond the range of {dtype}; use --dtype bf16")

@@ -22,7 +22,6 @@ from llmsqueeze.parts import LowRank
 FORMAT = "peft"
 RANKS = (8, 16, 32, 64, 128)
 BASE, ADAPTER = "base", "adapter"  # the folders in the export
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_rank(ranks: Mapping[str, int]) -> int:

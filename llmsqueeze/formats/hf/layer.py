@@ -1,7 +1,7 @@
 """The layer of a compressed linear: its parts stay as they are in the file.
 
-The layer rebuilds its weight for every call and multiplies with it as nn.Linear does. Memory: the compressed model and
-one dense weight.
+The layer rebuilds its weight for every call and multiplies with it as nn.Linear does; in training, once more for the
+gradient of its inputs. Memory: the compressed model and one dense weight.
 """
 
 from __future__ import annotations
@@ -14,12 +14,44 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmsqueeze import parts
+from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.parts import Spec
 
 
-class SumOfParts(nn.Module):
+class Computed(Tensor):
+    """A weight that was computed from parts: what is written into it would be lost, so that is refused."""
+
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise UnsupportedError(
+            "the weight of a compressed linear cannot be changed; to merge an adapter: llmsqueeze export FOLDER "
+            "--to dense --adapter ADAPTER, or model.dequantize() before the adapter is loaded"
+        )
+
+
+class Product(torch.autograd.Function):
+    """x [..., cols] -> [..., rows] by a layer's weight, which is computed again for the gradient, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: SumOfParts) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dense(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dense(gradient.dtype), None
+
+
+class SumOfParts(nn.Linear):
     """A linear layer whose weight [rows, cols] is a sum of parts; their tensors are buffers `parts.<i>.<name>`.
 
+    An nn.Linear, so that adapters can be trained on it, as PEFT knows layers by class; without a parameter `weight`.
     weight_dtype: the dtype of the model that the layer is in, which code that reads its weight expects. kind: the class
     of linears whose forward it has, with their attributes; None: that of plain ones.
     """
@@ -29,14 +61,15 @@ class SumOfParts(nn.Module):
 
     def __init__(self, shape: tuple[int, int], specs: Sequence[Spec], bias: bool, transposed: bool) -> None:
         """Empty tensors on the default device. shape: [rows, cols]; `transposed`: the layer replaces a Conv1D."""
-        super().__init__()
+        nn.Module.__init__(self)
+        self._is_hf_initialized = True  # transformers would draw the weight of a linear at random
         self.shape, self.specs, self.transposed = shape, list(specs), transposed
         self.out_features, self.in_features = shape
         self.parts = nn.ModuleList()
         for spec in specs:
             layout = parts.layout(shape, spec)
             self.parts.append(buffers({name: torch.empty(size, dtype=dtype) for name, (size, dtype) in layout.items()}))
-        self.bias = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
+        self.bias: Any = nn.Parameter(torch.empty(shape[0]), requires_grad=False) if bias else None
         self.weight_dtype: torch.dtype = getattr(torch, specs[0]["dtype"])
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,13 +94,16 @@ class SumOfParts(nn.Module):
             vars(self).update(self.attributes)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The dense weight in the model's dtype, for code that reads a linear's weight; computed at every access."""
-        weight = self.dense(self.weight_dtype)
+        weight = self.dense(self.weight_dtype).as_subclass(Computed)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # GPT-2 would draw it at random on loading
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            product: Tensor = Product.apply(x, self)  # type: ignore[no-untyped-call]
+            return product
         return nn.functional.linear(x, self.dense(x.dtype), self.bias)
 
     def as_linear(self, dtype: torch.dtype) -> nn.Module:

@@ -221,4 +221,5 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on it are; the parts are not."""
+        return True

@@ -10,7 +10,16 @@ import shutil
 from pathlib import Path
 
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.files import COMPARISON, EVALUATION, FRONTIER, OTHER_WEIGHTS, PICKLES, SIDECAR, TEMPLATES
+from llmsqueeze.files import (
+    ADAPTER_CONFIG,
+    COMPARISON,
+    EVALUATION,
+    FRONTIER,
+    OTHER_WEIGHTS,
+    PICKLES,
+    SIDECAR,
+    TEMPLATES,
+)
 
 MOST = 1 << 30  # bytes of all of them
 NOT_COPIED = (
@@ -19,6 +28,7 @@ NOT_COPIED = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    ADAPTER_CONFIG,
     "README.md",
     "README.before-push.md",
     "report.html",

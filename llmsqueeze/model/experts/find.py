@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from llmsqueeze.model.experts.linear import is_dense
 from llmsqueeze.model.experts.stack import ExpertStack, stacked
 
 COUNTS = re.compile("expert")  # in the names of attributes
@@ -38,7 +39,7 @@ def stack_experts(model: nn.Module, blocks: Sequence[str]) -> dict[str, ExpertSt
 def merge_stacks(model: nn.Module) -> None:
     """Puts the parameter back in the place of every stack whose linears are all plain."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, ExpertStack) and all(isinstance(linear, nn.Linear) for linear in module.linears):
+        if isinstance(module, ExpertStack) and all(is_dense(linear) for linear in module.linears):
             parent, _, leaf = name.rpartition(".")
             owner, dense = model.get_submodule(parent), module.dense()
             delattr(owner, leaf)

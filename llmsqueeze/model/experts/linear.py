@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,11 @@ class ExpertLinear(nn.Linear):
 
 def plain(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight)
+
+
+def is_dense(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a linear has a weight, not the parts of one (formats/hf/layer.py)."""
+    return isinstance(linear, nn.Linear) and not hasattr(linear, "parts")
 
 
 @contextmanager

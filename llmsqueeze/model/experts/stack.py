@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import UnsupportedError
-from llmsqueeze.model.experts.linear import ExpertLinear
+from llmsqueeze.model.experts.linear import ExpertLinear, is_dense
 
 LINEAR = {nn.functional.linear}
 MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
@@ -78,7 +78,7 @@ class ExpertStack(nn.Module):
     @property
     def device(self) -> torch.device:
         first = self.linear(0)
-        if isinstance(first, nn.Linear):
+        if is_dense(first):
             return _like(first).device
         return next(first.parameters(), next(first.buffers(), torch.empty(0))).device
 
@@ -176,7 +176,7 @@ class Expert:
     def product(self, x: Tensor) -> Tensor:
         """x [..., cols] -> [..., rows], by the expert's linear."""
         linear = self.stack.linear(self.index)
-        if self.cast is not None and isinstance(linear, nn.Linear) and _like(linear).dtype != x.dtype:
+        if self.cast is not None and is_dense(linear) and _like(linear).dtype != x.dtype:
             return nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias)
         result: Tensor = linear(x)
         return result
