@@ -232,7 +232,8 @@ def test_a_hub_that_cannot_be_reached(call: tuple[str, ...], tmp_path: Path, mon
 
 def test_bad_eval_options(native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # without the thousands of definitions that lm-eval has itself; tests of `compare` read them
-    monkeypatch.setattr(definitions, "task_index", lambda path: TaskManager(include_path=path, include_defaults=False))
+    index = TaskManager(include_defaults=False)
+    monkeypatch.setattr(definitions, "task_index", lambda *_: index)
     assert "unknown task 'demo_story'; did you mean 'demo_stories'?" in refused("eval", "demo", "--tasks", "demo_story")
     assert "--tasks is empty" in refused("eval", "demo", "--tasks", ",")
     assert "is not a folder" in refused("eval", "demo", "--tasks", "x", "--include-path", tmp_path / "no")

@@ -176,7 +176,7 @@ def test_lm_eval_task_from_a_local_file(
     """An own definition through `include_path`: the label is the first choice, which a constant text makes likely."""
     # without the thousands of definitions that lm-eval has itself
     monkeypatch.setattr(
-        definitions, "task_index", lambda path, _=True: TaskManager(include_path=path, include_defaults=False)
+        definitions, "task_index", lambda path, _: TaskManager(include_path=path, include_defaults=False)
     )
     rows = [{"context": "Anna has a", "choices": [" ball .", " zzzz qqqq"], "label": 0} for _ in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))

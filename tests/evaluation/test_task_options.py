@@ -95,6 +95,7 @@ def test_a_label_says_what_makes_a_score_another_one() -> None:
     assert label(TaskOptions(num_fewshot=0), shots=0) == "arc (0-shot)"
     chat = TaskOptions(num_fewshot=1, apply_chat_template=True, system_instruction="Be brief.", seed=(1, 2, 3, 4))
     assert label(chat, shots=1) == 'arc (1-shot, chat template, system "Be brief.", seed 1,2,3,4)'
+    assert label(TaskOptions(seed=(7, 7, 7, 7))) == "arc (seed 7)"
     generating = TaskOptions(gen_kwargs={"temperature": 0.5}, prefix_token_id=3)
     assert label(generating) == "arc (prefix 3)"
     assert label(generating, GENERATING) == "arc (temperature=0.5, prefix 3)"

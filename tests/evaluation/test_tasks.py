@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def short_index() -> Iterator[None]:
     """Without the thousands of task definitions that lm-eval reads for seconds."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
-            definitions, "task_index", lambda path, _=True: TaskManager(include_path=path, include_defaults=False)
+            definitions, "task_index", lambda path, _: TaskManager(include_path=path, include_defaults=False)
         )
         yield
 
@@ -286,6 +287,22 @@ def test_tasks_by_wildcard_group_and_file(names: str, measured: list[str], opene
     if "own_group" in scores:
         children = [scores[name].metrics["acc"] for name in measured[:2]]
         assert scores["own_group"].metrics["acc"] == pytest.approx(sum(children) / 2)
+
+
+def test_lm_evals_own_definitions_are_read_only_if_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take many seconds, and are read once."""
+    read: list[bool] = []
+
+    @cache
+    def index(path: Path | None, defaults: bool) -> TaskManager:
+        read.append(defaults)
+        return TaskManager(include_path=path, include_defaults=False)
+
+    monkeypatch.setattr(definitions, "task_index", index)
+    find_tasks(["own_choice", "demo_stories"], folder)
+    assert read == [False]
+    find_tasks(["own_group", "own_t*"], folder)
+    assert read == [False, True]
 
 
 def test_a_task_without_examples_stays_so_and_the_user_hears_of_it(

@@ -47,7 +47,9 @@ def _file(name: str) -> str | None:
 
 def _matches(name: str, include_path: Path | None) -> list[str]:
     """The name itself if lm-eval knows it, or what its wildcards match. Raises RecipeError."""
-    index = task_index(include_path)
+    if include_path is not None and name in task_index(include_path, False).all_tasks:
+        return [name]
+    index = task_index(include_path, True)
     every = [*index.all_tasks, demo_task.TASK_NAME]
     if name in every:
         return [name]
@@ -62,8 +64,8 @@ def _matches(name: str, include_path: Path | None) -> list[str]:
 
 
 @cache
-def task_index(include_path: Path | None, defaults: bool = True) -> Any:
-    """lm-eval's index of task definitions. To read its own definitions (`defaults`) takes seconds."""
+def task_index(include_path: Path | None, defaults: bool) -> Any:
+    """lm-eval's index of task definitions. To read its own definitions (`defaults`) takes many seconds."""
     from lm_eval.tasks import TaskManager
 
     path = None if include_path is None else str(include_path)
@@ -87,8 +89,7 @@ def load_tasks(specs: Sequence[Spec], include_path: Path | None, options: TaskOp
 
     Raises RecipeError for options that do not fit the tasks.
     """
-    named = any(isinstance(spec, str) for spec in specs)
-    loaded = task_index(include_path, named).load(list(specs))
+    loaded = task_index(include_path, need_defaults(specs, include_path)).load(list(specs))
     tasks = loaded["tasks"]
     refuse_unused(options, {name: task.get_config("output_type") for name, task in tasks.items()})
     notes = [note for name, task in tasks.items() for note in set_examples(name, task, options)]
@@ -96,6 +97,13 @@ def load_tasks(specs: Sequence[Spec], include_path: Path | None, options: TaskOp
         if options.gen_kwargs and task.get_config("output_type") == GENERATING:
             task.set_config(key="generation_kwargs", value=dict(options.gen_kwargs), update=True)
     return loaded, notes
+
+
+def need_defaults(specs: Sequence[Spec], include_path: Path | None) -> bool:
+    """Whether lm-eval's own definitions may be needed: not for tasks of `include_path`; its groups, and files, may name
+    others."""
+    own = set() if include_path is None else set(task_index(include_path, False).all_subtasks)
+    return any(isinstance(spec, str) and spec not in own for spec in specs)
 
 
 def refuse_unused(options: TaskOptions, types: dict[str, str]) -> None:

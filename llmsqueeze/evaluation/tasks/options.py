@@ -82,7 +82,8 @@ class TaskOptions:
         notes += [f"system {quoted(settings['system_instruction'])}"] if "system_instruction" in settings else []
         notes += [f"{key}={value}" for key, value in settings.get("gen_kwargs", {}).items()]
         notes += [f"prefix {settings['prefix_token_id']}"] if "prefix_token_id" in settings else []
-        notes += [f"seed {','.join(map(str, settings['seed']))}"] if "seed" in settings else []
+        seeds = settings.get("seed", [])
+        notes += [f"seed {','.join(map(str, seeds if len({*seeds}) > 1 else seeds[:1]))}"] if seeds else []
         return f"{settings['task']} ({', '.join(notes)})" if notes else str(settings["task"])
 
 
