@@ -82,7 +82,7 @@ def save_scores(model: str, result: Mapping[str, Any]) -> None:
     """Writes `result` (`Evaluation.as_dict`) into `model` if that is a folder of ours. Card and report read it there.
 
     Scores that `result` does not have stay as they are in the file. Those of a part of the data are kept apart, under
-    `limited`. Local paths become their last component.
+    `limited` and their limit, the newest last. Local paths become their last component.
     """
     folder = Path(model)
     if not is_ours(folder):
@@ -93,8 +93,8 @@ def save_scores(model: str, result: Mapping[str, Any]) -> None:
     if public.get("limit") is None:
         after = merged(before, public)
     else:
-        earlier = before.get("limited") or {}
-        after = before | {"limited": merged(earlier if earlier.get("limit") == public["limit"] else {}, public)}
+        parts, limit = dict(before.get("limited") or {}), str(public["limit"])
+        after = before | {"limited": parts | {limit: merged(parts.pop(limit, {}), public)}}
     write_json(folder / EVALUATION, after)
 
 

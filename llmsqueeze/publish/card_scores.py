@@ -21,6 +21,7 @@ from llmsqueeze.publish.scores import (
     score,
     score_rows,
     task_score,
+    with_text,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def scores(folder: Folder, name: str) -> str:
 
 def _text(folder: Folder) -> str:
     """The scored text and its length; empty if no text was scored."""
-    evaluation = folder.evaluation if folder.evaluation.get("text") else limited(folder.evaluation)
+    evaluation = with_text(folder.evaluation)
     if not evaluation.get("text"):
         return ""
     count, other = finite(evaluation.get("tokens")), finite(baseline(evaluation).get("tokens"))

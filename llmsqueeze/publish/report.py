@@ -20,7 +20,7 @@ from llmsqueeze.publish.page.render import render
 from llmsqueeze.publish.page.times import time_rows
 from llmsqueeze.publish.plots.figure import available
 from llmsqueeze.publish.plots.heat_map import BITS, ERRORS
-from llmsqueeze.publish.scores import has_baseline, limited, reading, score_rows
+from llmsqueeze.publish.scores import has_baseline, limited, reading, score_rows, with_text
 
 SHOWN = 50  # rows of the table of weights, until the reader shows all
 
@@ -56,7 +56,7 @@ def report_page(folder: Folder) -> str:
     bits = {linear.name: linear.bits for linear in folder.linears if linear.bits is not None}
     errors = {linear.name: 100 * linear.error for linear in folder.linears if linear.error is not None}
     blocks = blocks_of([linear.name for linear in folder.linears], folder.blocks)
-    evaluation = folder.evaluation if folder.evaluation.get("text") else limited(folder.evaluation)
+    evaluation = with_text(folder.evaluation)
     scores = score_rows(folder.evaluation)
     return render(
         "report.html",

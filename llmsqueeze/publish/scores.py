@@ -45,14 +45,20 @@ def baseline(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping(evaluation.get("baseline"))
 
 
-def limited(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The scores that were measured on a part of the data, empty if there are none."""
-    return mapping(evaluation.get("limited"))
+def limited(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The scores that were measured on parts of the data, the newest first."""
+    parts = mapping(evaluation.get("limited"))
+    return [mapping(part) for part in reversed(list(parts.values()))]
+
+
+def with_text(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores of a text: of all of it, else the newest of a part; if no text was measured, those of all tasks."""
+    return next((one for one in (evaluation, *limited(evaluation)) if one.get("text")), evaluation)
 
 
 def has_baseline(evaluation: Mapping[str, Any]) -> bool:
     """Whether the original was measured, on a part of the data at least."""
-    return bool(baseline(evaluation) or baseline(limited(evaluation)))
+    return any(map(baseline, (evaluation, *limited(evaluation))))
 
 
 def reading(evaluation: Mapping[str, Any]) -> str:
@@ -64,12 +70,15 @@ def reading(evaluation: Mapping[str, Any]) -> str:
 
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[Row]:
-    """A row for each score; those of a part of the data last, named so, unless there is one of all of it."""
-    rows, part = rows_of(evaluation), limited(evaluation)
+    """A row for each score; those of a part of the data last, named so, unless there is one of all of it or newer."""
+    rows = rows_of(evaluation)
     names = {row.name for row in rows}
-    limit = finite(part.get("limit"))
-    share = UNKNOWN if limit is None else f"{limit:g}"
-    return rows + [replace(row, name=f"{row.name} (limit {share})") for row in rows_of(part) if row.name not in names]
+    for part in limited(evaluation):
+        limit = finite(part.get("limit"))
+        new = [row for row in rows_of(part) if row.name not in names]
+        names |= {row.name for row in new}
+        rows += [replace(row, name=f"{row.name} (limit {UNKNOWN if limit is None else f'{limit:g}'})") for row in new]
+    return rows
 
 
 def rows_of(evaluation: Mapping[str, Any]) -> list[Row]:

@@ -36,7 +36,7 @@ def test_eval_json(compressed: Callable[[str], Path], tmp_path: Path, demo_of: C
     assert {"acc", "acc_stderr"} <= set(result["tasks"]["demo_stories"])
     kept = json.loads((outliers / "evaluation.json").read_text())
     assert kept.keys() == {"limited"}, "scores of a part of the data are kept apart"
-    assert kept["limited"]["limit"] == result["limit"] == 4
+    assert kept["limited"]["4"]["limit"] == result["limit"] == 4
 
 
 def test_show(outliers: Path) -> None:

@@ -83,10 +83,10 @@ def test_a_part_of_the_data_is_kept_apart(ours: Path) -> None:
     kept = saved(ours, tasks={"a": {"acc": 0.25}}, text="t", perplexity=9.0, limit=4)
     assert set(kept) == {"limited"}
     kept = saved(ours, tasks={"a": {"acc": 0.5}, "a (2-shot)": {"acc": 0.6}}, text="t", perplexity=3.0)
-    assert (kept["perplexity"], kept["limited"]["perplexity"]) == (3.0, 9.0)
-    kept = saved(ours, tasks={"b": {"acc": 0.75}}, limit=4)
-    assert kept["limited"]["tasks"] == {"a": {"acc": 0.25}, "b": {"acc": 0.75}}, "of the same part"
-    kept = saved(ours, tasks={"b": {"acc": 0.1}}, limit=0.5)
-    assert kept["limited"]["tasks"] == {"b": {"acc": 0.1}}
-    assert kept["limited"]["limit"] == 0.5
+    assert (kept["perplexity"], kept["limited"]["4"]["perplexity"]) == (3.0, 9.0)
+    kept = saved(ours, tasks={"b": {"acc": 0.75}}, limit=0.5)
+    assert kept["limited"]["0.5"]["tasks"] == {"b": {"acc": 0.75}}
+    kept = saved(ours, tasks={"b": {"acc": 0.1}}, limit=4)
+    assert kept["limited"]["4"]["tasks"] == {"a": {"acc": 0.25}, "b": {"acc": 0.1}}, "of the same part"
+    assert list(kept["limited"]) == ["0.5", "4"], "the newest last"
     assert kept["tasks"] == {"a": {"acc": 0.5}, "a (2-shot)": {"acc": 0.6}}

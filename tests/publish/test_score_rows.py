@@ -72,7 +72,7 @@ def test_changed_answers_are_in_card_and_report(folder: Path) -> None:
 
 def test_scores_of_a_part_are_shown_as_such(folder: Path) -> None:
     part = EVALUATION | {"perplexity": 9.5, "limit": 10, "tasks": EVALUATION["tasks"] | {"arc": BEFORE}}
-    write_json(folder / "evaluation.json", {"limited": part})
+    write_json(folder / "evaluation.json", {"limited": {"10": part}})
     card, page = model_card(folder), page_of(folder)
     assert "| Perplexity (limit 10) | 6.244 | 9.500 | +52.15 % |" in card
     assert "| piqa acc (limit 10) |" in card
@@ -83,12 +83,22 @@ def test_scores_of_a_part_are_shown_as_such(folder: Path) -> None:
     assert "Perplexity (limit 10) lower is better 6.244 9.500" in page
     assert "A limit is the number" in page
     assert "12,345 tokens" in page
-    write_json(folder / "evaluation.json", EVALUATION | {"limited": part})
-    names = [row.name for row in score_rows(EVALUATION | {"limited": part})]
+    write_json(folder / "evaluation.json", EVALUATION | {"limited": {"10": part}})
+    names = [row.name for row in score_rows(EVALUATION | {"limited": {"10": part}})]
     assert "Perplexity" in names
     assert "piqa acc" in names
     assert [name for name in names if "limit" in name] == ["arc acc (limit 10)"], "only what was not measured whole"
     assert "9.500" not in model_card(folder)
+
+
+def test_of_several_parts_the_newest_is_shown() -> None:
+    parts = {str(limit): {"limit": limit, "tasks": {"arc": {"acc": limit}}} for limit in (0.5, 0.25)}
+    parts["0.5"]["tasks"]["piqa"] = {"acc": 0.75}
+    rows = score_rows({"limited": parts})
+    assert [(row.name, row.after) for row in rows] == [
+        ("arc acc (limit 0.25)", "0.2500 ± –"),
+        ("piqa acc (limit 0.5)", "0.7500 ± –"),
+    ]
 
 
 def test_a_comparison_of_a_part_is_shown_as_such(folder: Path) -> None:
