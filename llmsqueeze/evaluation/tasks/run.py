@@ -41,9 +41,12 @@ class Tasks:
 
     def check(self, opened: OpenModel) -> None:
         """Raises UnsupportedError or RecipeError for a model whose tokenizer lacks what the tasks need."""
-        if self.loaded is not None:
-            types = {task.get_config("output_type") for task in self.loaded["tasks"].values()}
-            check_tokenizer(opened, self.options, generates=GENERATING in types)
+        if self.names:
+            processes.of_first(lambda: self._check(opened))
+
+    def _check(self, opened: OpenModel) -> None:
+        types = {task.get_config("output_type") for task in self.loaded["tasks"].values()}
+        check_tokenizer(opened, self.options, generates=GENERATING in types)
 
     def run(self, opened: OpenModel, progress: Progress) -> dict[str, TaskScores]:
         """label -> scores, which of several processes the first one measures.
@@ -53,7 +56,7 @@ class Tasks:
         return processes.of_first(lambda: self._scores(opened, progress)) if self.names else {}
 
     def _scores(self, opened: OpenModel, progress: Progress) -> dict[str, TaskScores]:
-        self.check(opened)
+        self._check(opened)
         with progress.foreign("tasks"), translated_errors(self.names):
             return scores_of(self._outcome(opened), self.options)
 
@@ -96,14 +99,13 @@ def find_tasks(
     Raises RecipeError for an unknown name and for options that do not fit, HubError if data cannot be loaded.
     """
     options, progress = options or TaskOptions(), progress or Progress()
-    specs = find_specs(names, include_path)
-    tasks = Tasks(list(names), options, limit, batch_size)
-    if not specs:
-        return tasks
+    if not names:
+        return Tasks([], options, limit, batch_size)
     loaded: list[Any] = []
 
     def load() -> list[str]:
         make_folder(options.output_path)
+        specs = find_specs(names, include_path)
         set_seeds(options.seed)
         with progress.foreign("reading tasks"), translated_errors(names):
             content, notes = load_tasks(specs, include_path, options)
