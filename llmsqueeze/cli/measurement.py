@@ -45,8 +45,8 @@ def _measurement(
         _of(
             TEXT,
             f"{', '.join(PROTOCOLS)}: as GPTQ, QuIP#, QTIP measure: rows of the WikiText-2 test split (or lines of "
-            "--text) joined with two newlines, cut into windows of --seq-len [2048] without BOS, the rest dropped; "
-            "exp of the mean loss, in float32.",
+            "--text) joined with two newlines, cut into windows of --seq-len [2048], no BOS for each, the rest "
+            "dropped; exp of the mean loss, in float32.",
         ),
     ] = None,
     tasks: Annotated[

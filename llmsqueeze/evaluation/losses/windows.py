@@ -4,13 +4,13 @@ Of this tool, by default: windows that do not overlap, the last one shorter. Eac
 one. All tokens after the first of a window count.
 
 With a stride: window k begins at token k * stride. Of the first window all tokens count, of each later one only those
-beyond the end of the one before, so its last `stride` tokens (fewer at the end of the text). Each is scored after at
-least window - stride others, and every token of the text counts once, but for the first if there is no BOS.
+beyond the end of the one before, so its last `stride` tokens (fewer at the end of the text). Those are scored after at
+least window - stride others. Every token of the text counts once, but for the first if there is no BOS.
 
-Of the papers (GPTQ, AWQ, QuIP#, QTIP and others; 2048 or 4096 tokens): the rows of the WikiText-2 test split, joined
-with two newlines, go through the tokenizer once, with the special tokens that it adds to the whole text. The tokens are
-cut into windows that do not overlap, without BOS; what is left at the end is dropped. All tokens after the first of
-a window count, and the result is exp of their mean loss, here in float32.
+Of the papers (GPTQ with 2048 tokens, QuIP# and QTIP with 4096): the rows of the WikiText-2 test split, joined with two
+newlines, go through the tokenizer once, with the special tokens that it adds to the whole text. The tokens are cut into
+windows that do not overlap, without a BOS for each; what is left at the end is dropped. All tokens after the first of a
+window count, and the result is exp of their mean loss. Here the loss is float32, whatever the model computes in.
 """
 
 from __future__ import annotations
