@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import io
 import json
 import os
@@ -32,6 +33,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -239,10 +242,24 @@ def recipe(base: Base, work: Path, rng: random.Random) -> Case:
 
 
 def text(base: Base, work: Path, rng: random.Random) -> Case:
-    file = work / rng.choice(["text.txt", "text.jsonl"])
-    lines = ["Once upon a time there was a cat. " * 8 for _ in range(12)]
-    file.write_text("\n".join(json.dumps({"text": line}) if file.suffix == ".jsonl" else line for line in lines))
-    in_text(file, rng)
+    file = work / f"text{rng.choice(['.txt', '.jsonl', '.json', '.csv', '.parquet', '.jsonl.gz'])}"
+    line = "Once upon a time there was a cat. " * 8
+    rows: list[dict[str, Any]] = [{"text": line, "id": number} for number in range(12)]
+    if rng.random() < 0.5 and file.suffix not in (".txt", ".csv"):
+        rows = [{"messages": [{"role": role, "content": line} for role in ("user", "assistant")]} for _ in range(6)]
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".txt":
+        file.write_text(line * 12)
+    elif file.suffix == ".csv":
+        file.write_text("\n".join(["text,id", *(f"{line},{number}" for number in range(12))]))
+    else:
+        changed = mutated(rows, rng) if rng.random() < 0.5 else rows
+        together = file.suffix == ".json" or not isinstance(changed, list)
+        content = json.dumps(changed) if together else "\n".join(map(json.dumps, changed))
+        file.write_bytes(gzip.compress(content.encode()) if file.suffix == ".gz" else content.encode())
+    if rng.random() < 0.6:
+        in_text(file, rng)
     more = ["--method", "gptq", "--bits", 4, "--samples", 2, "--seq-len", 16, "--calibration", file]
     return file, quantize_with(base.original, work, *more)
 

@@ -6,28 +6,22 @@ import csv
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from lzma import LZMAError
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from llmsqueeze.errors import CalibrationError, first_line, foreign
 from llmsqueeze.text.data_sets import quiet
 from llmsqueeze.text.document import Text
 from llmsqueeze.text.fields import PAIRS, TEXTS, Row, text_of
 
-BUILDERS = {  # ending -> what reads it in datasets; all other files are plain text
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-# 'NA' and 'None' in a table are words; datasets would read the logs of some programs in a way of its own
-OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False}, "json": {"parse_agent_traces": False}}
-LINES = (".jsonl", ".ndjson")
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # ending -> reader of datasets
+JSON = (".jsonl", ".ndjson", ".json")
+ROWS = (*JSON, *BUILDERS)  # endings of files of rows; all other files are plain text
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
 LOOKED_AT = 1 << 20  # characters
 
@@ -35,16 +29,15 @@ LOOKED_AT = 1 << 20  # characters
 def read_file(path: Path, field: str | None, enough: int | None) -> Text:
     """A local file, until `enough` characters are read. Raises CalibrationError if it has no text."""
     check_compression(path)
-    if (kind := ending(path)) in BUILDERS:
-        return text_of(rows_in(path, BUILDERS[kind], {}), path.name, field, enough)
+    if ending(path) in ROWS:
+        return text_of(rows_in(path), path.name, field, enough)
     content = read_plain(path, enough)
-    builder, options = disguised(content)
-    if not builder:
+    if (kind := disguised(content)) is None:
         if not content.strip():
             raise CalibrationError(f"{path} is empty")
         return Text(path.name, (content,))
-    text = text_of(rows_in(path, builder, options), path.name, field, enough)
-    what = {"json": "JSON", "csv": "a table"}[builder]
+    text = text_of(rows_in(path, kind), path.name, field, enough)
+    what = "JSON" if kind in JSON else "a table"
     return replace(text, notes=(f"{path.name} looks like {what} and is read as such", *text.notes))
 
 
@@ -60,39 +53,49 @@ def check_compression(path: Path) -> None:
         raise CalibrationError(f"{path} is compressed by zstd, which needs a package: pip install zstandard")
 
 
-def read_plain(path: Path, enough: int | None) -> str:
-    """The first `enough` characters of a file, or all. Raises CalibrationError if it is not text."""
+def opened(path: Path) -> Any:
+    """The text of a file that may be compressed, for a `with` block."""
     import fsspec
 
-    opened = fsspec.open(str(path), "rt", encoding="utf-8-sig", compression=COMPRESSIONS.get(path.suffix.lower()))
+    return fsspec.open(str(path), "rt", encoding="utf-8-sig", compression=COMPRESSIONS.get(path.suffix.lower()))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """In the context errors of reading are CalibrationErrors that name the file."""
     try:
-        with opened as file:
-            content: str = file.read(-1 if enough is None else max(enough, LOOKED_AT))
+        yield
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not text: byte {error.start} is not UTF-8") from error
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, LZMAError, zlib.error) as error:
         raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def read_plain(path: Path, enough: int | None) -> str:
+    """The first `enough` characters of a file, or all. Raises CalibrationError if it is not text."""
+    with readable(path), opened(path) as file:
+        content: str = file.read(-1 if enough is None else max(enough, LOOKED_AT))
     if "\0" in content[:LOOKED_AT]:
         raise CalibrationError(f"{path} is not text: it contains NUL bytes")
     return content
 
 
-def disguised(content: str) -> tuple[str, dict[str, Any]]:
-    """What reads a text that is JSON or a table under another name, and its options; "" if it is plain text."""
+def disguised(content: str) -> str | None:
+    """The ending that a text should have which is JSON or a table; None if it is plain text."""
     lines = content[:LOOKED_AT].lstrip().splitlines()[:2]
     if lines and lines[0].startswith("{") and all(_is_mapping(line) for line in lines):
-        return "json", {}
+        return ".jsonl"
     if lines and re.match(r"\[\s*($|[{\"])", lines[0]):
         try:
-            return ("json", {}) if isinstance(json.loads(content), list) else ("", {})
+            return ".json" if isinstance(json.loads(content), list) else None
         except (ValueError, RecursionError):
-            return "", {}
+            return None
     known = {*TEXTS, *(name for pair in PAIRS for name in pair)}
-    for separator in (",", "\t"):
+    for kind, separator in ((".csv", ","), (".tsv", "\t")):
         columns = [next(csv.reader([line], delimiter=separator), []) for line in lines]
         if len(columns) == 2 and 1 < len(columns[0]) == len(columns[1]) and _is_header(columns[0], known):
-            return "csv", {"sep": separator}
-    return "", {}
+            return kind
+    return None
 
 
 def _is_header(columns: list[str], known: set[str]) -> bool:
@@ -107,41 +110,65 @@ def _is_mapping(line: str) -> bool:
         return False
 
 
-def rows_in(path: Path, builder: str, options: dict[str, Any]) -> Iterator[Row]:
-    """The rows of a file, one after the other. Raises CalibrationError with the reason of datasets."""
+def rows_in(path: Path, kind: str | None = None) -> Iterator[Row]:
+    """The rows of a file, one after the other. kind: the ending by which it is read. Raises CalibrationError."""
+    kind = kind or ending(path)
+    return json_rows(path) if kind in JSON else table_rows(path, kind)
+
+
+def table_rows(path: Path, kind: str) -> Iterator[Row]:
+    """The rows of a table, by datasets."""
     import datasets
 
-    options = {**OPTIONS.get(builder, {}), **({"sep": "\t"} if ".tsv" in path.suffixes else {}), **options}
+    options: dict[str, Any] = {}
+    if BUILDERS[kind] == "csv":  # 'NA' and 'None' in a table are words
+        options = {"keep_default_na": False, "sep": "\t" if kind == ".tsv" else ","}
     with quiet(), foreign(CalibrationError, f"{path} cannot be read"):
         try:
             yield from datasets.load_dataset(
-                builder, data_files=str(path.resolve()), split="train", streaming=True, **options
+                BUILDERS[kind], data_files=str(path.resolve()), split="train", streaming=True, **options
             )
         except StopIteration as error:  # how datasets find a file without rows
             raise CalibrationError(f"{path} is empty") from error
-        except Exception as error:
-            if ending(path) in LINES and (line := broken_line(path)) is not None:
-                raise CalibrationError(f"{path} line {line} is not JSON") from error
-            raise
 
 
-def broken_line(path: Path) -> int | None:
-    """The number of the first line that is not JSON, if the lines before it are."""
-    try:
-        for number, line in enumerate(_lines(path), 1):
+def json_rows(path: Path) -> Iterator[Row]:
+    """The rows of a list, of lines, or of the only list of rows in an object.
+
+    By Python's own reader: that of datasets takes all rows for rows of one table, and ends the process at some files
+    that are none.
+    """
+    with readable(path), opened(path) as file:
+        begins = file.read(LOOKED_AT).lstrip()[:1]
+    lines = ending(path) != ".json" and begins != "["
+    if not lines:
+        with readable(path), opened(path) as file:
+            content = file.read()
+        try:
+            yield from _rows_of(json.loads(content), path)
+            return
+        except (ValueError, RecursionError) as error:  # lines under the name of a list
+            if begins == "[" or "\n" not in content.strip():
+                raise CalibrationError(f"{path} is not JSON: {first_line(error)}") from error
+    with readable(path), opened(path) as file:
+        for number, line in enumerate(file, 1):
             if line.strip():
-                try:
-                    json.loads(line)
-                except (ValueError, RecursionError):
-                    return number
-    except (OSError, EOFError, ValueError):
-        return None
-    return None
+                yield _row(line, path, number)
 
 
-def _lines(path: Path) -> Iterable[str]:
-    import fsspec
+def _rows_of(value: Any, path: Path) -> list[Row]:
+    """The rows that a JSON value holds."""
+    if isinstance(value, dict):
+        lists = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
+        value = lists[0] if len(lists) == 1 and not any(isinstance(one, str) for one in value.values()) else [value]
+    if not isinstance(value, list):
+        raise CalibrationError(f"{path} holds no rows: it is neither a list nor an object")
+    return [row if isinstance(row, dict) else {"text": row} for row in value]
 
-    file: TextIO
-    with fsspec.open(str(path), "rt", encoding="utf-8-sig", compression=COMPRESSIONS.get(path.suffix.lower())) as file:
-        yield from file
+
+def _row(line: str, path: Path, number: int) -> Row:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path} line {number} is not JSON") from error
+    return value if isinstance(value, dict) else {"text": value}

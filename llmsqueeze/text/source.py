@@ -9,7 +9,7 @@ from pathlib import Path
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.text.data_sets import read_folder, read_hub
 from llmsqueeze.text.document import Text
-from llmsqueeze.text.files import BUILDERS, COMPRESSIONS, read_file
+from llmsqueeze.text.files import COMPRESSIONS, ROWS, read_file
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 DEMO = "demo"
@@ -83,7 +83,7 @@ def read_text(source: str, split: str, field: str | None = None, enough: int | N
         return read_folder(path, config, named_split or split, named_split is not None, field, enough)
     if path.exists():
         return read_file(path, field, enough)
-    is_file = Path(source.partition(":")[0]).suffix.lower() in {".txt", ".raw", ".md", *BUILDERS, *COMPRESSIONS}
+    is_file = Path(source.partition(":")[0]).suffix.lower() in {".txt", ".raw", ".md", *ROWS, *COMPRESSIONS}
     if is_file or source.startswith((".", "/", "~")):
         raise CalibrationError(f"there is no text file {source}")
     name, _, _ = source.partition(":")

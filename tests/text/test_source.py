@@ -143,13 +143,34 @@ def test_rows_without_text(content: str, message: str, tmp_path: Path) -> None:
         read_text(write(tmp_path / "a.jsonl", content), "train")
 
 
-def test_the_logs_of_programs_are_rows_like_others(tmp_path: Path) -> None:
-    """datasets has a reading of its own for files with these two fields, which needs another package."""
-    rows = [
-        {"type": "user", "message": {"content": "hi"}, "text": "one"},
-        {"type": "x", "message": "no", "text": "two"},
-    ]
-    assert read_text(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))), "train").documents == ("one", "two")
+@pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("a.json", '{"version": 1, "data": [{"text": "one"}, {"text": "two"}]}', ("one", "two")),
+        ("a.json", '{"text": "one"}\n{"text": "two"}', ("one", "two")),
+        ("a.json", '{"text": "one"}', ("one",)),
+        ("a.jsonl", '"one"\n"two"', ("one", "two")),
+        ("a.jsonl", '{"text": "one", "x": 1}\n{"text": "two", "x": {"y": "z"}}', ("one", "two")),
+    ],
+)
+def test_forms_of_json(name: str, content: str, documents: tuple[str, ...], tmp_path: Path) -> None:
+    assert read_text(write(tmp_path / name, content), "train").documents == documents
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "3", "holds no rows: it is neither a list nor an object"),
+        ("a.json", "[1, 2", "a.json is not JSON"),
+        ("a.jsonl", "3\n4", "has no text in text|--text-field"),
+        ("a.jsonl.gz", b"no gzip", "cannot read"),
+        ("a.jsonl", b'{"text": "\xff"}', "is not text: byte 10 is not UTF-8"),
+        ("a.parquet", b"no parquet", "a.parquet cannot be read"),
+    ],
+)
+def test_files_without_rows(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        read_text(write(tmp_path / name, content), "train")
 
 
 @pytest.fixture
