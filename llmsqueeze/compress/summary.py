@@ -25,9 +25,10 @@ class Summary:
     of the result was read back and compared. opens: runtime -> why it does not open the result, "" if it does or
     should; opened: the runtimes that opened it here, with the logits that were computed with; not_opened: runtime ->
     why one that should open it was not tried, or did not. why_native: what compressed-tensors cannot represent;
-    predicted_portable: the loss increase that the same bytes promise there. text_begins: the first characters of the
-    first calibration sample, as the model sees them; "" without a text. experts: of their matrices that were fitted
-    to inputs, how many there are (`matrices`), how many saw few tokens (`few`) and how many none (`none`).
+    predicted_portable: the loss increase that the same bytes promise there.
+    text_begins: the first characters of the first calibration sample, as the model sees them, of a text that the user
+    named; "" else. experts: of their matrices that were fitted to inputs, how many there are (`matrices`), how many saw
+    few tokens (`few`) and how many none (`none`).
     towers: of the rounded linears of other towers and projectors, their number (`linears`), their bytes (`nbytes`) and
     those of the original (`nbytes_original`); None if they stay as they are. unreached: how many linears no text
     reaches, such as those that look at images alone: they are rounded as if all their inputs counted the same.

@@ -20,7 +20,7 @@ from llmsqueeze.recipe.recipe import TextSettings
 from llmsqueeze.text.chat import rendered
 from llmsqueeze.text.document import Text
 from llmsqueeze.text.rows import Calibration, enough_characters, hashed, mixed_rows
-from llmsqueeze.text.source import SELF, calibration_texts
+from llmsqueeze.text.source import DEMO, SELF, calibration_texts
 from llmsqueeze.text.tokens import check_ids, load_tokenizer
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def read_calibration(
     if (count := len(calibration.rows)) < settings.samples:
         rows_ = f"samples of {seq_len} tokens" if settings.pack_documents else "samples, one a document"
         progress.note(f"the calibration text fills {count} {rows_}, not {settings.samples}")
-    return replace(calibration, begins=beginning(calibration.rows[0], tokenizer))
+    own = settings.calibration not in (None, DEMO)
+    return replace(calibration, begins=beginning(calibration.rows[0], tokenizer) if own else "")
 
 
 def beginning(row: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:

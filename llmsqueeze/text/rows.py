@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Calibration:
     """Token rows, int64 [1, length], and their source; `held_back` are other rows of the same text.
 
-    begins: the beginning of the first row as text.
+    begins: the beginning of the first row as text, if the user named the text.
     """
 
     source: str

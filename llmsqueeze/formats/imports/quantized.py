@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections import Counter
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,8 @@ def dense_folder(path: Path, out: Path, trust_remote_code: bool, progress: Progr
     half = partial_of(out)
     shutil.rmtree(half, ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)
-    model, tokenizer = opened(path, trust_remote_code)
+    with redirect_stderr(StringIO()):  # bars of other libraries
+        model, tokenizer = opened(path, trust_remote_code)
     try:
         half.mkdir(parents=True)
         model.save_pretrained(half)
