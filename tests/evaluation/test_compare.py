@@ -323,7 +323,7 @@ def test_paired_differences_by_hand() -> None:
         {"acc": {0: 1.0, 1: 0.0, 2: 1.0, 3: 1.0, 7: 0.0}, "f1": {0: 0.5}},
     )
     after = TaskScores(
-        {"acc": 0.4, "acc_stderr": 0.2, "f1": 0.25, "only_after": 1.0},
+        {"acc": 0.35, "acc_stderr": 0.2, "f1": 0.25, "only_after": 1.0},
         {"acc": {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0, 9: 1.0}, "f1": {0: 0.25}},
     )
     paired = paired_differences(after, before)
@@ -331,10 +331,12 @@ def test_paired_differences_by_hand() -> None:
     flips = {"acc_right_to_wrong", "acc_wrong_to_right", "acc_mcnemar_p"}
     assert paired.keys() == {"acc_difference", "acc_difference_stderr", "f1_difference"} | flips, "one has no spread"
     assert [paired[key] for key in ("acc_right_to_wrong", "acc_wrong_to_right", "acc_mcnemar_p")] == [1, 0, 1]
-    assert paired["acc_difference"] == pytest.approx(-0.2)
+    assert paired["acc_difference"] == pytest.approx(-0.25)
     assert paired["acc_difference_stderr"] == pytest.approx(statistics.stdev(differences) / math.sqrt(4))
     assert paired["f1_difference"] == -0.25
     assert paired_differences(before, before)["acc_difference_stderr"] == 0
+    unlike = TaskScores({"acc": 0.1}, after.documents)
+    assert paired_differences(unlike, before).keys() == {"acc_difference", *flips}, "no mean over the documents"
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (3, 3), (0, 8), (9, 2), (5, 6)])

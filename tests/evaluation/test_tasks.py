@@ -287,6 +287,8 @@ def test_tasks_by_wildcard_group_and_file(names: str, measured: list[str], opene
     if "own_group" in scores:
         children = [scores[name].metrics["acc"] for name in measured[:2]]
         assert scores["own_group"].metrics["acc"] == pytest.approx(sum(children) / 2)
+        documents = [value for name in measured[:2] for value in scores[name].documents["acc"].values()]
+        assert scores["own_group"].documents == {"acc": dict(enumerate(documents))}
 
 
 def test_lm_evals_own_definitions_are_read_only_if_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

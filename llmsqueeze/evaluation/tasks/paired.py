@@ -17,17 +17,19 @@ from llmsqueeze.evaluation.tasks.scores import TaskScores
 
 
 def paired_differences(after: TaskScores, before: TaskScores) -> dict[str, float]:
-    """`<metric>_difference`, and over the documents that both answered: its standard error `_difference_stderr`, and of
-    answers that are right or wrong `_right_to_wrong`, `_wrong_to_right` (counts) and `_mcnemar_p`."""
+    """`<metric>_difference`, and over the documents that both answered: its standard error `_difference_stderr`, if it
+    is the mean over them (not of groups whose tasks count alike), and of answers that are right or wrong
+    `_right_to_wrong`, `_wrong_to_right` (counts) and `_mcnemar_p`."""
     differences: dict[str, float] = {}
     for metric, value in after.metrics.items():
         if metric.endswith("_stderr") or metric not in before.metrics:
             continue
-        differences[f"{metric}_difference"] = value - before.metrics[metric]
         mine, theirs = after.documents.get(metric, {}), before.documents.get(metric, {})
         pairs = [(mine[document], theirs[document]) for document in mine if document in theirs]
-        if len(pairs) > 1:
-            spread = statistics.stdev(own - other for own, other in pairs)
+        by_document, difference = [own - other for own, other in pairs], value - before.metrics[metric]
+        differences[f"{metric}_difference"] = difference
+        if len(pairs) > 1 and math.isclose(statistics.fmean(by_document), difference, abs_tol=1e-9):
+            spread = statistics.stdev(by_document)
             differences[f"{metric}_difference_stderr"] = spread / math.sqrt(len(pairs))
         if pairs and all(one in (0, 1) for pair in pairs for one in pair):
             differences |= {f"{metric}_{key}": number for key, number in flips(pairs).items()}

@@ -17,7 +17,7 @@ from llmsqueeze.evaluation.options import Limit
 from llmsqueeze.evaluation.tasks.definitions import find_specs, load_tasks, translated_errors
 from llmsqueeze.evaluation.tasks.options import GENERATING, TaskOptions
 from llmsqueeze.evaluation.tasks.results_files import BOOTSTRAPS, make_folder, write_results
-from llmsqueeze.evaluation.tasks.scores import TaskScores, documents_of, metrics_of
+from llmsqueeze.evaluation.tasks.scores import TaskScores, documents_of, group_documents, metrics_of
 from llmsqueeze.model.blockwise.attention import AttentionInPieces
 from llmsqueeze.model.config import vocabulary
 from llmsqueeze.parallel import processes
@@ -164,10 +164,11 @@ def check_chat_template(opened: OpenModel, system_instruction: str | None) -> No
 
 def scores_of(outcome: Mapping[str, Any], options: TaskOptions) -> dict[str, TaskScores]:
     """label -> scores, of what lm-eval returns; groups that sum up nothing are left out."""
-    answers, scores = outcome.get("samples") or {}, {}
+    answers, members, scores = outcome.get("samples") or {}, outcome["group_subtasks"], {}
     for name, values in outcome["results"].items():
         output_type = outcome["configs"].get(name, {}).get("output_type")  # None for a group
         settings = options.settings(name, output_type, outcome["n-shot"].get(name))
         if metrics := metrics_of(values):
-            scores[options.label(settings)] = TaskScores(metrics, documents_of(answers.get(name, [])), settings)
+            documents = group_documents(name, members, answers) if name in members else documents_of(answers[name])
+            scores[options.label(settings)] = TaskScores(metrics, documents, settings)
     return scores

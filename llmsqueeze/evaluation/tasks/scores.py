@@ -28,6 +28,19 @@ def metrics_of(values: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
+def group_documents(
+    group: str, members: Mapping[str, Sequence[str]], answers: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, dict[int, float]]:
+    """`documents_of` all tasks of a group, numbered through. members: group -> its tasks and groups."""
+    values: dict[str, dict[int, float]] = {}
+    for name in members.get(group, ()):
+        inner = group_documents(name, members, answers) if name in members else documents_of(answers.get(name, []))
+        for metric, documents in inner.items():
+            known = values.setdefault(metric, {})
+            known |= dict(enumerate(documents.values(), len(known)))
+    return values
+
+
 def documents_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
     """metric -> document -> value, from lm-eval's samples. A sum over a document's words has none."""
     values: dict[str, dict[int, float]] = {}
