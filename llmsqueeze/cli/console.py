@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.table import Table
 from rich.text import Text
 
 from llmsqueeze.progress import Progress
@@ -38,7 +39,7 @@ STAGES = {
     "answers": "teacher's answers, by sample",
     "distill": "distillation, by step",
     "blockwise": "distillation, block by block",
-    "sample": "sampling text, by batch",
+    "sample": "sampling text, by token",
     "rewrite": "writing, by file",
     "verify": "verification, block by block",
     "open": "opening, by program",
@@ -65,6 +66,8 @@ def console(stderr: bool = False) -> Console:
 
 
 MINUTE = 60.0
+LARGE, SHOWN = 0.5, 4  # a relative error that is told at once; how many of the largest are shown
+Weight = tuple[str, float, float]  # name, bits per weight, relative error
 
 
 def duration(seconds: float) -> str:
@@ -75,14 +78,32 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class TerminalProgress(Progress):
-    """Bars with the remaining time on a terminal, a line a minute elsewhere. Weights with a large error are marked."""
+class Bars(RichProgress):
+    """The bars, and below them the weights with the largest errors so far."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    worst: tuple[Weight, ...] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.worst:
+            table = Table(box=None, pad_edge=False, show_header=False)
+            table.add_column(no_wrap=True, overflow="ellipsis")
+            for name, bits, error in self.worst:
+                table.add_row(Text(f"  {name}"), f"{bits:.2f} bit", f"error {error:.2e}")
+            yield Text("largest errors so far")
+            yield table
+
+
+class TerminalProgress(Progress):
+    """Bars with the remaining time on a terminal, with the weights of the largest errors; a line a minute elsewhere.
+    verbose: a line for every weight; else weights with a very large error have one."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         self._said = time.monotonic()
+        self._verbose = verbose
         self._console = console(stderr=True)
         self._quiet = quiet
-        self._bars: RichProgress | None = None
+        self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._stage, self._total, self._done, self._start = "", 0, 0, time.monotonic()
         if self._console.is_terminal and not quiet:
@@ -94,7 +115,7 @@ class TerminalProgress(Progress):
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
-            self._bars = RichProgress(*columns, console=self._console)
+            self._bars = Bars(*columns, console=self._console)
 
     def __enter__(self) -> TerminalProgress:
         if self._bars:
@@ -143,8 +164,11 @@ class TerminalProgress(Progress):
             self._print(line)
 
     def weight(self, name: str, bits_per_weight: float, error: float) -> None:
-        mark = "  <-- large" if error > 0.5 else ""
-        if self._bars or mark:
+        mark = "  <-- large" if error > LARGE else ""
+        if self._bars:
+            every = [*self._bars.worst, (name, bits_per_weight, error)]
+            self._bars.worst = tuple(sorted(every, key=lambda one: -one[2])[:SHOWN])
+        if self._verbose or mark:
             self._print(f"  {name:<58} {bits_per_weight:5.2f} bit   error {error:9.2e}{mark}", "red" if mark else None)
 
     def note(self, text: str) -> None:

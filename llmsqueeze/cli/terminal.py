@@ -21,6 +21,7 @@ from llmsqueeze.errors import ProcessError, RecipeError, SqueezeError, first_lin
 from llmsqueeze.parallel import launched
 
 JSON = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+VERBOSE = Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for every weight.")]
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 SHARED = {"quantize": "quantize", "evaluate": "eval", "compare": "compare", "distill": "distill"}  # function -> verb
 UNFINISHED = "no half-written result was left under the final name"
@@ -41,18 +42,20 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
     """A command with `--json` and `--debug`, which prints its outcome; with `--quiet`, if it takes `progress`. One that
     takes `as_text` prints as it goes: it is told whether what it prints is text."""
     own = inspect.signature(command, eval_str=True).parameters
-    kinds = {"as_json": JSON, **({"quiet": QUIET} if "progress" in own else {}), "debug": DEBUG}
+    of_progress = {"quiet": QUIET, "verbose": VERBOSE} if "progress" in own else {}
+    kinds = {"as_json": JSON, **of_progress, "debug": DEBUG}
     common = [keyword(name, kind, False) for name, kind in kinds.items()]
 
     def wrapped(**arguments: Any) -> None:
-        as_json, quiet, debug = (arguments.pop(name, False) for name in ("as_json", "quiet", "debug"))
+        flags = (arguments.pop(name, False) for name in ("as_json", "quiet", "verbose", "debug"))
+        as_json, quiet, verbose, debug = flags
         quiet |= launched.follows()
         arguments |= {"as_text": not as_json} if "as_text" in own else {}
         with friendly(debug), _joined(command.__name__):
             if "progress" in own:
                 from llmsqueeze.cli.console import TerminalProgress
 
-                with TerminalProgress(quiet) as arguments["progress"]:
+                with TerminalProgress(quiet, verbose) as arguments["progress"]:
                     outcome = command(**arguments)
             else:
                 outcome = command(**arguments)

@@ -31,6 +31,11 @@ from llmsqueeze.recipe.resolve import make_recipe
 from llmsqueeze.recipe.values import flag
 
 DONE = ".done.json"  # in a folder that is to be distilled: the fingerprint and the summary of the run that wrote it
+DECIDES = {"method", "bits", "size", "max_ppl_increase", "max_kl", "target", "portable", "mix", "widths"}
+CHOSEN = (
+    "no method and no size are named: descent with 3 bits, which transformers and vLLM open; --bits 4 keeps more, "
+    "--for smallest takes the fewest bytes, --size 2GB a size"
+)
 MOST_SAMPLES = 1024  # of text that distillation reads
 
 
@@ -60,6 +65,8 @@ def quantize(
     recipe = file.recipe if file is not None else make_recipe(settings)
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
+    if file is None and not settings.keys() & DECIDES:
+        progress.note(CHOSEN)
     if recipe.products == "auto" and not restart:
         before = undistilled(folder) if recipe.distill_steps else folder
         recipe = replace(recipe, products=earlier_products(before) or recipe.products)

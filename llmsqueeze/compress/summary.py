@@ -33,6 +33,7 @@ class Summary:
     those of the original (`nbytes_original`); None if they stay as they are. unreached: how many linears no text
     reaches, such as those that look at images alone: they are rounded as if all their inputs counted the same.
     left_out: how many `tensors` of how many bytes (`nbytes`) the original has that its model does not use.
+    ends_nbytes: bytes of embeddings and head as they are in the original; 0 if they are compressed.
     """
 
     out: str
@@ -61,6 +62,7 @@ class Summary:
     towers: dict[str, int] | None
     unreached: int
     left_out: dict[str, int] | None
+    ends_nbytes: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +105,7 @@ def summarize(
         towers=rounded_towers(job),
         unreached=len(set(planned) - set(seen)) if job.recipe.needs_moments else 0,
         left_out=left_out(job),
+        ends_nbytes=sum(job.skeleton.nbytes(f"{n}.weight") for n in job.skeleton.ends if n not in plan.weights),
     )
 
 

@@ -47,10 +47,11 @@ def sample_rows(
     model = open_model(path, device, trust_remote_code, progress)
     generator = torch.Generator(device).manual_seed(seed)
     rows: list[Tensor] = []
-    starts = range(0, count, BATCH)
-    for _ in progress.over(starts, "sample", len(starts)):
+    batches, given = -(-count // BATCH), 1 if tokenizer.bos_token_id is None else 2
+    progress.stage("sample", batches * max(0, length - given))
+    for _ in range(batches):
         first = first_tokens(model, tokenizer, BATCH, generator)
-        rows += continued(model, first, length, generator).cpu().split(1)
+        rows += continued(model, first, length, generator, progress).cpu().split(1)
     return rows[:count]
 
 
@@ -90,7 +91,9 @@ def first_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, gen
 
 
 @torch.no_grad()
-def continued(model: Any, tokens: Tensor, length: int, generator: torch.Generator) -> Tensor:
+def continued(
+    model: Any, tokens: Tensor, length: int, generator: torch.Generator, progress: Progress | None = None
+) -> Tensor:
     """[rows, length]: `tokens` [rows, any length], and after them tokens that the model draws."""
     rows = tokens[:, :length]
     arguments = inspect.signature(model.forward).parameters
@@ -101,4 +104,6 @@ def continued(model: Any, tokens: Tensor, length: int, generator: torch.Generato
         kept = {name: value for name, value in output.items() if name in arguments and name not in NO_CACHES}
         last = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
         rows = torch.cat([rows, last], dim=1)
+        if progress is not None:
+            progress.advance()
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +16,8 @@ from rich.text import Text
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
 from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, significant, size, towers
+
+MUCH_AT_ENDS = 0.25  # a share of the result that is worth a line
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -30,9 +32,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row(
         "size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({significant(ratio)}x smaller)"
     )
-    if summary["left_out"] is not None:
-        rest = summary["left_out"]
-        table.add_row("left out", f"{rest['tensors']} tensors ({size(rest['nbytes'])}) that the model does not use")
+    for label, text in about_size(summary):
+        table.add_row(label, text)
     if summary["predicted_loss_increase"] is not None:
         table.add_row("predicted", predicted_increase(summary["predicted_loss_increase"]))
         table.add_row("", predicted_interval(summary["predicted_loss_interval"]))
@@ -72,6 +73,15 @@ def drawn(calibration: dict[str, Any]) -> str:
     if samples * length == tokens:
         return f"{samples} x {length} tokens"
     return f"{samples} samples of at most {length} tokens, {tokens} in all"
+
+
+def about_size(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What else there is to say of the bytes."""
+    if (share := summary["ends_nbytes"] / summary["nbytes"]) > MUCH_AT_ENDS:
+        how = "--method coded --code-embeddings codes them too"
+        yield "", f"{share:.0%} of it are embeddings and head, which stay as they are ({how})"
+    if (rest := summary["left_out"]) is not None:
+        yield "left out", f"{rest['tensors']} tensors ({size(rest['nbytes'])}) that the model does not use"
 
 
 def next_command(summary: dict[str, Any]) -> str:
