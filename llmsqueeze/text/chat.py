@@ -71,8 +71,9 @@ def _first(message: dict[str, Any], keys: Sequence[str]) -> Any:
 def rendered(text: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The text with its chats as the model sees them, by the tokenizer's chat template; as plain text if it has none.
 
-    The beginning-of-text token that a template writes is left out: rows have their own. Chats that the template refuses
-    are left out, and a note counts them. Raises CalibrationError if it refuses all.
+    The beginning-of-text token that a template writes is left out: rows have their own. It stays if it begins other
+    turns too. Chats that the template refuses are left out, and a note counts them. Raises CalibrationError if it
+    refuses all.
     """
     if all(isinstance(document, str) for document in text.documents):
         return text
@@ -104,7 +105,8 @@ def seen(chat: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase) -> str:
             raise
         text = tokenizer.apply_chat_template(_without_system(chat), tokenize=False)  # many templates take no such role
     assert isinstance(text, str), "without tokenize a template gives text"
-    return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+    begins = tokenizer.bos_token
+    return text.removeprefix(begins) if isinstance(begins, str) and text.count(begins) == 1 else text
 
 
 def _without_system(chat: tuple[Message, ...]) -> list[Message]:

@@ -42,7 +42,10 @@ def chosen(data: Any, split: str, named: bool, source: str) -> Iterable[Row]:
     if split not in names and not named:
         split = names[0] if len(names) == 1 else "train"
     if split not in names:
-        raise CalibrationError(f"{source} has no split {split!r}{nearest(split, names)} It has: {', '.join(names)}")
+        raise CalibrationError(
+            f"{source} has no split {split!r}{nearest(split, names)} (it has: {', '.join(names)}; write the name of "
+            "one behind the folder, as in folder::split)"
+        )
     return data[split]  # type: ignore[no-any-return]
 
 
@@ -101,14 +104,19 @@ def hub_answers(name: str) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """datasets writes neither progress nor what it logs before it raises an error."""
+    """datasets writes neither progress nor what it logs before it raises an error; nor does the Hub's library of cards
+    without metadata."""
     import datasets
     from datasets.utils import logging
+    from huggingface_hub.utils import logging as hub_logging
 
-    before = logging.get_verbosity()
+    loggers = [logging, hub_logging]
+    before = [one.get_verbosity() for one in loggers]
     datasets.disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
+    for one in loggers:
+        one.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        for one, level in zip(loggers, before, strict=True):
+            one.set_verbosity(level)

@@ -15,11 +15,13 @@ from llmsqueeze.errors import CalibrationError, nearest
 from llmsqueeze.text.chat import UnreadableError, conversation, exchange, messages
 from llmsqueeze.text.document import Document, Text, length
 
-CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "chosen")
+CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
 PAIRS = (
     *(("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response")),
     *(("question", "answer"), ("question", "response"), ("query", "response"), ("problem", "solution")),
+    *(("prompt", "chosen"), ("question", "chosen")),
 )
+WHOLE = "chosen"  # of pairs of answers: the chat from its beginning, unless the prompt is a chat too
 MORE = "input"  # of an instruction
 SYSTEM = ("system", "system_prompt")
 TEXTS = ("text", "content", "document", "article", "body", "passage", "story", "markdown", "raw_content", "code")
@@ -92,15 +94,16 @@ def reading_of(rows: list[Row], source: str, field: str | None) -> Reading:
     has_strings = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
     if field is not None:
         if field not in columns:
-            raise CalibrationError(
-                f"{source} has no field {field!r} (--text-field){nearest(field, columns)} It has: {', '.join(columns)}"
-            )
+            hint = f"{nearest(field, columns)} (it has: {', '.join(columns)})"
+            raise CalibrationError(f"{source} has no field {field!r} (--text-field){hint}")
         return _chat(field) if field in has_chats else _plain(field)
     if name := next((name for name in CHATS if name in has_chats), None):
         return _chat(name)
     for pair in PAIRS:
-        if all(name in has_strings or name in has_chats for name in pair):
+        if any({*pair} <= kind for kind in (has_strings, has_chats)):
             return _pair(*pair)
+    if WHOLE in has_chats:
+        return _chat(WHOLE)
     if name := next((name for name in TEXTS if name in has_strings), None):
         return _plain(name)
     if len(has_strings) == 1:

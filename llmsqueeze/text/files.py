@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import CalibrationError, first_line, foreign
+from llmsqueeze.text.chat import conversation
 from llmsqueeze.text.data_sets import quiet
 from llmsqueeze.text.document import Text
 from llmsqueeze.text.fields import PAIRS, TEXTS, Row, text_of
@@ -122,7 +123,7 @@ def table_rows(path: Path, kind: str) -> Iterator[Row]:
 
     options: dict[str, Any] = {}
     if BUILDERS[kind] == "csv":  # 'NA' and 'None' in a table are words
-        options = {"keep_default_na": False, "sep": "\t" if kind == ".tsv" else ","}
+        options = {"keep_default_na": False, "sep": "\t" if kind == ".tsv" else separator(path)}
     with quiet(), foreign(CalibrationError, f"{path} cannot be read"):
         try:
             yield from datasets.load_dataset(
@@ -130,6 +131,14 @@ def table_rows(path: Path, kind: str) -> Iterator[Row]:
             )
         except StopIteration as error:  # how datasets find a file without rows
             raise CalibrationError(f"{path} is empty") from error
+
+
+def separator(path: Path) -> str:
+    """What stands between the columns of a csv file: a comma, or what stands between the names in its first line."""
+    with readable(path), opened(path) as file:
+        line = file.readline(LOOKED_AT)
+    names = r'"?\w[\w ]*"?'
+    return next((one for one in ";\t|" if re.fullmatch(rf"{names}(?:{re.escape(one)}{names})+\s*", line)), ",")
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -147,8 +156,8 @@ def json_rows(path: Path) -> Iterator[Row]:
         try:
             yield from _rows_of(json.loads(content), path)
             return
-        except (ValueError, RecursionError) as error:  # lines under the name of a list
-            if begins == "[" or "\n" not in content.strip():
+        except (ValueError, RecursionError) as error:  # lines under the name of a list, or a list in each line
+            if (begins == "[" and "Extra data" not in str(error)) or "\n" not in content.strip():
                 raise CalibrationError(f"{path} is not JSON: {first_line(error)}") from error
     with readable(path), opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -160,10 +169,18 @@ def _rows_of(value: Any, path: Path) -> list[Row]:
     """The rows that a JSON value holds."""
     if isinstance(value, dict):
         lists = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
-        value = lists[0] if len(lists) == 1 and not any(isinstance(one, str) for one in value.values()) else [value]
+        is_row = any(isinstance(value.get(name), str) for name in TEXTS) or any(conversation(one) for one in lists)
+        value = lists[0] if len(lists) == 1 and not is_row else [value]
     if not isinstance(value, list):
         raise CalibrationError(f"{path} holds no rows: it is neither a list nor an object")
-    return [row if isinstance(row, dict) else {"text": row} for row in value]
+    return [value_row(row) for row in value]
+
+
+def value_row(value: Any) -> Row:
+    """A row of which only the value is there: a chat, or a text."""
+    if isinstance(value, dict):
+        return value
+    return {"messages" if isinstance(value, list) and conversation(value) else "text": value}
 
 
 def _row(line: str, path: Path, number: int) -> Row:
@@ -171,4 +188,4 @@ def _row(line: str, path: Path, number: int) -> Row:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} line {number} is not JSON") from error
-    return value if isinstance(value, dict) else {"text": value}
+    return value_row(value)

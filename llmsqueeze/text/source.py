@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from llmsqueeze.errors import CalibrationError
+from llmsqueeze.errors import CalibrationError, nearest
 from llmsqueeze.text.data_sets import read_folder, read_hub
 from llmsqueeze.text.document import Text
 from llmsqueeze.text.files import COMPRESSIONS, ROWS, read_file
@@ -47,7 +47,7 @@ def shares(source: str) -> list[tuple[str, float]]:
     """
     if _path(source).exists() or "," not in source:
         return [(source, 1.0)]
-    pieces = [piece.strip() for piece in source.split(",") if piece.strip()]
+    pieces = [piece.strip() for piece in source.split(",") if piece.strip()] or [source]
     matches = [None if _path(piece).exists() else SHARE.fullmatch(piece) for piece in pieces]
     if not any(matches):
         return [(piece, 1.0) for piece in pieces]
@@ -78,14 +78,22 @@ def read_text(source: str, split: str, field: str | None = None, enough: int | N
     """
     if source == DEMO:
         return _demo(split)
+    if not source.strip(" ,"):
+        raise CalibrationError("the name of the text is empty; name a file, a folder, a Hub data set, or demo")
     path, config, named_split = _located(source)
     if path.is_dir():
         return read_folder(path, config, named_split or split, named_split is not None, field, enough)
     if path.exists():
+        if config or named_split:
+            raise CalibrationError(
+                f"{source}: the file {path.name} has neither configurations nor splits; shares are numbers, of several "
+                "texts (a.jsonl:0.7,b.txt:0.3)"
+            )
         return read_file(path, field, enough)
     is_file = Path(source.partition(":")[0]).suffix.lower() in {".txt", ".raw", ".md", *ROWS, *COMPRESSIONS}
     if is_file or source.startswith((".", "/", "~")):
-        raise CalibrationError(f"there is no text file {source}")
+        siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise CalibrationError(f"there is no text file {source}{nearest(path.name, siblings)}")
     name, _, _ = source.partition(":")
     return read_hub(name, config, named_split or split, field, enough)
 

@@ -13,6 +13,7 @@ from llmsqueeze.errors import CalibrationError
 from llmsqueeze.text.chat import rendered
 from llmsqueeze.text.document import Document, Text
 from llmsqueeze.text.fields import text_of
+from llmsqueeze.text.rows import beginnings, windows
 from llmsqueeze.text.tokens import load_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -42,6 +43,9 @@ def tokenizer(demo_dir: Path) -> PreTrainedTokenizerBase:
         ({"messages": [{"role": "User", "content": [{"type": "text", "text": "hi"}]}, ANSWER]}, (USER, ANSWER)),
         ({"prompt": "hi", "response": "hello"}, (USER, ANSWER)),
         ({"prompt": [USER], "completion": [ANSWER]}, (USER, ANSWER)),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [USER]}, (USER, ANSWER)),
+        ({"prompt": "hi", "chosen": [USER, ANSWER], "rejected": [USER]}, (USER, ANSWER)),
+        ({"prompt": "hi", "chosen": "hello", "rejected": "go"}, (USER, ANSWER)),
         ({"instruction": "hi", "input": "", "output": "hello", "text": "as alpaca has it"}, (USER, ANSWER)),
         (
             {"instruction": "Add.", "input": "1 and 2", "output": "3"},
@@ -94,6 +98,20 @@ def test_a_chat_is_what_the_model_sees(tokenizer: PreTrainedTokenizerBase) -> No
     assert tokenizer.bos_token
     text = rendered(Text("t", ((SYSTEM, USER, ANSWER), "prose")), tokenizer)
     assert text == Text("t", ("<system>be kind<user>hi<assistant>hello", "prose"))
+
+
+def test_a_token_that_begins_every_turn_stays(tokenizer: PreTrainedTokenizerBase) -> None:
+    """ChatML where `<|im_start|>` is the BOS token too: a chat amid a row begins with it, a row has it once."""
+    tokenizer.chat_template = "{% for m in messages %}{{ bos_token }}{{ m.role }} {{ m.content }}{% endfor %}"
+    bos = tokenizer.bos_token
+    text = rendered(Text("t", ((USER, ANSWER),) * 2), tokenizer)
+    assert text.documents == (f"{bos}user hi{bos}assistant hello",) * 2
+    whole = tokenizer(text.content, add_special_tokens=False)["input_ids"]
+    (row,) = windows(text, tokenizer, len(whole))
+    assert row[0].tolist() == whole
+    assert [row[0].tolist() for row in beginnings(text, tokenizer, 99)] == [
+        tokenizer(document, add_special_tokens=False)["input_ids"] for document in text.documents
+    ]
 
 
 def test_a_template_that_takes_no_system(tokenizer: PreTrainedTokenizerBase) -> None:

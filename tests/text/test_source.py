@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmsqueeze.errors import CalibrationError
-from llmsqueeze.text.document import Text
+from llmsqueeze.text.document import Document, Text
 from llmsqueeze.text.source import (
     calibration_texts,
     evaluation_text,
@@ -48,6 +48,7 @@ def arrow() -> bytes:
     return sink.getvalue()
 
 
+CHAT = ({"role": "user", "content": "hi"},)
 LINES = "\n".join(map(json.dumps, ROWS))
 FILES = {
     "a.jsonl": LINES.encode(),
@@ -56,6 +57,7 @@ FILES = {
     "pretty.json": json.dumps(ROWS, indent=2).encode(),
     "strings.json": b'["one", "two"]',
     "a.csv": b"id,text\n1,one\n2,two\n",
+    "semicolons.csv": b"\xef\xbb\xbfid;text\n1;one\n2;two\n",
     "a.tsv": b"id\ttext\n1\tone\n2\ttwo\n",
     "a.parquet": parquet(),
     "a.arrow": arrow(),
@@ -149,11 +151,16 @@ def test_rows_without_text(content: str, message: str, tmp_path: Path) -> None:
         ("a.json", '{"version": 1, "data": [{"text": "one"}, {"text": "two"}]}', ("one", "two")),
         ("a.json", '{"text": "one"}\n{"text": "two"}', ("one", "two")),
         ("a.json", '{"text": "one"}', ("one",)),
+        ("a.json", '{"about": "rows", "data": [{"text": "one"}, {"text": "two"}]}', ("one", "two")),
+        ("a.json", '{"text": "one", "sources": [{"text": "two"}]}', ("one",)),
+        ("a.json", '{"id": "a", "messages": [{"role": "user", "content": "hi"}]}', (CHAT,)),
+        ("a.jsonl", '[{"role": "user", "content": "hi"}]\n' * 2, (CHAT, CHAT)),
+        ("a.json", '[[{"role": "user", "content": "hi"}]]', (CHAT,)),
         ("a.jsonl", '"one"\n"two"', ("one", "two")),
         ("a.jsonl", '{"text": "one", "x": 1}\n{"text": "two", "x": {"y": "z"}}', ("one", "two")),
     ],
 )
-def test_forms_of_json(name: str, content: str, documents: tuple[str, ...], tmp_path: Path) -> None:
+def test_forms_of_json(name: str, content: str, documents: tuple[Document, ...], tmp_path: Path) -> None:
     assert read_text(write(tmp_path / name, content), "train").documents == documents
 
 
@@ -190,7 +197,9 @@ def test_folders_that_datasets_saved(splits: datasets.DatasetDict, tmp_path: Pat
     assert read_text(str(tmp_path / "all"), "test") == Text("all", ("three",))
     assert read_text(f"{tmp_path / 'all'}::test", "train") == Text("all test", ("three",))
     assert read_text(str(tmp_path / "one"), "train") == Text("one", ("three",))
-    with pytest.raises(CalibrationError, match=r"has no split 'tests'; did you mean 'test'\? It has: train, test"):
+    with pytest.raises(
+        CalibrationError, match=r"has no split 'tests'; did you mean 'test'\? \(it has: train, test; .*folder::split"
+    ):
         read_text(f"{tmp_path / 'all'}::tests", "train")
 
 
@@ -205,6 +214,24 @@ def test_folders_of_files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CalibrationError, match="empty is a folder that datasets cannot read: "):
         read_text(str(tmp_path / "empty"), "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "the name of the text is empty"),
+        (",", "the name of the text is empty"),
+        ("a.txt:70%,b.txt:30%", "a.txt:70%: the file a.txt has neither configurations nor splits; shares are numbers"),
+        ("a.txt:0.7,bb.txt:0.3", r"there is no text file bb.txt; did you mean 'b.txt'\?"),
+    ],
+)
+def test_names_of_no_text(source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty name is not the folder in which the user is."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "one")
+    write(tmp_path / "b.txt", "two")
+    with pytest.raises(CalibrationError, match=message):
+        calibration_texts(source, "any")
 
 
 def test_several_texts_with_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
