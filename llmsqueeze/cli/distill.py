@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsqueeze.cli.options import Device, Overwrite, Revision, TrustCode, takes, written_to
+from llmsqueeze.cli.options import Adapter, Device, MergeAdapter, Overwrite, Revision, TrustCode, takes, written_to
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.distillation.options import DistillationOptions
 from llmsqueeze.distillation.settings import make_distillation
@@ -27,6 +27,8 @@ def distill(
     out: Annotated[Path | None, written_to("Folder to write. [<folder>-distilled]")] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
+    adapter: Adapter = None,
+    merge_adapter: MergeAdapter = False,
     revision: Revision = None,
     trust_remote_code: TrustCode = False,
     *,
@@ -48,6 +50,8 @@ def distill(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        adapter=adapter,
+        merge_adapter=merge_adapter,
         overwrite=overwrite,
         progress=progress,
     )

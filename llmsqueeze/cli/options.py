@@ -21,7 +21,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 TrustCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the model's folder.")]
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter (folder or Hub id) to merge into the weights first.")]
 MergeAdapter = Annotated[
-    bool, typer.Option("--merge-adapter", help="Merge the LoRA adapter in MODEL's folder into the weights first.")
+    bool, typer.Option("--merge-adapter", help="Merge the LoRA adapter in the model's folder into the weights first.")
 ]
 FromQuantized = Annotated[
     bool,

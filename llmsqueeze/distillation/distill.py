@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.distillation.blockwise import train_blocks
-from llmsqueeze.distillation.folder import check_teacher, check_trainable, original_of, write_folder
+from llmsqueeze.distillation.folder import check_adapter, check_teacher, check_trainable, original_of, write_folder
 from llmsqueeze.distillation.settings import Distillation
 from llmsqueeze.distillation.student import Student
 from llmsqueeze.distillation.teacher import Answers, ask
@@ -52,12 +52,15 @@ def distill(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    adapter: str | None = None,
+    merge_adapter: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains the compressed `folder` on the predictions of `teacher`, by default its original, and writes `out`.
 
-    teacher_cache: folder for the predictions, to use them again. Returns the summary that the command prints; its
+    teacher_cache: folder for the predictions, to use them again. adapter: a LoRA adapter to merge into the teacher
+    first; merge_adapter: the one in the teacher's folder. Returns the summary that the command prints; its
     divergences are in nats per token. Raises RecipeError, UnsupportedError, CalibrationError, OutputError or
     CheckpointError."""
     start, progress, chosen_device = time.monotonic(), progress or Progress(), pick_device(device)
@@ -66,7 +69,9 @@ def distill(
     check_writable(out, overwrite)
     settings = with_products(settings, chosen_device, working_path(out))
     check_trainable(student, settings)
-    original = open_original(Source(teacher or original_of(student), revision, trust_remote_code))
+    source = Source(teacher or original_of(student), revision, trust_remote_code, adapter, merge_adapter)
+    check_adapter(source, student)
+    original = open_original(source)
     check_teacher(skeleton := original.skeleton, student, original.source.model)
     earlier = Earlier.of(student.record)
     about_text = settings.text, progress, settings.held_back, chosen_device, earlier

@@ -19,6 +19,7 @@ from llmsqueeze.formats.entries import own_names
 from llmsqueeze.formats.experts import experts_of
 from llmsqueeze.formats.folder import Output, rewrite
 from llmsqueeze.formats.opened import Folder
+from llmsqueeze.model.original import Source
 from llmsqueeze.model.skeleton import Skeleton
 from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
@@ -39,6 +40,19 @@ def original_of(student: Folder) -> str:
     if "/" not in name and name != "demo" and not Path(name).is_dir():
         raise RecipeError(f"{path} was made from a local folder {name}; give its path with --teacher")
     return str(name)
+
+
+def check_adapter(teacher: Source, student: Folder) -> None:
+    """Raises RecipeError if an adapter was merged into the student's original, and the teacher is that original without
+    it."""
+    made_from, merged = student.record.get("model"), student.record.get("adapter")
+    named = Path(teacher.model).expanduser()
+    is_original = made_from in (teacher.model, named.absolute().name if named.exists() else None)
+    if merged and is_original and teacher.adapter is None and not teacher.merge_adapter:
+        raise RecipeError(
+            f"{student.path} was made from {made_from} with a LoRA adapter ({merged}) merged: name the adapter with "
+            "--adapter (--merge-adapter if it is in the original's folder), or the merged model with --teacher"
+        )
 
 
 def check_teacher(skeleton: Skeleton, student: Folder, teacher: str) -> None:

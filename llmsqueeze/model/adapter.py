@@ -25,6 +25,7 @@ from llmsqueeze.model.tensors import shard
 from llmsqueeze.model.tensors.sources import Source, Stored
 
 PREFIX, FACTORS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
+BY_PEFT = "merge it with PEFT (merge_and_unload), and compress what that saves"
 Change = Callable[[], Tensor]  # what is added to a weight, float32, as it is stored
 
 
@@ -87,15 +88,16 @@ def changes(path: Path, adapter: Path, trust_remote_code: bool = False) -> Mappi
         if isinstance(layer, LoraLayer):
             (active,) = layer.active_adapters
             if type(layer) is not Linear or active in layer.lora_variant or layer.lora_bias[active]:
-                raise UnsupportedError(f"the adapter {adapter} changes {name} in a way that is no plain LoRA")
+                raise UnsupportedError(
+                    f"the adapter {adapter} changes {name} in a way that is no plain LoRA; {BY_PEFT}"
+                )
             if not all(f"{PREFIX}{name}{leaf}" in stored for leaf in FACTORS):
                 raise CheckpointError(f"{adapter} has no factors for {name}")
             factors = [stored.pop(f"{PREFIX}{name}{leaf}") for leaf in FACTORS]
             found[f"{name}.weight"] = partial(_change, layer, active, factors)
     if stored:
         raise UnsupportedError(
-            f"the adapter {adapter} holds more than the factors of linears ({next(iter(stored))}); merge it with PEFT "
-            "(merge_and_unload), and compress what that saves"
+            f"the adapter {adapter} holds more than the factors of linears ({next(iter(stored))}); {BY_PEFT}"
         )
     return found
 

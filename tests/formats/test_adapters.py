@@ -156,6 +156,12 @@ def test_the_command_compresses_the_merged_model(
             assert (weights[linear] - tensor).norm() < 0.02 * tensor.norm(), linear
     records = [json.loads((tmp_path / name / "llmsqueeze.json").read_text()) for name in "ab"]
     assert [record["adapter"] for record in records] == ["adapter", "its own"]
+    short = ["--steps", 1, "--samples", 4, "--seq-len", 16, "--held-back", 2, "--out", tmp_path / "d"]
+    message = refused("distill", tmp_path / "a", "--teacher", base, *short)
+    assert "with a LoRA adapter (adapter) merged: name the adapter with --adapter" in message
+    code, stdout, stderr = command("distill", tmp_path / "a", "--teacher", base, "--adapter", adapter, *short, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["kl_before"] < 0.001, "far less than the adapter changes"
     message = refused("quantize", own, *options, "--out", tmp_path / "c")
     assert "holds a LoRA adapter (adapter_config.json): --merge-adapter merges it" in message
     message = refused("quantize", base, *options, "--merge-adapter", "--out", tmp_path / "c")
@@ -179,7 +185,7 @@ def spoiled(adapter: Path, out: Path, change: Callable[[dict[str, Any], dict[str
     ("change", "message"),
     [
         (lambda c, t: c.update(peft_type="IA3"), "of the kind IA3; only LORA"),
-        (lambda c, t: c.update(use_dora=True), "no plain LoRA|is no adapter for"),
+        (lambda c, t: c.update(use_dora=True), "no plain LoRA; merge it with PEFT|is no adapter for"),
         (lambda c, t: t.update({"base_model.model.nothing.weight": torch.ones(2)}), "more than the factors of linears"),
         (lambda c, t: c.update(target_modules=["nothing"]), "is no adapter for"),
         (lambda c, t: t.update({name: tensor[:, :5].contiguous() for name, tensor in t.items()}), "is no adapter for"),

@@ -51,6 +51,14 @@ def test_a_quantized_model_is_taken_if_the_user_says_so(
     assert record["read_from"].startswith("compressed-tensors" if kind == "portable" else "llmsqueeze")
 
 
+def test_what_lies_where_the_dense_weights_are_to_lie_stays(compressed: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "out.original").mkdir()
+    (tmp_path / "out.original" / "mine").write_text("mine")
+    message = refused("quantize", compressed("native"), *RTN, "--from-quantized", "--out", tmp_path / "out")
+    assert "out.original exists already" in message
+    assert (tmp_path / "out.original" / "mine").read_text() == "mine"
+
+
 def test_a_model_that_is_not_quantized_needs_no_such_option(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
     message = refused("quantize", demo_of(1), *RTN, "--from-quantized", "--out", tmp_path / "out")
     assert "is not quantized; leave the option out" in message

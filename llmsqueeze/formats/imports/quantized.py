@@ -92,11 +92,17 @@ def precision(path: Path) -> str:
 def dense_folder(path: Path, out: Path, trust_remote_code: bool, progress: Progress) -> Path:
     """Writes the model of a file or folder with dense weights into `out`, if a run before has not; returns `out`.
 
-    Raises UnsupportedError if transformers cannot open it or make it dense, CheckpointError if it is damaged.
+    Raises UnsupportedError if transformers cannot open it or make it dense, CheckpointError if it is damaged,
+    OutputError if `out` is something else.
     """
     about = identity(path)
     if read_json_if_there(out / FROM) == about:
         return out
+    if out.exists() and not (out / FROM).is_file():
+        raise OutputError(
+            f"{out} exists already, where the dense weights of {path} are to lie during the run; rename it, or choose "
+            "another --out"
+        )
     progress.note(f"{path} is quantized ({precision(path)}): what its rounding lost stays lost")
     half = partial_of(out)
     shutil.rmtree(half, ignore_errors=True)
