@@ -89,6 +89,8 @@ def compare(
     chosen_text = choose_text(original, text, required=not tasks, protocol=protocol)
     opened = open_model(original, chosen_device, trust_remote_code, dtype, progress)
     windows = None if chosen_text is None else read_windows(opened, chosen_text, reading)
+    for note in windows.notes if windows else ():
+        progress.note(note)
     harness = Harness(opened, windows, chosen_tasks, progress)
     answers = chosen_tasks.run(opened, progress)
     measurements, left_out = measure_all(others, harness)

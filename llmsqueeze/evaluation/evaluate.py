@@ -91,6 +91,8 @@ def evaluate(
     result = Evaluation(no_scores(opened), None if other is None else no_scores(other))
     if chosen_text is not None:
         windows = read_windows(opened, chosen_text, reading)
+        for note in windows.notes:
+            progress.note(note)
         result = replace(
             score_text(opened, other, windows, progress), text=chosen_text.source, stride=stride, protocol=protocol
         )

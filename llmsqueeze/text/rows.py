@@ -68,7 +68,7 @@ def windows(text: Text, tokenizer: PreTrainedTokenizerBase, length: int, tail: b
     fill one row (with `tail`: if it has no token to predict).
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = _after(bos, token_ids(text.content, tokenizer))
+    ids = after(bos, token_ids(text.content, tokenizer))
     step = length - len(bos)
     shortest = 2 - len(bos) if tail else step
     if len(ids) < shortest:
@@ -89,14 +89,14 @@ def beginnings(text: Text, tokenizer: PreTrainedTokenizerBase, length: int) -> l
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     # a token is a character at least, but for rare ones of several tokens
     documents = (document[: 64 * length] for document in text.documents if isinstance(document, str))
-    ids = [[*bos, *_after(bos, token_ids(document, tokenizer))][:length] for document in documents]
+    ids = [[*bos, *after(bos, token_ids(document, tokenizer))][:length] for document in documents]
     rows = [torch.tensor(row)[None] for row in ids if len(row) > 1]
     if not rows:
         raise CalibrationError(f"{text.source} has no document of two tokens")
     return rows
 
 
-def _after(bos: list[int], ids: list[int]) -> list[int]:
+def after(bos: list[int], ids: list[int]) -> list[int]:
     """The tokens after BOS, if they begin with it: a chat whose turns all do."""
     return ids[1:] if bos and ids[:1] == bos else ids
 

@@ -93,6 +93,7 @@ def read_text(source: str, split: str, field: str | None = None, enough: int | N
     is_file = Path(source.partition(":")[0]).suffix.lower() in {".txt", ".raw", ".md", *ROWS, *COMPRESSIONS}
     if is_file or source.startswith((".", "/", "~")):
         siblings = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [name for name in siblings if nearest(path.stem, [Path(name).stem])]  # the ending makes none similar
         raise CalibrationError(f"there is no text file {source}{nearest(path.name, siblings)}")
     name, _, _ = source.partition(":")
     return read_hub(name, config, named_split or split, field, enough)

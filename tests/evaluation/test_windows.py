@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,13 @@ def test_the_table_says_how_the_text_was_read(folder: Path, tmp_path: Path) -> N
     assert "--stride is 40; it must be below the window of 32 tokens" in refused(
         "eval", folder, *options, "--stride", 40
     )
+
+
+def test_the_user_hears_what_of_the_text_was_left_out(folder: Path, tmp_path: Path) -> None:
+    rows = [{"text": "Anna has a ball . " * 20}, {"text": None}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    again = shutil.copytree(folder, tmp_path / "again")
+    for verb, models in (("eval", [folder]), ("compare", [folder, again])):
+        code, _, stderr = command(verb, *models, "--text", tmp_path / "t.jsonl", "--seq-len", 32, "--limit", 1)
+        assert code == 0, stderr
+        assert "of 2 rows of t.jsonl, 1 are empty and left out" in " ".join(stderr.split())

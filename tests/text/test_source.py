@@ -223,6 +223,7 @@ def test_folders_of_files(tmp_path: Path) -> None:
         (",", "the name of the text is empty"),
         ("a.txt:70%,b.txt:30%", "a.txt:70%: the file a.txt has neither configurations nor splits; shares are numbers"),
         ("a.txt:0.7,bb.txt:0.3", r"there is no text file bb.txt; did you mean 'b.txt'\?"),
+        ("chats.txt", "there is no text file chats.txt$"),
     ],
 )
 def test_names_of_no_text(source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

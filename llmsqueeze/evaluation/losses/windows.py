@@ -29,7 +29,7 @@ from llmsqueeze.evaluation.options import PAPERS, Reading, part_of
 from llmsqueeze.model.config import context_length
 from llmsqueeze.text.chat import rendered
 from llmsqueeze.text.document import Text
-from llmsqueeze.text.rows import windows
+from llmsqueeze.text.rows import after, windows
 from llmsqueeze.text.source import WIKITEXT, read_text
 from llmsqueeze.text.tokens import token_ids
 
@@ -42,11 +42,13 @@ SEPARATOR = "\n\n"  # of the rows
 
 @dataclass(frozen=True)
 class Windows:
-    """Rows of tokens, int64 [1, length], of which the last `counted` of each count; length: of the longest."""
+    """Rows of tokens, int64 [1, length], of which the last `counted` of each count; length: of the longest. notes: what
+    a user should know of how the text was read."""
 
     rows: list[Tensor]
     counted: list[int]
     length: int
+    notes: tuple[str, ...] = ()
 
 
 def read_windows(opened: OpenModel, text: Text, reading: Reading) -> Windows:
@@ -61,7 +63,7 @@ def read_windows(opened: OpenModel, text: Text, reading: Reading) -> Windows:
         rows = windows(text, opened.tokenizer, length, tail=True)
         counted = [row.shape[1] - 1 for row in rows]
     kept = part_of(len(rows), reading.limit)
-    return Windows(rows[:kept], counted[:kept], length)
+    return Windows(rows[:kept], counted[:kept], length, text.notes)
 
 
 def choose_window(opened: OpenModel, reading: Reading) -> int:
@@ -90,7 +92,7 @@ def strided_rows(
     Raises CalibrationError if the text has no token to predict.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = token_ids(text.content, tokenizer)
+    ids = after(bos, token_ids(text.content, tokenizer))
     if len(ids) + len(bos) < 2:
         raise CalibrationError(f"{text.source} has {len(ids)} tokens, too few to predict one")
     rows, counted, seen = list[Tensor](), list[int](), 1 - len(bos)
