@@ -17,7 +17,7 @@ from llmsqueeze.compress.room import bytes_needed
 from llmsqueeze.compress.summary import portability, rounded_towers
 from llmsqueeze.compress.trial import run_trial
 from llmsqueeze.errors import OutputError, RecipeError
-from llmsqueeze.formats.imports.quantized import dense_source, remove
+from llmsqueeze.formats.imports.quantized import as_dense
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress, stopwatch
@@ -45,19 +45,18 @@ def plan(
     progress = progress or Progress()
     recipe = plannable(settings, weights)
     folder = make_folder(out or Path(f"{model_name(source)}-plan"))
-    source = dense_source(source, folder, progress)
-    job = open_job(
-        source, recipe, progress, text=None if weights else False, weights=weights, device=pick_device(device)
-    )
-    if not weights:
-        job = replace(job, recipe=replace(job.recipe, importance="uniform", granularity="", portable=None))
-    target = job.target()
-    profile = stored_or_measured(job, folder / PROFILE, progress) if weights else Profile()
-    decision = decide(job.plan, profile, job.recipe, job.skeleton.linears, target)
-    about = in_short(job, profile, decision)
-    write_plan(folder / PLAN, decision.plan, job.recipe, about, rows_by(job.recipe), PROFILE if weights else None)
-    needed = run_trial(job, folder / PLAN, progress, shared_among) if trial and weights else {}
-    remove(source)
+    with as_dense(source, folder, progress) as dense:
+        job = open_job(
+            dense, recipe, progress, text=None if weights else False, weights=weights, device=pick_device(device)
+        )
+        if not weights:
+            job = replace(job, recipe=replace(job.recipe, importance="uniform", granularity="", portable=None))
+        target = job.target()
+        profile = stored_or_measured(job, folder / PROFILE, progress) if weights else Profile()
+        decision = decide(job.plan, profile, job.recipe, job.skeleton.linears, target)
+        about = in_short(job, profile, decision)
+        write_plan(folder / PLAN, decision.plan, job.recipe, about, rows_by(job.recipe), PROFILE if weights else None)
+        needed = run_trial(job, folder / PLAN, progress, shared_among) if trial and weights else {}
     return (
         about
         | {"given": source.name, "out": str(folder)}

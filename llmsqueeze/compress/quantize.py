@@ -20,7 +20,7 @@ from llmsqueeze.compress.search import HELD_BACK, smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.files import read_json_if_there, write_json
 from llmsqueeze.formats.folder import check_writable
-from llmsqueeze.formats.imports.quantized import dense_source, remove
+from llmsqueeze.formats.imports.quantized import as_dense
 from llmsqueeze.measure.profile import Profile
 from llmsqueeze.memory import keep_within_block
 from llmsqueeze.model.original import Source, pick_device
@@ -70,29 +70,36 @@ def quantize(
     if recipe.products == "auto" and not restart:
         before = undistilled(folder) if recipe.distill_steps else folder
         recipe = replace(recipe, products=earlier_products(before) or recipe.products)
-    source = dense_source(source, folder, progress)
-    job = open_job(source, recipe, progress, text=False, device=pick_device(device))
-    recipe = job.recipe
-    job.target()  # a budget that no plan can meet is refused before the text is read
-    decision = given_plan(job, file) if file is not None else None
-    if decision is not None and (without := len(job.plan.weights) - len(decision.plan.weights)):
-        progress.note(f"{without} of {len(job.plan.weights)} linears are not in {plan}: they stay as they are")
-    if not force:
-        processes.of_first(lambda: check_room(job, decision, folder))
-    measured = None
-    if recipe.needs_text or profile is not None:
-        job = with_text(job, progress, HELD_BACK if recipe.bounded else 0)
-    if profile is not None:
-        measured = given_profile(job, profile)
-        job = job if recipe.needs_text else replace(job, calibration=None)
-    if recipe.bounded:
-        result = smallest_within(job, folder, measured, overwrite, verify, progress, restart, force)
-        remove(source)
-        return result | {"time": stopwatch.measured()}
-    result = run(job, folder, decision, measured, overwrite, verify, progress, restart, force)
-    remove(source)
+    if recipe.distill_steps and (source.adapter or source.merge_adapter):
+        raise RecipeError(
+            "--distill-steps contradicts an adapter, which the teacher would lack: merge it with PEFT first"
+        )
+    with as_dense(source, folder, progress) as dense:
+        job = open_job(dense, recipe, progress, text=False, device=pick_device(device))
+        job.target()  # a budget that no plan can meet is refused before the text is read
+        decision = given_plan(job, file) if file is not None else None
+        if decision is not None and (without := len(job.plan.weights) - len(decision.plan.weights)):
+            progress.note(f"{without} of {len(job.plan.weights)} linears are not in {plan}: they stay as they are")
+        if not force:
+            processes.of_first(lambda: check_room(job, decision, folder))
+        job, measured = with_measurements(job, profile, progress)
+        how = overwrite, verify, progress, restart, force
+        if job.recipe.bounded:
+            return smallest_within(job, folder, measured, *how) | {"time": stopwatch.measured()}
+        result = run(job, folder, decision, measured, *how)
     # with all that was read before
     return result | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
+
+
+def with_measurements(job: Job, profile: Path | None, progress: Progress) -> tuple[Job, Profile | None]:
+    """The job with its text, if it needs one, and what an earlier run has measured, if that is given."""
+    needs_text = job.recipe.needs_text
+    if needs_text or profile is not None:
+        job = with_text(job, progress, HELD_BACK if job.recipe.bounded else 0)
+    if profile is None:
+        return job, None
+    measured = given_profile(job, profile)
+    return (job if needs_text else replace(job, calibration=None)), measured
 
 
 def run(

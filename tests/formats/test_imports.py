@@ -59,6 +59,14 @@ def test_what_lies_where_the_dense_weights_are_to_lie_stays(compressed: Callable
     assert (tmp_path / "out.original" / "mine").read_text() == "mine"
 
 
+def test_what_was_written_meanwhile_is_removed_after_an_error_too(
+    compressed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = ["--method", "gptq", "--from-quantized", "--calibration", "nothing.txt"]
+    assert "no text file" in refused("quantize", compressed("native"), *options, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_that_is_not_quantized_needs_no_such_option(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
     message = refused("quantize", demo_of(1), *RTN, "--from-quantized", "--out", tmp_path / "out")
     assert "is not quantized; leave the option out" in message

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections import Counter
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -35,11 +36,22 @@ FROM = ".from.json"  # in the dense folder: what it was made from
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+@contextmanager
+def as_dense(source: Source, out: Path, progress: Progress) -> Iterator[Source]:
+    """In the context the source of a run that will write `out` is dense: `dense_source`. What that wrote is removed at
+    the end; a run that was killed leaves it, and the next one takes it."""
+    dense = dense_source(source, out, progress)
+    try:
+        yield dense
+    finally:
+        if dense.named is not None and processes.first():
+            shutil.rmtree(dense.model, ignore_errors=True)
+
+
 def dense_source(source: Source, out: Path, progress: Progress) -> Source:
     """The source of a run that will write `out`: of a quantized model, the folder of its dense weights, written beside.
 
-    That folder is the run's alone: it is removed after it (`remove`). Raises what `dense_folder` raises, and
-    RecipeError if the user does not want a quantized model.
+    Raises what `dense_folder` raises, and RecipeError for a model that is not quantized.
     """
     path = Path(source.model).expanduser()
     if not source.from_quantized and gguf_file(path) is None:
@@ -50,12 +62,6 @@ def dense_source(source: Source, out: Path, progress: Progress) -> Source:
     dense = out.with_name(out.name + SUFFIX)
     processes.of_first(lambda: dense_folder(path, dense, source.trust_remote_code, progress))
     return replace(source, model=str(dense), revision=None, named=source.model, read_from=precision(path))
-
-
-def remove(source: Source) -> None:
-    """Removes what `dense_source` wrote."""
-    if source.named is not None and processes.first():
-        shutil.rmtree(source.model, ignore_errors=True)
 
 
 def gguf_file(path: Path) -> Path | None:
