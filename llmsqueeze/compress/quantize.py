@@ -70,10 +70,6 @@ def quantize(
     if recipe.products == "auto" and not restart:
         before = undistilled(folder) if recipe.distill_steps else folder
         recipe = replace(recipe, products=earlier_products(before) or recipe.products)
-    if recipe.distill_steps and (source.adapter or source.merge_adapter):
-        raise RecipeError(
-            "--distill-steps contradicts an adapter, which the teacher would lack: merge it with PEFT first"
-        )
     with as_dense(source, folder, progress) as dense:
         job = open_job(dense, recipe, progress, text=False, device=pick_device(device))
         job.target()  # a budget that no plan can meet is refused before the text is read
@@ -164,6 +160,8 @@ def distilled(job: Job, first: Path, out: Path, overwrite: bool, progress: Progr
             device=str(job.device),
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
+            adapter=source.adapter,
+            merge_adapter=source.merge_adapter,
             overwrite=overwrite,
             progress=progress,
         )
