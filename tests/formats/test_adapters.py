@@ -165,7 +165,7 @@ def test_the_command_compresses_the_merged_model(
     message = refused("quantize", own, *options, "--out", tmp_path / "c")
     assert "holds a LoRA adapter (adapter_config.json): --merge-adapter merges it" in message
     more = ["--distill-steps", 2, "--calibration", "demo", *FAST]
-    code, _, stderr = command("quantize", base, *options, "--adapter", adapter, *more, "--out", tmp_path / "d")
+    code, _, stderr = command("quantize", base, *options, "--adapter", adapter, *more, "--out", tmp_path / "distilled")
     assert code == 0, stderr
     message = refused("quantize", base, *options, "--merge-adapter", "--out", tmp_path / "c")
     assert "there is no adapter_config.json" in message
