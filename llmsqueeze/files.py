@@ -29,6 +29,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = (
     "adapter_model.safetensors",
 )  # of a LoRA adapter, as PEFT has it
 
+POINTER = b"version https://git-lfs"  # how a file begins that is not the file
 MOST_JSON, MOST_YAML = 1 << 28, 1 << 24  # bytes of a file that is read as such
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -59,10 +60,23 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text_within(path, MOST_JSON))
     except (OSError, ValueError, RecursionError) as error:
+        if is_pointer(path):
+            raise CheckpointError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` there") from error
         raise CheckpointError(f"'{path}' is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path}' contains a {type(value).__name__}; a JSON object is expected")
     return value
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git has in the place of a large one."""
+    if not file.is_file():  # a pipe would be waited for
+        return False
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(POINTER)) == POINTER
+    except OSError:
+        return False
 
 
 def refuse_links(folder: Path) -> None:

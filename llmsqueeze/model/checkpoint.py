@@ -19,11 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, UnsupportedError
-from llmsqueeze.files import ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, STRICT, conform, read_json
+from llmsqueeze.files import ADAPTER_CONFIG, INDEX, PICKLES, SINGLE, STRICT, conform, is_pointer, read_json
 from llmsqueeze.model.tensors.shard import DTYPES, checksums, compare
 from llmsqueeze.progress.stopwatch import timed
 
-POINTER = b"version https://git-lfs"
 LONGEST_NAME = 200  # characters of a shard's name, fewer than any system allows
 
 
@@ -208,12 +207,6 @@ def _headers(file: Path) -> Stored:
                 f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there"
             ) from error
         raise CheckpointError(f"{file} is damaged or cut short ({error}); download or copy it again") from error
-
-
-def is_pointer(file: Path) -> bool:
-    """Whether a file is what Git has in the place of a large one."""
-    with file.open("rb") as stream:
-        return stream.read(len(POINTER)) == POINTER
 
 
 def all_finite(values: Tensor) -> bool:

@@ -73,6 +73,15 @@ def test_links_inside_the_hubs_cache_are_copied(tmp_path: Path) -> None:
     assert files_beside(snapshot) == {"tokenizer.json": 2}
 
 
+def test_a_pointer_of_git_is_no_tokenizer(tmp_path: Path) -> None:
+    for name in ("picture.png", "tokenizer.json"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointError, match="json is a pointer of Git LFS, not the file: run `git lfs pull`"):
+        files_beside(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    assert list(files_beside(tmp_path)) == ["picture.png"], "it harms nobody"
+
+
 def test_the_name_of_a_model_is_text_in_a_script(tmp_path: Path) -> None:
     """`sh -n` parses it, and the shell sees the name as it is."""
     name = """a"; echo '$(echo b)`echo c`"""

@@ -70,6 +70,11 @@ def pointer(folder: Path) -> None:
     (folder / "two.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
 
+def pointed_config(folder: Path) -> None:
+    pointer(folder)
+    shutil.copy(folder / "two.safetensors", folder / "config.json")
+
+
 def pickle_only(folder: Path) -> None:
     for file in folder.glob("*.safetensors*"):
         file.unlink()
@@ -107,6 +112,7 @@ def broken_index(folder: Path) -> None:
         (lose_index, "was a file renamed or lost"),
         (point_outside, "outside the model folder"),
         (pointer, "two.safetensors is a pointer of Git LFS, not the weights: run `git lfs pull`"),
+        (pointed_config, "json is a pointer of Git LFS, not the file"),
         (pickle_only, "pickle"),
         (no_weights, "has no weights"),
         (no_config, "no config.json"),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from llmsqueeze.errors import CheckpointError, OutputError, RecipeError, UnsupportedError, foreign
-from llmsqueeze.files import read_json, read_json_if_there, write_json
+from llmsqueeze.files import is_pointer, read_json, read_json_if_there, write_json
 from llmsqueeze.formats.entries import is_compressed
 from llmsqueeze.formats.inspection import beside
 from llmsqueeze.formats.opened import open_folder
@@ -86,7 +86,9 @@ def precision(path: Path) -> str:
     if (file := gguf_file(path)) is not None:
         from gguf import GGUFReader
 
-        with foreign(CheckpointError, f"{file} is no GGUF file"):
+        if is_pointer(file):
+            raise CheckpointError(f"{file} is a pointer of Git LFS, not the file: run `git lfs pull` there")
+        with foreign(CheckpointError, f"{file} is no whole GGUF file"):
             kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors)
         return f"GGUF, {' and '.join(name for name, _ in kinds.most_common(2))}"
     about = read_json(path / "config.json").get("quantization_config") or {}

@@ -19,9 +19,11 @@ from llmsqueeze.files import (
     PICKLES,
     SIDECAR,
     TEMPLATES,
+    is_pointer,
 )
 
 MOST = 1 << 30  # bytes of all of them
+READ = {".json", ".model", ".txt", ".jinja", ".py"}  # endings of those that whoever opens the model reads
 NOT_COPIED = (
     *PICKLES,
     *OTHER_WEIGHTS,
@@ -42,7 +44,8 @@ NOT_COPIED = (
 
 def files_beside(folder: Path) -> dict[str, int]:
     """Name, relative to the folder, -> size of each file that a result takes over. Raises CheckpointError if together
-    they are far too large for such files, or if one is a link that leads out of the folder."""
+    they are far too large for such files, if one is a link that leads out of the folder, or one of a tokenizer a
+    pointer of Git."""
     sizes: dict[str, int] = {}
     for directory in (folder, folder / TEMPLATES):
         if directory.is_symlink() and directory != folder:
@@ -50,6 +53,8 @@ def files_beside(folder: Path) -> dict[str, int]:
         for file in sorted(directory.iterdir()) if directory.is_dir() else ():
             if file.is_file() and not any(file.match(pattern) for pattern in NOT_COPIED):
                 refuse_outside(file, folder)
+                if file.suffix in READ and is_pointer(file):
+                    raise CheckpointError(f"{file} is a pointer of Git LFS, not the file: run `git lfs pull` there")
                 sizes[str(file.relative_to(folder))] = file.stat().st_size
     if (total := sum(sizes.values())) > MOST:
         largest = max(sizes, key=lambda name: sizes[name])
