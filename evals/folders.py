@@ -1,11 +1,11 @@
 """Folders as people have them, and what becomes of them: the command line and `llmsqueeze.load` on each.
 
-    python evals/folders.py MODEL CALIBRATION TEXT [--gguf FILE.gguf] [--out FILE.json]
+    python evals/folders.py MODEL CALIBRATION TEXT [--gguf FILE.gguf] [--cases WORD ...] [--out FILE.json]
     python evals/folders.py --show FILE.json
 
 MODEL: a small Llama with tied embeddings; CALIBRATION and TEXT are texts. Every case changes a copy of the model, runs
 what a user would, and notes how that ended or what was measured. A traceback, or "this is a defect", is marked.
-Needs peft. With a GGUF file, that is compressed too.
+--cases: those that have one of the words; others keep their row in --out. Needs peft. A GGUF file is compressed too.
 """
 
 from __future__ import annotations
@@ -241,20 +241,23 @@ def main() -> None:
     for name in ("model", "calibration", "text"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--cases", nargs="*", default=[""])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     hush()
-    results: list[Case] = []
+    before = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
+    results: dict[str, str] = {row["what"]: row["now"] for row in before}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args.model, args.calibration, args.text, Path(folder))
         cases = dict(CASES)
         if args.gguf is not None:
             cases["a GGUF file"] = lambda bench: [a_gguf(bench, args.gguf.resolve())]
-        for what, case in cases.items():
-            results.append({"what": what, "now": "; ".join(case(bench))})
-            print(table(results[-1:])[-1], flush=True)
+        for what in (what for what in cases if any(word in what for word in args.cases)):
+            results[what] = "; ".join(cases[what](bench)).replace(f"{bench.folder}/", "")
+            print(f"{what}: {results[what]}", flush=True)
             if args.out:
-                args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+                rows = [{"what": what, "now": now} for what, now in results.items()]
+                args.out.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def a_gguf(bench: Bench, file: Path) -> str:
