@@ -59,7 +59,7 @@ def plan(
         needed = run_trial(job, folder / PLAN, progress, shared_among) if trial and weights else {}
     return (
         about
-        | {"given": source.name, "out": str(folder)}
+        | {"given": source.name, "options": source.options, "out": str(folder)}
         | at_length(job, profile, decision)
         | {f"predicted_{key}": needed.get(key) for key in ("seconds", "time", "peak_memory_mb")}
         | {"predicted_disk_bytes": bytes_needed(job, decision), "processes": shared_among}

@@ -33,11 +33,13 @@ class Summary:
     those of the original (`nbytes_original`); None if they stay as they are. unreached: how many linears no text
     reaches, such as those that look at images alone: they are rounded as if all their inputs counted the same.
     left_out: how many `tensors` of how many bytes (`nbytes`) the original has that its model does not use.
-    ends_nbytes: bytes of embeddings and head as they are in the original; 0 if they are compressed.
+    ends_nbytes: bytes of embeddings and head as they are in the original; 0 if they are compressed. made_from: the
+    adapter that was merged first, or how the original was quantized already; "" else.
     """
 
     out: str
     model: str
+    made_from: str
     method: str
     bits: float
     bits_per_weight: float
@@ -84,6 +86,7 @@ def summarize(
     return Summary(
         out=str(output.final),
         model=job.source.name,
+        made_from=made_from(job),
         method=job.recipe.method,
         bits=plan.code_bits,
         bits_per_weight=round(plan.bits_per_weight, 6),
@@ -107,6 +110,13 @@ def summarize(
         left_out=left_out(job),
         ends_nbytes=sum(job.skeleton.nbytes(f"{n}.weight") for n in job.skeleton.ends if n not in plan.weights),
     )
+
+
+def made_from(job: Job) -> str:
+    """`made_from` of a summary."""
+    source, adapter = job.source, job.original.adapter
+    merged = "" if adapter is None else f"with the adapter {source.adapter or 'in its folder'} merged"
+    return " ".join(filter(None, [source.read_from and f"{source.name} ({source.read_from})", merged]))
 
 
 def rounded_towers(job: Job) -> dict[str, int] | None:

@@ -38,6 +38,16 @@ class Source:
         """What the user called the model."""
         return self.named or self.model
 
+    @property
+    def options(self) -> list[str]:
+        """How the command line asks for the same model, beside its name."""
+        flags = {"--merge-adapter": self.merge_adapter, "--from-quantized": self.from_quantized}
+        named = {"--adapter": self.adapter, "--revision": self.revision}
+        return [
+            *(word for flag, value in named.items() if value for word in (flag, value)),
+            *(flag for flag, asked in flags.items() if asked),
+        ]
+
 
 @dataclass(frozen=True)
 class Original:
@@ -76,8 +86,11 @@ def adapter_of(source: Source, path: Path) -> Path | None:
     """
     own = (path / ADAPTER_CONFIG).exists()
     if source.adapter is not None:
-        if own and source.merge_adapter:
-            raise RecipeError(f"--adapter {source.adapter} contradicts --merge-adapter: {path} has another adapter")
+        if own:
+            raise RecipeError(
+                f"--adapter {source.adapter}: {path} has an adapter of its own ({ADAPTER_CONFIG}); only one is merged: "
+                "--merge-adapter takes that one, or move it out of the folder"
+            )
         return locate(source.adapter)
     if source.merge_adapter and not own:
         raise RecipeError(f"--merge-adapter: there is no {ADAPTER_CONFIG} in {path}; name the adapter with --adapter")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_dequantize_is_the_same_model_in_ordinary_layers(folder: Path, tmp_path:
     assert torch.equal(logits(model), before)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_coded_weights_are_dense_when_they_are_opened(compressed: Callable[[str], Path]) -> None:
+    """So there is nothing for `dequantize` to do; a copy of the model has it too."""
+    model = llmsqueeze.load(str(compressed("coded")))
+    before = logits(model)
+    assert model.dequantize() is model
+    again = copy.deepcopy(model).dequantize()
+    assert again is not model
+    assert torch.equal(logits(again), before)
+    assert again.dequantize(torch.float32).dtype == torch.float32
 
 
 def test_load_opens_ordinary_models_too(demo_of: Callable[[int], Path]) -> None:

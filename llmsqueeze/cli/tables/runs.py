@@ -32,7 +32,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row(
         "size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({significant(ratio)}x smaller)"
     )
-    for label, text in about_size(summary):
+    for label, text in more_about(summary):
         table.add_row(label, text)
     if summary["predicted_loss_increase"] is not None:
         table.add_row("predicted", predicted_increase(summary["predicted_loss_increase"]))
@@ -75,13 +75,15 @@ def drawn(calibration: dict[str, Any]) -> str:
     return f"{samples} samples of at most {length} tokens, {tokens} in all"
 
 
-def about_size(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What else there is to say of the bytes."""
+def more_about(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What else there is to say of the bytes, and of the original."""
     if (share := summary["ends_nbytes"] / summary["nbytes"]) > MUCH_AT_ENDS:
         how = "--method coded --code-embeddings codes them too"
         yield "", f"{share:.0%} of it are embeddings and head, which stay as they are ({how})"
     if (rest := summary["left_out"]) is not None:
         yield "left out", f"{rest['tensors']} tensors ({size(rest['nbytes'])}) that the model does not use"
+    if summary["made_from"]:
+        yield "made from", summary["made_from"]
 
 
 def next_command(summary: dict[str, Any]) -> str:
@@ -240,7 +242,9 @@ def print_plan(plan: dict[str, Any]) -> None:
     if plan["time"] is not None:
         print_times("time of this plan", plan["time"])
         print_times("predicted time", plan["predicted_time"])
-    next_command = shlex.join(["llmsqueeze", "quantize", plan["given"], "--plan", f"{plan['out']}/plan.yaml"])
+    next_command = shlex.join(
+        ["llmsqueeze", "quantize", plan["given"], *plan["options"], "--plan", f"{plan['out']}/plan.yaml"]
+    )
     out.print(f"written to {plan['out']}; next: {next_command}", soft_wrap=True)
 
 

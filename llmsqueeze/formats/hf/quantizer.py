@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -91,6 +92,12 @@ def put_together(layer: SumOfParts) -> None:
     """Makes one part of all the pieces of a layer."""
     tensors = [dict(piece.named_buffers()) for piece in layer.parts]
     layer.parts = nn.ModuleList([buffers({kind: torch.cat([one[kind] for one in tensors]) for kind in tensors[0]})])
+
+
+def dense_already(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """`dequantize` of a model whose weights were decoded when it was opened."""
+    of_model: Any = model
+    return model if dtype is None else of_model.to(dtype)
 
 
 @register_quantization_config(native.METHOD)
@@ -193,6 +200,8 @@ class LlmsqueezeQuantizer(HfQuantizer):
             merge_stacks(model)
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
             # an ordinary model now, which is saved without it
+            of_model: Any = model
+            of_model.dequantize = MethodType(dense_already, model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
