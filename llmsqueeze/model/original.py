@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,21 @@ from llmsqueeze.model.checkpoint import Checkpoint, open_checkpoint, pickled_onl
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton, imagine_checkpoint
 from llmsqueeze.parallel import processes
 from llmsqueeze.text.source import DEMO
+
+HUB_ID = re.compile(r"(?:hf://)?(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+def hub_id(model: str, revision: str | None = None) -> tuple[str, str | None]:
+    """A model's name and its revision, of a Hub id as people write it: hf://owner/name, owner/name@revision.
+
+    Raises RecipeError for two revisions.
+    """
+    match = HUB_ID.fullmatch(model)
+    if match is None or Path(model).expanduser().exists():
+        return model, revision
+    if match["revision"] and revision not in (None, match["revision"]):
+        raise RecipeError(f"{model} contradicts --revision {revision}: name the revision once")
+    return match["id"], match["revision"] or revision
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,11 @@ class Source:
     from_quantized: bool = False
     named: str | None = None
     read_from: str | None = None
+
+    def __post_init__(self) -> None:
+        model, revision = hub_id(self.model, self.revision)
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "revision", revision)
 
     @property
     def name(self) -> str:
@@ -135,6 +156,7 @@ def locate(model: str, revision: str | None = None, weights: bool = True) -> Pat
         from llmsqueeze.demo import MODEL_DIR
 
         return MODEL_DIR
+    model, revision = hub_id(model, revision)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -164,7 +186,8 @@ def _download(repo: str, revision: str | None, weights: bool) -> Path:
             "spelling and the network, or name a local folder or 'demo'"
         ) from error
     except errors.GatedRepoError as error:
-        raise HubError(f"{repo} is gated: accept its licence on its page, then log in with `hf auth login`") from error
+        page = f"https://huggingface.co/{repo}"
+        raise HubError(f"{repo} is gated: accept its licence on {page}, then log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo} has no revision {revision}; name a branch, tag or commit of it") from error
     except errors.RepositoryNotFoundError as error:

@@ -13,8 +13,9 @@ from support import command, refused
 from transformers import AutoConfig, AutoModel
 
 import llmsqueeze
-from llmsqueeze.errors import CheckpointError
+from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.model import config
+from llmsqueeze.model.original import Source
 
 
 def test_a_model_is_laid_out_once_and_each_caller_has_its_own(
@@ -94,3 +95,27 @@ def test_no_attention_kernel_is_needed(key: str, named: Callable[..., Path], tmp
     assert config.attention_kernel(nested) == "kernels/x"
     assert config.without_kernel(nested) == {"a": 1, "text_config": {"b": 2}}
     assert config.attention_kernel({key: "sdpa"}) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "model", "revision"),
+    [
+        ("owner/name", "owner/name", None),
+        ("hf://owner/name", "owner/name", None),
+        ("owner/name@main", "owner/name", "main"),
+        ("hf://owner/name@refs/pr/1", "owner/name", "refs/pr/1"),
+        ("./owner/name@main", "./owner/name@main", None),
+        ("demo", "demo", None),
+    ],
+)
+def test_hub_ids_as_people_write_them(written: str, model: str, revision: str | None) -> None:
+    source = Source(written)
+    assert (source.model, source.revision) == (model, revision)
+
+
+def test_a_revision_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="owner/name@main contradicts --revision other"):
+        Source("owner/name@main", "other")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name@main").mkdir(parents=True)
+    assert Source("owner/name@main").model == "owner/name@main", "a folder of that name is one"
