@@ -17,7 +17,7 @@ from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
 from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, significant, size, towers
 
-MUCH_AT_ENDS = 0.25  # a share of the result that is worth a line
+MUCH_AT_ENDS = 0.4  # a share of the result that is worth a line
 
 
 def print_summary(summary: dict[str, Any]) -> None:
