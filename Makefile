@@ -40,5 +40,6 @@ fix: $(READY) ## repair what the linter and formatter can
 bench: $(READY) ## quality of every method on the built-in model at 2, 3 and 4 bits
 	$(BIN)/python evals/methods.py demo demo demo --limit 100
 
-docs: $(READY) ## write the tables of recipes/README.md from the code
+docs: $(READY) ## write the tables of recipes/README.md and cli/schema/README.md from the code
 	$(BIN)/python -m llmsqueeze.recipe.markdown recipes/README.md
+	$(BIN)/python -m llmsqueeze.cli.schema.markdown

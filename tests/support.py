@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from llmsqueeze.allocation.coded import Curve
 from llmsqueeze.allocation.plan import Plan, WeightPlan
 from llmsqueeze.cli.app import app
+from llmsqueeze.cli.schema.markdown import faults
 from llmsqueeze.measure.costs import OCTAVES
 from llmsqueeze.measure.shrinkage import Chance, shrink
 from llmsqueeze.parts import Affine, Grid
@@ -74,9 +76,12 @@ GRIDS = [
 
 
 def command(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr of `llmsqueeze ARGUMENTS`, run in this process."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    """Exit code, stdout, stderr of `llmsqueeze ARGUMENTS`, run in this process. What `--json` prints fits its model."""
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(app, words)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    if "--json" in words and result.stdout:
+        assert faults(json.loads(result.stdout)) == []
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmsqueeze.cli.schema import SCHEMA_VERSION
 from llmsqueeze.errors import ProcessError, RecipeError, SqueezeError, first_line
 from llmsqueeze.parallel import launched
 
@@ -31,7 +32,8 @@ DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb prints: its result, and how that is printed as text. Not `met`: the exit code is 2."""
+    """What a verb prints: its result (cli/schema has its fields), and how that is printed as text. Not `met`: the exit
+    code is 2."""
 
     result: dict[str, Any]
     print_text: Callable[[dict[str, Any]], None]
@@ -44,7 +46,8 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
     own = inspect.signature(command, eval_str=True).parameters
     of_progress = {"quiet": QUIET, "verbose": VERBOSE} if "progress" in own else {}
     kinds = {"as_json": JSON, **of_progress, "debug": DEBUG}
-    common = [keyword(name, kind, False) for name, kind in kinds.items()]
+    common = [keyword(flag, kind, False) for flag, kind in kinds.items()]
+    name = SHARED.get(command.__name__, command.__name__)
 
     def wrapped(**arguments: Any) -> None:
         flags = (arguments.pop(name, False) for name in ("as_json", "quiet", "verbose", "debug"))
@@ -62,7 +65,7 @@ def verb(command: Callable[..., Outcome]) -> Callable[..., None]:
             if launched.follows():
                 pass  # the first process prints
             elif as_json:
-                typer.echo(json.dumps(outcome.result))
+                typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, "verb": name} | outcome.result))
             else:
                 outcome.print_text(outcome.result)
             if not outcome.met:
