@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from llmsqueeze.publish.hub_errors import hub_errors
 from llmsqueeze.publish.numbers import exact_size
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 README = "README.md"
 KEPT_README = "README.before-push.md"
@@ -78,9 +79,9 @@ def push(
         _check_metadata(card)
     write_card(directory, card)
     names = files_to_upload(directory, shards)
-    _upload(api, url.repo_id, directory, names, shards, progress or Progress())
+    there = _upload(api, url.repo_id, directory, names, shards, progress or Progress())
     sizes = {name: _nbytes(directory / name) for name in names}
-    return _summary(url.repo_id, str(url), is_private, sizes, dry_run=False)
+    return _summary(url.repo_id, str(url), is_private, sizes, there, dry_run=False)
 
 
 def _check(directory: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -126,16 +127,38 @@ def _check_metadata(card: str) -> None:
         raise ValueError(f"the Hub refuses the model card's metadata: {error}") from error
 
 
-def _upload(api: HfApi, repo: str, directory: Path, names: list[str], shards: list[str], progress: Progress) -> None:
+def _upload(
+    api: HfApi, repo: str, directory: Path, names: list[str], shards: list[str], progress: Progress
+) -> list[str]:
+    """Sends what the Hub lacks, and commits all; the files of weights that the Hub had."""
     from huggingface_hub import CommitOperationAdd
 
+    there: list[str] = []
     with hub_errors(api, repo, f"the repository did not change, and {RESUME}"):
         files = {name: CommitOperationAdd(name, _content(directory / name)) for name in names}
         # one after the other: if the connection breaks, the files before are complete
         for shard in progress.over(shards, "sending weights, by file", len(shards)):
+            there += [shard] if _is_stored(api, repo, files[shard]) else []
             api.preupload_lfs_files(repo, [files[shard]], free_memory=False)
     with hub_errors(api, repo, RESUME):
         api.create_commit(repo, list(files.values()), commit_message="Upload a model compressed by llmsqueeze")
+    return there
+
+
+def _is_stored(api: HfApi, repo: str, file: CommitOperationAdd) -> bool:
+    """Whether the Hub's storage has the content of a file, from this repository or from a push that was interrupted.
+
+    It only tells: huggingface_hub asks again before it sends. So a Hub that does not answer costs nothing here.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.lfs import post_lfs_batch_info
+
+    about: dict[str, Any] = {"token": api.token, "repo_type": "model", "repo_id": repo, "endpoint": api.endpoint}
+    try:
+        wanted, *_ = post_lfs_batch_info([file.upload_info], **about)
+    except HfHubHTTPError:
+        return False
+    return bool(wanted) and not any(one.get("actions") for one in wanted)
 
 
 def _content(path: Path) -> Path | bytes:
@@ -158,19 +181,22 @@ def _preview(
     """The summary of a push that is not done, and its card."""
     sizes = {name: _nbytes(directory / name) for name in files_to_upload(directory, shards) if name != README}
     sizes = dict(sorted((sizes | {README: len(card.encode())}).items()))
-    return _summary(repo, f"{endpoint}/{repo}", private, sizes, dry_run=True) | {"card": card}
+    return _summary(repo, f"{endpoint}/{repo}", private, sizes, [], dry_run=True) | {"card": card}
 
 
-def _summary(repo: str, url: str, private: bool | None, files: dict[str, int], dry_run: bool) -> dict[str, Any]:
+def _summary(
+    repo: str, url: str, private: bool | None, files: dict[str, int], there: list[str], dry_run: bool
+) -> dict[str, Any]:
     nbytes = sum(files.values())
-    return {"repo": repo, "url": url, "private": private, "files": files, "nbytes": nbytes, "dry_run": dry_run}
+    about = {"repo": repo, "url": url, "private": private, "files": files, "nbytes": nbytes}
+    return about | {"there": there, "dry_run": dry_run}
 
 
 def describe(pushed: dict[str, Any], directory: Path) -> str:
     """The text for the terminal of a summary from `push`."""
     total = f"{len(pushed['files'])} files, {exact_size(pushed['nbytes'])}"
     if not pushed["dry_run"]:
-        return f"{pushed['url']} ({'private' if pushed['private'] else 'public'}): {total}"
+        return f"{pushed['url']} ({'private' if pushed['private'] else 'public'}): {total}{_said_of_there(pushed)}"
     access = {True: "private", False: "public", None: "private if it is new"}[pushed["private"]]
     width = max(len(name) for name in pushed["files"])
     _, front, _ = pushed["card"].split("---\n", 2)
@@ -182,6 +208,18 @@ def describe(pushed: dict[str, Any], directory: Path) -> str:
             f"dry run, nothing was sent or written: {pushed['url']} ({access}) would get {total}",
         ]
     )
+
+
+def _said_of_there(pushed: dict[str, Any]) -> str:
+    """What the Hub had already of the weights; empty if nothing."""
+    if not (there := pushed["there"]):
+        return ""
+    size, weights = exact_size(sum(pushed["files"][name] for name in there)), weight_files(pushed["files"])
+    return f"\nnot sent again: {len(there)} of {len(weights)} files of weights, {size}, which the Hub had already"
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(".safetensors")]
 
 
 def check_folder(directory: Path) -> list[str]:

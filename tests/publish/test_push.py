@@ -147,10 +147,11 @@ def test_push_leaves_nothing_behind_in_the_folder(pushed: Pushed) -> None:
 
 
 def test_push_twice_without_an_owner_sends_nothing_the_second_time(folder: Path, hub: Hub) -> None:
-    for flags in ([], ["--private"]):  # a flag that fits the repository changes nothing
+    for flags, there in (([], False), (["--private"], True)):  # a flag that fits the repository changes nothing
         result = run_push(folder, "small", *flags, endpoint=hub.url)
         assert result[0] == 0, result[2]
         assert result[1].startswith(f"{hub.url}/alice/small (private): ")
+        assert ("not sent again: 3 of 3 files of weights" in result[1]) is there
     assert 'llmsqueeze.load("alice/small")' in hub.inline["README.md"].decode()
     assert not (folder / "README.before-push.md").exists()
     assert [sent(hub, shard, folder) for shard in SHARDS] == [1] * len(SHARDS)
@@ -228,6 +229,9 @@ def test_a_broken_connection_loses_nothing_and_the_next_push_goes_on(folder: Pat
     result = run_push(folder, "alice/small", endpoint=hub.url)
     assert result[0] == 0, result[2]
     assert [sent(hub, shard, folder) for shard in SHARDS] == [0, 1, 1]
+    nbytes = (folder / SHARDS[0]).stat().st_size
+    assert "not sent again: 1 of 3 files of weights, " in result[1]
+    assert result[1].endswith(f"({nbytes:,} bytes), which the Hub had already\n")
     assert hub.large == {shard: (folder / shard).read_bytes() for shard in SHARDS}
     assert hub.inline["README.md"] == (folder / "README.md").read_bytes()
 
@@ -261,8 +265,9 @@ def test_a_commit_that_fails_loses_nothing_and_the_next_push_sends_no_weights(fo
 
     hub.failures.clear()
     hub.calls.clear()
-    result = run_push(folder, "alice/small", endpoint=hub.url)
+    result = run_push(folder, "alice/small", "--json", endpoint=hub.url)
     assert result[0] == 0, result[2]
+    assert json.loads(result[1])["there"] == [*SHARDS]
     assert [sent(hub, shard, folder) for shard in SHARDS] == [0] * len(SHARDS)
     assert set(hub.large) == set(SHARDS)
 
