@@ -73,7 +73,7 @@ def kind_of(annotation: Any) -> str:
         return f"list of {kind_of(arguments[0])}"
     if of is dict:
         return f"name -> {kind_of(arguments[1])}"
-    return NAMES.get(annotation, annotation.__name__)
+    return str(NAMES.get(annotation, annotation.__name__))
 
 
 def parts_of(annotation: Any) -> Iterator[type[BaseModel]]:
