@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmsqueeze.progress import Progress
+from llmsqueeze.publish.numbers import shortened
 
 WIDTH = 100
 STAGES = {
@@ -66,6 +67,7 @@ def console(stderr: bool = False) -> Console:
 
 
 MINUTE = 60.0
+BESIDE_NAME = 33  # columns of a weight's bits and error
 LARGE, SHOWN = 0.5, 4  # a relative error that is told at once; how many of the largest are shown
 Weight = tuple[str, float, float]  # name, bits per weight, relative error
 
@@ -87,9 +89,10 @@ class Bars(RichProgress):
         yield from super().get_renderables()
         if self.worst:
             table = Table(box=None, pad_edge=False, show_header=False)
-            table.add_column(no_wrap=True, overflow="ellipsis")
+            table.add_column(no_wrap=True)
             for name, bits, error in self.worst:
-                table.add_row(Text(f"  {name}"), f"{bits:.2f} bit", f"error {error:.2e}")
+                short = shortened(name, self.console.width - BESIDE_NAME)
+                table.add_row(f"  {short}", f"{bits:.2f} bit", f"error {error:.2e}")
             yield Text("largest errors so far")
             yield table
 
@@ -169,7 +172,9 @@ class TerminalProgress(Progress):
             every = [*self._bars.worst, (name, bits_per_weight, error)]
             self._bars.worst = tuple(sorted(every, key=lambda one: -one[2])[:SHOWN])
         if self._verbose or mark:
-            self._print(f"  {name:<58} {bits_per_weight:5.2f} bit   error {error:9.2e}{mark}", "red" if mark else None)
+            width = self._console.width - BESIDE_NAME - len("  <-- large")
+            name = f"{shortened(name, width):<{width}}"
+            self._print(f"  {name} {bits_per_weight:5.2f} bit   error {error:9.2e}{mark}", "red" if mark else None)
 
     def note(self, text: str) -> None:
         self._print(f"note: {text}", "yellow")

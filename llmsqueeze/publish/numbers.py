@@ -62,6 +62,16 @@ def percent(share: float | None) -> str:
     return UNKNOWN if share is None else f"{significant(100 * share, 2)} %"
 
 
+def shortened(name: str, most: int) -> str:
+    """A name of at most `most` letters. The middle is cut, because the ends tell names apart; the part behind the last
+    dot or slash stays whole if it fits."""
+    if len(name) <= most:
+        return name
+    leaf = len(name) - max(name.rfind("."), name.rfind("/"))
+    end = min(max(most // 2, leaf), most - 1)
+    return f"{name[: most - 1 - end]}…{name[len(name) - end :]}"
+
+
 def perplexity(value: float | None) -> str:
     """The perplexity with three decimals; with one from 100 on."""
     return UNKNOWN if value is None else fixed(value, 3 if value < 100 else 1)

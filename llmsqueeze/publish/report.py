@@ -15,11 +15,12 @@ from llmsqueeze.publish.folder import Folder, read_public
 from llmsqueeze.publish.linears import Linear
 from llmsqueeze.publish.page import story
 from llmsqueeze.publish.page.comparison import view_of
-from llmsqueeze.publish.page.pictures import NUMBERED, blocks_of, heat_map_picture
+from llmsqueeze.publish.page.pictures import NUMBERED, blocks_of, heat_map_picture, sizes_picture
 from llmsqueeze.publish.page.render import render
 from llmsqueeze.publish.page.times import time_rows
 from llmsqueeze.publish.plots.figure import available
 from llmsqueeze.publish.plots.heat_map import BITS, ERRORS
+from llmsqueeze.publish.plots.sizes import Bar
 from llmsqueeze.publish.scores import has_baseline, limited, reading, score_rows, with_text
 
 SHOWN = 50  # rows of the table of weights, until the reader shows all
@@ -65,7 +66,7 @@ def report_page(folder: Folder) -> str:
         sentence=story.sentence(folder),
         figures=story.figures(folder),
         history=story.history(folder),
-        sizes=size_bars(folder),
+        sizes=sizes_picture(size_bars(folder)),
         scores=scores,
         flips=any(row.flips for row in scores),
         evaluation=evaluation,
@@ -88,16 +89,12 @@ def report_page(folder: Folder) -> str:
     )
 
 
-def size_bars(folder: Folder) -> list[dict[str, Any]]:
-    """Original and result, in bytes and in shares of the larger; the bytes of the linears in each, None if unknown."""
-    before = folder.nbytes_original or 0.0
-    kept = None if folder.dense else folder.nbytes - folder.linear_nbytes
-    largest = max(before, folder.nbytes, 1)
-    return [
-        {"name": name, "total": total, "share": total / largest}
-        | {"linears": None if kept is None else max(total - kept, 0), "kept": kept}
-        for name, total in (("Original", before), ("This model", float(folder.nbytes)))
-    ]
+def size_bars(folder: Folder) -> list[Bar]:
+    """The sizes of original and result; what is unchanged is known unless the result is dense."""
+    kept = None if folder.dense else float(folder.nbytes - folder.linear_nbytes)
+    before = folder.nbytes_original
+    sizes = ([("Original", before)] if before else []) + [("This model", float(folder.nbytes))]
+    return [Bar(name, nbytes, None if kept is None else min(kept, nbytes)) for name, nbytes in sizes]
 
 
 def weight_rows(linears: Sequence[Linear]) -> list[dict[str, Any]]:

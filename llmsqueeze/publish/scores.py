@@ -151,6 +151,12 @@ def made(model: Mapping[str, Any]) -> str:
     return str(method) if bits is None else f"{method}, {bits:g} bits"
 
 
+def full_name(model: Mapping[str, Any]) -> str:
+    """'gptq, 3 bits: demo-3bit': how a model was compressed and its name; its name alone if the former is not known."""
+    name = str(model.get("model")).rstrip("/")
+    return f"{made(model)}: {name}" if model.get("method") else name
+
+
 def made_and_stored(model: Mapping[str, Any]) -> str:
     """The same, and the format: 'gptq, 3 bits, compressed-tensors'."""
     how, kind = made(model), str(model.get("kind"))

@@ -464,10 +464,10 @@ def test_people_read_a_table(original_dir: Path, folders: dict[str, Path], text_
     arguments = ["compare", original_dir, folders["portable"], "--text", text_file, "--limit", 2, "--seq-len", WINDOW]
     code, out, _ = command(*arguments, "--device", "cpu")
     assert code == 0
-    shown = [line.split() for line in out.splitlines()]
-    assert any("portable" in line for line in shown)
-    assert any("demo-2" in line for line in shown)
-    assert "rtn, 4 bits" in out, "how it was made, not only its format"
+    assert "portable" in out
+    assert "demo-2" in out
+    assert "rtn, 4 bits:" in out, "how it was made, not only its format"
+    assert "On the frontier, the smallest first: rtn, 4 bits: " in out
     assert max(map(len, out.splitlines())) <= 100
 
 

@@ -289,8 +289,9 @@ def test_a_large_model_stays_readable(tmp_path: Path, pictures: None) -> None:
     html = page_of(make_folder(tmp_path / "huge", blocks=126))
     assert len(rows_of(html)) == 882
     assert f'data-shown="{SHOWN}" hidden>Show all 882' in html
-    assert len(html) < 1_000_000
-    bits, errors = images(html)
+    assert len(html) < 1_100_000
+    sizes, bits, errors = images(html)
+    assert sizes[1].startswith("Sizes of original and result. Original: 1.82 MB, of which ")
     assert bits[0].startswith("data:image/svg+xml;base64,")
     assert bits[1] == (
         "Bits per weight by decoder block and linear. 882 linears in 126 blocks: from 2.50 (block 10, "
@@ -334,6 +335,46 @@ def test_a_comparison_is_drawn_and_tabled(folder: Path, pictures: None) -> None:
     assert "llmsqueeze compare owner/llama" not in html
 
 
+def equal_sizes(comparison: dict[str, Any]) -> dict[str, Any]:
+    """The same with methods, and the bytes of all folders about equal."""
+    original, *others = comparison["models"]
+    methods = ("gptq", "layerwise", "mixllm", "bitsandbytes nf4")
+    made = [{"nbytes": 428_000 + 10 * i, "method": method, "bits": 2.6} for i, method in enumerate(methods)]
+    return comparison | {"models": [original, *(one | new for one, new in zip(others, made, strict=True))]}
+
+
+def verdict_of(html: str) -> list[str]:
+    return re.findall(r'<p class="verdict">(.*?)</p>', html)
+
+
+def test_a_winner_is_named_in_words(pictures: None) -> None:
+    """At one size the model that loses least, and over several sizes the frontier."""
+    html = comparison_page(equal_sizes(make_comparison("6")))
+    assert verdict_of(html) == [
+        "Least loss of 4 models at 428 kB: mixllm, 2.6 bits: portable, −0.0002 ± 0.0004; next gptq, 2.6 bits: 6, "
+        "+0.0047 ± 0.0009.",
+        "On the frontier, the smallest first: gptq, 2.6 bits: 6 (428 kB, loss +0.0047 ± 0.0009); mixllm, 2.6 bits: "
+        "portable (428 kB, loss −0.0002 ± 0.0004).",
+    ]
+    assert "they stand in the order of their loss" in html
+    assert [row[0] for row in rows_of(html, 'class="models"')][1] == "2gptq, 2.6 bits: 6 llmsqueeze, this folder"
+    comparison = make_comparison()
+    comparison["models"][2] |= {"nll_difference": 0.0051}
+    assert verdict_of(comparison_page(comparison)) == [
+        "Least loss of 2 models at 428 kB to 430 kB: small, +0.0047 ± 0.0009; next worse, +0.0051 ± 0.0030, which may "
+        "be chance.",
+        "Least loss of all: portable (571 kB, loss −0.0002 ± 0.0004).",
+        "On the frontier, the smallest first: small (428 kB, loss +0.0047 ± 0.0009); portable (571 kB, loss "
+        "−0.0002 ± 0.0004).",
+    ]
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_nothing_is_won_by_one_model_alone(models: int) -> None:
+    html = comparison_page(make_comparison() | {"models": make_comparison()["models"][:models]})
+    assert not any(sentence.startswith("Least loss") for sentence in verdict_of(html))
+
+
 def test_only_clear_differences_of_tasks_are_bold() -> None:
     html = comparison_page(make_comparison())
     assert re.findall(r'class="sub beyond">(.*?)<', html) == ["−0.1550 ± 0.0100"]
@@ -375,7 +416,7 @@ def test_text_from_files_is_only_text(folder: Path, pictures: None) -> None:
     (folder / COMPARISON).write_text(json.dumps(comparison | {"text": EVIL}))
     html = page_of(folder)
     assert html.count("<script") == 1
-    assert html.count("<img") == len(images(html)) == 3
+    assert html.count("<img") == len(images(html)) == 4
     assert not LOADING.search(html)
     assert "&lt;script&gt;" in html
 
@@ -620,11 +661,13 @@ def test_all_weights_can_be_shown(large: Path, open_page: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "scheme"), [(390, "dark"), thorough(1280, "dark"), thorough(390, "light"), thorough(1280, "light")]
+    ("width", "scheme"),
+    [(390, "dark"), (500, "light"), (1280, "light"), (1920, "light"), thorough(1280, "dark"), thorough(390, "light")],
 )
 def test_it_fits_every_screen(large: Path, open_page: Open, tmp_path: Path, width: int, scheme: str) -> None:
     compared = tmp_path / "comparison.html"
-    compared.write_text(comparison_page(make_comparison()), encoding="utf-8")
+    long = equal_sizes(make_comparison("models/a-model-with-a-name-as-long-as-they-are-8B-Instruct-2.6bit-out"))
+    compared.write_text(comparison_page(long), encoding="utf-8")
     for file in (large, compared):
         page = open_page(file, width, scheme)
         assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -637,6 +680,10 @@ def test_it_fits_every_screen(large: Path, open_page: Open, tmp_path: Path, widt
             .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
         )
         assert outside == []
+        cropped = page.locator(".scroll").evaluate_all(
+            "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.getAttribute('aria-label'))"
+        )
+        assert width < 1280 or cropped == [], "on a wide screen nothing has to be scrolled"
         texts_can_be_read(page)
 
 

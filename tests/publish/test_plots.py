@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,17 +20,13 @@ import pytest
 
 from llmsqueeze.errors import OutputError
 from llmsqueeze.publish.plots.cost import cost_curve
+from llmsqueeze.publish.plots.draw import quality
 from llmsqueeze.publish.plots.figure import available, data_uri, render, write
-from llmsqueeze.publish.plots.frontier import (
-    LONGEST,
-    MOST_NAMED,
-    Point,
-    frontier,
-    frontier_text,
-    original_nbytes,
-    points_of,
-)
-from llmsqueeze.publish.plots.heat_map import BITS, ERRORS, MISSING, colour_range, heat_map, heat_map_text
+from llmsqueeze.publish.plots.frontier import MOST_NAMED, frontier
+from llmsqueeze.publish.plots.heat_map import BITS, ERRORS, MISSING, PAGE, Scale, colour_range, heat_map, heat_map_text
+from llmsqueeze.publish.plots.labels import cross, crosses, place_labels
+from llmsqueeze.publish.plots.points import Point, about_equal, in_words, original_nbytes, points_of
+from llmsqueeze.publish.plots.sizes import Bar, size_bars, sizes_text
 
 matplotlib = pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes  # noqa: E402
@@ -37,6 +34,7 @@ from matplotlib.collections import QuadMesh  # noqa: E402
 from matplotlib.container import ErrorbarContainer  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 LLAMA = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"]
 CURVE = [(1.5, 2.0), (2.0, 0.5), (3.0, 0.06), (4.0, 0.004)]
@@ -73,6 +71,10 @@ def numbers(axes: Axes) -> dict[tuple[float, float], str]:
         for x, y in [t.get_position()]
         if "grey" not in t.get_text()
     }
+
+
+def key_of(figure: Figure) -> list[str]:
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 def line(figure: Figure, label: str) -> Line2D:
@@ -151,11 +153,44 @@ def test_every_number_contrasts_with_its_cell() -> None:
 
 
 def test_a_nearly_uniform_plan_looks_uniform() -> None:
-    blocks = make_blocks(2)
-    figure = heat_map({name: 3.25 + 0.01 * i for i, name in enumerate(blocks[0] + blocks[1])}, blocks, "t")
+    """One colour to the eye, and the number is told once."""
+    blocks = make_blocks(30)
+    names = [name for block in blocks for name in block]
+    figure = heat_map({name: 4.25 + 0.001 * (i % 2) for i, name in enumerate(names)}, blocks, "t")
     low, high = mesh_of(figure).get_clim()
     assert high - low == pytest.approx(BITS.least_span)
-    assert low < 3.25 < 3.32 < high
+    assert low < 4.25 < 4.251 < high
+    colours = mesh_of(figure).to_rgba(cells(figure))
+    assert np.ptp(colours.reshape(-1, 4), axis=0).max() < 0.01
+    assert [text.get_text() for text in figure.axes[0].texts] == ["all cells: 4.25"]
+    assert heat_map_text(dict.fromkeys(names, 4.25), blocks) == "120 linears in 30 blocks: all 4.25 bits per weight."
+
+
+def test_nearly_equal_errors_look_equal() -> None:
+    norm = colour_range([1.0, 1.02], ERRORS)
+    assert norm(1.02) - norm(1.0) < 0.01
+    assert norm.vmax / norm.vmin == pytest.approx(ERRORS.least_span)
+
+
+def test_only_cells_that_tell_something_have_a_number() -> None:
+    blocks = make_blocks(30)
+    bits = {name: 2.13 for block in blocks for name in block} | {"model.layers.7.mlp.up_proj": 4.13}
+    figure = heat_map(bits, blocks, "t")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["4.13", "cells without a number: 2.13"]
+    many = make_blocks(80)
+    (note,) = heat_map({name: 2.13 for block in many for name in block}, many, "t").axes[0].texts
+    assert note.get_text() == "all cells: 2.13", "also where no cell has room for a number"
+
+
+@pytest.mark.parametrize("count", [3, 24, 30, 40])
+@pytest.mark.parametrize("scale", [BITS, ERRORS], ids=["bits", "errors"])
+def test_numbers_stay_in_their_cells_and_the_map_on_a_page(count: int, scale: Scale) -> None:
+    blocks = make_blocks(count)
+    figure = heat_map(make_bits(blocks), blocks, scale=scale)
+    axes = figure.axes[0]
+    (left, _), (right, _) = axes.transData.transform([(0, 0), (1, 0)])
+    assert all(text.get_window_extent().width < right - left for text in axes.texts)
+    assert figure.get_figwidth() <= PAGE + (0 if count <= 30 else 2)
 
 
 def test_bits_that_are_unknown_or_wide() -> None:
@@ -170,7 +205,7 @@ def test_errors_are_coloured_by_order_of_magnitude() -> None:
     blocks = make_blocks(1)
     percents = [0.0, 0.0004, 0.02, 30.0]
     figure = heat_map(dict(zip(blocks[0], percents, strict=True)), blocks, scale=ERRORS)
-    assert list(numbers(figure.axes[0]).values()) == ["0", "<.001", "0.020", "30"]
+    assert list(numbers(figure.axes[0]).values()) == ["0", "≈0", ".02", "30"]
     norm = mesh_of(figure).norm
     assert [norm(percent) for percent in (0.0, 0.0004, 30.0)] == [0, 0, 1]
     assert norm(0.02) == pytest.approx(math.log(0.02 / 0.0004) / math.log(30 / 0.0004))
@@ -187,9 +222,7 @@ def test_the_curve_and_the_chosen_point() -> None:
     assert "nats per token" in axes.get_ylabel()
     assert [tuple(point) for point in line(figure, "smallest").get_xydata()] == CURVE
     assert [tuple(point) for point in line(figure, "chosen").get_xydata()] == [(2.7, 0.109)]
-    legend = axes.get_legend()
-    assert legend is not None
-    texts = " ".join(text.get_text() for text in legend.get_texts())
+    texts = " ".join(key_of(figure))
     assert "2.700 bits" in texts
     assert "+0.109 nats" in texts
     low, high = axes.get_ylim()
@@ -301,7 +334,7 @@ def test_without_matplotlib_it_is_not_available(monkeypatch: pytest.MonkeyPatch)
 
 
 def make_points(losses: Sequence[float], **changes: Any) -> list[Point]:
-    points = [Point(f"m{i}", 50e6 + 1e6 * i, loss, 0.01, i == 0, False) for i, loss in enumerate(losses)]
+    points = [Point(i + 2, f"m{i}", 50e6 + 1e6 * i, loss, 0.01, i == 0, False) for i, loss in enumerate(losses)]
     return [dataclasses.replace(point, **changes) for point in points]
 
 
@@ -324,13 +357,15 @@ def test_points_lie_at_their_size_and_loss_with_error_bars() -> None:
     assert axes.get_yscale() == "log"
     assert axes.get_xscale() == "linear"
     assert bars(figure) == [pytest.approx((p.loss - 0.01, p.loss, p.loss + 0.01)) for p in points]
-    assert list(line(figure, "size of the original").get_xdata()) == [100e6, 100e6]
-    assert [text.get_text() for text in axes.texts] == ["m0", "m1", "m2"]
+    assert axes.get_xlabel() == "size of all weights (the original: 100 MB)"
+    assert [text.get_text() for text in axes.texts] == ["2", "3", "4"]
+    assert key_of(figure) == ["frontier", "2  m0", "3  m1", "4  m2"]
 
 
 def test_the_frontier_is_a_line_through_its_models() -> None:
     points = [dataclasses.replace(p, on_frontier=i != 1) for i, p in enumerate(make_points([0.5, 0.7, 0.1]))]
-    drawn = line(frontier(points, None, "t"), "frontier")
+    figure = frontier(points, None, "t")
+    (drawn,) = [one for one in figure.axes[0].lines if len(one.get_xydata()) == 2]
     assert [tuple(point) for point in drawn.get_xydata()] == [(50e6, 0.5), (52e6, 0.1)]
 
 
@@ -343,10 +378,47 @@ def test_losses_of_zero_or_less_are_on_the_edge_of_the_logarithmic_axis() -> Non
     assert [bar[0] == pytest.approx(floor) for bar in bars(figure)] == [False, True, True, False, True]
 
 
+def ticks_of(axis: Any) -> list[float]:
+    return [float(tick) for tick in axis.get_majorticklocs()]
+
+
+EQUAL = [0.0500 + 0.0004 * i for i in range(MOST_NAMED)]  # losses of models that are hard to tell apart
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        make_points([0.1], nbytes=5e5),
+        make_points([0.1, 0.1], nbytes=45_007_331),
+        make_points(EQUAL, nbytes=45_007_331, on_frontier=True),
+        [dataclasses.replace(p, nbytes=45e6 + 1e4 * i) for i, p in enumerate(make_points([0.5, 0.02, 0.1]))],
+        make_points([0.5, 0.02, 0.1]),
+        [dataclasses.replace(p, nbytes=4e7 * 3**i) for i, p in enumerate(make_points([0.5, 0.2, 0.1]))],
+        make_points([-0.1, -0.2]),
+        make_points([0.0, 0.0], error=0.0),
+    ],
+    ids=["one", "equal", "twelve equal", "about equal", "near", "far", "negative", "zero"],
+)
+def test_points_stand_within_the_axes_and_ticks_too(points: list[Point]) -> None:
+    axes = frontier(points, 269e6, "t").axes[0]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    across = axes.transAxes.inverted().transform(axes.transData.transform([(p.nbytes, 0.1) for p in points]))[:, 0]
+    assert across.min() > 0.05
+    assert across.max() < 0.95
+    if len({p.nbytes for p in points}) == 1:
+        assert across == pytest.approx(0.5)
+    sizes, losses = ticks_of(axes.xaxis), ticks_of(axes.yaxis)
+    assert all(left <= tick <= right for tick in sizes)
+    assert all(bottom <= tick <= top for tick in losses)
+    assert min(len(sizes), len(losses)) >= 2
+    texts = [label.get_text() for label in axes.get_xticklabels()]
+    assert len({*texts}) == len(texts), "no two ticks have the same label"
+
+
 def test_the_axes_fit_the_numbers() -> None:
     negative = frontier(make_points([-0.1, -0.2]), None, "t").axes[0]
     assert negative.get_yscale() == "linear"
-    wide = frontier(make_points([0.1, 0.1]), 4e9, "t").axes[0]
+    wide = frontier([*make_points([0.1]), *make_points([0.1], nbytes=4e9)], None, "t").axes[0]
     assert wide.get_xscale() == "log"
     ticks = [label.get_text() for label in wide.get_xticklabels()]
     assert {"100 MB", "1 GB"} <= set(ticks)
@@ -354,33 +426,110 @@ def test_the_axes_fit_the_numbers() -> None:
     assert all(re.fullmatch(r"[\d.]+ kB", label.get_text()) for label in one.get_xticklabels())
 
 
-def test_names_cover_no_points_and_no_other_names() -> None:
-    points = [Point(f"a-rather-long-name-{i}", 50e6 + 1e6 * i, 0.1 * 1.3**i, 0.0, False, False) for i in range(5)]
+@pytest.mark.parametrize(
+    "points",
+    [
+        [Point(i + 2, f"name-{i}", 50e6 + 1e6 * i, 0.1 * 0.8**i, 0.01, True, False) for i in range(5)],
+        make_points([0.05] * 6, nbytes=45e6),
+        [
+            dataclasses.replace(p, nbytes=45e6 + 1e6 * (i % 4), on_frontier=i < 4)
+            for i, p in enumerate(make_points(EQUAL))
+        ],
+    ],
+    ids=["a falling line", "the same point", "equal sizes in groups"],
+)
+def test_numbers_cover_no_points_no_lines_and_no_other_numbers(points: list[Point]) -> None:
     figure = frontier(points, None, "t")
     axes = figure.axes[0]
-    texts = [text.get_window_extent() for text in axes.texts]
+    assert {text.get_text() for text in axes.texts} == {str(point.place) for point in points}
+    figure.draw_without_rendering()
+    texts = [Text.get_window_extent(text) for text in axes.texts]
     dots = [axes.transData.transform((point.nbytes, point.loss)) for point in points]
     assert not any(box.contains(*dot) for box in texts for dot in dots)
     assert not any(box.overlaps(other) for i, box in enumerate(texts) for other in texts[:i])
     edges = axes.get_window_extent()
     assert all(edges.x0 <= box.x0 and box.x1 <= edges.x1 for box in texts)
+    lines = [axes.transData.transform(ends) for ends in drawn_lines(axes)]
+    lines += [np.asarray(text.arrow_patch.get_path().vertices) for text in axes.texts if text.arrow_patch]
+    along = np.linspace(0, 1, 300)[:, None]
+    walked = [(1 - along) * start + along * end for start, end in lines]
+    assert not any(box.contains(*place) for box in texts for walk in walked for place in walk)
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(edges)
+
+
+def drawn_lines(axes: Axes) -> list[Any]:
+    """The error bars, and the frontier piece by piece, as pairs of points."""
+    bars = [segment for lines in axes.collections for segment in lines.get_segments()]
+    best = max((np.asarray(one.get_xydata()) for one in axes.lines), key=len)
+    return [*bars, *pairwise(best)]
+
+
+@pytest.mark.parametrize("losses", [EQUAL, [0.5, 0.02, 0.1], [0.1], [0.0, 0.0], [-0.2, 0.01]])
+def test_models_of_one_size_stand_in_order_with_their_names(losses: list[float]) -> None:
+    points = make_points(losses, nbytes=45_007_331, name="layerwise, 2.6 bits: runs/" + "x" * 60 + "/out-6")
+    figure = quality(points, 269e6, "t")
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "loss increase (nats per token), at 45.0 MB (the original: 269 MB)"
+    ordered = sorted(points, key=lambda point: point.loss)
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert [name.split()[0] for name in names] == [str(point.place) for point in ordered]
+    assert all(name.split()[1:3] == ["layerwise,", "2.6"] and name.endswith("x/out-6") for name in names)
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(one.y0 >= other.y1 and one.x0 > 0 for one, other in pairwise(boxes))
+    left, right = axes.get_xlim()
+    assert all(left < point.loss - point.error and point.loss + point.error < right for point in points)
+    assert all(left <= tick <= right for tick in ticks_of(axes.xaxis))
+    assert len(ticks_of(axes.xaxis)) >= 2
+    top, bottom = (axes.transData.transform((left, row))[1] for row in (0, len(points) - 1))
+    assert top >= bottom, "the best on top"
+
+
+def test_sizes_that_differ_are_drawn_by_size() -> None:
+    near, far = make_points([0.5, 0.02], nbytes=45e6), make_points([0.1], nbytes=47e6)
+    assert [len(group) for group in about_equal([*far, *near])] == [2, 1]
+    assert quality([*near, *far], None, "t").axes[0].get_xlabel() == "size of all weights"
+
+
+def test_whether_a_segment_crosses_a_box_or_another_segment() -> None:
+    """By many points on it."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        ends, (left, bottom) = random.uniform(0, 10, (2, 2)), random.uniform(0, 8, 2)
+        box = (left, bottom, left + 2, bottom + 1)
+        on = ends[0] + np.linspace(0, 1, 20_001)[:, None] * (ends[1] - ends[0])
+        inside = (box[0] < on[:, 0]) & (on[:, 0] < box[2]) & (box[1] < on[:, 1]) & (on[:, 1] < box[3])
+        segment = (tuple(ends[0]), tuple(ends[1]))
+        assert crosses(segment, box) == inside.any()
+        other = random.uniform(0, 10, (2, 2))
+        share = np.linalg.solve(np.stack([ends[1] - ends[0], other[0] - other[1]], 1), other[0] - ends[0])
+        assert cross(segment, (tuple(other[0]), tuple(other[1]))) == bool(((share > 0) & (share < 1)).all())
+    assert crosses(((0, 1), (9, 1)), (2, 0, 3, 2))
+    assert not crosses(((0, 3), (9, 3)), (2, 0, 3, 2))
+
+
+def test_a_label_without_a_free_place_is_left_out() -> None:
+    everywhere = [(-100.0, -100.0, 100.0, 100.0)]
+    assert place_labels([(0, 0)], [(6, 9)], everywhere, [], (-100, -100, 100, 100)) == [None]
 
 
 def test_of_many_models_only_the_frontier_and_this_one_are_named() -> None:
     points = make_points([0.1 * 1.1**i for i in range(MOST_NAMED + 1)])
     points[5] = dataclasses.replace(points[5], this=True)
-    assert [text.get_text() for text in frontier(points, None, "t").axes[0].texts] == ["m0", "m5"]
+    figure = frontier(points, None, "t")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["2", "7"]
+    assert key_of(figure) == ["frontier", "2  m0", "7  m5"]
 
 
 def test_the_models_of_a_comparison() -> None:
     original = {"model": "owner/llama", "nbytes": 100, "nll_difference": 0.0}
-    model = {"model": "runs/" + "x" * 40 + "-3bit/", "nbytes": 40, "nll_difference": 0.12, "on_frontier": True}
+    model = {"model": "runs/6/", "method": "gptq", "bits": 3.0, "nbytes": 40, "nll_difference": 0.12}
+    model |= {"on_frontier": True}
     hostile = [{"nbytes": "x"}, {"nbytes": -1, "nll_difference": 1.0}, {"nbytes": 5, "nll_difference": math.nan}]
     (point,) = points_of([original, model | {"nll_difference_stderr": 0.0123}, *hostile])
-    assert len(point.name) <= LONGEST
-    assert point.name.endswith("xx-3bit")
+    assert (point.place, point.name) == (2, "gptq, 3 bits: runs/6")
     assert (point.error, point.on_frontier, point.this) == (0.0123, True, False)
-    assert frontier_text([point]) == f"{point.name}: 40 B, loss +0.120 ± 0.012 nats per token, on the frontier."
+    assert in_words([point]) == f"{point.name}: 40 B, loss +0.120 ± 0.012 nats per token, on the frontier."
     assert original_nbytes([original]) == 100
     assert original_nbytes([{"nbytes": "x"}]) is None
 
@@ -392,3 +541,13 @@ def test_a_picture_in_a_page_is_an_svg_without_text_of_its_own() -> None:
     svg = base64.b64decode(content)
     assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
     assert b"<script" not in svg
+
+
+def test_the_bars_of_a_report_are_as_long_as_the_bytes() -> None:
+    bars = [Bar("Original", 100e6, 30e6), Bar("This model", 45e6, 30e6)]
+    axes = size_bars(bars).axes[0]
+    spans = [(float(one.get_x()), float(one.get_width())) for one in axes.patches]  # type: ignore[attr-defined]
+    assert spans == [(0, 70e6), (70e6, 30e6), (0, 15e6), (15e6, 30e6)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Original\n100 MB", "This model\n45.0 MB"]
+    assert sizes_text(bars[1:]) == "This model: 45.0 MB, of which 15.0 MB compressed linears and 30.0 MB unchanged."
+    assert sizes_text([Bar("This model", 45e6, None)]) == "This model: 45.0 MB."

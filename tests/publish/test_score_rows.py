@@ -146,4 +146,4 @@ def test_changed_answers_are_on_the_page_of_a_comparison() -> None:
     html = comparison_page(COMPARISON | {"models": models})
     assert "arc (5-shot) acc" in html
     assert '<span class="sub">12 lost, 2 won, p 0.013</span>' in html
-    assert "gwq, 3 bits, llmsqueeze" in html
+    assert "gwq, 3 bits: " in html

@@ -10,12 +10,15 @@ from rich.table import Table
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.runs import divergence
+from llmsqueeze.cli.tables.whole import Facts, Whole
 from llmsqueeze.publish.numbers import code_widths, fixed, size
 from llmsqueeze.publish.page.comparison import model_row, task_table
+from llmsqueeze.publish.page.verdict import verdict
 from llmsqueeze.publish.scores import reading, score_rows
 
 PROGRAMS = {"native": "llmsqueeze.load", "transformers": "stock transformers", "vllm": "vLLM"}
 SHOWN_ERRORS = 10
+LONG_PATH = 24  # letters
 ABOUT_FLIPS = "lost: from right to wrong; won: from wrong to right; p: of McNemar's exact test"
 
 
@@ -23,13 +26,13 @@ def print_evaluation(result: dict[str, Any]) -> None:
     """The scores before and after and their difference, or one column of scores without a baseline."""
     baseline = bool(result["baseline"])
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", overflow="fold")
+    table.add_column("")
     rows = score_rows(result)
     for head in ("before", "after", "difference") if baseline else ("score",):
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         cells = (row.before, row.after, two_lines(row.difference, row.flips)) if baseline else (row.after,)
-        table.add_row(row.name, *cells)
+        table.add_row(Whole(row.name), *cells)
     out = console()
     if result["text"]:
         out.print(text_line(result))
@@ -48,12 +51,13 @@ def print_limit(result: dict[str, Any]) -> None:
 
 def print_comparison(result: dict[str, Any]) -> None:
     """A line per model, smallest last; those on the frontier of bytes and loss have a star."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
-    table.add_column("model", overflow="fold", min_width=13)
+    table.add_column("model", min_width=13)
     for head in ("bytes", "bits/w", "perplexity", "loss +", "KL", "KL 99 %", "changed"):
         table.add_column(head, justify="right", no_wrap=True)
-    for model in sorted(result["models"], key=lambda one: -one["nbytes"]):
+    models = [model | {"model": short_name(model["model"])} for model in result["models"]]
+    for model in sorted(models, key=lambda one: -one["nbytes"]):
         table.add_row(*comparison_cells(model), style="bold" if model["on_frontier"] else None)
     out = console()
     if result["text"]:
@@ -63,7 +67,9 @@ def print_comparison(result: dict[str, Any]) -> None:
     if result["text"]:
         out.print("* no other model here is both smaller and better. loss: nats per token above the original's,")
         out.print("  ± one standard error of the paired difference. changed: share of the top-1 tokens")
-    if tasks := task_table(result["models"]):
+    for sentence in verdict(models):
+        out.print(Whole(sentence))
+    if tasks := task_table(models):
         out.print(tasks_table(tasks))
         out.print(ABOUT_FLIPS)
     for reason in result["left_out"]:
@@ -81,31 +87,31 @@ def text_line(result: dict[str, Any]) -> str:
     )
 
 
-def comparison_cells(model: dict[str, Any]) -> list[str]:
-    """The cells of a model in the table of the comparison."""
+def comparison_cells(model: dict[str, Any]) -> list[str | Whole]:
+    """The cells of a model in the table of the comparison; errors stand below their numbers."""
     row = model_row(0, model)
     texts = row["texts"]
     return [
         "*" if row["on_frontier"] else "",
-        two_lines(short_name(row["name"]), row["made"] if row["role"] != "original" else ""),
+        Whole(row["name"]),
         size(row["nbytes"]),
         fixed(row["bits_per_weight"], 2),
-        *(texts[key] for key in ("perplexity", "loss", "kl_mean", "kl_p99", "top1_changed")),
+        *(texts[key].replace(" ±", "\n±") for key in ("perplexity", "loss", "kl_mean", "kl_p99", "top1_changed")),
     ]
 
 
 def tasks_table(tasks: dict[str, Any]) -> Table:
     """For each metric of each task a line per model: score, paired difference from the original's, changed answers."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", overflow="fold")
-    table.add_column("model", overflow="fold")
+    for head in ("", "model"):
+        table.add_column(head)
     for head in ("score", "paired difference"):
         table.add_column(head, justify="right", no_wrap=True)
     for at, (task, metric) in enumerate(tasks["heads"]):
         for name, place, cells in tasks["rows"]:
             cell = cells[at]
             head = f"{task} {metric}" if place == 1 else ""
-            table.add_row(head, short_name(name), cell["text"], two_lines(cell["difference"], cell["flips"]))
+            table.add_row(Whole(head), Whole(name), cell["text"], two_lines(cell["difference"], cell["flips"]))
     return table
 
 
@@ -115,21 +121,21 @@ def two_lines(first: str, second: str) -> str:
 
 
 def short_name(model: str) -> str:
-    """The last part of a long path."""
+    """The last two parts of a long path: '…/runs/demo-3bit'."""
     name = model.rstrip("/")
-    return name.rpartition("/")[2] if len(name) > 20 else name
+    return "/".join(["…", *name.split("/")[-2:]]) if len(name) > LONG_PATH and name.count("/") > 1 else name
 
 
 def print_contents(contents: dict[str, Any]) -> None:
     """The output of `show`: one line for linears whose names differ only by a number."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for head in ("linear", "parts"):
-        table.add_column(head, overflow="fold")
+        table.add_column(head)
     for head in ("", "bits/weight", "bytes"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in contents["rows"]:
         bits = fixed(row["bits_per_weight"], 3)
-        table.add_row(row["pattern"], row["parts"], f"x{row['count']}", bits, size(row["nbytes"]))
+        table.add_row(Whole(row["pattern"]), Whole(row["parts"]), f"x{row['count']}", bits, size(row["nbytes"]))
     out = console()
     out.print(table)
     out.print(
@@ -158,21 +164,19 @@ def print_contents(contents: dict[str, Any]) -> None:
 
 def print_check(result: dict[str, Any]) -> None:
     """The output of `check`: a verdict per program, then errors and notes."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = Facts()
     errors = result["errors"]
     for target, reason in result["verdicts"].items() if result["sound"] else ():
         verdict = f"does not open it: {reason}" if reason else "should open it (not tried)"
-        table.add_row(PROGRAMS[target], verdict)
+        table.add(PROGRAMS[target], verdict)
     if result["unknown"]:
-        table.add_row("because", result["unknown"])
+        table.add("because", result["unknown"])
     for error in errors[:SHOWN_ERRORS]:
-        table.add_row("error", error)
+        table.add("error", error)
     if len(errors) > SHOWN_ERRORS:
-        table.add_row("", f"and {len(errors) - SHOWN_ERRORS} more (--json lists all)")
+        table.add("", f"and {len(errors) - SHOWN_ERRORS} more (--json lists all)")
     for note in result["notes"]:
-        table.add_row("note", note)
+        table.add("note", note)
     out = console()
     out.print(f"{result['folder']}: format {result['format']}, {result['state']}")
     out.print(table)

@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
+from llmsqueeze.cli.tables.whole import Facts, Whole
 from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, significant, size, towers
 
 MUCH_AT_ENDS = 0.4  # a share of the result that is worth a line
@@ -23,46 +23,46 @@ MUCH_AT_ENDS = 0.4  # a share of the result that is worth a line
 def print_summary(summary: dict[str, Any]) -> None:
     """The summary of `quantize`."""
     calibration = summary["calibration"]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("written to", summary["out"])
+    table = Facts()
+    table.add("written to", summary["out"])
     outliers = f", {summary['outliers']} outliers kept exactly" if summary["outliers"] else ""
-    table.add_row("method", f"{summary['method']}, {code_widths(summary['bits'])}{outliers}")
-    table.add_row("bits per weight", f"{fixed(summary['bits_per_weight'], 3)} (all data of the quantized linears)")
+    table.add("method", f"{summary['method']}, {code_widths(summary['bits'])}{outliers}")
+    table.add("bits per weight", f"{fixed(summary['bits_per_weight'], 3)} (all data of the quantized linears)")
     ratio = summary["nbytes_original"] / summary["nbytes"]
-    table.add_row(
+    table.add(
         "size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_original'])} ({significant(ratio)}x smaller)"
     )
     for label, text in more_about(summary):
-        table.add_row(label, text)
+        table.add(label, text)
     if summary["predicted_loss_increase"] is not None:
-        table.add_row("predicted", predicted_increase(summary["predicted_loss_increase"]))
-        table.add_row("", predicted_interval(summary["predicted_loss_interval"]))
+        table.add("predicted", predicted_increase(summary["predicted_loss_increase"]))
+        table.add("", predicted_interval(summary["predicted_loss_interval"]))
     if "kl_before" in summary:
-        table.add_row("distilled", divergence(summary))
+        table.add("distilled", divergence(summary))
     if "rounds" in summary:
         increase = f"perplexity {fixed(100 * summary['perplexity_increase'], 2, sign=True)} %"
         measured = f"{increase}, KL {significant(summary['kl_mean'])}"
-        table.add_row("on held-back text", f"{measured} (measured, {len(summary['rounds'])} sizes tried)")
+        table.add("on held-back text", f"{measured} (measured, {len(summary['rounds'])} sizes tried)")
     if calibration is None:
-        table.add_row("calibration", "none needed")
+        table.add("calibration", "none needed")
     else:
-        table.add_row("calibration", f"{calibration['source']}, {drawn(calibration)}")
+        table.add("calibration", f"{calibration['source']}, {drawn(calibration)}")
     if summary["text_begins"]:
-        table.add_row("it begins", Text(f"{json.dumps(summary['text_begins'], ensure_ascii=False)} ..."))
+        table.add("it begins", f"{json.dumps(summary['text_begins'], ensure_ascii=False)} ...")
     if summary["experts"] is not None:
-        table.add_row("experts", experts(summary["experts"]))
+        table.add("experts", experts(summary["experts"]))
     if summary["unreached"]:
-        table.add_row("not reached", f"{summary['unreached']} linears get no input from text: rounded without moments")
+        table.add("not reached", f"{summary['unreached']} linears get no input from text: rounded without moments")
     if summary["towers"] is not None:
-        table.add_row("other towers", towers(summary["towers"]))
-    table.add_row("format", format_and_why(summary))
-    table.add_row("verified", verification(summary["verified"]))
+        table.add("other towers", towers(summary["towers"]))
+    table.add("format", format_and_why(summary))
+    table.add("verified", verification(summary["verified"]))
     for label, text in opening(summary["opens"], summary["opened"], summary["not_opened"]):
-        table.add_row(label, text)
-    table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
+        table.add(label, text)
+    table.add("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     if summary["peak_device_memory_mb"]:
-        table.add_row("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
-    table.add_row("next", next_command(summary))
+        table.add("", f"peak {summary['peak_device_memory_mb']:.0f} MB on the device")
+    table.add("next", next_command(summary))
     console().print(table)
     print_times("time by stage", summary["time"])
 
@@ -95,45 +95,45 @@ def next_command(summary: dict[str, Any]) -> str:
 
 def print_distillation(summary: dict[str, Any]) -> None:
     """The summary of `distill`."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("written to", summary["out"])
-    table.add_row("model", f"{summary['model']}, teacher {summary['teacher']}")
-    table.add_row("loss", f"{summary['loss']}, best of {summary['steps']} steps: {summary['best_step']}")
-    table.add_row("held-back text", divergence(summary))
+    table = Facts()
+    table.add("written to", summary["out"])
+    table.add("model", f"{summary['model']}, teacher {summary['teacher']}")
+    table.add("loss", f"{summary['loss']}, best of {summary['steps']} steps: {summary['best_step']}")
+    table.add("held-back text", divergence(summary))
     if summary["codes_moved"]:
-        table.add_row("codes", f"moved {summary['codes_moved']} times by one level")
+        table.add("codes", f"moved {summary['codes_moved']} times by one level")
     if summary["guarded"]:
-        table.add_row("alphas", f"kept in order {summary['guarded']} times before they crossed")
+        table.add("alphas", f"kept in order {summary['guarded']} times before they crossed")
     if summary["stopped"]:
-        table.add_row("stopped", summary["stopped"])
+        table.add("stopped", summary["stopped"])
     calibration = summary["calibration"]
-    table.add_row("text", f"{calibration['source']}, {drawn(calibration)}")
+    table.add("text", f"{calibration['source']}, {drawn(calibration)}")
     same = summary["nbytes"] == summary["nbytes_before"]
     before = "as before" if same else f"was {size(summary['nbytes_before'])}: the streams are coded again"
-    table.add_row("size", f"{size(summary['nbytes'])}, {before}")
+    table.add("size", f"{size(summary['nbytes'])}, {before}")
     for label, text in opening(summary["opens"], summary["opened"], summary["not_opened"]):
-        table.add_row(label, text)
-    table.add_row("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
+        table.add(label, text)
+    table.add("time, memory", f"{summary['seconds']:.1f} s, peak {summary['peak_memory_mb']:.0f} MB")
     console().print(table)
 
 
 def print_export(summary: dict[str, Any]) -> None:
     """The summary of `export`."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("written to", summary["out"])
-    table.add_row("format", f"{summary['target']}, {summary['linears']} compressed linears of {summary['model']}")
+    table = Facts()
+    table.add("written to", summary["out"])
+    table.add("format", f"{summary['target']}, {summary['linears']} compressed linears of {summary['model']}")
     if summary["target"] == "gguf-map":
         types = ", ".join(f"{count} x {kind}" for kind, count in summary["types"].items())
-        table.add_row("types", types)
+        table.add("types", types)
         bits = f"{fixed(summary['bits_per_weight'], 3)} bits per weight in llama.cpp's types"
-        table.add_row("size", f"{bits}, {fixed(summary['bits_per_weight_before'], 3)} here")
+        table.add("size", f"{bits}, {fixed(summary['bits_per_weight_before'], 3)} here")
     else:
-        table.add_row("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
-        table.add_row("verified", "all read back from disk, equal bit by bit")
+        table.add("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
+        table.add("verified", "all read back from disk, equal bit by bit")
     if "rerounded" in summary:
-        table.add_row("rounded again", f"coded weights to {summary['rerounded']}; {reround_cost(summary)}")
+        table.add("rounded again", f"coded weights to {summary['rerounded']}; {reround_cost(summary)}")
     for label, text in opening(summary["opens"], summary["opened"], summary["not_opened"]):
-        table.add_row(label if summary["target"] != "peft" else f"base {label}", text)
+        table.add(label if summary["target"] != "peft" else f"base {label}", text)
     out = console()
     out.print(table)
     if summary["target"] == "peft":
@@ -273,5 +273,5 @@ def print_recipes(result: dict[str, Any]) -> None:
     """The bundled recipes, a line each."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for recipe in result["recipes"]:
-        table.add_row(recipe["name"], recipe["purpose"])
+        table.add_row(recipe["name"], Whole(recipe["purpose"]))
     console().print(table)

@@ -15,10 +15,11 @@ from llmsqueeze.formats.public import shown
 from llmsqueeze.publish import numbers
 from llmsqueeze.publish.folder import mapping, task_scores
 from llmsqueeze.publish.numbers import UNKNOWN, finite, fixed, percent, significant, with_error
-from llmsqueeze.publish.page.pictures import frontier_picture
+from llmsqueeze.publish.page.pictures import quality_picture
 from llmsqueeze.publish.page.render import render
+from llmsqueeze.publish.page.verdict import verdict
 from llmsqueeze.publish.plots.figure import available
-from llmsqueeze.publish.scores import flips, made, made_and_stored, reading, task_score
+from llmsqueeze.publish.scores import flips, full_name, reading, task_score
 
 NUMBERS = (
     *("nbytes", "bits_per_weight", "perplexity", "perplexity_stderr", "nll_difference", "nll_difference_stderr"),
@@ -49,8 +50,8 @@ def view_of(comparison: Mapping[str, Any]) -> dict[str, Any]:
         "reading": reading(public),
         "limit": finite(public.get("limit")),
         "tokens": public.get("tokens"),
-        "plot": frontier_picture(models),
-        "frontier": [row["name"] for row in rows if row["on_frontier"] and row["role"] != "original"],
+        "plot": quality_picture(models),
+        "verdict": verdict(models),
     }
 
 
@@ -69,9 +70,8 @@ def model_row(place: int, model: Mapping[str, Any]) -> dict[str, Any]:
     texts["perplexity"] = with_error(numbers.perplexity(row["perplexity"]), row["perplexity_stderr"])
     return row | {
         "place": place,
-        "name": str(model.get("model")),
-        "kind": made_and_stored(model),
-        "made": made(model),
+        "name": full_name(model),
+        "kind": "" if model.get("kind") == model.get("method") else str(model.get("kind")),
         "role": "original" if original else "this" if model.get("this") is True else "other",
         "on_frontier": model.get("on_frontier") is True,
         "texts": texts,
@@ -83,7 +83,7 @@ def task_table(models: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     tasks = [mapping(model.get("tasks")) for model in models]
     columns = list(dict.fromkeys((task, key) for one in tasks for task in one for key in task_scores(one[task])))
     rows = [
-        (str(model.get("model")), place, [task_cell(mapping(one.get(task)), key, place) for task, key in columns])
+        (full_name(model), place, [task_cell(mapping(one.get(task)), key, place) for task, key in columns])
         for place, (model, one) in enumerate(zip(models, tasks, strict=True), 1)
     ]
     return {"heads": columns, "rows": rows} if columns else None

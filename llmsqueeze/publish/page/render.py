@@ -48,7 +48,6 @@ def environment() -> Environment:
         "integer": numbers.integer,
         "fixed": numbers.fixed,
         "percent": numbers.percent,
-        "px": lambda value: f"{value:.1f}".removesuffix(".0"),
     }
     return templates
 

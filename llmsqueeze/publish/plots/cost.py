@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmsqueeze.publish.plots.figure import BLUE, RED, finish, legend, log_axis, plain_axes, style
+from llmsqueeze.publish.plots.figure import BLUE, RED, finish, key, log_axis, only_ticks_within, plain_axes, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ def cost_curve(curve: Sequence[tuple[float, float]], chosen: tuple[float, float]
     mark = chosen if chosen and all(map(math.isfinite, chosen)) else None
     positive = [loss for _, loss in [*points, *([mark] if mark else [])] if loss > 0]
     with style():
-        figure = Figure(figsize=(7.0, 4.4), layout="constrained")
+        figure = Figure(figsize=(7.0, 4.6), layout="constrained")
         axes = plain_axes(figure, "bits per weight (all data counted)", "predicted loss increase (nats per token)")
         if positive:
             log_axis(axes, min(positive), max(positive))
@@ -34,8 +34,9 @@ def cost_curve(curve: Sequence[tuple[float, float]], chosen: tuple[float, float]
             _draw_chosen(axes, mark, logarithmic=bool(positive))
         if not points and not mark:
             axes.text(0.5, 0.5, "no points", transform=axes.transAxes, ha="center")
-        legend(axes)
+        key(figure, *axes.get_legend_handles_labels())
         finish(figure, title)
+        only_ticks_within(axes)
     return figure
 
 
@@ -55,11 +56,11 @@ def _draw_curve(axes: Axes, points: Sequence[tuple[float, float]], logarithmic: 
 
 
 def _draw_chosen(axes: Axes, chosen: tuple[float, float], logarithmic: bool) -> None:
-    """The chosen point with lines to both axes. Its numbers are in the legend, where nothing can cover them."""
+    """The chosen point with lines to both axes. Its numbers are in the key below the axes."""
     size, loss = chosen
     at_edge = logarithmic and loss <= 0
     transform: dict[str, Any] = {"transform": axes.get_xaxis_transform()} if at_edge else {}
-    label = f"chosen: {size:.3f} bits per weight,\n{loss:+.3g} nats per token"
+    label = f"chosen: {size:.3f} bits per weight, {loss:+.3g} nats per token"
     marker: dict[str, Any] = {"linestyle": "none", "marker": "D", "markersize": 7, "markeredgecolor": "white"}
     axes.axvline(size, color=RED, linewidth=0.8, linestyle=":")
     if not at_edge:

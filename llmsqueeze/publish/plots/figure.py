@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.files import whole_file
+from llmsqueeze.publish import numbers
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -74,10 +76,29 @@ def log_ticks(axis: Axis, decades: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend(axes: Axes) -> None:
-    """A legend at the top right, if a part of the plot has a label."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
+def round_size(nbytes: float) -> str:
+    """'500 kB', '1 MB': the numbers at ticks are round."""
+    number, _, unit = numbers.size(max(nbytes, 0.0)).partition(" ")
+    return f"{float(number.replace(',', '')):g} {unit}"
+
+
+def only_ticks_within(axes: Axes) -> None:
+    """Leaves out the ticks beyond the ends of both axes; call it when their lengths are fixed."""
+    from matplotlib.ticker import FixedLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        axis.set_major_locator(FixedLocator([tick for tick in axis.get_majorticklocs() if low <= tick <= high]))
+
+
+def key(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """What the marks mean, below the axes, where it covers nothing; call it before `finish`."""
+    if handles:
+        legend = figure.legend(
+            handles, labels, loc="outside lower left", frameon=False, fontsize=8, borderaxespad=0.2, labelspacing=0.3
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
 
 def finish(figure: Figure, title: str) -> None:

@@ -3,132 +3,107 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from llmsqueeze.publish import numbers
-from llmsqueeze.publish.numbers import finite, significant
-from llmsqueeze.publish.plots.figure import BLUE, GREY, RED, finish, legend, log_axis, log_ticks, plain_axes, style
+from llmsqueeze.publish.numbers import shortened
+from llmsqueeze.publish.plots.figure import (
+    BLUE,
+    GREY,
+    RED,
+    finish,
+    key,
+    log_axis,
+    log_ticks,
+    only_ticks_within,
+    plain_axes,
+    round_size,
+    style,
+)
+from llmsqueeze.publish.plots.labels import Box, Label, Place, Segment, place_labels
+from llmsqueeze.publish.plots.points import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 LOG_SIZES = 4.0  # the size axis is logarithmic if the sizes differ by this factor
-LONGEST = 30  # letters of a name
-MOST_NAMED = 12  # with more models, only those on the frontier and this one have their name beside them
+LEAST_SPAN = 0.1  # of the size axis, of the sizes: less would show differences that mean nothing
+MARGIN = 0.08  # of the size axis, on each side
+LONGEST = 90  # letters of a name in the key
+MOST_NAMED = 12  # with more models, only those on the frontier and this one have a number and a name
 LEAST_BAR = 1 / 3  # of its loss: the lowest end of an error bar for which the axis is extended
-LETTER, LINE = 4.6, 9.0  # the size of a letter in points
-
-Box = tuple[float, float, float, float]  # left, bottom, right, top in points
-
-
-@dataclass(frozen=True)
-class Point:
-    """A compressed model: its bytes, its loss above the original's in nats per token, the standard error of that."""
-
-    name: str
-    nbytes: float
-    loss: float
-    error: float
-    on_frontier: bool
-    this: bool
-
-
-def points_of(models: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The models of a comparison, without the original and without those whose size or loss is unknown."""
-    points = []
-    for model in models[1:]:
-        nbytes, loss = finite(model.get("nbytes")), finite(model.get("nll_difference"))
-        if nbytes is not None and nbytes > 0 and loss is not None:
-            error = finite(model.get("nll_difference_stderr")) or 0.0
-            name = shortened(str(model.get("model")).rstrip("/").rpartition("/")[2])
-            points.append(Point(name, nbytes, loss, error, model.get("on_frontier") is True, model.get("this") is True))
-    return points
-
-
-def original_nbytes(models: Sequence[Mapping[str, Any]]) -> float | None:
-    """The bytes of the original, the first model of a comparison."""
-    nbytes = finite(models[0].get("nbytes"))
-    return nbytes if nbytes and nbytes > 0 else None
-
-
-def shortened(name: str) -> str:
-    """A name of at most `LONGEST` letters. The middle is cut, because the ends tell names apart."""
-    half = LONGEST // 2 - 1
-    return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
+DIGIT, LINE = 5.6, 9.6  # the width of a digit and the height of a number in points
+MARK = 4.0  # half the size of a mark in points
 
 
 def frontier(points: Sequence[Point], original: float | None, title: str) -> Figure:
-    """The loss of each model against its bytes, with error bars, and a line through those on the frontier.
+    """The loss of each model against its bytes, with error bars, and a line through those on the frontier. Numbers
+    beside the points are their places in the comparison; the key below has the names.
 
-    `original`: the bytes of the original, drawn as a vertical line. If a loss is positive, the loss axis is
+    `original`: the bytes of the original, which the label of the axis tells. If a loss is positive, the loss axis is
     logarithmic, and losses of zero or less are triangles on its lower edge. There must be a point.
     """
     from matplotlib.figure import Figure
 
-    sizes = [point.nbytes for point in points] + ([original] if original else [])
+    sizes = [point.nbytes for point in points]
+    named = [p for p in points if len(points) <= MOST_NAMED or p.on_frontier or p.this]
+    before = f" (the original: {numbers.size(original)})" if original else ""
     with style():
-        figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-        axes = plain_axes(figure, "size of all weights", "loss increase (nats per token)")
+        figure = Figure(figsize=(7.5, 4.4 + 0.17 * len(named)), layout="constrained")
+        axes = plain_axes(figure, f"size of all weights{before}", "loss increase (nats per token)")
         _size_axis(axes, min(sizes), max(sizes))
         floor = _loss_axis(axes, points)
         best = sorted((point.nbytes, max(point.loss, floor)) for point in points if point.on_frontier)
-        if best:
-            axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1.4, label="frontier")
-        for point in points:
-            _draw_point(axes, point, floor)
-        if original:
-            axes.axvline(original, color=RED, linewidth=0.9, linestyle=":", label="size of the original")
-        legend(axes)
+        lines = axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1.4) if best else []
+        marks = {point.place: _draw_point(axes, point, floor) for point in points}
+        names = [shortened(f"{point.place}  {point.name}", LONGEST) for point in named]
+        key(figure, [*lines, *(marks[p.place] for p in named)], [*(["frontier"] if lines else []), *names])
         finish(figure, title)
-        named = [p for p in points if len(points) <= MOST_NAMED or p.on_frontier or p.this]
-        _name_points(figure, axes, points, named, floor)
+        only_ticks_within(axes)
+        _number_points(figure, axes, points, named, floor)
     return figure
 
 
-def frontier_text(points: Sequence[Point]) -> str:
-    """The plot in a sentence, for readers who do not see it."""
-    return "; ".join(map(_summary, points)) + "."
-
-
-def _summary(point: Point) -> str:
-    sign = "+" if point.loss > 0 else ""
-    error = f" ± {significant(point.error, 2)}" if point.error else ""
-    best = ", on the frontier" if point.on_frontier else ""
-    loss = f"loss {sign}{significant(point.loss)}{error} nats per token"
-    return f"{point.name}: {numbers.size(point.nbytes)}, {loss}{best}"
-
-
 def _size_axis(axes: Axes, least: float, most: float) -> None:
+    """From the smallest to the largest model with room on both sides; equal sizes stand in the middle."""
+    from matplotlib.ticker import MaxNLocator
+
     if most / least >= LOG_SIZES:
+        spare = (most / least) ** MARGIN
         axes.set_xscale("log")
+        axes.set_xlim(least / spare, most * spare)
         log_ticks(axes.xaxis, decades=math.log10(most / least))
-    axes.xaxis.set_major_formatter(lambda nbytes, _: _round_size(nbytes))
-    axes.margins(x=0.12, y=0.12)
-
-
-def _round_size(nbytes: float) -> str:
-    """'500 kB', '1 MB': the numbers at ticks are round."""
-    number, _, unit = numbers.size(max(nbytes, 0.0)).partition(" ")
-    return f"{float(number.replace(',', '')):g} {unit}"
+    else:
+        middle = (least + most) / 2
+        half = max((0.5 + MARGIN) * (most - least), LEAST_SPAN / 2 * middle)
+        axes.set_xlim(middle - half, middle + half)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(lambda nbytes, _: round_size(nbytes))
 
 
 def _loss_axis(axes: Axes, points: Sequence[Point]) -> float:
     """Makes the axis logarithmic if a loss is positive. Returns its lower edge, or minus infinity."""
     lows = [max(point.loss - point.error, LEAST_BAR * point.loss) for point in points if point.loss > 0]
     if not lows:
+        axes.margins(y=0.12)
         return -math.inf
     log_axis(axes, min(lows), max(point.loss + point.error for point in points))
     return float(axes.get_ylim()[0])
 
 
-def _draw_point(axes: Axes, point: Point, floor: float) -> None:
-    """The point and its error bar, both cut at `floor`."""
-    y = max(point.loss, floor)
-    low, high = max(point.loss - point.error, floor), max(point.loss + point.error, floor)
-    axes.errorbar(
+def _bar(point: Point, floor: float) -> tuple[float, float, float]:
+    """The lower end, the middle and the upper end of a point's error bar, cut at `floor`."""
+    return max(point.loss - point.error, floor), max(point.loss, floor), max(point.loss + point.error, floor)
+
+
+def _draw_point(axes: Axes, point: Point, floor: float) -> Line2D:
+    """The point and its error bar; returns the mark."""
+    low, y, high = _bar(point, floor)
+    mark, _, _ = axes.errorbar(
         [point.nbytes],
         [y],
         yerr=[[y - low], [high - y]],
@@ -140,47 +115,49 @@ def _draw_point(axes: Axes, point: Point, floor: float) -> None:
         elinewidth=0.8,
         clip_on=False,
         zorder=3,
-    )
+    ).lines
+    assert mark is not None
+    return mark
 
 
-def _name_points(figure: Figure, axes: Axes, points: Sequence[Point], named: Sequence[Point], floor: float) -> None:
-    """Writes names beside points, each where it covers the fewest points and names and is inside the axes."""
+def _number_points(figure: Figure, axes: Axes, points: Sequence[Point], named: Sequence[Point], floor: float) -> None:
+    """Writes the numbers of the named points, where they cover no point, no error bar and no line."""
     scale = 72 / figure.dpi
-    edges = axes.get_window_extent()
-    inside = (edges.x0 * scale, edges.y0 * scale, edges.x1 * scale, edges.y1 * scale)
 
-    def centre(point: Point) -> tuple[float, float]:
-        x, y = axes.transData.transform((point.nbytes, max(point.loss, floor)))
+    def at(nbytes: float, loss: float) -> Place:
+        x, y = axes.transData.transform((nbytes, loss))
         return float(x) * scale, float(y) * scale
 
-    taken: list[Box] = [(x - 3, y - 3, x + 3, y + 3) for x, y in map(centre, points)]
-    for point in named:
-        offsets, boxes = _places(*centre(point), point.name)
-        least = min(range(len(boxes)), key=lambda i: (_outside(boxes[i], inside), _covered(boxes[i], taken), i))
-        taken.append(boxes[least])
-        axes.annotate(
-            point.name,
-            (point.nbytes, max(point.loss, floor)),
-            offsets[least],
-            textcoords="offset points",
-            fontsize=8,
-            fontweight="bold" if point.this else "normal",
-            parse_math=False,
-            annotation_clip=False,
-        )
+    spots = {point.place: at(point.nbytes, max(point.loss, floor)) for point in points}
+    marks: list[Box] = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in spots.values()]
+    bars: list[Segment] = []
+    for point in points:
+        low, _, high = _bar(point, floor)
+        bars += [(at(point.nbytes, low), at(point.nbytes, high))] if low < high else []
+    best = sorted(spots[point.place] for point in points if point.on_frontier)
+    line = list(pairwise(best))
+    edges = axes.get_window_extent()
+    inside = (edges.x0 * scale, edges.y0 * scale, edges.x1 * scale, edges.y1 * scale)
+    texts = {str(point.place): spots[point.place] for point in named}
+    sizes = [(DIGIT * len(text), LINE) for text in texts]
+    labels = place_labels(list(texts.values()), sizes, marks, [*bars, *line], inside)
+    for (text, spot), label in zip(texts.items(), labels, strict=True):
+        if label is not None:
+            _write_number(axes, text, spot, label)
 
 
-def _places(x: float, y: float, name: str) -> tuple[list[tuple[float, float]], list[Box]]:
-    """Offsets of a name from its point at (x, y), the best first, and the boxes that it would cover."""
-    wide = LETTER * len(name)
-    offsets = [(6.0, up) for up in (3.0, -11, 14, -22, 25)] + [(-6 - wide, up) for up in (3.0, -11, 14, -22, 25)]
-    return offsets, [(x + dx, y + dy, x + dx + wide, y + dy + LINE) for dx, dy in offsets]
-
-
-def _outside(box: Box, edges: Box) -> bool:
-    return box[0] < edges[0] or box[1] < edges[1] or box[2] > edges[2] or box[3] > edges[3]
-
-
-def _covered(box: Box, others: Sequence[Box]) -> int:
-    """How many of the others the box covers in part."""
-    return sum(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in others)
+def _write_number(axes: Axes, text: str, spot: Place, label: Label) -> None:
+    """The number at its place, with the thin line from its point at `spot` if it is far away; places in points."""
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 6.5}
+    axes.annotate(
+        text,
+        spot,
+        (label.centre[0] - spot[0], label.centre[1] - spot[1]),
+        xycoords="figure points",
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        fontsize=8,
+        annotation_clip=False,
+        arrowprops=line if label.line else None,
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.ma import MaskedArray
 
 NUMBERED_BLOCKS, NUMBERED_KINDS = 40, 200  # with more, the numbers in the cells would be too small to read
+PAGE = 12.0  # inches that a page shows at full size on a screen of 1280 pixels
+LETTERS = 2.5  # the width of four digits and a point, in heights of the letters
 MISSING = "#d4d4d4"
 
 
@@ -26,15 +30,15 @@ MISSING = "#d4d4d4"
 class Scale:
     """The numbers of a map: their unit, the label of their colours, the colours, and their text in a cell.
 
-    `least_span`: the colours span at least this, so that nearly equal numbers look equal. `logarithmic`: colours by
-    order of magnitude.
+    `logarithmic`: colours by order of magnitude. `least_span`: the colours span at least this, so that nearly equal
+    numbers look equal: a difference, or a factor if the scale is logarithmic.
     """
 
     unit: str
     label: str
     colours: str  # perceptually uniform and without grey
     text: Callable[[float], str]
-    least_span: float = 0.0
+    least_span: float
     logarithmic: bool = False
 
 
@@ -43,11 +47,14 @@ def bits_text(bits: float) -> str:
 
 
 def percent_text(percent: float) -> str:
-    return "<.001" if 0 < percent < 0.001 else significant(percent, 2)
+    """At most four letters: '30', '1.3', '.13', '.02', '.003', and '≈0' below that."""
+    if not 0 < percent < 0.995:
+        return significant(percent, 2)
+    return "≈0" if percent < 0.001 else significant(percent, 2 if percent >= 0.0995 else 1).removeprefix("0")
 
 
 BITS = Scale("bits per weight", "bits per weight\n(all data counted)", "viridis", bits_text, least_span=1.0)
-ERRORS = Scale("% error", "error, % of the\noutput's energy", "magma_r", percent_text, logarithmic=True)
+ERRORS = Scale("% error", "error, % of the\noutput's energy", "magma_r", percent_text, 10.0, logarithmic=True)
 
 
 def heat_map(
@@ -63,23 +70,25 @@ def heat_map(
     kinds, table = _table(values, blocks)
     rows, columns = len(kinds), len(blocks)
     with style():
-        cell = 0.36 if columns <= NUMBERED_BLOCKS else max(0.1, 12.5 / columns)
-        width = max(6.0, 1.2 + 0.08 * max(map(len, kinds)) + 0.9 + cell * columns)
+        beside = 0.9 + 0.08 * max(map(len, kinds))  # the names and the colours
+        least, most = (0.27, 0.36) if columns <= NUMBERED_BLOCKS else (0.1, 0.2)
+        cell = min(max(least, (PAGE - beside) / columns), most)
+        width = max(6.0, beside + cell * columns)
         tall = min(0.34, 20 / rows)
-        numbered = columns <= NUMBERED_BLOCKS and rows <= NUMBERED_KINDS
+        hidden, numbered = unnumbered(table, scale), columns <= NUMBERED_BLOCKS and rows <= NUMBERED_KINDS
         figure = Figure(figsize=(min(width, 40.0), max(2.4, 1.3 + tall * rows)), layout="constrained")
         axes = figure.add_subplot()
         mesh = _mesh(axes, table, scale, lines=1.0 if numbered else 0.4)
         _label(axes, kinds, columns, min(9.0, 0.8 * 72 * tall))
         if numbered:
-            _number(axes, mesh, table, scale, min(7.5, 0.7 * 72 * tall))
+            _number(axes, mesh, table, scale, hidden, min(7.5, 0.7 * 72 * tall, 72 * cell / LETTERS))
         bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=max(8, 2 * rows), fraction=0.05)
         bar.set_label(scale.label)
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        if any(value is None for row in table for value in row):
+        if remarks := _remarks(table, scale, hidden, numbered):
             note: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "fontsize": 7, "color": "#666666"}
-            axes.text(1.0, 1.02, "grey: none, or not compressed", **note)
+            axes.text(1.0, 1.02, remarks, **note)
         finish(figure, title)
     return figure
 
@@ -96,8 +105,10 @@ def heat_map_text(values: Mapping[str, float], blocks: Sequence[Sequence[str]], 
     if not cells:
         return "No numbers."
     (low, low_place), (high, high_place) = min(cells), max(cells)
-    span = f"from {scale.text(low)} ({low_place}) to {scale.text(high)} {scale.unit} ({high_place})"
-    return f"{len(cells)} linears in {len(blocks)} blocks: {span}."
+    least, most = (re.sub(r"^\.", "0.", scale.text(number)) for number in (low, high))
+    span = f"all {most}" if least == most else f"from {least} ({low_place}) to {most}"
+    where = "" if least == most else f" ({high_place})"
+    return f"{len(cells)} linears in {len(blocks)} blocks: {span} {scale.unit}{where}."
 
 
 def _table(values: Mapping[str, float], blocks: Sequence[Sequence[str]]) -> tuple[list[str], list[list[float | None]]]:
@@ -156,15 +167,37 @@ def _mesh(axes: Axes, table: Sequence[Sequence[float | None]], scale: Scale, lin
 
 
 def colour_range(numbers: Sequence[float], scale: Scale) -> Normalize:
-    """From the least number to the largest, or from the least positive one if the scale is logarithmic."""
+    """From the least number to the largest, or from the least positive one if the scale is logarithmic; wider if that
+    is less than the scale spans at least."""
     from matplotlib.colors import LogNorm, Normalize
 
     if scale.logarithmic:
         positive = [number for number in numbers if number > 0] or [1.0]
-        return LogNorm(min(positive), max(max(positive), min(positive) * 1.01), clip=True)
+        spare = math.sqrt(max(1.0, scale.least_span * min(positive) / max(positive)))
+        return LogNorm(min(positive) / spare, max(positive) * spare, clip=True)
     spare = max(0.0, scale.least_span - (max(numbers) - min(numbers))) / 2
     low = max(0.0, min(numbers) - spare)
     return Normalize(low, max(max(numbers), low + scale.least_span))
+
+
+def unnumbered(table: Sequence[Sequence[float | None]], scale: Scale) -> str:
+    """The text of most cells, if more than half have the same: it is told once, and only the others have a number."""
+    texts = Counter(scale.text(value) for row in table for value in row if value is not None)
+    if not texts:
+        return ""
+    text, count = texts.most_common(1)[0]
+    return text if count > texts.total() / 2 and texts.total() > 1 else ""
+
+
+def _remarks(table: Sequence[Sequence[float | None]], scale: Scale, hidden: str, numbered: bool) -> str:
+    """What the cells without a number mean."""
+    missing = any(value is None for row in table for value in row)
+    remarks = ["grey: none, or not compressed"] if missing else []
+    if hidden and all(value is None or scale.text(value) == hidden for row in table for value in row):
+        remarks.insert(0, f"all cells: {hidden}")
+    elif hidden and numbered:
+        remarks.insert(0, f"cells without a number: {hidden}")
+    return ", ".join(remarks)
 
 
 def _label(axes: Axes, kinds: Sequence[str], columns: int, size: float) -> None:
@@ -182,16 +215,19 @@ def _label(axes: Axes, kinds: Sequence[str], columns: int, size: float) -> None:
     axes.tick_params(length=2 if columns > NUMBERED_BLOCKS else 0)
 
 
-def _number(axes: Axes, mesh: QuadMesh, table: Sequence[Sequence[float | None]], scale: Scale, size: float) -> None:
-    """The number in each cell, in black or in white, whichever has the higher contrast with the cell's colour."""
+def _number(
+    axes: Axes, mesh: QuadMesh, table: Sequence[Sequence[float | None]], scale: Scale, hidden: str, size: float
+) -> None:
+    """The number in each cell whose text is not `hidden`, in black or in white, whichever has the higher contrast with
+    the cell's colour."""
     colours = mesh.to_rgba(_values(table))
     for y, row in enumerate(table):
         for x, value in enumerate(row):
-            if value is not None:
+            if value is not None and (text := scale.text(value)) != hidden:
                 red, green, blue = (_linear(float(channel)) for channel in colours[y, x, :3])
                 dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179  # equal contrast at this value (WCAG 2)
                 colour = "white" if dark else "black"
-                axes.text(x + 0.5, y + 0.5, scale.text(value), ha="center", va="center", fontsize=size, color=colour)
+                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 def _linear(channel: float) -> float:
