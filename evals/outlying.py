@@ -35,7 +35,7 @@ from llmsqueeze.measure.moments import SecondMoments
 from llmsqueeze.parts import Grid
 from llmsqueeze.quantizers import rounder
 from llmsqueeze.quantizers.curvature import Curvature, factorize, row_error
-from llmsqueeze.text.rows import mixed_rows
+from llmsqueeze.text.rows import Draw, mixed_rows
 from llmsqueeze.text.source import calibration_texts
 from llmsqueeze.text.tokens import load_tokenizer
 
@@ -94,7 +94,7 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         file, others = held_back(args, Path(folder))
         text = calibration_texts(str(file), args.model)
-        rows = mixed_rows(text, load_tokenizer(args.model), args.samples, args.window, seed=0).rows
+        rows = mixed_rows(text, load_tokenizer(args.model), Draw(args.samples, args.window, seed=0)).rows
     names = [f"model.layers.{block}.{name}" for block in args.blocks for name in GROUPS]
     calibration, held = (moments_of(model, names, given) for given in (rows, others))
     for name in names:

@@ -98,13 +98,13 @@ def bits_of(settings: Settings) -> int | None:
 
 def calibration_tokens(args: argparse.Namespace) -> list[list[int]]:
     """The rows that `quantize` would draw."""
-    from llmsqueeze.text.rows import mixed_rows
+    from llmsqueeze.text.rows import Draw, mixed_rows
     from llmsqueeze.text.source import calibration_texts
     from llmsqueeze.text.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     text = calibration_texts(args.calibration, str(args.model))
-    return [row[0].tolist() for row in mixed_rows(text, tokenizer, args.samples, args.window, seed=0).rows]
+    return [row[0].tolist() for row in mixed_rows(text, tokenizer, Draw(args.samples, args.window, seed=0)).rows]
 
 
 def measured(args: argparse.Namespace, work: Path, common: Settings, settings: Settings) -> dict[str, Any]:

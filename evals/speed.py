@@ -42,11 +42,11 @@ GRID = ("--bits", "3", "--group-size", "64")
 CODED = ("--method", "coded", "--bits", "3.25")
 TOKENS = """
 import json, sys
-from llmsqueeze.text.rows import mixed_rows
+from llmsqueeze.text.rows import Draw, mixed_rows
 from llmsqueeze.text.source import calibration_texts
 from llmsqueeze.text.tokens import load_tokenizer
 model, source, samples, length = *sys.argv[1:3], *map(int, sys.argv[3:])
-rows = mixed_rows(calibration_texts(source, model), load_tokenizer(model), samples, length, seed=0).rows
+rows = mixed_rows(calibration_texts(source, model), load_tokenizer(model), Draw(samples, length, seed=0)).rows
 print(json.dumps([row[0].tolist() for row in rows]))
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -28,24 +28,25 @@ ALIKE = {  # what other tools call it -> what it is called here
     "overwrite": ("yes", "overwrite-output-dir"),
 }
 OTHERS = "Other options"
+ONCE = {"--adapter": "one is merged at a time"}  # of two the last would win, without a word
 
 
 class Verb(TyperCommand):
     """Options without a group of their own come last."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for name, why in ONCE.items():
+            if sum(word.partition("=")[0] == name for word in args) > 1:
+                refuse(f"{name} is given several times; {why}")
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
             wrong = getattr(error, "option_name", None)
             if wrong is None:
                 raise
-            from llmsqueeze.cli.console import print_error
-
             known = [name for param in self.params for name in param.opts if name.startswith("--")]
             said = f"{ctx.info_name} has no option {wrong}{right_word(wrong, known)}"
-            print_error(error.format_message() if wrong in known else said)
-            raise typer.Exit(2) from error
+            refuse(error.format_message() if wrong in known else said)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -58,6 +59,14 @@ class Verb(TyperCommand):
         for group, records in (groups | {OTHERS if len(groups) > 1 else "Options": last}).items():
             with formatter.section(group):
                 formatter.write_dl(records)
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the program with a line and exit code 2."""
+    from llmsqueeze.cli.console import print_error
+
+    print_error(message)
+    raise typer.Exit(2)
 
 
 def right_word(wrong: str, known: list[str]) -> str:

@@ -23,6 +23,7 @@ from llmsqueeze.model.original import Source, pick_device
 from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
+from llmsqueeze.text.source import check_calibration
 
 
 def plan(
@@ -44,6 +45,7 @@ def plan(
     """
     progress = progress or Progress()
     recipe = plannable(settings, weights)
+    check_calibration(recipe.calibration)
     folder = make_folder(out or Path(f"{model_name(source)}-plan"))
     with as_dense(source, folder, progress) as dense:
         job = open_job(

@@ -29,6 +29,7 @@ from llmsqueeze.progress import Progress, stopwatch
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.resolve import make_recipe
 from llmsqueeze.recipe.values import flag
+from llmsqueeze.text.source import check_calibration
 
 DONE = ".done.json"  # in a folder that is to be distilled: the fingerprint and the summary of the run that wrote it
 DECIDES = {"method", "bits", "size", "max_ppl_increase", "max_kl", "target", "portable", "mix", "widths"}
@@ -65,6 +66,8 @@ def quantize(
     recipe = file.recipe if file is not None else make_recipe(settings)
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
+    if recipe.needs_text or recipe.distill_steps:
+        check_calibration(recipe.calibration)
     if file is None and not settings.keys() & DECIDES:
         progress.note(CHOSEN)
     if recipe.products == "auto" and not restart:

@@ -37,6 +37,7 @@ from llmsqueeze.parallel import processes
 from llmsqueeze.parts.grid import dtype_name
 from llmsqueeze.progress import Progress
 from llmsqueeze.text.rows import Calibration
+from llmsqueeze.text.source import check_calibration
 
 SETTINGS = "settings.json"
 PRODUCTS = ("float32", "bfloat16")
@@ -67,6 +68,7 @@ def distill(
     student = open_compressed(folder, "distill needs one that `llmsqueeze quantize` wrote", trust_remote_code)
     out = out or student.path.with_name(student.path.resolve().name + "-distilled")
     check_writable(out, overwrite)
+    check_calibration(settings.calibration)
     settings = with_products(settings, chosen_device, working_path(out))
     check_trainable(student, settings)
     source = Source(teacher or original_of(student), revision, trust_remote_code, adapter, merge_adapter)

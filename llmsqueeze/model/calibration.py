@@ -19,7 +19,7 @@ from llmsqueeze.progress.stopwatch import timed
 from llmsqueeze.recipe.recipe import TextSettings
 from llmsqueeze.text.chat import rendered
 from llmsqueeze.text.document import Text
-from llmsqueeze.text.rows import Calibration, enough_characters, hashed, mixed_rows
+from llmsqueeze.text.rows import Calibration, Draw, enough_characters, hashed, mixed_rows
 from llmsqueeze.text.source import DEMO, SELF, calibration_texts
 from llmsqueeze.text.tokens import check_ids, load_tokenizer
 
@@ -32,13 +32,10 @@ BEGINNING = 200  # characters of the first row that a summary shows
 
 @dataclass(frozen=True)
 class Earlier:
-    """A draw of calibration rows, as the record of a folder tells it."""
+    """A draw of calibration rows, as the record of a folder tells it, and the hash of their tokens."""
 
-    samples: int
-    seq_len: int
-    seed: int
+    draw: Draw
     sha256: str
-    pack: bool
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Earlier | None:
@@ -46,7 +43,7 @@ class Earlier:
         try:
             drawn, recipe = record["calibration"], record["recipe"]
             counts = int(drawn["samples"]), int(drawn["seq_len"]), int(recipe["seed"])
-            return cls(*counts, str(drawn["sha256"]), bool(recipe.get("pack_documents", True)))
+            return cls(Draw(*counts, pack=bool(recipe.get("pack_documents", True))), str(drawn["sha256"]))
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -79,8 +76,8 @@ def read_calibration(
     for note in [note for text in texts for note in text.notes]:
         progress.note(note)
     seen = () if earlier is None else rows_of(earlier, texts, tokenizer)
-    drawn = settings.samples, seq_len, settings.seed, held_back, seen, settings.pack_documents
-    calibration = mixed_rows(texts, tokenizer, *drawn)
+    draw = Draw(settings.samples, seq_len, settings.seed, held_back, seen, settings.pack_documents)
+    calibration = mixed_rows(texts, tokenizer, draw)
     check_ids([*calibration.rows, *calibration.held_back], skeleton.embedding_shape[0])
     if (count := len(calibration.rows)) < settings.samples:
         rows_ = f"samples of {seq_len} tokens" if settings.pack_documents else "samples, one a document"
@@ -98,7 +95,7 @@ def beginning(row: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
 def rows_of(earlier: Earlier, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """The rows of an earlier draw; none if it was from another text."""
     try:
-        again = mixed_rows(texts, tokenizer, earlier.samples, earlier.seq_len, earlier.seed, pack=earlier.pack)
+        again = mixed_rows(texts, tokenizer, earlier.draw)
     except CalibrationError:
         return []
     return again.rows if again.sha256 == earlier.sha256 else []

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.errors import CalibrationError, reason
-from llmsqueeze.text.document import Document, Message, Text
+from llmsqueeze.text.document import Chat, Document, Message, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +47,16 @@ def messages(stored: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
 def exchange(prompt: str, answer: str) -> tuple[Message, ...]:
     """A question and its answer."""
     return ({"role": "user", "content": prompt}, {"role": "assistant", "content": answer})
+
+
+def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
+    """The tools that a row names for its chat, a list of mappings or its JSON; none if it is something else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return ()
+    return tuple(value) if isinstance(value, list) and all(isinstance(one, dict) for one in value) else ()
 
 
 def _message(stored: dict[str, Any]) -> Message:
@@ -94,16 +104,18 @@ def rendered(text: Text, tokenizer: PreTrainedTokenizerBase) -> Text:
     return replace(text, documents=tuple(documents), notes=tuple(notes))
 
 
-def seen(chat: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase) -> str:
+def seen(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
     """A chat as the model sees it. Raises what the template raises."""
+    said = chat.messages
     if not tokenizer.chat_template:
-        return "\n\n".join(message["content"] for message in chat if message["content"])
+        return "\n\n".join(message["content"] for message in said if message["content"])
+    how: dict[str, Any] = {"tools": list(chat.tools) or None, "tokenize": False}
     try:
-        text = tokenizer.apply_chat_template(list(chat), tokenize=False)
+        text = tokenizer.apply_chat_template(list(said), **how)
     except Exception:
-        if chat[0]["role"] != "system" or len(chat) < 2:
+        if said[0]["role"] != "system" or len(said) < 2:
             raise
-        text = tokenizer.apply_chat_template(_without_system(chat), tokenize=False)  # many templates take no such role
+        text = tokenizer.apply_chat_template(_without_system(said), **how)  # many templates take no such role
     assert isinstance(text, str), "without tokenize a template gives text"
     begins = tokenizer.bos_token
     return text.removeprefix(begins) if isinstance(begins, str) and text.count(begins) == 1 else text

@@ -1,52 +1,15 @@
-"""Data sets of the library datasets: folders on disk, and the Hub."""
+"""Data sets on the Hub, by the library datasets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from llmsqueeze.errors import CalibrationError, HubError, foreign, nearest, reason
+from llmsqueeze.errors import CalibrationError, HubError, reason
 from llmsqueeze.text.document import Text
-from llmsqueeze.text.fields import Row, text_of
+from llmsqueeze.text.fields import text_of
 
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
 SMALL = 256 << 20  # bytes of a data set that is kept for later runs; of a larger one only what is needed is read
-
-
-def read_folder(path: Path, config: str | None, split: str, named: bool, field: str | None, enough: int | None) -> Text:
-    """A folder that `save_to_disk` wrote, or one of data files. named: whether the user named the split.
-
-    Raises CalibrationError if it is neither.
-    """
-    import datasets
-
-    source = " ".join([path.name, *([config] if config else []), *([split] if named else [])])
-    with quiet(), foreign(CalibrationError, f"{path} is a folder that datasets cannot read"):
-        if any((path / name).is_file() for name in SAVED):
-            data: Any = datasets.load_from_disk(str(path))
-        else:
-            data = datasets.load_dataset(str(path.resolve()), config, streaming=True)
-        return text_of(chosen(data, split, named, source), source, field, enough)
-
-
-def chosen(data: Any, split: str, named: bool, source: str) -> Iterable[Row]:
-    """The rows of a split; if nobody named it, of the only one, or of train if there are several.
-
-    Raises CalibrationError if there is none such.
-    """
-    if not isinstance(data, Mapping):
-        return data  # type: ignore[no-any-return]
-    names = list(data)
-    if split not in names and not named:
-        split = names[0] if len(names) == 1 else "train"
-    if split not in names:
-        raise CalibrationError(
-            f"{source} has no split {split!r}{nearest(split, names)} (it has: {', '.join(names)}; write the name of "
-            "one behind the folder, as in folder::split)"
-        )
-    return data[split]  # type: ignore[no-any-return]
 
 
 def read_hub(name: str, config: str | None, split: str, field: str | None, enough: int | None) -> Text:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]  # role and content, as chat templates take them
-Document = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages, and the tools that the assistant may call, as chat templates take them."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+Document = str | Chat
 
 
 @dataclass(frozen=True)
@@ -14,13 +24,14 @@ class Text:
     """Documents and their name in summaries and cards.
 
     share: of the rows, beside other texts, in any unit. notes: what a user should know of how it was read, such as the
-    rows that are left out.
+    rows that are left out. plain: whether it has no rows, and so no fields.
     """
 
     source: str
     documents: tuple[Document, ...]
     share: float = 1.0
     notes: tuple[str, ...] = ()
+    plain: bool = field(default=False, compare=False)
 
     @property
     def content(self) -> str:
@@ -32,4 +43,4 @@ def length(document: Document) -> int:
     """Characters of a document."""
     if isinstance(document, str):
         return len(document)
-    return sum(len(message["content"]) for message in document)
+    return sum(len(message["content"]) for message in document.messages)

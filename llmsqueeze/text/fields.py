@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsqueeze.errors import CalibrationError, nearest
-from llmsqueeze.text.chat import UnreadableError, conversation, exchange, messages
-from llmsqueeze.text.document import Document, Text, length
+from llmsqueeze.text.chat import UnreadableError, conversation, exchange, messages, tools_of
+from llmsqueeze.text.document import Chat, Document, Message, Text, length
 
 CHATS = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
 PAIRS = (
@@ -24,6 +24,7 @@ PAIRS = (
 WHOLE = "chosen"  # of pairs of answers: the chat from its beginning, unless the prompt is a chat too
 MORE = "input"  # of an instruction
 SYSTEM = ("system", "system_prompt")
+TOOLS = "tools"
 TEXTS = ("text", "content", "document", "article", "body", "passage", "story", "markdown", "raw_content", "code")
 LOOKED_AT = 100  # rows
 
@@ -130,7 +131,7 @@ def _chat(name: str) -> Reading:
             return None
         if (stored := conversation(value)) is None:
             raise UnreadableError(f"{name} is no list of messages with role and content")
-        return _not_empty((*_system(row), *messages(stored)))
+        return _not_empty((*_system(row), *messages(stored)), row)
 
     return Reading((name,), read)
 
@@ -142,13 +143,13 @@ def _pair(prompt: str, answer: str) -> Reading:
             return None
         said = [conversation(asked), conversation(answered)]
         if said[0] is not None and said[1] is not None:
-            return _not_empty(messages([*said[0], *said[1]]))
+            return _not_empty(messages([*said[0], *said[1]]), row)
         if not isinstance(asked, str) or not isinstance(answered, str):
             raise UnreadableError(f"{prompt} and {answer} are not both text")
         more = row.get(MORE)
         if prompt == "instruction" and isinstance(more, str) and more.strip():
             asked = f"{asked}\n\n{more}"
-        return _not_empty((*_system(row), *exchange(asked, answered)))
+        return _not_empty((*_system(row), *exchange(asked, answered)), row)
 
     return Reading((prompt, answer), read)
 
@@ -161,5 +162,6 @@ def _system(row: Row) -> Iterator[dict[str, Any]]:
             return
 
 
-def _not_empty(chat: tuple[dict[str, Any], ...]) -> Document | None:
-    return chat if any(message["content"].strip() for message in chat) else None
+def _not_empty(chat: tuple[Message, ...], row: Row) -> Document | None:
+    """The chat with the tools of its row; None if nothing is said."""
+    return Chat(chat, tools_of(row.get(TOOLS))) if any(message["content"].strip() for message in chat) else None

@@ -18,28 +18,40 @@ from llmsqueeze.errors import CalibrationError, first_line, foreign
 from llmsqueeze.text.chat import conversation
 from llmsqueeze.text.data_sets import quiet
 from llmsqueeze.text.document import Text
-from llmsqueeze.text.fields import PAIRS, TEXTS, Row, text_of
+from llmsqueeze.text.fields import CHATS, PAIRS, TEXTS, Row, text_of
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}  # ending -> reader of datasets
 JSON = (".jsonl", ".ndjson", ".json")
 ROWS = (*JSON, *BUILDERS)  # endings of files of rows; all other files are plain text
+PLAIN = (".txt", ".text", ".md", ".raw")  # of plain text, where a folder has other files too
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
 LOOKED_AT = 1 << 20  # characters
+NAME = re.compile(r"[^\W\d][^.!?]*")  # of a column: neither a sentence nor a number
+LONGEST_NAME, MOST_WORDS = 40, 5
+KNOWN = {*TEXTS, *CHATS, *(name for pair in PAIRS for name in pair)}
 
 
 def read_file(path: Path, field: str | None, enough: int | None) -> Text:
     """A local file, until `enough` characters are read. Raises CalibrationError if it has no text."""
     check_compression(path)
     if ending(path) in ROWS:
-        return text_of(rows_in(path), path.name, field, enough)
+        text = text_of(rows_in(path), path.name, field, enough)
+        return replace(text, notes=(*filter(None, [note_on_header(path)]), *text.notes))
     content = read_plain(path, enough)
     if (kind := disguised(content)) is None:
         if not content.strip():
             raise CalibrationError(f"{path} is empty")
-        return Text(path.name, (content,))
+        return Text(path.name, (content,), plain=True)
     text = text_of(rows_in(path, kind), path.name, field, enough)
     what = "JSON" if kind in JSON else "a table"
     return replace(text, notes=(f"{path.name} looks like {what} and is read as such", *text.notes))
+
+
+def rows_in_plain(path: Path, enough: int | None) -> Iterator[Row]:
+    """A file of plain text as a row; the rows of one that is JSON or a table."""
+    content = read_plain(path, enough)
+    kind = disguised(content)
+    yield from [{"text": content}] if kind is None else rows_in(path, kind)
 
 
 def ending(path: Path) -> str:
@@ -91,17 +103,16 @@ def disguised(content: str) -> str | None:
             return ".json" if isinstance(json.loads(content), list) else None
         except (ValueError, RecursionError):
             return None
-    known = {*TEXTS, *(name for pair in PAIRS for name in pair)}
     for kind, separator in ((".csv", ","), (".tsv", "\t")):
         columns = [next(csv.reader([line], delimiter=separator), []) for line in lines]
-        if len(columns) == 2 and 1 < len(columns[0]) == len(columns[1]) and _is_header(columns[0], known):
+        if len(columns) == 2 and 1 < len(columns[0]) == len(columns[1]) and _is_header(columns[0]):
             return kind
     return None
 
 
-def _is_header(columns: list[str], known: set[str]) -> bool:
-    """Whether they are names of fields, one of them `known` as that of a text."""
-    return all(re.fullmatch(r"[A-Za-z_][\w-]*", name) for name in columns) and bool(known & set(columns))
+def _is_header(columns: list[str]) -> bool:
+    """Whether they are names of fields, one of them known as that of a text."""
+    return all(re.fullmatch(r"[A-Za-z_][\w-]*", name) for name in columns) and bool(KNOWN & {*columns})
 
 
 def _is_mapping(line: str) -> bool:
@@ -124,6 +135,8 @@ def table_rows(path: Path, kind: str) -> Iterator[Row]:
     options: dict[str, Any] = {}
     if BUILDERS[kind] == "csv":  # 'NA' and 'None' in a table are words
         options = {"keep_default_na": False, "sep": "\t" if kind == ".tsv" else separator(path)}
+        if count := unnamed_columns(path, kind):
+            options |= {"header": None, "names": [f"column {number}" for number in range(1, count + 1)]}
     with quiet(), foreign(CalibrationError, f"{path} cannot be read"):
         try:
             yield from datasets.load_dataset(
@@ -139,6 +152,32 @@ def separator(path: Path) -> str:
         line = file.readline(LOOKED_AT)
     names = r'"?\w[\w ]*"?'
     return next((one for one in ";\t|" if re.fullmatch(rf"{names}(?:{re.escape(one)}{names})+\s*", line)), ",")
+
+
+def unnamed_columns(path: Path, kind: str) -> int:
+    """How many columns a table has whose first line does not name them; 0 if it does.
+
+    It does if one of them is known; or if all are names by their looks, no two alike. One may be empty, as pandas
+    leaves that of its index.
+    """
+    with readable(path), opened(path) as file, foreign(CalibrationError, f"{path} cannot be read"):
+        lines = csv.reader(file, delimiter="\t" if kind == ".tsv" else separator(path))
+        first = next((line for line in lines if any(line)), [])
+    looks = all(is_name(cell) for cell in first if cell) and len({*first}) == len(first)
+    return 0 if looks or KNOWN & {*first} else len(first)
+
+
+def is_name(cell: str) -> bool:
+    """Whether a cell of a table may name its column, by its looks."""
+    return len(cell) <= LONGEST_NAME and len(cell.split()) <= MOST_WORDS and bool(NAME.fullmatch(cell.strip()))
+
+
+def note_on_header(path: Path) -> str:
+    """What a user should know of a table without names; empty if it has them, or is none."""
+    kind = ending(path)
+    count = unnamed_columns(path, kind) if BUILDERS.get(kind) == "csv" else 0
+    names = "column 1" if count == 1 else f"column 1 to column {count}"
+    return f"{path.name} has no line with the names of its columns: they are called {names}" if count else ""
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -170,10 +209,20 @@ def _rows_of(value: Any, path: Path) -> list[Row]:
     if isinstance(value, dict):
         lists = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
         is_row = any(isinstance(value.get(name), str) for name in TEXTS) or any(conversation(one) for one in lists)
-        value = lists[0] if len(lists) == 1 and not is_row else [value]
+        value = lists[0] if len(lists) == 1 and not is_row else _rows_of_columns(value) or [value]
     if not isinstance(value, list):
         raise CalibrationError(f"{path} holds no rows: it is neither a list nor an object")
     return [value_row(row) for row in value]
+
+
+def _rows_of_columns(value: dict[str, Any]) -> list[Row]:
+    """The rows of a table that an object holds column by column, `{"text": ["one", "two"], "id": [1, 2]}`; none if it
+    is none."""
+    columns = {name: column for name, column in value.items() if isinstance(column, list)}
+    texts = any(isinstance(one, str) or conversation(one) for column in columns.values() for one in column[:1])
+    if not texts or len(columns) < len(value) or len({len(column) for column in columns.values()}) != 1:
+        return []
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def value_row(value: Any) -> Row:

@@ -55,6 +55,22 @@ class Calibration:
         }
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How rows are drawn from a text: `samples` of `seq_len` tokens, by `seed`.
+
+    held_back: so many rows more are kept apart for measurements. seen: rows [1, length] that are drawn last. pack: rows
+    are windows of the whole text, else beginnings of documents.
+    """
+
+    samples: int
+    seq_len: int
+    seed: int
+    held_back: int = 0
+    seen: Sequence[Tensor] = ()
+    pack: bool = True
+
+
 def hashed(source: str, rows: list[Tensor], held_back: list[Tensor]) -> Calibration:
     """A calibration with the SHA-256 of the tokens in `rows`."""
     digest = hashlib.sha256(b"".join(row.numpy().astype("<i8").tobytes() for row in rows)).hexdigest()
@@ -101,59 +117,42 @@ def after(bos: list[int], ids: list[int]) -> list[int]:
     return ids[1:] if bos and ids[:1] == bos else ids
 
 
-def calibration_rows(
-    text: Text,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    held_back: int = 0,
-    seen: Sequence[Tensor] = (),
-    pack: bool = True,
-) -> Calibration:
-    """`samples` rows drawn by seed, or all rows if there are fewer, and the hash of their tokens.
+def calibration_rows(text: Text, tokenizer: PreTrainedTokenizerBase, draw: Draw) -> Calibration:
+    """The rows of a draw, or all rows if there are fewer, and the hash of their tokens.
 
-    The next `held_back` rows in that order, or those that are left, are kept apart for measurements. Rows that are
-    among the `seen` are drawn last; if they are needed, at most half of the others is kept apart.
-    Raises CalibrationError if the text does not fill one row.
+    The next rows in that order, or those that are left, are held back. If rows that were seen are needed, at most half
+    of the others is held back. Raises CalibrationError if the text does not fill one row.
     """
     # to tokenize a text far longer than the rows would only cost time and memory
-    text = beginning_of(text, enough_characters(samples + held_back + len(seen), seq_len))
-    rows = windows(text, tokenizer, seq_len) if pack else beginnings(text, tokenizer, seq_len)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    known = {_key(row) for row in seen}
+    most = draw.samples + draw.held_back + len(draw.seen)
+    text = beginning_of(text, enough_characters(most, draw.seq_len))
+    rows = (windows if draw.pack else beginnings)(text, tokenizer, draw.seq_len)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(draw.seed)).tolist()
+    known = {_key(row) for row in draw.seen}
     old = [bool(known) and _key(row) in known for row in rows]
     fresh, again = ([rows[i] for i in order if old[i] is seen_before] for seen_before in (False, True))
     if not fresh:
         fresh, again = again, fresh
-    left = max(0, len(fresh) - samples)
-    apart = min(held_back, max(left, len(fresh) // 2) if again else left)
-    start = min(samples, len(fresh) - apart)
-    return hashed(text.source, [*fresh[:start], *again][:samples], fresh[start : start + apart])
+    left = max(0, len(fresh) - draw.samples)
+    apart = min(draw.held_back, max(left, len(fresh) // 2) if again else left)
+    start = min(draw.samples, len(fresh) - apart)
+    return hashed(text.source, [*fresh[:start], *again][: draw.samples], fresh[start : start + apart])
 
 
-def mixed_rows(
-    texts: Sequence[Text],
-    tokenizer: PreTrainedTokenizerBase,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    held_back: int = 0,
-    seen: Sequence[Tensor] = (),
-    pack: bool = True,
-) -> Calibration:
+def mixed_rows(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, draw: Draw) -> Calibration:
     """As `calibration_rows`, of several texts: each has its share of the rows, and their order is drawn by seed."""
+    counts = zip(portions(texts, draw.samples), portions(texts, draw.held_back), strict=True)
     drawn = [
-        calibration_rows(text, tokenizer, count, seq_len, seed, apart, seen, pack)
-        for text, count, apart in zip(texts, portions(texts, samples), portions(texts, held_back), strict=True)
+        calibration_rows(text, tokenizer, replace(draw, samples=count, held_back=apart))
+        for text, (count, apart) in zip(texts, counts, strict=True)
         if count or len(texts) == 1
     ]
     if len(texts) == 1:
         return drawn[0]
     total = sum(text.share for text in texts)
     source = ", ".join(f"{text.source} {text.share / total:.0%}" for text in texts)
-    rows = _shuffled([row for one in drawn for row in one.rows], seed)
-    return hashed(source, rows, _shuffled([row for one in drawn for row in one.held_back], seed))
+    rows = _shuffled([row for one in drawn for row in one.rows], draw.seed)
+    return hashed(source, rows, _shuffled([row for one in drawn for row in one.held_back], draw.seed))
 
 
 def portions(texts: Sequence[Text], count: int) -> list[int]:

@@ -115,11 +115,11 @@ def test_outliers_are_restored_exactly(gwq: Path, folder: Path) -> None:
 
 def test_the_outliers_are_those_with_the_largest_gradient(gwq: Path, folder: Path) -> None:
     """Against one ordinary backward pass per calibration sample."""
-    from llmsqueeze.text.rows import mixed_rows
+    from llmsqueeze.text.rows import Draw, mixed_rows
     from llmsqueeze.text.source import calibration_texts
     from llmsqueeze.text.tokens import load_tokenizer
 
-    rows = mixed_rows(calibration_texts("demo", ""), load_tokenizer(folder), 2, 32, seed=0).rows
+    rows = mixed_rows(calibration_texts("demo", ""), load_tokenizer(folder), Draw(2, 32, seed=0)).rows
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total: dict[str, Tensor] = {}
     for tokens in rows:

@@ -38,7 +38,7 @@ from llmsqueeze.model.original import Source, open_original
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.recipe import TextSettings
 from llmsqueeze.recipe.resolve import make_recipe
-from llmsqueeze.text.rows import mixed_rows
+from llmsqueeze.text.rows import Draw, mixed_rows
 from llmsqueeze.text.source import calibration_texts, read_text
 from llmsqueeze.text.tokens import load_tokenizer
 
@@ -135,7 +135,7 @@ def measured(original_of: Callable[[Path], Path]) -> Callable[[Path], float]:
         earlier = Earlier.of(json.loads((folder / "llmsqueeze.json").read_text()))
         seen = rows_of(earlier, texts, tokenizer) if earlier else ()
         of = SHORT["samples"], SHORT["seq_len"], 0, SHORT["held_back"]
-        rows = mixed_rows(texts, tokenizer, *of, seen).held_back
+        rows = mixed_rows(texts, tokenizer, Draw(*of, seen)).held_back
         assert len(rows) == 3
         opened = llmsqueeze.load(str(folder), dtype=torch.float32)
         per_token = []

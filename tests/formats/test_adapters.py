@@ -162,6 +162,8 @@ def test_the_command_compresses_the_merged_model(
     code, stdout, stderr = command("distill", tmp_path / "a", "--teacher", base, "--adapter", adapter, *short, "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["kl_before"] < 0.001, "far less than the adapter changes"
+    twice = ["--adapter", adapter, f"--adapter={adapter}"]
+    assert "--adapter is given several times; one is merged at a time" in refused("quantize", base, *options, *twice)
     assert "has an adapter of its own" in refused("quantize", own, *options, "--adapter", adapter)
     message = refused("quantize", own, *options, "--out", tmp_path / "c")
     assert "holds a LoRA adapter (adapter_config.json): --merge-adapter merges it" in message

@@ -62,9 +62,16 @@ def test_what_lies_where_the_dense_weights_are_to_lie_stays(compressed: Callable
 def test_what_was_written_meanwhile_is_removed_after_an_error_too(
     compressed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    options = ["--method", "gptq", "--from-quantized", "--calibration", "nothing.txt"]
-    assert "no text file" in refused("quantize", compressed("native"), *options, "--out", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    """A text that is not there is told before."""
+    options = ["--method", "gptq", "--from-quantized", "--out", tmp_path / "out", "--calibration"]
+    (tmp_path / "empty.txt").write_text("")
+    message = refused("quantize", compressed("native"), *options, tmp_path / "empty.txt")
+    assert "empty.txt is empty" in message
+    assert "is quantized (" in message
+    message = refused("quantize", compressed("native"), *options, "nothing.txt")
+    assert "no text file" in message
+    assert "is quantized (" not in message
+    assert [file.name for file in tmp_path.iterdir()] == ["empty.txt"]
 
 
 def test_a_model_that_is_not_quantized_needs_no_such_option(demo_of: Callable[[int], Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.text.document import Text
-from llmsqueeze.text.rows import beginning_of, beginnings, calibration_rows, mixed_rows, portions, windows
+from llmsqueeze.text.rows import Draw, beginning_of, beginnings, calibration_rows, mixed_rows, portions, windows
 from llmsqueeze.text.tokens import load_tokenizer
 
 
@@ -46,11 +46,11 @@ def test_a_text_with_nothing_to_predict_is_refused() -> None:
 
 def test_rows_follow_the_seed_and_the_hash_follows_the_tokens() -> None:
     text = Text("t", ("abcdefghijklmnopqrstuvwxyz",))
-    first, again, other = (calibration_rows(text, Letters(None), 4, 3, seed) for seed in (0, 0, 1))  # type: ignore[arg-type]
+    first, again, other = (calibration_rows(text, Letters(None), Draw(4, 3, seed)) for seed in (0, 0, 1))  # type: ignore[arg-type]
     assert [row.tolist() for row in first.rows] == [row.tolist() for row in again.rows]
     assert first.sha256 == again.sha256 != other.sha256
     assert len({tuple(row[0].tolist()) for row in first.rows}) == 4, "no row twice"
-    everything = calibration_rows(text, Letters(None), 100, 3, 0)  # type: ignore[arg-type]
+    everything = calibration_rows(text, Letters(None), Draw(100, 3, 0))  # type: ignore[arg-type]
     assert len(everything.rows) == 8
     assert everything.as_dict()["tokens"] == 24
 
@@ -70,8 +70,8 @@ def test_seen_rows_come_last(
 ) -> None:
     """Of eight rows; what is kept apart is never trained on."""
     text, letters = Text("t", ("abcdefghijklmnopqrstuvwxyz",)), Letters(None)
-    known = calibration_rows(text, letters, seen, 3, 1).rows if seen else []  # type: ignore[arg-type]
-    drawn = calibration_rows(text, letters, samples, 3, 0, held_back, known)  # type: ignore[arg-type]
+    known = calibration_rows(text, letters, Draw(seen, 3, 1)).rows if seen else []  # type: ignore[arg-type]
+    drawn = calibration_rows(text, letters, Draw(samples, 3, 0, held_back, known))  # type: ignore[arg-type]
     old = {tuple(row[0].tolist()) for row in known}
     rows, apart = ([tuple(row[0].tolist()) for row in some] for some in (drawn.rows, drawn.held_back))
     assert len(rows) == count
@@ -97,7 +97,7 @@ def test_a_row_for_every_document() -> None:
     rows = [row[0].tolist() for row in beginnings(text, Letters(99), 4)]  # type: ignore[arg-type]
     assert rows == [[99, 0, 1, 2], [99, 0], [99, 6, 7], [99, 8, 9, 10]]
     assert [len(row[0]) for row in beginnings(text, Letters(None), 4)] == [4, 2, 4], "one token predicts nothing"  # type: ignore[arg-type]
-    drawn = calibration_rows(text, Letters(99), 3, 4, seed=0, held_back=2, pack=False)  # type: ignore[arg-type]
+    drawn = calibration_rows(text, Letters(99), Draw(3, 4, seed=0, held_back=2, pack=False))  # type: ignore[arg-type]
     assert sorted([*map(_tuple, drawn.rows), *map(_tuple, drawn.held_back)]) == sorted(map(tuple, rows))
     assert drawn.as_dict()["tokens"] == sum(row.shape[1] for row in drawn.rows)
     with pytest.raises(CalibrationError, match="has no document of two tokens"):
@@ -110,14 +110,14 @@ def _tuple(row: torch.Tensor) -> tuple[int, ...]:
 
 def test_several_texts_have_their_shares() -> None:
     a, b = Text("a", ("abcdefgh" * 9,), 3.0), Text("b", ("stuvwxyz" * 9,), 1.0)
-    mixed = mixed_rows([a, b], Letters(None), 8, 4, seed=0, held_back=4)  # type: ignore[arg-type]
+    mixed = mixed_rows([a, b], Letters(None), Draw(8, 4, seed=0, held_back=4))  # type: ignore[arg-type]
     assert mixed.source == "a 75%, b 25%"
     of_b = [bool(row[0, 0] > 10) for row in mixed.rows]
     assert (len(of_b), sum(of_b)) == (8, 2)
     assert of_b != sorted(of_b), "in random order"
     assert [bool(row[0, 0] > 10) for row in mixed.held_back].count(True) == 1
-    alone = mixed_rows([a], Letters(None), 8, 4, seed=0)  # type: ignore[arg-type]
-    assert alone.sha256 == calibration_rows(a, Letters(None), 8, 4, 0).sha256  # type: ignore[arg-type]
+    alone = mixed_rows([a], Letters(None), Draw(8, 4, seed=0))  # type: ignore[arg-type]
+    assert alone.sha256 == calibration_rows(a, Letters(None), Draw(8, 4, 0)).sha256  # type: ignore[arg-type]
     assert alone.source == "a"
 
 

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmsqueeze.errors import CalibrationError
-from llmsqueeze.text.document import Document, Text
+from llmsqueeze.text.document import Chat, Document, Text
 from llmsqueeze.text.source import (
     calibration_texts,
+    check_calibration,
     evaluation_text,
     read_text,
     shares,
@@ -48,7 +49,8 @@ def arrow() -> bytes:
     return sink.getvalue()
 
 
-CHAT = ({"role": "user", "content": "hi"},)
+LONG = "Once, there was a fox, as the old and wise say"
+CHAT = Chat(({"role": "user", "content": "hi"},))
 LINES = "\n".join(map(json.dumps, ROWS))
 FILES = {
     "a.jsonl": LINES.encode(),
@@ -131,6 +133,26 @@ def test_what_a_table_calls_missing_is_a_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("a.csv", "1,One day a fox ran.\n2,It slept.\n", ("One day a fox ran.", "It slept.")),
+        ("a.csv", '"Once, there was a fox, as the old and wise say"\nIt slept\n', (LONG, "It slept")),
+        ("a.tsv", "1\tone\n2\ttwo\n", ("one", "two")),
+        ("a.csv", "a story\none\n", ("one",)),
+        ("a.csv", ",story told\n0,one\n", ("one",)),
+        ("a.csv", "1st. of all,text\n0,one\n", ("one",)),
+    ],
+)
+def test_a_table_without_names_loses_no_row(
+    name: str, content: str, documents: tuple[Document, ...], tmp_path: Path
+) -> None:
+    text = read_text(write(tmp_path / name, content), "train")
+    assert text.documents == documents
+    assert bool(text.notes) is (len(documents) > 1)
+    assert all("has no line with the names of its columns" in note for note in text.notes)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"text": "a"}\n{', "a.jsonl line 2 is not JSON"),
@@ -157,6 +179,9 @@ def test_rows_without_text(content: str, message: str, tmp_path: Path) -> None:
         ("a.jsonl", '[{"role": "user", "content": "hi"}]\n' * 2, (CHAT, CHAT)),
         ("a.json", '[[{"role": "user", "content": "hi"}]]', (CHAT,)),
         ("a.jsonl", '"one"\n"two"', ("one", "two")),
+        ("a.json", '{"text": ["one", "two"]}', ("one", "two")),
+        ("a.json", '{"id": [1, 2], "text": ["one", null]}', ("one",)),
+        ("a.json", '{"messages": [[{"role": "user", "content": "hi"}], null]}', (CHAT,)),
         ("a.jsonl", '{"text": "one", "x": 1}\n{"text": "two", "x": {"y": "z"}}', ("one", "two")),
     ],
 )
@@ -170,6 +195,7 @@ def test_forms_of_json(name: str, content: str, documents: tuple[Document, ...],
         ("a.json", "3", "holds no rows: it is neither a list nor an object"),
         ("a.json", "[1, 2", "a.json is not JSON"),
         ("a.jsonl", "3\n4", "has no text in text|--text-field"),
+        ("a.json", '{"text": ["one", "two"], "id": [1]}', "has no field that is known"),
         ("a.jsonl.gz", b"no gzip", "cannot read"),
         ("a.jsonl", b'{"text": "\xff"}', "is not text: byte 10 is not UTF-8"),
         ("a.parquet", b"no parquet", "a.parquet cannot be read"),
@@ -216,6 +242,25 @@ def test_folders_of_files(tmp_path: Path) -> None:
         read_text(str(tmp_path / "empty"), "train")
 
 
+def test_files_in_folders_are_read_as_files_are(tmp_path: Path) -> None:
+    """Each by its own reader: missing values are words, lists are unwrapped, rows differ, and damage is named."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "a.csv", "text,id\nNA,1\n,2\n")
+    write(folder / "b.csv.gz", gzip.compress(b"1,One day a fox ran.\n"))
+    write(folder / "c.txt", "plain\n\ntext")
+    text = read_text(str(folder), "train")
+    assert text.documents == ("NA",)
+    assert len(text.notes) == 2, text.notes
+    for one in folder.iterdir():
+        one.unlink()
+    write(folder / "a.json", '{"version": 1, "data": [{"text": "one", "x": 1}, {"text": "two", "x": {"y": 2}}]}')
+    assert read_text(str(folder), "train").documents == ("one", "two")
+    write(folder / "b.json", "[1, 2")
+    with pytest.raises(CalibrationError, match=r"b.json is not JSON"):
+        read_text(str(folder), "train")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -249,6 +294,8 @@ def test_several_texts_with_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             shares(wrong)
     texts = calibration_texts("a.txt:3,b.txt:1", "any")
     assert texts == [Text("a.txt", ("one",), 3.0), Text("b.txt", ("two",), 1.0)]
+    assert shares("a.txt:1,odd,name:0.5:3") == [("a.txt", 1.0), ("odd,name:0.5", 3.0)]
+    assert shares("odd,name:0.5,a.txt") == [("odd,name:0.5", 1.0), ("a.txt", 1.0)]
     with pytest.raises(CalibrationError, match="self cannot stand beside"):
         calibration_texts("self,a.txt", "any")
 
@@ -259,6 +306,25 @@ def test_names_for_the_record_and_the_card(tmp_path: Path) -> None:
     assert without_folders(f"{path}:3,owner/set:1") == "a.txt:3,owner/set:1"
     assert text_names("a.txt:3,owner/set:config:1") == ["a.txt", "owner/set:config"]
     assert text_names("owner/set:2024") == ["owner/set:2024"]
+    assert text_names("odd,name.txt:0.5,a.txt:1") == ["odd,name.txt", "a.txt"]
+
+
+def test_a_field_is_for_texts_that_have_fields(tmp_path: Path) -> None:
+    plain, rows = write(tmp_path / "a.txt", "one"), write(tmp_path / "a.jsonl", LINES)
+    with pytest.raises(CalibrationError, match=r"--text-field text: a.txt is plain text, without fields"):
+        calibration_texts(plain, "any", "text")
+    both = calibration_texts(f"{plain},{rows}", "any", "text")
+    assert [text.documents for text in both] == [("one",), ("one", "two")]
+
+
+@pytest.mark.parametrize("source", ["nothing.txt", "./nothing", "a.txt:1,nothing.jsonl:1"])
+def test_a_missing_file_is_seen_before_it_is_read(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.txt", "one")
+    with pytest.raises(CalibrationError, match=r"there is no text file .*nothing"):
+        check_calibration(source)
+    for there in ("a.txt", "self", "demo", "owner/set", None):
+        check_calibration(there)
 
 
 @pytest.fixture
