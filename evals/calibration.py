@@ -1,12 +1,14 @@
 """Chats or plain text to calibrate on: which serves chats, and which plain text.
 
-    python evals/calibration.py MODEL QUESTIONS.jsonl PLAIN PLAIN_TEXT --work FOLDER [--samples 32] [--out FILE.json]
+    python evals/calibration.py MODEL QUESTIONS.jsonl PLAIN PLAIN_TEXT --work FOLDER [--samples 32]
+        [--rows gptq coded] [--out FILE.json]
     python evals/calibration.py --show FILE.json
 
 MODEL is an instruct model. The chats are QUESTIONS (`context` of every row) with the answers that the model itself
 draws, half of them to calibrate on and half to measure on; they stay in FOLDER. PLAIN is plain text to calibrate on,
 PLAIN_TEXT to measure on. Every row is a real `quantize` to 3 bits on `--samples` samples of 512 tokens, and the loss of
-the folder above the original's on chats and on plain text, 40 windows of 512 tokens each.
+the folder above the original's on chats and on plain text, 40 windows of 512 tokens each. Rows that FILE.json has are
+not measured again.
 """
 
 from __future__ import annotations
@@ -44,12 +46,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--rows", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     hush()
     write_chats(args)
-    results: list[Row] = []
-    for row in measured(args):
+    results: list[Row] = json.loads(args.out.read_text()) if args.out and args.out.exists() else []
+    for row in measured(args, [(row["method"], row["calibration"]) for row in results]):
         results.append(row)
         print(json.dumps(row), flush=True)
         if args.out:
@@ -90,19 +93,20 @@ def answered(model: str, questions: list[str]) -> Iterator[Any]:
         print(f"{start + len(part)} of {len(questions)} chats", file=sys.stderr, flush=True)
 
 
-def measured(args: argparse.Namespace) -> Iterator[Row]:
+def measured(args: argparse.Namespace, before: list[tuple[str, str]]) -> Iterator[Row]:
+    """The rows that are asked for, but those of `before`."""
     texts = {"chats": read_text(str(args.work / "measure.jsonl"), "test"), "plain": read_text(args.plain_text, "test")}
-    for method, settings in METHODS.items():
-        for source in ("plain", "chats"):
-            args.calibration = args.plain if source == "plain" else str(args.work / "calibration.jsonl")
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "out"
-                row: Row = {"method": method, "calibration": source, **quantized(args, settings, out)}
-                for name, text in texts.items():
-                    result = evaluate(str(out), baseline=args.model, text=text, limit=args.limit, window=args.window)
-                    values = result.as_dict()
-                    row[name] = {key: values[key] for key in ("nll_difference", "nll_difference_stderr", "kl_mean")}
-                yield row
+    wanted = [(method, source) for method in args.rows for source in ("plain", "chats")]
+    for method, source in (one for one in wanted if one not in before):
+        args.calibration = args.plain if source == "plain" else str(args.work / "calibration.jsonl")
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            row: Row = {"method": method, "calibration": source, **quantized(args, METHODS[method], out)}
+            for name, text in texts.items():
+                result = evaluate(str(out), baseline=args.model, text=text, limit=args.limit, window=args.window)
+                values = result.as_dict()
+                row[name] = {key: values[key] for key in ("nll_difference", "nll_difference_stderr", "kl_mean")}
+            yield row
 
 
 def table(results: list[Row]) -> list[str]:

@@ -23,7 +23,7 @@ from methods import add_arguments
 from llmsqueeze.allocation.prediction import predicted
 from llmsqueeze.cli.terminal import hush
 from llmsqueeze.compress.decision.decide import Decision
-from llmsqueeze.compress.forecast import KINDS, seconds
+from llmsqueeze.compress.forecast.needs import KINDS, seconds
 from llmsqueeze.compress.job import open_job
 from llmsqueeze.compress.reuse import given_plan, open_plan
 from llmsqueeze.evaluation.evaluate import evaluate

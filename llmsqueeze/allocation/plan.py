@@ -24,7 +24,8 @@ from llmsqueeze.recipe.recipe import Recipe
 
 Format = Literal["native", "compressed-tensors"]
 BESIDE_NBYTES: dict[Format, int] = {"native": 0, "compressed-tensors": 16}  # the latter stores each weight's shape
-TOWER_BITS, TOWER_GROUPS = 8, (128, 64, 32)
+BESIDE_GROUPS = {8: (128, 64, 32), 4: (32, 64, 128)}  # width -> group sizes of what is rounded beside the budget
+TOWER_BITS = 8
 UNMEASURED_BITS = 7  # of a weight in a linear to be coded that no sample reaches
 
 
@@ -148,12 +149,13 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The linears to compress, and the format of the result. Everything else stays as it is, but for those of
-    other towers and projectors that are rounded (`towers`), which no budget counts."""
+    """The linears to compress, and the format of the result. Everything else stays as it is, but for what is rounded
+    to a fixed width beside them: linears of other towers and projectors, embeddings and head. A budget of bits does
+    not count it."""
 
     weights: Mapping[str, WeightPlan]
     format: Format = "native"
-    towers: Mapping[str, WeightPlan] = field(default_factory=dict)
+    beside: Mapping[str, WeightPlan] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -165,9 +167,19 @@ class Plan:
         return self.weights[name].nbytes + BESIDE_NBYTES[self.format] * self.weights[name].pieces
 
     @property
-    def towers_nbytes(self) -> int:
-        """Bytes of everything stored for the linears of other towers and projectors."""
-        return sum(weight.nbytes for weight in self.towers.values())
+    def towers(self) -> dict[str, WeightPlan]:
+        """The rounded linears of other towers and projectors."""
+        return {name: weight for name, weight in self.beside.items() if not weight.end}
+
+    @property
+    def ends(self) -> dict[str, WeightPlan]:
+        """The rounded embeddings and head."""
+        return {name: weight for name, weight in self.beside.items() if weight.end}
+
+    @property
+    def beside_nbytes(self) -> int:
+        """Bytes of everything stored for what is rounded beside the budget."""
+        return sum(weight.nbytes for weight in self.beside.values())
 
     @property
     def numel(self) -> int:
@@ -255,7 +267,10 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     if why and recipe.portable:
         raise RecipeError(f"--portable contradicts {why}")
     if why or recipe.portable is False:
-        return Plan(weights, towers=_tower_plans(skeleton) if recipe.rounds_towers else {})
+        towers = _tower_plans(skeleton) if recipe.rounds_towers else {}
+        ends = skeleton.ends if recipe.embeddings else []
+        rounded = {name: _rounded(skeleton, name, recipe.embeddings, end=True) for name in ends}
+        return Plan(weights, beside=towers | rounded)
     return Plan(weights, "compressed-tensors")
 
 
@@ -265,13 +280,15 @@ def _tower_plans(skeleton: Skeleton) -> dict[str, WeightPlan]:
     if not names:
         kind = type(skeleton.model).__name__
         raise RecipeError(f"--vision rtn8 belongs to multimodal models: {kind} has no tower for another sense")
-    plans = {}
-    for name in names:
-        rows, cols = shape = skeleton.shape(name)
-        size = next((size for size in TOWER_GROUPS if cols % size == 0), -1)
-        grids = (Rows(Grid(TOWER_BITS, size, True), rows),)
-        plans[name] = WeightPlan(name, shape, dtype_of_parts(skeleton.dtype(name)), "rtn", grids)
-    return plans
+    return {name: _rounded(skeleton, name, TOWER_BITS) for name in names}
+
+
+def _rounded(skeleton: Skeleton, name: str, bits: int, end: bool = False) -> WeightPlan:
+    """A weight that is rounded to nearest at a fixed width."""
+    rows, cols = shape = skeleton.shape(name)
+    size = next((size for size in BESIDE_GROUPS[bits] if cols % size == 0), -1)
+    grids = (Rows(Grid(bits, size, True), rows),)
+    return WeightPlan(name, shape, dtype_of_parts(skeleton.dtype(name)), "rtn", grids, end=end)
 
 
 def _base_weight(skeleton: Skeleton, name: str, recipe: Recipe) -> WeightPlan:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsqueeze.cli.measurement import takes_measurement
+from llmsqueeze.cli.methods import takes_methods
 from llmsqueeze.cli.options import MODEL_HELP
 from llmsqueeze.cli.terminal import Outcome, hush, verb
 from llmsqueeze.errors import RecipeError
@@ -17,6 +18,7 @@ from llmsqueeze.progress import Progress
 
 @verb
 @takes_measurement
+@takes_methods
 def compare(
     model: Annotated[str, typer.Argument(help="The original: " + MODEL_HELP)],
     folders: Annotated[
@@ -28,10 +30,12 @@ def compare(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the comparison as an HTML page.")] = None,
     *,
+    methods: dict[str, Any] | None,
     given: dict[str, Any],
     progress: Progress,
 ) -> Outcome:
-    """Measure MODEL and FOLDERS in one harness: bytes, loss, divergence, changed tokens, tasks; draw the result."""
+    """Measure MODEL and FOLDERS, or results of --methods, in one harness: bytes, loss, divergence, changed tokens,
+    tasks; draw the result."""
     from llmsqueeze.cli.tables.results import print_comparison
     from llmsqueeze.evaluation import compare as comparing
     from llmsqueeze.files import FRONTIER
@@ -44,7 +48,14 @@ def compare(
     if html is not None and (html.is_dir() or not html.parent.is_dir()):
         raise RecipeError(f"--html {html} cannot be written: name a file in a folder that exists")
     types = [choice(("nf4", "int8"))("bnb", one) for one in bnb or []]
-    result = comparing.compare(model, folders or [], bnb_types=types, **given, progress=progress)
+    compared = list(folders or [])
+    if methods is not None:
+        from llmsqueeze.compress.several import quantize_each
+        from llmsqueeze.model.original import Source
+
+        source = Source(model, trust_remote_code=given["trust_remote_code"])
+        compared += quantize_each(source, **methods, device=given["device"], progress=progress)
+    result = comparing.compare(model, compared, bnb_types=types, **given, progress=progress)
     if launched.follows():
         return Outcome(result, print_comparison, met=not result["left_out"])
     kept = comparing.save_comparison(result)

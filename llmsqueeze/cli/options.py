@@ -43,7 +43,7 @@ PANELS = {  # groups of the help -> options of a recipe, in the order of the tab
     "Budgets": (
         *("max_ppl_increase", "max_kl", "granularity", "widths", "group_sizes", "row_outliers", "dual", "labels"),
     ),
-    "What is compressed and written": ("skip", "code_embeddings", "vision", "portable", "pack"),
+    "What is compressed and written": ("skip", "embeddings", "code_embeddings", "vision", "portable", "pack"),
     "After the rounding": ("lorc_rank", "lorc", "distill_steps", "distill_loss"),
     "Text and measurements": (
         *("text_field", "samples", "seq_len", "pack_documents", "seed", "all_experts", "products"),
@@ -150,14 +150,15 @@ def asked(table: type[Table], arguments: dict[str, Any]) -> dict[str, Any]:
 def with_options(
     command: Callable[..., Outcome],
     options: list[inspect.Parameter],
-    collect: Callable[[dict[str, Any]], dict[str, Any]],
+    collect: Callable[[dict[str, Any]], dict[str, Any] | None],
+    place: str = "given",
 ) -> Callable[..., Outcome]:
-    """`command` with these options in the place of its parameter `given`, into which they are collected."""
+    """`command` with these options in the place of one of its parameters, into which they are collected."""
     own = list(inspect.signature(command, eval_str=True).parameters.values())
-    at = [parameter.name for parameter in own].index("given")
+    at = [parameter.name for parameter in own].index(place)
 
     def wrapped(**arguments: Any) -> Outcome:
-        given = collect({option.name: arguments.pop(option.name) for option in options})
-        return command(given=given, **arguments)
+        collected = collect({option.name: arguments.pop(option.name) for option in options})
+        return command(**{place: collected}, **arguments)
 
     return with_parameters(wrapped, command, [*own[:at], *options, *own[at + 1 :]])

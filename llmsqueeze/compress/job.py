@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears
+from llmsqueeze.compress.decision.bend import bent
 from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.errors import RecipeError, UnsupportedError, first_line
 from llmsqueeze.files import ADAPTER_WEIGHTS
@@ -86,10 +87,10 @@ class Job:
 
     @property
     def kept_nbytes(self) -> int:
-        """Bytes of all weights beside the planned linears, of rounded towers as they will be."""
-        replaced = (*self.plan.weights, *self.plan.towers)
+        """Bytes of all weights beside the planned linears, of those that are rounded too as they will be."""
+        replaced = (*self.plan.weights, *self.plan.beside)
         dense = sum(self.skeleton.nbytes(f"{name}.weight") for name in replaced)
-        return self.nbytes_original - dense + self.plan.towers_nbytes
+        return self.nbytes_original - dense + self.plan.beside_nbytes
 
     @property
     def nbytes_original(self) -> int:
@@ -153,9 +154,13 @@ def open_job(
         )
     if find_towers(original.skeleton.model) and not any((original.path / name).exists() for name in PROCESSORS):
         progress.note(f"{original.path} has no processor ({PROCESSORS[0]}); the result will have none either")
-    recipe = with_products(recipe, progress, device)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
-    return with_text(job, progress) if (recipe.needs_text if text is None else text) else job
+    if recipe.bends:
+        recipe, note = bent(recipe, original.skeleton, job.kept_nbytes, job.nbytes_original)
+        progress.note(note)
+        job = job.asking(recipe)
+    job = replace(job, recipe=with_products(recipe, progress, device))
+    return with_text(job, progress) if (job.recipe.needs_text if text is None else text) else job
 
 
 def in_turn(skeleton: Skeleton, progress: Progress) -> Skeleton:

@@ -12,8 +12,8 @@ from llmsqueeze.allocation.options import request_of
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.compress.decision.decide import Decision, decide
 from llmsqueeze.compress.fingerprint import fingerprint
+from llmsqueeze.compress.forecast.room import bytes_needed
 from llmsqueeze.compress.job import Job, measure_job, open_job
-from llmsqueeze.compress.room import bytes_needed
 from llmsqueeze.compress.summary import Summary, summarize
 from llmsqueeze.compress.weights import resume
 from llmsqueeze.compress.weights.blocks import Run, compress_blocks, needed_streams
@@ -201,7 +201,8 @@ def begin_weights(
     skeleton, recipe, decided = run.walk.skeleton, run.recipe, run.decision.plan
     ends = compress_ends(run) | compress_outer(run, inputs)
     done, tally, shards = Tally(), Tally(), list[str]()
-    for name, one in ends.items():
+    planned = {name: one for name, one in ends.items() if name in decided.weights}
+    for name, one in planned.items():
         of_kind = done if decided.weights[name].end else tally
         for each in (done, of_kind):
             each.add(decided.weights[name], final_plan(decided.weights[name], one.parts), numbers_of(one))
@@ -216,7 +217,7 @@ def begin_weights(
         shards.append(output.last_shard)
     if witness is not None:
         witness.see_outside(dense)
-    resume.note(output, run.walk, resume.START, None, shards, decided, ends, run.pace, witness, streams)
+    resume.note(output, run.walk, resume.START, None, shards, decided, planned, run.pace, witness, streams)
     return Resumed(0, streams, done.plans, tally), witness
 
 

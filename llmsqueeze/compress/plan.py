@@ -11,11 +11,11 @@ from llmsqueeze.allocation.plan_yaml import PLAN, PROFILE, write_plan
 from llmsqueeze.allocation.prediction import likely
 from llmsqueeze.compress.decision.decide import Decision, decide
 from llmsqueeze.compress.decision.outlook import curve, table
+from llmsqueeze.compress.forecast.room import bytes_needed
+from llmsqueeze.compress.forecast.trial import run_trial
 from llmsqueeze.compress.job import Job, model_name, open_job
 from llmsqueeze.compress.reuse import rows_by, stored_or_measured
-from llmsqueeze.compress.room import bytes_needed
-from llmsqueeze.compress.summary import portability, rounded_towers
-from llmsqueeze.compress.trial import run_trial
+from llmsqueeze.compress.summary import portability, rounded_beside
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.formats.imports.quantized import as_dense
 from llmsqueeze.measure.profile import Profile
@@ -104,7 +104,8 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
         "predicted_loss_interval": None if decision.predicted is None else likely(decision.predicted),
         "rows": table(decision, [*job.skeleton.linears, job.skeleton.outer], profile),
         **portability(job, decision),
-        "towers": rounded_towers(job),
+        "towers": rounded_beside(job, job.plan.towers),
+        "embeddings": rounded_beside(job, job.plan.ends),
         "curve": curve(job.plan, job.recipe, profile) if decision.predicted is not None else [],
         "blocks": job.skeleton.linears,
         "weights": {name: 8 * plan.nbytes_of(name) / weight.numel for name, weight in plan.weights.items()},

@@ -12,10 +12,10 @@ from typing import Any
 
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.fingerprint import earlier_products, fingerprint
+from llmsqueeze.compress.forecast.room import check_room
 from llmsqueeze.compress.job import Job, model_name, open_job, with_text
 from llmsqueeze.compress.pipeline import compress
 from llmsqueeze.compress.reuse import given_plan, given_profile, open_plan
-from llmsqueeze.compress.room import check_room
 from llmsqueeze.compress.search import HELD_BACK, smallest_within
 from llmsqueeze.errors import RecipeError, SqueezeError
 from llmsqueeze.files import read_json_if_there, write_json

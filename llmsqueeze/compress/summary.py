@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmsqueeze.allocation.plan import unfit, why_native
+from llmsqueeze.allocation.plan import WeightPlan, unfit, why_native
 from llmsqueeze.allocation.prediction import likely
 from llmsqueeze.compress.decision.decide import Decision
 from llmsqueeze.compress.job import Job
@@ -29,8 +29,9 @@ class Summary:
     text_begins: the first characters of the first calibration sample, as the model sees them, of a text that the user
     named; "" else. experts: of their matrices that were fitted to inputs, how many there are (`matrices`), how many saw
     few tokens (`few`) and how many none (`none`).
-    towers: of the rounded linears of other towers and projectors, their number (`linears`), their bytes (`nbytes`) and
-    those of the original (`nbytes_original`); None if they stay as they are. unreached: how many linears no text
+    towers: of the rounded linears of other towers and projectors, their number (`linears`), width (`bits`), bytes
+    (`nbytes`) and those of the original (`nbytes_original`); None if they stay as they are; embeddings: the same of
+    rounded embeddings and head. unreached: how many linears no text
     reaches, such as those that look at images alone: they are rounded as if all their inputs counted the same.
     left_out: how many `tensors` of how many bytes (`nbytes`) the original has that its model does not use.
     ends_nbytes: bytes of embeddings and head as they are in the original; 0 if they are compressed. made_from: the
@@ -62,6 +63,7 @@ class Summary:
     predicted_portable: float | None
     experts: dict[str, int] | None
     towers: dict[str, int] | None
+    embeddings: dict[str, int] | None
     unreached: int
     left_out: dict[str, int] | None
     ends_nbytes: int
@@ -83,6 +85,7 @@ def summarize(
     """The summary of a folder that has been written. by_weight: kind of number -> weight -> number."""
     plan, seen = decision.plan, by_weight.get("chances", {})
     planned = [name for name, weight in plan.weights.items() if not weight.end]
+    changed = {**plan.weights, **job.plan.beside}
     return Summary(
         out=str(output.final),
         model=job.source.name,
@@ -105,10 +108,11 @@ def summarize(
         **opened.as_dict(),
         **portability(job, decision),
         experts=record.experts(by_weight.get("tokens", {})),
-        towers=rounded_towers(job),
+        towers=rounded_beside(job, job.plan.towers),
+        embeddings=rounded_beside(job, job.plan.ends),
         unreached=len(set(planned) - set(seen)) if job.recipe.needs_moments else 0,
         left_out=left_out(job),
-        ends_nbytes=sum(job.skeleton.nbytes(f"{n}.weight") for n in job.skeleton.ends if n not in plan.weights),
+        ends_nbytes=sum(job.skeleton.nbytes(f"{n}.weight") for n in job.skeleton.ends if n not in changed),
     )
 
 
@@ -119,12 +123,18 @@ def made_from(job: Job) -> str:
     return " ".join(filter(None, [source.read_from and f"{source.name} ({source.read_from})", merged]))
 
 
-def rounded_towers(job: Job) -> dict[str, int] | None:
-    """`towers` of a summary."""
-    if not (towers := job.plan.towers):
+def rounded_beside(job: Job, weights: Mapping[str, WeightPlan]) -> dict[str, int] | None:
+    """`towers` and `embeddings` of a summary."""
+    if not weights:
         return None
-    original = sum(job.skeleton.nbytes(f"{name}.weight") for name in towers)
-    return {"linears": len(towers), "nbytes": job.plan.towers_nbytes, "nbytes_original": original}
+    original = sum(job.skeleton.nbytes(f"{name}.weight") for name in weights)
+    bits = int(next(iter(weights.values())).code_bits)
+    return {
+        "linears": len(weights),
+        "bits": bits,
+        "nbytes": sum(weight.nbytes for weight in weights.values()),
+        "nbytes_original": original,
+    }
 
 
 def left_out(job: Job) -> dict[str, int] | None:

@@ -50,7 +50,7 @@ NEW_IN_2 = {"rows", "half"}
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """The entry `quantization_config` of `config.json`."""
-    planned = {**plan.weights, **plan.towers}
+    planned = {**plan.weights, **plan.beside}
     weights = {name: {"shape": list(w.shape), "parts": w.specs} for name, w in planned.items()}
     return {"quant_method": METHOD, "format_version": format_version(plan), "weights": weights}
 

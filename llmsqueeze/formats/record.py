@@ -91,6 +91,7 @@ class Record(BaseModel):
     nbytes: Count = 0
     nbytes_original: Count = 0
     towers: list[str] = []
+    embeddings: list[str] = []
     files: list[str] | None = None
     errors: dict[str, float | None] = {}
     chances: dict[str, float | None] = {}
@@ -158,7 +159,7 @@ def outcome(
         "quantized_weights": plan.numel,
         "nbytes": nbytes,
         "nbytes_original": nbytes_original,
-        **({"towers": list(plan.towers)} if plan.towers else {}),
+        **{kind: list(names) for kind, names in (("towers", plan.towers), ("embeddings", plan.ends)) if names},
         **{kind: {name: float(f"{one:.6g}") for name, one in numbers.items()} for kind, numbers in by_weight.items()},
     }
 

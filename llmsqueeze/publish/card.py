@@ -119,17 +119,19 @@ def _sizes(folder: Folder) -> str:
     before, after = int(folder.nbytes_original or 0), folder.nbytes
     share = f" ({100 * after / before:.1f} % of the original)" if before else ""
     codes = finite(folder.record.get("code_bits"))
+    others = "norms" if folder.ends or folder.recipe.get("code_embeddings") else "embeddings, norms"
     rows = [
         ("All weights", exact_size(before), exact_size(after) + share),
         ("Bits per weight, everything counted", "", fixed(folder.bits_per_weight, 2)),
         *([("Bits per code, on average", "", significant(codes))] if codes else []),
         *([("Quantized linear layers", "", f"{len(folder.linears):,}")] if folder.linears else []),
         *([("Linear layers of other towers, at 8 bits", "", f"{len(folder.towers):,}")] if folder.towers else []),
+        *([("Embeddings and head", "", folder.ends[0].parts)] if folder.ends else []),
     ]
     return (
         f"{table(('', 'Original', 'This model'), rows)}\n\n"
         f"The bits per weight count all data of the {folder.weights:,} weights in the quantized linear layers: codes, "
-        "scales, zero points, outliers and their positions. The other layers (embeddings, norms) are unchanged. They "
+        f"scales, zero points, outliers and their positions. The other layers ({others}) are unchanged. They "
         "count in the bytes, but not in the bits per weight."
     )
 

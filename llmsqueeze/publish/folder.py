@@ -35,7 +35,7 @@ class Folder:
 
     `record`: `llmsqueeze.json`. `evaluation`, `comparison`: the scores, empty if not measured. `entries`: the linears
     in the config, empty if the folder holds ordinary weights. `linears`: in the order of their compression. `towers`:
-    those of other towers and projectors, which are not among them.
+    those of other towers and projectors, and `ends`: rounded embeddings and head, which are not among them.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Folder:
     entries: Mapping[str, Entry]
     linears: Sequence[Linear]
     towers: Sequence[Linear] = ()
+    ends: Sequence[Linear] = ()
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -111,7 +112,8 @@ def read_folder(path: Path) -> Folder:
     checkpoint = joined(open_checkpoint(path))
     record = read_record(path)
     entries = read_entries(checkpoint) if is_compressed(checkpoint) or not record else {}
-    errors, towers = output_errors(record), set(names) if isinstance(names := record.get("towers"), list) else set()
+    errors = output_errors(record)
+    towers, ends = (set(record.get(kind, ())) for kind in ("towers", "embeddings"))
     linears = compressed_linears(checkpoint, entries, errors) if entries else dense_linears(checkpoint, errors)
     return Folder(
         name=path.resolve().name,
@@ -120,8 +122,9 @@ def read_folder(path: Path) -> Folder:
         evaluation=read_json_if_there(path / EVALUATION),
         comparison=read_json_if_there(path / COMPARISON),
         entries=entries,
-        linears=[linear for linear in linears if linear.name not in towers],
+        linears=[linear for linear in linears if linear.name not in towers | ends],
         towers=[linear for linear in linears if linear.name in towers],
+        ends=[linear for linear in linears if linear.name in ends],
     )
 
 

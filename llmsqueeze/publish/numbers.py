@@ -108,10 +108,10 @@ def code_widths(bits: float) -> str:
     return width if float(bits).is_integer() else f"{width} on average"
 
 
-def towers(counts: Mapping[str, int]) -> str:
-    """The rounded linears of other towers and projectors, of the numbers in a summary."""
+def rounded(counts: Mapping[str, int], what: str = "linears") -> str:
+    """What is rounded beside the budget, of the numbers in a summary."""
     before = size(counts["nbytes_original"])
-    return f"{counts['linears']} linears at 8 bits (rtn), {size(counts['nbytes'])}, were {before}"
+    return f"{counts['linears']} {what} at {counts['bits']} bits (rtn), {size(counts['nbytes'])}, were {before}"
 
 
 def experts(counts: Mapping[str, int]) -> str:

@@ -19,15 +19,15 @@ from llmsqueeze.publish.provenance import chosen
 
 @dataclass(frozen=True)
 class Row:
-    """Linears whose names differ only by a number: how many, their parts in words, their weights, their bytes. tower:
-    whether they belong to another tower or a projector; what is said of all linears is without them."""
+    """Linears whose names differ only by a number: how many, their parts in words, their weights, their bytes. beside:
+    whether they are of other towers, embeddings or the head; what is said of all linears is without them."""
 
     pattern: str
     count: int
     parts: str
     weights: int
     nbytes: int
-    tower: bool = False
+    beside: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -56,7 +56,7 @@ class Contents:
 
     @property
     def bits_per_weight(self) -> float:
-        rows = [row for row in self.rows if not row.tower]
+        rows = [row for row in self.rows if not row.beside]
         return sum(row.nbytes for row in rows) * 8 / sum(row.weights for row in rows)
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def _fold(folder: Folder) -> list[Row]:
         mixed = any("rows" in spec for spec in entry.specs)
         grids = "" if mixed else " + ".join(str(parts.spec_grid(spec)) for spec in parts.with_grid(entry.specs))
         groups.setdefault((pattern, grids), []).append(name)
-    towers = {linear.name for linear in folder.towers}
-    nbytes = {linear.name: linear.nbytes or 0 for linear in (*folder.linears, *folder.towers)}
+    beside = {linear.name for linear in (*folder.towers, *folder.ends)}
+    nbytes = {linear.name: linear.nbytes or 0 for linear in (*folder.linears, *folder.towers, *folder.ends)}
     return [
         Row(
             pattern,
@@ -115,7 +115,7 @@ def _fold(folder: Folder) -> list[Row]:
             describe([folder.entries[name] for name in names]),
             sum(folder.entries[name].numel for name in names),
             sum(nbytes[name] for name in names),
-            names[0] in towers,
+            names[0] in beside,
         )
         for (pattern, _), names in groups.items()
     ]

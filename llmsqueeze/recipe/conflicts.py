@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmsqueeze.errors import nearest
-from llmsqueeze.recipe.methods import BUDGETS, METHODS, Method, methods_of
+from llmsqueeze.recipe.methods import BUDGETS, Method, methods_of
 from llmsqueeze.recipe.options import Asked
 from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.values import flag
@@ -29,6 +29,8 @@ def conflicts(given: Mapping[str, Any], entry: Method) -> Iterator[str]:
     yield from _about_grids(given, entry)
     if "group_size" in given and "group_sizes" in given:
         yield f"{phrase(given, 'group_size')} contradicts {phrase(given, 'group_sizes')}: name the sizes once"
+    if given.get("code_embeddings") and given.get("embeddings"):
+        yield f"--code-embeddings contradicts {phrase(given, 'embeddings')}: one of them decides what they become"
     if given.get("row_outliers") and given.get("outliers"):
         yield f"{phrase(given, 'row_outliers')} contradicts {phrase(given, 'outliers')}: one of them chooses outliers"
     if importance == "uniform":
@@ -58,21 +60,27 @@ def _about_budget(given: Mapping[str, Any], entry: Method) -> Iterator[str]:
         yield (
             f"--method {entry.name} needs a budget: --bits 2.7, --size 4GB, --max-ppl-increase 0.02 or --max-kl 0.05"
         )
-    if given.get("lorc_rank") == "auto":
+    bends = entry.bends if _averaged(given) else ""
+    if given.get("lorc_rank") == "auto" and not bends:
         barred = f"--method {entry.name}" if entry.name != "budget" else ""
         barred = barred or ("--lorc plain" if given.get("lorc") == "plain" else "")
         barred = barred or ("--importance uniform" if given.get("importance") == "uniform" else "")
         if barred:
-            yield f"--lorc-rank auto contradicts {barred}: --method budget buys input-weighted ranks by their cost"
+            else_ = f"; with --method {entry.name} it needs --size or fractional --bits" if entry.bends else ""
+            yield f"--lorc-rank auto contradicts {barred}: --method budget buys input-weighted ranks by cost{else_}"
+    elif bends in given and given.get("lorc_rank") != "auto":
+        yield f"{phrase(given, bends)} contradicts {named[0]}: the budget decides it for --method {entry.name}"
     if given.get("distill_steps") and len({"max_ppl_increase", "max_kl"} & given.keys()):
         yield f"{phrase(given, 'distill_steps')} contradicts a bound on quality, which is measured before distillation"
     if bits is not None and "mix" in entry.allows:
         yield from _about_rows(given)
-    elif bits is not None and not entry.budget and (isinstance(bits, float) or bits < 2):
-        yield (
-            f"--bits {bits:g} is no width of --method {entry.name} (2 to 8); an average belongs to "
-            f"{', '.join(name for name, one in METHODS.items() if one.budget or 'mix' in one.allows)}"
-        )
+    elif bits is not None and not entry.budget and bits < 2:
+        yield f"--bits {bits:g} is too narrow for --method {entry.name}: its codes have 2 to 8 bits"
+
+
+def _averaged(given: Mapping[str, Any]) -> bool:
+    """Whether the bytes of the result are asked for, not the width of its codes."""
+    return isinstance(given.get("bits"), float) or "size" in given
 
 
 def _about_rows(given: Mapping[str, Any]) -> Iterator[str]:
@@ -99,11 +107,11 @@ def _about_grids(given: Mapping[str, Any], entry: Method) -> Iterator[str]:
     if entry.implies.get("levels") == "dual":
         if levels not in (None, "dual"):
             yield f"--levels {levels} does not apply to --method {entry.name}, whose levels are dual"
-        if given.get("bits") not in (None, 2):
+        if given.get("bits") not in (None, 2) and not isinstance(given["bits"], float):
             yield f"{phrase(given, 'bits')} does not apply to --method {entry.name}: two planes of one bit are 2 bits"
     elif levels == "dual" and entry.budget:
         yield f"--levels dual does not apply to --method {entry.name}; --method budget takes --dual"
-    elif levels == "dual" and given.get("bits") != 2 and "mix" not in entry.allows:
+    elif levels == "dual" and given.get("bits") != 2 and "mix" not in entry.allows and not _averaged(given):
         yield f"--levels dual needs --bits 2, not {given.get('bits', 3):g}"
     if asymmetric and (levels == "dual" or entry.implies.get("levels") == "dual"):
         yield "--asymmetric contradicts dual levels: each group has two scales and no zero"
@@ -156,6 +164,14 @@ def phrase(given: Mapping[str, Any], name: str) -> str:
     return f"{flag(name)} {value}"
 
 
+def _beside_unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Of what is rounded beside the linears, the same."""
+    if recipe.embeddings:
+        yield f"--embeddings {recipe.embeddings}", "transformers does not open rounded embeddings"
+    if recipe.rounds_towers:
+        yield "--vision rtn8", "whether other programs read compressed towers is not known"
+
+
 def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The settings that compressed-tensors cannot represent, and why."""
     if recipe.entry.native:
@@ -168,8 +184,7 @@ def unportable(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "outliers", "no other runtime opens outliers"
     if recipe.packs:
         yield "--pack rans", "no other runtime decodes its streams"
-    if recipe.rounds_towers:
-        yield "--vision rtn8", "whether other programs read compressed towers is not known"
+    yield from _beside_unportable(recipe)
     if recipe.lorc_rank:
         yield f"--lorc-rank {recipe.lorc_rank}", "the low-rank factors need an adapter beside the model"
     if recipe.dual or (recipe.levels == "dual" and not recipe.entry.native):

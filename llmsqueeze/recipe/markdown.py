@@ -24,8 +24,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def methods_table() -> str:
     """Every method with its sentence and source."""
     return table(
-        ("`--method`", "what it does", "source", "rounding"),
-        [(f"`{entry.name}`", entry.help, entry.source, "yes" if entry.rounds else "") for entry in METHODS.values()],
+        ("`--method`", "what it does", "source", "rounding", "what `--size` or fractional `--bits` decides"),
+        [
+            (f"`{entry.name}`", entry.help, entry.source, "yes" if entry.rounds else "", entry.decided)
+            for entry in METHODS.values()
+        ],
     )
 
 

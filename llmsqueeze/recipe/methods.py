@@ -18,6 +18,14 @@ ON_GRIDS = ("group_size", "symmetric", "levels", "search", "pack")
 OUTLIERS = ("outliers", "outlier_ranking", "outlier_scope")
 BOUNDS = ("max_ppl_increase", "max_kl")
 BUDGETS = ("bits", "size", *BOUNDS)  # a recipe names one of them
+DECIDED = {
+    "blocks": "how many blocks have the high width",
+    "rows": "how many rows have the high width",
+    "options": "the width of each row",
+    "steps": "the steps",
+    "group_size": "the width of the codes, and the group size",
+    "outliers": "the width of the codes, and the share of outliers",
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,18 @@ class Method:
     priced_by: str = ""
 
     @property
+    def bends(self) -> str:
+        """The option that a budget decides, of methods that spend none on widths (compress/decision/bend.py)."""
+        if self.decides or not self.on_grids:
+            return ""
+        return "outliers" if "outliers" in self.implies else "group_size"
+
+    @property
+    def decided(self) -> str:
+        """What a budget decides, in words."""
+        return DECIDED.get(self.bends or self.decides, "")
+
+    @property
     def on_grids(self) -> bool:
         """Whether its codes lie on grids."""
         return "group_size" in self.allows
@@ -76,7 +96,7 @@ ENTRIES = (
         report="entropy-coded integers whose steps come from one multiplier for the whole model",
         source="ours, after arXiv 2603.04956",
         decides="steps",
-        allows=("size", *BOUNDS, *OUTLIERS, "labels", "code_embeddings"),
+        allows=(*BOUNDS, *OUTLIERS, "labels", "code_embeddings"),
         implies={"quantizer": "coded", "inputs": "corrected", "labels": "model"},
         measures=("steps",),
         budget=True,
@@ -90,7 +110,7 @@ ENTRIES = (
         source="ours",
         decides="options",
         allows=(
-            *(*ON_GRIDS, *OUTLIERS, *BOUNDS, "size", "quantizer", "labels", "importance", "granularity", "widths"),
+            *(*ON_GRIDS, *OUTLIERS, *BOUNDS, "quantizer", "labels", "importance", "granularity", "widths"),
             *("group_sizes", "row_outliers", "dual"),
         ),
         implies={"labels": "model", "levels": "by-width"},
@@ -118,9 +138,7 @@ ENTRIES = (
         report="important decoder blocks get more bits, the others fewer",
         source="arXiv 2406.17415",
         decides="blocks",
-        allows=(
-            *(*ON_GRIDS, *OUTLIERS, *BOUNDS, "size", "quantizer", "labels", "importance", "high_bits", "low_bits"),
-        ),
+        allows=(*(*ON_GRIDS, *OUTLIERS, *BOUNDS, "quantizer", "labels", "importance", "high_bits", "low_bits"),),
         implies={"bits": 3},
         importance={
             "lim": "lim",
@@ -141,7 +159,7 @@ ENTRIES = (
         source="arXiv 2412.14590",
         decides="rows",
         allows=(
-            *(*ON_GRIDS, *OUTLIERS, "size", "quantizer", "labels", "importance", "high_bits", "low_bits"),
+            *(*ON_GRIDS, *OUTLIERS, "quantizer", "labels", "importance", "high_bits", "low_bits"),
             *("high_fraction", "mix"),
         ),
         native="runtimes need one width per fusion group",

@@ -19,6 +19,7 @@ from llmsqueeze.recipe.values import (
     mix,
     nbytes,
     number,
+    one_width,
     patterns,
     rank,
     shares,
@@ -132,6 +133,9 @@ class Asked(Table):
     pack: str | None = one_of(("rans", "none"), "rans: store the codes entropy-coded, in fewer bytes", "none")
     code_embeddings: bool | None = option(
         boolean, "Code embeddings and head too, and count them in the budget", "they stay", flag="--code-embeddings"
+    )
+    embeddings: int | None = option(
+        one_width((8, 4)), "Round embeddings and head to this many bits, beside the budget of bits: 8 or 4", "they stay"
     )
     all_experts: bool | None = option(
         boolean, "While moments are taken, every token goes to all experts", "where it is routed", flag="--all-experts"

@@ -34,7 +34,8 @@ class Recipe:
     bits: an int is the width of the codes, a float the average over the compressed weights; None if the budget is a
     size, a bound or a share of rows. A method without grids has the neutral values of the grid's options. group_size:
     open if nobody asked for one (`group_size_open`): then it bends to the model (`fitted`). low_bits and high_bits: 0
-    if the method has one width. Empty tuples and strings stand for options that the method does not use.
+    if the method has one width. embeddings: width of rounded embeddings and head, 0 if they are not. Empty tuples and
+    strings stand for options that the method does not use.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Recipe:
     portable: bool | None
     pack: str
     code_embeddings: bool
+    embeddings: int
     all_experts: bool
     vision: str
     labels: str
@@ -112,6 +114,13 @@ class Recipe:
     def budget_width(self) -> int | None:
         """The budget as the bytes of codes of this width; None if it is another."""
         return self.bits if self.entry.budget and isinstance(self.bits, int) else None
+
+    @property
+    def bends(self) -> str:
+        """The option that the budget decides, of a method that spends none on widths; "" if there is none."""
+        if not self.entry.bends or (self.size is None and self.average_bits is None):
+            return ""
+        return "lorc_rank" if self.buys_ranks else self.entry.bends
 
     @property
     def has_budget(self) -> bool:
@@ -219,6 +228,7 @@ class Recipe:
     def _has(self, option: str) -> bool:
         """Whether the option belongs to the method, and is not a flag at its default."""
         off = option in ("dual", "code_embeddings", "all_experts") and not getattr(self, option)
+        off = off or (option == "embeddings" and not self.embeddings)
         off = off or (option == "vision" and not self.rounds_towers)
         off = off or (option == "pack_documents" and self.pack_documents)
         return not off and (option in self.entry.allows or not methods_of(option))

@@ -91,6 +91,7 @@ def filled(given: Mapping[str, Any], entry: Method) -> Recipe:
     names = {field.name for field in dataclasses.fields(Recipe)}
     neutral: dict[str, Any] = {"high_bits": 0, "low_bits": 0, "mix": (), "granularity": "", "widths": ()}
     neutral |= {"group_sizes": (), "row_outliers": (), "dual": False, "portable": None, "code_embeddings": False}
+    neutral |= {"embeddings": 0}
     neutral |= {"all_experts": False, "vision": "dense", "pack_documents": True}
     neutral |= {"calibration": None, "size": None, "max_ppl_increase": None, "max_kl": None}
     settings: dict[str, Any] = {name: values.get(name, neutral.get(name)) for name in names - {"group_size_open"}}

@@ -42,6 +42,17 @@ def rank(key: str, value: Any) -> int | str:
     return whole(0)(key, integer)
 
 
+def one_width(allowed: Sequence[int]) -> Callable[[str, Any], int]:
+    """A check for one of some widths."""
+
+    def check(key: str, value: Any) -> int:
+        if isinstance(value, bool) or value not in allowed:
+            raise RecipeError(f"{flag(key)} is {value!r}; choose from {', '.join(map(str, allowed))}")
+        return int(value)
+
+    return check
+
+
 def number(low: float, high: float) -> Callable[[str, Any], float]:
     """A check for numbers from `low` to `high`."""
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from llmsqueeze.allocation.plan import base_plan
-from llmsqueeze.compress.forecast import Tried, added, between, block_work, forecast, seconds, with_opening, work_of
+from llmsqueeze.compress.forecast.needs import (
+    Tried,
+    added,
+    between,
+    block_work,
+    forecast,
+    seconds,
+    with_opening,
+    work_of,
+)
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.recipe.resolve import make_recipe

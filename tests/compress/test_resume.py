@@ -22,7 +22,7 @@ from llmsqueeze.errors import OutputError
 from llmsqueeze.model.original import Source
 
 RUNS: dict[str, dict[str, Any]] = {
-    "rtn": {"method": "rtn", "bits": 4},
+    "rtn": {"method": "rtn", "bits": 4, "portable": False, "embeddings": 4},
     "descent": {"method": "descent", "bits": 3, **TEXT},
     "budget": {"method": "budget", "bits": 3.0, "widths": [2, 4], **TEXT},
     "coded ends": {"method": "coded", "bits": 3.0, "code_embeddings": True, **TEXT},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import command, refused
 
-from llmsqueeze.compress import forecast, room
+from llmsqueeze.compress.forecast import needs, room
 from llmsqueeze.compress.job import open_job
 from llmsqueeze.model.original import Source
 from llmsqueeze.progress import Progress
@@ -48,6 +48,6 @@ def test_too_small_a_disk_is_refused(
 
 def test_processes_share_the_stages_that_have_samples_or_rows() -> None:
     times = {stage: {"seconds": 8.0, "processor_seconds": 4.0} for stage in ("forward", "round", "verify")}
-    shared = forecast.shared(times, 4)
+    shared = needs.shared(times, 4)
     assert [one["seconds"] for one in shared.values()] == [2.0, 2.0, 8.0]
-    assert forecast.shared(times, 1) == times
+    assert needs.shared(times, 1) == times

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmsqueeze.compress import trial
+from llmsqueeze.compress.forecast import trial
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import TEMPLATES, read_json, read_yaml, write_json
 from llmsqueeze.formats.exports import gguf

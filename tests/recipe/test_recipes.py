@@ -196,7 +196,7 @@ def test_all_wrong_values_are_said_at_once() -> None:
 
 
 def test_all_contradictions_are_said_at_once() -> None:
-    text = message(method="rtn", quantizer="gptq", outliers=0.01, widths="2,3", bits=2.5)
+    text = message(method="rtn", quantizer="gptq", outliers=0.01, widths="2,3", granularity="row")
     assert len(text.splitlines()) == 4
 
 
@@ -210,7 +210,6 @@ PORTABLE = {"method": "budget", "bits": 3, "portable": True}
 CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "rtn", "quantizer": "gptq"}, "--quantizer gptq", "--method rtn"),
     ({"method": "descent", "outliers": 0.01}, "--outliers 0.01", "--method descent"),
-    ({"method": "gptq", "size": "1GB"}, "--size", "--method gptq"),
     ({"method": "gwq", "importance": "lim"}, "--importance lim", "--method gwq"),
     ({"method": "budget", "bits": 3, "high_bits": 4}, "--high-bits 4", "--method budget"),
     ({"method": "budget", "bits": 3, "low_bits": 2}, "--low-bits 2", "--method budget"),
@@ -247,7 +246,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"method": "budget", "bits": 3, "levels": "half", "outliers": 0.01}, "--levels half", "--outliers 0.01"),
     ({"method": "budget", "bits": 3, "levels": "integer", "widths": "1"}, "--levels integer", "width 1 of --widths"),
     (PORTABLE | {"widths": "1,2"}, "--portable", "width 1 of --widths"),
-    ({"method": "gptq", "bits": 2.5}, "--bits 2.5", "--method gptq"),
     ({"method": "gwq", "bits": 1}, "--bits 1", "--method gwq"),
     ({"method": "mixllm", "bits": 4.4, "mix": "8:0.1"}, "--mix 8:0.1", "--bits 4.4"),
     ({"method": "mixllm", "bits": 4.4, "high_fraction": 0.1}, "--high-fraction 0.1", "--bits 4.4"),

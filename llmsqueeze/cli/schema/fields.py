@@ -46,10 +46,11 @@ class CalibrationText(Described):
     sha256: str = always("Of the tokens.")
 
 
-class Towers(Described):
-    """The rounded linears of other towers and projectors."""
+class Rounded(Described):
+    """What is rounded to a fixed width beside the linears: of other towers and projectors, or embeddings and head."""
 
     linears: int = always("Their number.")
+    bits: int = always("Their width.")
     nbytes: int = always("Their bytes.")
     nbytes_original: int = always("Their bytes in the original.")
 

@@ -17,7 +17,7 @@ class ShowRow(Described):
     parts: str = always("What each is made of, in words.")
     weights: int = always("Their weights.")
     nbytes: int = always("Their bytes.")
-    tower: bool = always("Whether they belong to another tower or a projector.")
+    beside: bool = always("Whether they are of other towers, embeddings or the head, which no budget of bits counts.")
     bits_per_weight: float = always("Their bits per weight.")
 
 

@@ -25,8 +25,8 @@ from llmsqueeze.cli.schema.fields import (
     CalibrationText,
     Described,
     Printed,
+    Rounded,
     Stage,
-    Towers,
     always,
     sometimes,
 )
@@ -96,7 +96,8 @@ class Quantize(Printed):
     why_native: str | None = WHY_NATIVE
     predicted_portable: float | None = PREDICTED_PORTABLE
     experts: Experts | None = always("Of a mixture of experts; else null.")
-    towers: Towers | None = always("With `--vision`; null if other towers stay as they are.")
+    towers: Rounded | None = always("With `--vision`; null if other towers stay as they are.")
+    embeddings: Rounded | None = always("With `--embeddings`; null if embeddings and head are not rounded so.")
     unreached: int = always("Linears that no text reaches, and that were rounded without moments.")
     left_out: LeftOut | None = always("Tensors that the model does not use; null if there are none.")
     ends_nbytes: int = always("Bytes of embeddings and head as they are in the original; 0 if they are compressed.")
@@ -144,7 +145,8 @@ class Plan(Printed):
     format: str = FORMAT
     why_native: str | None = WHY_NATIVE
     predicted_portable: float | None = PREDICTED_PORTABLE
-    towers: Towers | None = always("With `--vision`; null if other towers stay as they are.")
+    towers: Rounded | None = always("With `--vision`; null if other towers stay as they are.")
+    embeddings: Rounded | None = always("With `--embeddings`; null if embeddings and head are not rounded so.")
     curve: list[list[float]] = always("Bits per weight and predicted rise of the loss, by size; empty if not known.")
     blocks: list[list[str]] = always("Names of the linears of each block.")
     weights: dict[str, float] = always("Linear -> its bits per weight.")

@@ -15,7 +15,7 @@ from rich.table import Table
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
 from llmsqueeze.cli.tables.whole import Facts, Whole
-from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, significant, size, towers
+from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, rounded, significant, size
 
 MUCH_AT_ENDS = 0.4  # a share of the result that is worth a line
 
@@ -53,8 +53,6 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add("experts", experts(summary["experts"]))
     if summary["unreached"]:
         table.add("not reached", f"{summary['unreached']} linears get no input from text: rounded without moments")
-    if summary["towers"] is not None:
-        table.add("other towers", towers(summary["towers"]))
     table.add("format", format_and_why(summary))
     table.add("verified", verification(summary["verified"]))
     for label, text in opening(summary["opens"], summary["opened"], summary["not_opened"]):
@@ -78,12 +76,21 @@ def drawn(calibration: dict[str, Any]) -> str:
 def more_about(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What else there is to say of the bytes, and of the original."""
     if (share := summary["ends_nbytes"] / summary["nbytes"]) > MUCH_AT_ENDS:
-        how = "--method coded --code-embeddings codes them too"
+        how = "--embeddings 8 or 4 rounds them, --method coded --code-embeddings codes them"
         yield "", f"{share:.0%} of it are embeddings and head, which stay as they are ({how})"
+    yield from rounded_beside(summary)
     if (rest := summary["left_out"]) is not None:
         yield "left out", f"{rest['tensors']} tensors ({size(rest['nbytes'])}) that the model does not use"
     if summary["made_from"]:
         yield "made from", summary["made_from"]
+
+
+def rounded_beside(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is rounded beside the linears that a budget of bits counts."""
+    if summary["towers"] is not None:
+        yield "other towers", rounded(summary["towers"])
+    if summary["embeddings"] is not None:
+        yield "embeddings, head", rounded(summary["embeddings"], "matrices")
 
 
 def next_command(summary: dict[str, Any]) -> str:
@@ -221,8 +228,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted{widths}; "
         f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
     )
-    if plan["towers"] is not None:
-        out.print(f"other towers: {towers(plan['towers'])}")
+    for label, text in rounded_beside(plan):
+        out.print(f"{label}: {text}")
     for key, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):
         if any(row[key] for row in rows):
             factor = 100 if key == "dual" else 1

@@ -10,6 +10,8 @@ from llmsqueeze.allocation.plan import Plan, Rows, recipe_grid
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.recipe import Recipe
 
+NARROWEST = 2  # bits of the codes of a method whose budget bends one option
+
 
 def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original: int) -> int:
     """Bytes that the linears of `plan` may take; UNBOUNDED if the recipe names no budget.
@@ -18,13 +20,14 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
     before anything is measured.
     """
     if recipe.size is not None:
-        target, asked = recipe.size - kept_nbytes, f"--size {recipe.size} bytes"
+        target = recipe.size - kept_nbytes
     elif recipe.average_bits is not None:
-        target, asked = int(recipe.average_bits * plan.numel / 8), f"--bits {recipe.average_bits}"
+        target = int(recipe.average_bits * plan.numel / 8)
     elif recipe.budget_width is not None:
-        target, asked = uniform_nbytes(plan, recipe, recipe.budget_width), f"--bits {recipe.budget_width}"
+        target = uniform_nbytes(plan, recipe, recipe.budget_width)
     else:
         return UNBOUNDED
+    asked = asked_budget(recipe)
     if recipe.size is not None and recipe.size >= nbytes_original:
         raise RecipeError(f"{asked} is no less than the original's {nbytes_original}: there is nothing to do")
     smallest = narrowest(plan, recipe)
@@ -36,6 +39,11 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
             f"{kept_nbytes + smallest.nbytes} bytes, of which {kept_nbytes} stay as they are"
         )
     return target
+
+
+def asked_budget(recipe: Recipe) -> str:
+    """The budget as it was asked for, in bytes or bits."""
+    return f"--size {recipe.size} bytes" if recipe.size is not None else f"--bits {recipe.bits}"
 
 
 def uniform_nbytes(plan: Plan, recipe: Recipe, width: int) -> int:
@@ -50,6 +58,11 @@ def narrowest(plan: Plan, recipe: Recipe) -> Plan:
     if recipe.decides == "steps":
         weights = plan.weights.items()
         return plan.having({n: replace(w, coded_nbytes=coded.least_nbytes(w.shape)) for n, w in weights})
+    if recipe.bends:
+        whole_rows = recipe.bends == "group_size"
+        recipe = replace(recipe, bits=NARROWEST, group_size=-1 if whole_rows else recipe.group_size)
+        ranks = 1 if recipe.bends == "lorc_rank" else recipe.rank
+        plan = plan.having({n: replace(w, rank=ranks) for n, w in plan.weights.items()})
     if recipe.decides != "options":
         grids = [recipe_grid(recipe, recipe.code_bits)]
     else:

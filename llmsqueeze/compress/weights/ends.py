@@ -1,5 +1,5 @@
-"""Tensors outside the blocks: outer linears; embeddings and head, coded if the plan says so; linears of other towers,
-rounded if the plan says so; and all others unchanged."""
+"""Tensors outside the blocks: outer linears; embeddings and head, coded or rounded if the plan says so; linears of
+other towers, rounded if the plan says so; and all others unchanged."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ SHARD_BYTES = 1 << 30
 
 
 def compress_ends(run: Run) -> dict[str, Compressed]:
-    """Embeddings and head, if they are to be coded."""
+    """Embeddings and head, if they are to be coded or rounded."""
     compressed: dict[str, Compressed] = {}
     coding, device = run.decision.coding, run.walk.device
     for name, planned in run.decision.plan.weights.items():
         if planned.end and coding is not None:
             group = {name: run.walk.skeleton.read(f"{name}.weight").to(device).float()}
             compressed |= run.compress(group, group, factorize(coding.moments[name].to(device).clone()))
+    for name, planned in run.decision.plan.ends.items():
+        compressed[name] = Compressed(*round_beside(run, planned), None)
+        run.progress.weight(name, 8 * planned.nbytes / planned.numel, compressed[name].error)
     return compressed
 
 
@@ -94,7 +97,7 @@ def outside_shard(
         if module in ends and name != module:
             shard |= (compressed_tensors if portable else native).stored_tensors(module, ends[module].parts)
         elif module in towers and name != module:
-            rounded, dense = round_tower(run, towers[module])
+            rounded, dense, _ = round_beside(run, towers[module])
             shard |= native.stored_tensors(module, rounded)
             if witness is not None:
                 witness.see_outside({module: dense})
@@ -103,14 +106,14 @@ def outside_shard(
     return shard
 
 
-def round_tower(run: Run, planned: WeightPlan) -> tuple[list[Part], Tensor]:
-    """The parts of a linear of another tower, and their sum [rows, cols]."""
+def round_beside(run: Run, planned: WeightPlan) -> tuple[list[Part], Tensor, float]:
+    """The parts of a weight that is rounded beside the budget, their sum [rows, cols], and its relative error. The
+    scales of embeddings and head are searched."""
     skeleton, device = run.walk.skeleton, run.walk.device
     stored = skeleton.read(f"{planned.name}.weight").to(device).float()
     weight = as_rows(skeleton.module(planned.name), stored)
-    settings = replace(WeightSettings.of(run.recipe), pack=False, search=False)
-    rounded, dense, _ = compress_weight(weight, weight, planned, None, None, None, settings)
-    return rounded, dense
+    settings = replace(WeightSettings.of(run.recipe), pack=False, search=planned.end)
+    return compress_weight(weight, weight, planned, None, None, None, settings)
 
 
 def outside_shards(skeleton: Skeleton) -> list[list[str]]:

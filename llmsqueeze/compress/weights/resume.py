@@ -82,7 +82,7 @@ def note(
             for name, final in finals.items()
         },
         "pace": None if pace is None else pace.state(),
-        "witness": None if witness is None else witness.state([*compressed, *(plan.towers if step == START else ())]),
+        "witness": None if witness is None else witness.state([*compressed, *(plan.beside if step == START else ())]),
         "layouts": walk.layouts(0 if before is None else int(step.removeprefix(BLOCK)) + 1),
         "streams": [
             None if stream is None else f"{step}.{STREAMS[0] if stream is streams.original else kind}"

@@ -56,6 +56,7 @@ def history(folder: Folder) -> list[tuple[str, str]]:
         ("Budget", budget(recipe)),
         ("Compressed", f"{numbers.integer(folder.weights)} weights in {len(folder.linears):,} linear layers"),
         ("Other towers", f"{len(folder.towers):,} linear layers at 8 bits" if folder.towers else ""),
+        ("Embeddings, head", folder.ends[0].parts if folder.ends else ""),
         ("Calibration", calibration(folder)),
         ("Experts", numbers.experts(counts) if (counts := experts(mapping(record.get("tokens")))) else ""),
         ("Predicted loss", f"{fixed(predicted, 4, sign=True)} nats per token" if predicted is not None else ""),

@@ -22,7 +22,7 @@ import torch
 
 import llmsqueeze
 from llmsqueeze.compress.decision.decide import Decision
-from llmsqueeze.compress.forecast import Tried, added, between, forecast, seconds, shared, with_opening, work_of
+from llmsqueeze.compress.forecast.needs import Tried, added, between, forecast, seconds, shared, with_opening, work_of
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.compress.pipeline import write_rest, write_weights
 from llmsqueeze.compress.reuse import given_plan, open_plan
@@ -41,7 +41,7 @@ PACKAGE = Path(llmsqueeze.__file__).resolve().parents[1]
 TRIAL = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from llmsqueeze.compress.trial import main
+from llmsqueeze.compress.forecast.trial import main
 print(json.dumps(main(json.loads(sys.argv[2]))))
 """
 
