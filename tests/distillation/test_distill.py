@@ -153,7 +153,7 @@ def test_it_learns_from_rows_that_the_rounding_has_not_seen(tiny: Path, squeezed
     record = json.loads((squeezed("gwq") / "llmsqueeze.json").read_text())
     earlier, original = Earlier.of(record), open_original(Source(str(tiny)))
     assert earlier is not None
-    assert earlier.seed == 0
+    assert earlier.draw.seed == 0
     settings = TextSettings("demo", 6, TEXT["seq_len"], 0)
     drawn = {count: read_calibration(original, settings, Progress(), 3, earlier=count) for count in (earlier, None)}
     first = read_calibration(original, replace(settings, samples=earlier.samples), Progress())
