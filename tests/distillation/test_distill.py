@@ -156,7 +156,7 @@ def test_it_learns_from_rows_that_the_rounding_has_not_seen(tiny: Path, squeezed
     assert earlier.draw.seed == 0
     settings = TextSettings("demo", 6, TEXT["seq_len"], 0)
     drawn = {count: read_calibration(original, settings, Progress(), 3, earlier=count) for count in (earlier, None)}
-    first = read_calibration(original, replace(settings, samples=earlier.samples), Progress())
+    first = read_calibration(original, replace(settings, samples=earlier.draw.samples), Progress())
     assert first.sha256 == earlier.sha256
     old, new = ({tuple(row[0].tolist()) for row in one.rows + one.held_back} for one in (first, drawn[earlier]))
     assert len(new) == 9
