@@ -53,7 +53,7 @@ def plan(
     if weights not in ("all", "none"):
         raise RecipeError(f"unknown weights {weights!r}; choose all or none")
 
-    from llmsqueeze.cli.tables.runs import print_plan
+    from llmsqueeze.cli.tables.plans import print_plan
     from llmsqueeze.compress.plan import plan as plan_model
     from llmsqueeze.model.original import Source
     from llmsqueeze.publish.plots.draw import draw_plan

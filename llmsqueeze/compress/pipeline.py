@@ -249,6 +249,8 @@ def write_rest(
     origin = record.provenance(job.source, job.path) | record.settings(job.recipe, job.calibration)
     if output.experts:
         origin |= {experts.KEY: output.experts}
+    if decision.block_scores:
+        origin |= {"block_scores": {name: list(scores) for name, scores in decision.block_scores.items()}}
     output.write_json(SIDECAR, origin | result)
     output.finish()
     return origin | result

@@ -35,7 +35,8 @@ class Summary:
     reaches, such as those that look at images alone: they are rounded as if all their inputs counted the same.
     left_out: how many `tensors` of how many bytes (`nbytes`) the original has that its model does not use.
     ends_nbytes: bytes of embeddings and head as they are in the original; 0 if they are compressed. made_from: the
-    adapter that was merged first, or how the original was quantized already; "" else.
+    adapter that was merged first, or how the original was quantized already; "" else. block_scores: ranking (lim, zd)
+    -> its score of every block, if blocks were ranked by one.
     """
 
     out: str
@@ -67,6 +68,7 @@ class Summary:
     unreached: int
     left_out: dict[str, int] | None
     ends_nbytes: int
+    block_scores: Mapping[str, tuple[float, ...]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,6 +115,7 @@ def summarize(
         unreached=len(set(planned) - set(seen)) if job.recipe.needs_moments else 0,
         left_out=left_out(job),
         ends_nbytes=sum(job.skeleton.nbytes(f"{n}.weight") for n in job.skeleton.ends if n not in changed),
+        block_scores=decision.block_scores,
     )
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from llmsqueeze import __version__
 from llmsqueeze.allocation.plan import Plan
-from llmsqueeze.files import SIDECAR, STRICT, Count, conform, read_json_if_there
+from llmsqueeze.files import SIDECAR, STRICT, Count, Finite, conform, read_json_if_there
 from llmsqueeze.formats import native
 from llmsqueeze.measure.streams.pooled import PRIOR
 from llmsqueeze.model.original import Source
@@ -90,6 +90,7 @@ class Record(BaseModel):
     quantized_weights: Count = 0
     nbytes: Count = 0
     nbytes_original: Count = 0
+    block_scores: dict[str, list[Finite]] = {}
     towers: list[str] = []
     embeddings: list[str] = []
     files: list[str] | None = None

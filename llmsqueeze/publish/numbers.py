@@ -6,11 +6,21 @@ Sizes are in powers of 1000. A negative number has a real minus sign. An unknown
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 UNKNOWN = "–"
 FACTOR = 3.0  # a perplexity that is this many times the original's is written as a factor, not as a percentage
+
+
+class Ranking(NamedTuple):
+    """What a score of blocks is called, and whether more (1) or less (-1) of it is more important."""
+
+    name: str
+    sign: int
+
+
+RANKINGS = {"lim": Ranking("LIM", 1), "zd": Ranking("ZD", -1)}
 
 
 def finite(value: Any) -> float | None:
@@ -70,6 +80,27 @@ def shortened(name: str, most: int) -> str:
     leaf = len(name) - max(name.rfind("."), name.rfind("/"))
     end = min(max(most // 2, leaf), most - 1)
     return f"{name[: most - 1 - end]}…{name[len(name) - end :]}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def ranked(ranking: str, scores: Sequence[float]) -> list[int]:
+    """The numbers of the blocks, the most important first; equal ones in the order of the model."""
+    return sorted(range(len(scores)), key=lambda block: -RANKINGS[ranking].sign * scores[block])
+
+
+def by_score(ranking: str, scores: Sequence[float], most: int | None = None) -> str:
+    """'0 (−0.453), 29 (−0.712), 1 (−0.880)': the blocks with their scores, the most important first, `most` of them."""
+    return ", ".join(f"{block} ({significant(scores[block])})" for block in ranked(ranking, scores)[:most])
 
 
 def perplexity(value: float | None) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 from llmsqueeze.errors import OutputError
 from llmsqueeze.files import REPORT, write_text
 from llmsqueeze.publish import provenance
-from llmsqueeze.publish.folder import Folder, read_public
+from llmsqueeze.publish.folder import Folder, mapping, read_public
 from llmsqueeze.publish.linears import Linear
+from llmsqueeze.publish.numbers import RANKINGS, ranked
 from llmsqueeze.publish.page import story
 from llmsqueeze.publish.page.comparison import view_of
 from llmsqueeze.publish.page.pictures import NUMBERED, blocks_of, heat_map_picture, sizes_picture
@@ -77,6 +78,11 @@ def report_page(folder: Folder) -> str:
         compare=shlex.join(["llmsqueeze", "compare", model, folder.name, "OTHER-FOLDER"]),
         comparison=view_of(folder.comparison) if folder.comparison else None,
         bit_map=None if folder.dense else heat_map_picture(bits, blocks, BITS),
+        block_tables=[
+            block_table(folder, blocks, ranking, scores)
+            for ranking, scores in mapping(folder.record.get("block_scores")).items()
+            if ranking in RANKINGS
+        ],
         error_map=heat_map_picture(errors, blocks, ERRORS),
         times=time_rows(folder.record.get("time")),
         pictures=available(),
@@ -95,6 +101,20 @@ def size_bars(folder: Folder) -> list[Bar]:
     before = folder.nbytes_original
     sizes = ([("Original", before)] if before else []) + [("This model", float(folder.nbytes))]
     return [Bar(name, nbytes, None if kept is None else min(kept, nbytes)) for name, nbytes in sizes]
+
+
+def block_table(
+    folder: Folder, blocks: Sequence[Sequence[str]], ranking: str, scores: Sequence[float]
+) -> dict[str, Any]:
+    """The score of every block and the bits per weight of its linears, the most important first."""
+    by_name = {linear.name: linear for linear in folder.linears}
+    rows = []
+    for block in ranked(ranking, scores):
+        linears = [by_name[name] for name in (blocks[block] if block < len(blocks) else ()) if name in by_name]
+        weights = sum(linear.weights or 0 for linear in linears)
+        bits = 8 * sum(linear.nbytes or 0 for linear in linears) / weights if weights and not folder.dense else None
+        rows.append((block, scores[block], bits))
+    return {"name": RANKINGS[ranking].name, "rows": rows}
 
 
 def weight_rows(linears: Sequence[Linear]) -> list[dict[str, Any]]:

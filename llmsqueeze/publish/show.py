@@ -16,14 +16,18 @@ from llmsqueeze.publish.folder import Folder, read_folder
 from llmsqueeze.publish.linears import describe
 from llmsqueeze.publish.provenance import chosen
 
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # in the name of a linear, the first that of its block
+
 
 @dataclass(frozen=True)
 class Row:
-    """Linears whose names differ only by a number: how many, their parts in words, their weights, their bytes. beside:
-    whether they are of other towers, embeddings or the head; what is said of all linears is without them."""
+    """Linears whose names differ only by a number: how many, the blocks that they are in, their parts in words, their
+    weights, their bytes. beside: whether they are of other towers, embeddings or the head; what is said of all linears
+    is without them."""
 
     pattern: str
     count: int
+    blocks: tuple[int, ...]
     parts: str
     weights: int
     nbytes: int
@@ -102,7 +106,7 @@ def _fold(folder: Folder) -> list[Row]:
     """A row for all linears with the same pattern and the same grids. The config's order is kept."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, entry in folder.entries.items():
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+        pattern = NUMBER.sub("*", name)
         mixed = any("rows" in spec for spec in entry.specs)
         grids = "" if mixed else " + ".join(str(parts.spec_grid(spec)) for spec in parts.with_grid(entry.specs))
         groups.setdefault((pattern, grids), []).append(name)
@@ -112,6 +116,7 @@ def _fold(folder: Folder) -> list[Row]:
         Row(
             pattern,
             len(names),
+            tuple(sorted({int(number[0]) for name in names if (number := NUMBER.search(name))})),
             describe([folder.entries[name] for name in names]),
             sum(folder.entries[name].numel for name in names),
             sum(nbytes[name] for name in names),

@@ -11,7 +11,7 @@ import pytest
 from support import FAST, command
 
 import llmsqueeze
-from llmsqueeze.cli.tables.runs import print_plan
+from llmsqueeze.cli.tables.plans import print_plan
 from llmsqueeze.progress import stopwatch
 from llmsqueeze.progress.stopwatch import STAGES
 

@@ -21,12 +21,15 @@ from llmsqueeze.compress.plan import plan
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.formats.entries import read_entries
+from llmsqueeze.formats.record import read_record
 from llmsqueeze.measure.profile import load
 from llmsqueeze.model import original
 from llmsqueeze.model.checkpoint import Checkpoint, file_digests, open_checkpoint, weights_digest
 from llmsqueeze.model.original import Source
 from llmsqueeze.model.skeleton import Skeleton, build_skeleton
 from llmsqueeze.progress import Progress
+from llmsqueeze.publish.folder import read_public
+from llmsqueeze.publish.report import report_page
 from llmsqueeze.publish.show import contents
 
 FAST: dict[str, Any] = {**TEXT, "method": "budget", "quantizer": "rtn", "widths": [1, 2, 3, 4]}
@@ -376,6 +379,19 @@ def test_a_profile_without_gains_is_refused(demo: Source, planned: Path, tmp_pat
         quantize(demo, {"bits": 2.5, **FAST, "lorc_rank": "auto"}, tmp_path / "out", profile=planned / PROFILE)
 
 
+def test_a_plan_names_the_blocks_of_each_width_and_their_scores(tmp_path: Path) -> None:
+    settings = {"samples": 2, "seq_len": 32, "method": "layerwise", "bits": 3.3, "quantizer": "rtn"}
+    result = plan(Source("demo"), settings, tmp_path / "plan", trial=False)
+    (scores,) = result["block_scores"].values()
+    assert len(scores) == len(result["blocks"]) == 4
+    weights = yaml.safe_load((tmp_path / "plan/plan.yaml").read_text())["weights"]
+    for row in result["rows"]:
+        kind = row["pattern"].rpartition("*")[2]
+        told = {block: bits for bits, blocks in row["blocks"].items() for block in blocks}
+        assert told == {i: weights[f"model.layers.{i}{kind}"].split()[0] for i in range(4)}
+    assert {bits for row in result["rows"] for bits in row["blocks"]} == {"2", "4"}
+
+
 @pytest.mark.parametrize("importance", ["lim", "zd"])
 def test_layerwise_spends_what_is_too_little_for_a_block(importance: str, tmp_path: Path) -> None:
     """At 2.5 bits no whole block of the demo fits: fusion groups of the most important ones do, also without text."""
@@ -383,11 +399,23 @@ def test_layerwise_spends_what_is_too_little_for_a_block(importance: str, tmp_pa
     settings = {**text, "method": "layerwise", "importance": importance, "bits": 2.5, "quantizer": "rtn"}
     summary = quantize(Source("demo"), settings, tmp_path / "out")
     assert 0.97 * 2.5 <= summary["bits_per_weight"] <= 2.5
+    scores = summary["block_scores"][importance]
+    assert len(scores) == 4
+    assert read_record(tmp_path / "out")["block_scores"] == {importance: list(scores)}
     assert (summary["format"], summary["opens"]["vllm"]) == ("compressed-tensors", "")
     linears = {name: entry.specs[0]["bits"] for name, entry in read_entries(open_checkpoint(tmp_path / "out")).items()}
     assert set(linears.values()) == {2, 4}
     wide = [[name for name, bits in linears.items() if f".layers.{i}." in name and bits == 4] for i in range(4)]
     assert 4 <= max(map(len, wide)) < 7, "of no block all linears, of one more than the smallest"
+    best = max(range(4), key=lambda i: scores[i] if importance == "lim" else -scores[i])
+    assert len(wide[best]) == max(map(len, wide)), "the scores that are told are those that ranked the blocks"
+    html = report_page(read_public(tmp_path / "out"))
+    assert f"<h3>Blocks by {importance.upper()}</h3>" in html
+    assert f'<td class="num">{best}</td><td class="num" data-value="{scores[best]}">' in html
+    for row in contents(str(tmp_path / "out")).rows:
+        names = [row.pattern.replace("*", str(block)) for block in row.blocks]
+        assert {linears[name] for name in names} == {int(row.parts.split()[0])}
+        assert len(names) == row.count
     for fused in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for i in range(4):
             assert (

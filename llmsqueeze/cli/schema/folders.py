@@ -14,6 +14,7 @@ class ShowRow(Described):
 
     pattern: str = always("Their name, with `*` for the number.")
     count: int = always("How many there are.")
+    blocks: list[int] = always("The blocks that they are in; empty if they are in none.")
     parts: str = always("What each is made of, in words.")
     weights: int = always("Their weights.")
     nbytes: int = always("Their bytes.")

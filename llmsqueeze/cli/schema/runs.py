@@ -31,6 +31,11 @@ from llmsqueeze.cli.schema.fields import (
     sometimes,
 )
 
+BLOCK_SCORES = always(
+    "Ranking -> its score of every block: `lim`, of which more is more important, or `zd`, of which less is; empty if "
+    "blocks are not ranked by them."
+)
+
 
 class Verified(Described):
     """What was read back from disk and compared."""
@@ -101,6 +106,7 @@ class Quantize(Printed):
     unreached: int = always("Linears that no text reaches, and that were rounded without moments.")
     left_out: LeftOut | None = always("Tensors that the model does not use; null if there are none.")
     ends_nbytes: int = always("Bytes of embeddings and head as they are in the original; 0 if they are compressed.")
+    block_scores: dict[str, list[float]] = BLOCK_SCORES
     time: dict[str, Stage] | None = TIME
     rounds: list[Round] | None = sometimes("With a bound on quality: the sizes that were tried.")
     perplexity_increase: float | None = sometimes("With a bound: measured rise of the perplexity, as a share.")
@@ -115,6 +121,9 @@ class PlanRow(Described):
     pattern: str = always("Their name, with `*` for the number.")
     count: int = always("How many there are.")
     rows: dict[str, float] = always("Width in bits -> share of the rows; empty if they are coded.")
+    blocks: dict[str, list[int]] = always(
+        "Width in bits -> the blocks whose linear has it; `2+4` if its rows have both, `coded` if it is coded."
+    )
     high_share: float = always("Share of the rows above the narrowest width of the plan.")
     dual: float = always("Share of the rows in two binary planes.")
     rank: float = always("Mean rank of low-rank factors.")
@@ -142,6 +151,7 @@ class Plan(Printed):
     loss: float | None = always("Mean loss of the original on the calibration text; null if it was not measured.")
     predicted_loss_interval: list[float] | None = INTERVAL
     rows: list[PlanRow] = always("The table that is shown.")
+    block_scores: dict[str, list[float]] = BLOCK_SCORES
     format: str = FORMAT
     why_native: str | None = WHY_NATIVE
     predicted_portable: float | None = PREDICTED_PORTABLE

@@ -11,7 +11,7 @@ from rich.table import Table
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.runs import divergence
 from llmsqueeze.cli.tables.whole import Facts, Whole
-from llmsqueeze.publish.numbers import code_widths, fixed, size
+from llmsqueeze.publish.numbers import code_widths, fixed, ranges, size
 from llmsqueeze.publish.page.comparison import model_row, task_table
 from llmsqueeze.publish.page.verdict import verdict
 from llmsqueeze.publish.scores import reading, score_rows
@@ -129,13 +129,14 @@ def short_name(model: str) -> str:
 def print_contents(contents: dict[str, Any]) -> None:
     """The output of `show`: one line for linears whose names differ only by a number."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for head in ("linear", "parts"):
+    for head in ("linear", "blocks", "parts"):
         table.add_column(head)
     for head in ("", "bits/weight", "bytes"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in contents["rows"]:
         bits = fixed(row["bits_per_weight"], 3)
-        table.add_row(Whole(row["pattern"]), Whole(row["parts"]), f"x{row['count']}", bits, size(row["nbytes"]))
+        names = [Whole(text) for text in (row["pattern"], ranges(row["blocks"]), row["parts"])]
+        table.add_row(*names, f"x{row['count']}", bits, size(row["nbytes"]))
     out = console()
     out.print(table)
     out.print(

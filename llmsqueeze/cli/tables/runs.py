@@ -1,4 +1,4 @@
-"""The tables at the end of a run: quantize, distill, export, plan; and the list of recipes."""
+"""The tables at the end of a run: quantize, distill, export; and the list of recipes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
 from llmsqueeze.cli.tables.whole import Facts, Whole
-from llmsqueeze.publish.numbers import code_widths, experts, fixed, perplexity, rounded, significant, size
+from llmsqueeze.publish.numbers import (
+    RANKINGS,
+    by_score,
+    code_widths,
+    experts,
+    fixed,
+    rounded,
+    significant,
+    size,
+)
 
+SHOWN_BLOCKS = 8  # of those with scores
 MUCH_AT_ENDS = 0.4  # a share of the result that is worth a line
 
 
@@ -83,6 +92,9 @@ def more_about(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "left out", f"{rest['tensors']} tensors ({size(rest['nbytes'])}) that the model does not use"
     if summary["made_from"]:
         yield "made from", summary["made_from"]
+    for ranking, scores in summary["block_scores"].items():
+        rest = f", ... (all {len(scores)} are in llmsqueeze.json)" if len(scores) > SHOWN_BLOCKS else ""
+        yield f"blocks by {RANKINGS[ranking].name}", f"{by_score(ranking, scores, SHOWN_BLOCKS)}{rest}"
 
 
 def rounded_beside(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -210,70 +222,6 @@ def predicted_interval(interval: list[float]) -> str:
     """Where the loss lies that was predicted."""
     least, most = (fixed(loss, 4, sign=True) for loss in interval)
     return f"in nine of ten cases loss {least} to {most}"
-
-
-def print_plan(plan: dict[str, Any]) -> None:
-    """The summary of `plan`: kinds of linear, widths as shares of their rows, bytes, predicted loss."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("linear", overflow="fold")
-    table.add_column("% of rows on 1 2 ... 8 bits", no_wrap=True)
-    for head in ("bits/weight", "bytes", "loss"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for row in plan["rows"]:
-        table.add_row(*plan_cells(row))
-    out, rows = console(), plan["rows"]
-    out.print(table)
-    widths = f", for {code_widths(plan['bits'])}" if any(row["rows"] for row in rows) else ""
-    out.print(
-        f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted{widths}; "
-        f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
-    )
-    for label, text in rounded_beside(plan):
-        out.print(f"{label}: {text}")
-    for key, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):
-        if any(row[key] for row in rows):
-            factor = 100 if key == "dual" else 1
-            values = [f"{row['pattern'].split('.')[-1]} {row[key] * factor:.2g}" for row in rows]
-            out.print(f"{unit}: {', '.join(values)}")
-    if plan["predicted_loss_increase"] is not None:
-        out.print(f"predicted: {predicted_increase(plan['predicted_loss_increase'])} ({predicted_perplexity(plan)})")
-        out.print(f"predicted: {predicted_interval(plan['predicted_loss_interval'])}")
-    out.print(f"format: {format_and_why(plan)}")
-    if plan["predicted_seconds"] is not None:
-        memory = f"{plan['predicted_peak_memory_mb']:.0f} MB"
-        among = f" by {plan['processes']} processes" if plan["processes"] > 1 else ""
-        disk = f"disk {size(plan['predicted_disk_bytes'])}"
-        out.print(
-            f"predicted for quantize --plan{among}: {plan['predicted_seconds']:.0f} s, peak memory {memory}, {disk}"
-        )
-    if plan["time"] is not None:
-        print_times("time of this plan", plan["time"])
-        print_times("predicted time", plan["predicted_time"])
-    next_command = shlex.join(
-        ["llmsqueeze", "quantize", plan["given"], *plan["options"], "--plan", f"{plan['out']}/plan.yaml"]
-    )
-    out.print(f"written to {plan['out']}; next: {next_command}", soft_wrap=True)
-
-
-def plan_cells(row: dict[str, Any]) -> list[str]:
-    """The cells of a kind of linear: the share of its rows on each width, and of its outliers."""
-    shares = [f"{100 * row['rows'][bits]:3.0f}" if bits in row["rows"] else "  ." for bits in map(str, range(1, 9))]
-    outliers = f" +{100 * row['outliers']:.2g} %" if row["outliers"] else ""
-    loss = row["predicted_loss_increase"]
-    return [
-        f"{row['pattern']} x{row['count']}",
-        (" ".join(shares) if row["rows"] else "coded") + outliers,
-        fixed(row["bits_per_weight"], 3),
-        size(row["nbytes"]),
-        "" if loss is None else f"{loss:.2e}",
-    ]
-
-
-def predicted_perplexity(plan: dict[str, Any]) -> str:
-    """The perplexity on the calibration text, before and after."""
-    losses = (plan["loss"], plan["loss"] + plan["predicted_loss_increase"])
-    before, after = (perplexity(math.exp(min(loss, 700.0))) for loss in losses)
-    return f"on the calibration text {before} -> {after}"
 
 
 def print_recipes(result: dict[str, Any]) -> None:

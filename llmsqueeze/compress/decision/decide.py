@@ -41,7 +41,8 @@ class Decision:
 
     chosen: linear -> [rows], which of its grids a row is on, for every mixed linear. candidates: linear -> its
     outliers. predicted: loss increase in nats per token, if there are costs that promise one; predicted_portable: the
-    same for a plan of the same bytes that compressed-tensors can represent. coding: if linears are coded.
+    same for a plan of the same bytes that compressed-tensors can represent. coding: if linears are coded. block_scores:
+    ranking (lim, zd) -> its score of every block, if blocks are ranked by one.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Decision:
     predicted: float | None = None
     predicted_portable: float | None = None
     coding: Coding | None = None
+    block_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def decide(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequence[str]], target: int) -> Decision:
@@ -97,4 +99,5 @@ def with_rows(plan: Plan, profile: Profile, recipe: Recipe) -> Decision:
         chosen = rows.by_score(plan, rows.row_scores(plan, profile, recipe))
     promises = profile.costs and recipe.importance != "trace"  # an average of a linear ranks, but promises nothing
     promised = predicted(profile, plan, chosen) if promises else None
-    return Decision(plan, chosen, taken_outliers(profile, plan), promised)
+    scores = {name: values for name, values in (("lim", profile.lim), ("zd", profile.zd)) if name in recipe.measures}
+    return Decision(plan, chosen, taken_outliers(profile, plan), promised, block_scores=scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,26 +19,39 @@ from llmsqueeze.recipe.recipe import Recipe
 POINTS = 200
 
 
-def table(decision: Decision, blocks: Sequence[Sequence[str]], profile: Profile) -> list[dict[str, Any]]:
-    """One row per kind of linear, its blocks folded together: widths, outliers, bytes, predicted cost.
+def table(
+    decision: Decision, blocks: Sequence[Sequence[str]], outer: Sequence[str], profile: Profile
+) -> list[dict[str, Any]]:
+    """One row per kind of linear, its blocks folded together: widths, outliers, bytes, predicted cost. outer: the
+    linears that are in no block.
 
-    `high_share`: share of rows above the narrowest width of the whole plan.
+    `high_share`: share of rows above the narrowest width of the whole plan. `blocks`: width -> the blocks whose linear
+    has it; '2+4' if its rows have several.
     """
+    block_of = {name: number for number, names in enumerate(blocks) for name in names}
     narrowest = min((rows.grid.bits for weight in decision.plan.weights.values() for rows in weight.grids), default=0)
     folded: dict[str, list[WeightPlan]] = {}
-    for names in [[name for name, weight in decision.plan.weights.items() if weight.end], *blocks]:
+    for names in [[name for name, weight in decision.plan.weights.items() if weight.end], *blocks, outer]:
         for name in names:
             if name in decision.plan.weights:
                 pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
                 folded.setdefault(pattern, []).append(decision.plan.weights[name])
-    return [_row(pattern, weights, decision, profile, narrowest) for pattern, weights in folded.items()]
+    return [_row(pattern, weights, decision, profile, narrowest, block_of) for pattern, weights in folded.items()]
 
 
 def _row(
-    pattern: str, weights: list[WeightPlan], decision: Decision, profile: Profile, narrowest: int
+    pattern: str,
+    weights: list[WeightPlan],
+    decision: Decision,
+    profile: Profile,
+    narrowest: int,
+    block_of: Mapping[str, int],
 ) -> dict[str, Any]:
     counts: dict[int, int] = {}
+    places: dict[str, set[int]] = {}
     for weight in weights:
+        if weight.name in block_of:
+            places.setdefault(widths_of(weight), set()).add(block_of[weight.name])
         for rows in weight.grids:
             counts[rows.grid.bits] = counts.get(rows.grid.bits, 0) + rows.count
     total, numel = sum(counts.values()), sum(weight.numel for weight in weights)
@@ -47,6 +60,7 @@ def _row(
         "pattern": pattern,
         "count": len(weights),
         "rows": {str(bits): counts[bits] / total for bits in sorted(counts)},
+        "blocks": {widths: sorted(numbers) for widths, numbers in places.items()},
         "high_share": sum(n for bits, n in counts.items() if bits > narrowest) / max(total, 1),
         "dual": sum(rows.count for weight in weights for rows in weight.grids if rows.grid.dual) / max(total, 1),
         "rank": sum(weight.rank for weight in weights) / len(weights),
@@ -55,6 +69,11 @@ def _row(
         "bits_per_weight": round(part.bits_per_weight, 6),
         "predicted_loss_increase": _predicted(part, decision, profile),
     }
+
+
+def widths_of(weight: WeightPlan) -> str:
+    """'4', '2+4' if its rows have two widths, or 'coded'."""
+    return "+".join(map(str, sorted({rows.grid.bits for rows in weight.grids if rows.count}))) or "coded"
 
 
 def _predicted(part: Plan, decision: Decision, profile: Profile) -> float | None:
