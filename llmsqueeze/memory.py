@@ -52,6 +52,27 @@ def free_memory() -> int | None:
     return max(0, min(rooms)) if rooms else None
 
 
+def total_on(device: torch.device) -> int | None:
+    """Bytes of memory that a device has, or that the machine and the control group give to the process; None if nobody
+    tells."""
+    if device.type != "cpu":
+        import torch
+
+        try:
+            total: int = torch.cuda.mem_get_info(device)[1]
+        except (AssertionError, RuntimeError):
+            return None
+        return total
+    rooms = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        rooms.append(int(next(line for line in lines if line.startswith("MemTotal:")).split()[1]) * 1024)
+    for limit, _ in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):
+            rooms.append(int(Path(limit).read_text()))
+    return min(rooms) if rooms else None
+
+
 def free_on(device: torch.device) -> int | None:
     """Bytes that are free on a device, as `free_memory`; None if nobody tells."""
     if device.type == "cpu":

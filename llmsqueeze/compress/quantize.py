@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.compress.decision.decide import Decision
+from llmsqueeze.compress.decision.default import default
 from llmsqueeze.compress.fingerprint import earlier_products, fingerprint
 from llmsqueeze.compress.forecast.room import check_room
 from llmsqueeze.compress.job import Job, model_name, open_job, with_text
@@ -33,10 +34,6 @@ from llmsqueeze.text.source import check_calibration
 
 DONE = ".done.json"  # in a folder that is to be distilled: the fingerprint and the summary of the run that wrote it
 DECIDES = {"method", "bits", "size", "max_ppl_increase", "max_kl", "target", "portable", "mix", "widths"}
-CHOSEN = (
-    "no method and no size are named: descent with 3 bits, which transformers and vLLM open; --bits 4 keeps more, "
-    "--for smallest takes the fewest bytes, --size 2GB a size"
-)
 MOST_SAMPLES = 1024  # of text that distillation reads
 
 
@@ -63,13 +60,16 @@ def quantize(
     if plan is not None and others:
         raise RecipeError(f"--plan contradicts {', '.join(others)}: the plan has its own recipe")
     file = open_plan(plan) if plan is not None else None
+    if file is None and not settings.keys() & DECIDES:
+        make_recipe(settings)  # what is wrong with them is told first
+        more, note = processes.of_first(lambda: default(source, settings, pick_device(device)))
+        settings = {**settings, **more}
+        progress.note(note)
     recipe = file.recipe if file is not None else make_recipe(settings)
     folder = out or folder_name(source, recipe)
     check_writable(folder, overwrite)
     if recipe.needs_text or recipe.distill_steps:
         check_calibration(recipe.calibration)
-    if file is None and not settings.keys() & DECIDES:
-        progress.note(CHOSEN)
     if recipe.products == "auto" and not restart:
         before = undistilled(folder) if recipe.distill_steps else folder
         recipe = replace(recipe, products=earlier_products(before) or recipe.products)

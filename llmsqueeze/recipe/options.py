@@ -57,7 +57,7 @@ class Asked(Table):
         bits,
         "A whole number: the width of the codes; a method that mixes widths gets the bytes of codes of that width. "
         "With a decimal point (2.7, 3.0): the average over the compressed weights, everything counted",
-        "3",
+        "3; if neither method nor size is named, 4 if that fits the memory here",
     )
     target: str | None = one_of(
         ("transformers", "vllm", "llama.cpp", "smallest"),
