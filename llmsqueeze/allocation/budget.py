@@ -94,3 +94,16 @@ def predicted_portable(plan: Plan, profile: Profile, recipe: Recipe, target: int
         return predicted(profile, within_bytes(bare, profile, twin, target), {})
     except RecipeError:
         return None  # so few bytes hold none
+
+
+def predicted_native(plan: Plan, profile: Profile, recipe: Recipe, target: int) -> float | None:
+    """The loss increase that the same bytes promise in our own format, with a width for every row; None if `plan` is
+    not portable, or if rows have no costs."""
+    if not plan.portable or recipe.importance != "cost" or recipe.granularity != "group":
+        return None
+    twin = replace(recipe, portable=False, granularity="row")
+    try:
+        best = within_bytes(Plan(plan.weights), profile, twin, target)
+    except RecipeError:
+        return None
+    return predicted(profile, best, chosen_rows(best, profile))

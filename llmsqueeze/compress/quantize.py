@@ -66,7 +66,7 @@ def quantize(
         settings = {**settings, **more}
         progress.note(note)
     recipe = file.recipe if file is not None else make_recipe(settings)
-    folder = out or folder_name(source, recipe)
+    folder, target = out or folder_name(source, recipe), {"target": settings.get("target")}
     check_writable(folder, overwrite)
     if recipe.needs_text or recipe.distill_steps:
         check_calibration(recipe.calibration)
@@ -84,10 +84,10 @@ def quantize(
         job, measured = with_measurements(job, profile, progress)
         how = overwrite, verify, progress, restart, force
         if job.recipe.bounded:
-            return smallest_within(job, folder, measured, *how) | {"time": stopwatch.measured()}
+            return smallest_within(job, folder, measured, *how) | target | {"time": stopwatch.measured()}
         result = run(job, folder, decision, measured, *how)
     # with all that was read before
-    return result | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
+    return result | target | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
 
 
 def with_measurements(job: Job, profile: Path | None, progress: Progress) -> tuple[Job, Profile | None]:

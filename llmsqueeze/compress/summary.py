@@ -25,7 +25,8 @@ class Summary:
     of the result was read back and compared. opens: runtime -> why it does not open the result, "" if it does or
     should; opened: the runtimes that opened it here, with the logits that were computed with; not_opened: runtime ->
     why one that should open it was not tried, or did not. why_native: what compressed-tensors cannot represent;
-    predicted_portable: the loss increase that the same bytes promise there.
+    predicted_portable: the loss increase that the same bytes promise there; predicted_native: that they promise in our
+    own format, if the result is there.
     text_begins: the first characters of the first calibration sample, as the model sees them, of a text that the user
     named; "" else. experts: of their matrices that were fitted to inputs, how many there are (`matrices`), how many saw
     few tokens (`few`) and how many none (`none`).
@@ -62,6 +63,7 @@ class Summary:
     format: str
     why_native: str | None
     predicted_portable: float | None
+    predicted_native: float | None
     experts: dict[str, int] | None
     towers: dict[str, int] | None
     embeddings: dict[str, int] | None
@@ -146,11 +148,13 @@ def left_out(job: Job) -> dict[str, int] | None:
 
 
 def portability(job: Job, decision: Decision) -> dict[str, Any]:
-    """`format`, `why_native` and `predicted_portable` of a summary."""
+    """`format`, `why_native`, `predicted_portable` and `predicted_native` of a summary."""
     plan, recipe = decision.plan, job.recipe
     if plan.portable:
-        return {"format": compressed_tensors.METHOD, "why_native": None, "predicted_portable": None}
+        known = {"predicted_portable": None, "predicted_native": decision.predicted_native}
+        return {"format": compressed_tensors.METHOD, "why_native": None} | known
     experts = expert_linears(job.skeleton.model)
     why = why_native(recipe, job.skeleton, plan.weights) or compressed_tensors.barred(plan, experts) or "--native"
     predicted = None if unfit(recipe, job.skeleton, plan.weights) else decision.predicted_portable
-    return {"format": native.METHOD, "why_native": why, "predicted_portable": predicted}
+    known = {"predicted_portable": predicted, "predicted_native": None}
+    return {"format": native.METHOD, "why_native": why} | known

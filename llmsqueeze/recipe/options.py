@@ -132,7 +132,10 @@ class Asked(Table):
     )
     pack: str | None = one_of(("rans", "none"), "rans: store the codes entropy-coded, in fewer bytes", "none")
     code_embeddings: bool | None = option(
-        boolean, "Code embeddings and head too, and count them in the budget", "they stay", flag="--code-embeddings"
+        boolean,
+        "Code embeddings and head too, and count them in the budget",
+        "they stay; --for smallest codes them",
+        flag="--code-embeddings/--no-code-embeddings",
     )
     embeddings: int | None = option(
         one_width((8, 4)), "Round embeddings and head to this many bits, beside the budget of bits: 8 or 4", "they stay"

@@ -33,7 +33,11 @@ TARGETS = {
         },
         "its converter reads compressed-tensors with one width of 2, 4 or 8 bits, in groups",
     ),
-    "smallest": Target({"method": "coded", "bits": 3}, {"method": ("coded",), "portable": (False,)}, "that is coded"),
+    "smallest": Target(
+        {"method": "coded", "bits": 3, "code_embeddings": True},
+        {"method": ("coded",), "portable": (False,)},
+        "that is coded",
+    ),
 }
 
 
@@ -44,6 +48,8 @@ def with_target(given: Mapping[str, Any]) -> dict[str, Any]:
     implied = dict(target.implies)
     if any(name in given for name in BUDGETS):
         implied.pop("bits", None)
+    if "embeddings" in given:
+        implied.pop("code_embeddings", None)
     return {**implied, **{name: value for name, value in given.items() if name != "target"}}
 
 

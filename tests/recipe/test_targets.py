@@ -18,7 +18,9 @@ from llmsqueeze.recipe.resolve import make_recipe
         ({"target": "vllm", "bits": 3.5}, {"method": "budget", "granularity": "group", "portable": True}),
         ({"target": "llama.cpp"}, {"method": "descent", "bits": 4, "group_size": 32, "portable": True}),
         ({"target": "llama.cpp", "bits": 8, "group_size": 64}, {"bits": 8, "group_size": 64}),
-        ({"target": "smallest"}, {"method": "coded", "bits": 3}),
+        ({"target": "smallest"}, {"method": "coded", "bits": 3, "code_embeddings": True}),
+        ({"target": "smallest", "code_embeddings": False}, {"method": "coded", "code_embeddings": False}),
+        ({"target": "smallest", "embeddings": 8}, {"method": "coded", "code_embeddings": False, "embeddings": 8}),
         ({"target": "smallest", "size": "4GB"}, {"method": "coded", "bits": None, "size": 4 * 10**9}),
     ],
 )

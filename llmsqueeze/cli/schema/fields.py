@@ -71,4 +71,8 @@ INTERVAL = always("Where the loss lies in nine of ten cases; null without a pred
 FORMAT = always("Format of the result: `compressed-tensors` or `llmsqueeze`.")
 WHY_NATIVE = always("Why the result is not in compressed-tensors; null if it is.")
 PREDICTED_PORTABLE = always("Predicted rise of the loss of the same bytes in compressed-tensors; null if not known.")
+PREDICTED_NATIVE = always(
+    "Of a result in compressed-tensors: predicted rise of the loss of the same bytes in our own format, with a width "
+    "for every row; null if not known."
+)
 TIME = always("Stage -> its time, with `--profile-time`; else null.")

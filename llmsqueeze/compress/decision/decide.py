@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from llmsqueeze.allocation import allocator, gwq, rows
-from llmsqueeze.allocation.budget import chosen_rows, predicted_portable
+from llmsqueeze.allocation.budget import chosen_rows, predicted_native, predicted_portable
 from llmsqueeze.allocation.coded import Curve, curves_of, predicted_of_steps
 from llmsqueeze.allocation.plan import Plan
 from llmsqueeze.allocation.prediction import predicted, taken_outliers
@@ -41,8 +41,9 @@ class Decision:
 
     chosen: linear -> [rows], which of its grids a row is on, for every mixed linear. candidates: linear -> its
     outliers. predicted: loss increase in nats per token, if there are costs that promise one; predicted_portable: the
-    same for a plan of the same bytes that compressed-tensors can represent. coding: if linears are coded. block_scores:
-    ranking (lim, zd) -> its score of every block, if blocks are ranked by one.
+    same for a plan of the same bytes that compressed-tensors can represent; predicted_native: if the plan is one, for
+    the same bytes in our own format. coding: if linears are coded. block_scores: ranking (lim, zd) -> its score of
+    every block, if blocks are ranked by one.
     """
 
     plan: Plan
@@ -50,6 +51,7 @@ class Decision:
     candidates: Mapping[str, Candidates] = field(default_factory=dict)
     predicted: float | None = None
     predicted_portable: float | None = None
+    predicted_native: float | None = None
     coding: Coding | None = None
     block_scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -65,7 +67,9 @@ def decide(plan: Plan, profile: Profile, recipe: Recipe, blocks: Sequence[Sequen
         plan = allocator(recipe.method)(undecided, profile, recipe, blocks, target)
     decision = completed(plan, profile, recipe, target)
     if recipe.decides == "options":
-        return replace(decision, predicted_portable=predicted_portable(undecided, profile, recipe, target))
+        about = undecided, profile, recipe, target
+        portable, native = predicted_portable(*about), predicted_native(*about)
+        return replace(decision, predicted_portable=portable, predicted_native=native)
     return decision
 
 
