@@ -99,8 +99,8 @@ def ranked(ranking: str, scores: Sequence[float]) -> list[int]:
 
 
 def by_score(ranking: str, scores: Sequence[float], most: int | None = None) -> str:
-    """'0 (−0.453), 29 (−0.712), 1 (−0.880)': the blocks with their scores, the most important first, `most` of them."""
-    return ", ".join(f"{block} ({significant(scores[block])})" for block in ranked(ranking, scores)[:most])
+    """'0 (−0.4531), 29 (−0.7120)': the blocks with their scores, the most important first, `most` of them."""
+    return ", ".join(f"{block} ({significant(scores[block], 4)})" for block in ranked(ranking, scores)[:most])
 
 
 def perplexity(value: float | None) -> str:

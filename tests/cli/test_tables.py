@@ -118,9 +118,9 @@ def test_a_plan_names_the_blocks_and_their_scores(capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 80
     flat = " ".join(told.split())
-    assert "4bits:0-7,29;2bits:8-28" in words_in_column(told, "bits of which blocks", "bits/weight")
-    assert "blocks by LIM, the most important first: 1 (−0.400), 2 (−0.700), 0 (−0.900)" in flat
-    assert "blocks by ZD, the most important first: 2 (0.100), 0 (0.160), 1 (0.200)" in flat
+    assert "4bits:0-7,292bits:8-28" in words_in_column(told, "bits of which blocks", "bits/weight")
+    assert "blocks by LIM, the most important first: 1 (−0.4000), 2 (−0.7000), 0 (−0.9000)" in flat
+    assert "blocks by ZD, the most important first: 2 (0.1000), 0 (0.1600), 1 (0.2000)" in flat
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_plan_names_the_blocks_and_their_scores(capsys: pytest.CaptureFixture[
         ({"4": 1.0}, {}, "4 bits"),
         ({}, {"coded": [0, 1]}, "coded"),
         ({"2": 0.75, "4": 0.25}, {"2+4": [0, 1]}, "2+4 bits (rows: 75% on 2, 25% on 4)"),
-        ({"2": 0.9, "4": 0.1}, {"2+4": [0], "2": [1, 2]}, "2+4 bits: 0; 2 bits: 1-2 (rows: 90% on 2, 10% on 4)"),
+        ({"2": 0.9, "4": 0.1}, {"2+4": [0], "2": [1, 2]}, "2+4 bits: 0\n2 bits: 1-2 (rows: 90% on 2, 10% on 4)"),
     ],
 )
 def test_widths_in_words(rows: dict[str, float], blocks: dict[str, list[int]], text: str) -> None:

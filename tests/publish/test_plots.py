@@ -162,7 +162,7 @@ def test_a_nearly_uniform_plan_looks_uniform() -> None:
     assert low < 4.25 < 4.251 < high
     colours = mesh_of(figure).to_rgba(cells(figure))
     assert np.ptp(colours.reshape(-1, 4), axis=0).max() < 0.01
-    assert [text.get_text() for text in figure.axes[0].texts] == ["all cells: 4.25"]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"all 4.25"}
     assert heat_map_text(dict.fromkeys(names, 4.25), blocks) == "120 linears in 30 blocks: all 4.25 bits per weight."
 
 
@@ -173,13 +173,26 @@ def test_nearly_equal_errors_look_equal() -> None:
 
 
 def test_only_cells_that_tell_something_have_a_number() -> None:
+    """A row says once what most of its cells say."""
     blocks = make_blocks(30)
-    bits = {name: 2.13 for block in blocks for name in block} | {"model.layers.7.mlp.up_proj": 4.13}
-    figure = heat_map(bits, blocks, "t")
-    assert [text.get_text() for text in figure.axes[0].texts] == ["4.13", "cells without a number: 2.13"]
+    widths = dict(zip(LLAMA, (2.13, 2.25, 3.0, 4.0), strict=True))
+    bits = {f"model.layers.{i}.{kind}": bits for i in range(30) for kind, bits in widths.items()}
+    figure = heat_map(bits | {"model.layers.7.mlp.up_proj": 4.13}, blocks, "t")
+    said = {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+    assert said == {
+        "4.13": (7.5, 2.5),
+        "all 2.13": (30.2, 0.5),
+        "all 2.25": (30.2, 1.5),
+        "else 3.00": (30.2, 2.5),
+        "all 4.00": (30.2, 3.5),
+    }
+    bar = figure.axes[1].get_window_extent()
+    assert not any(text.get_window_extent().overlaps(bar) for text in figure.axes[0].texts)
     many = make_blocks(80)
-    (note,) = heat_map({name: 2.13 for block in many for name in block}, many, "t").axes[0].texts
-    assert note.get_text() == "all cells: 2.13", "also where no cell has room for a number"
+    notes = [text.get_text() for text in heat_map(make_bits(many) | bits, many, "t").axes[0].texts]
+    assert notes == [], "where no cell has room for a number only what all say is told"
+    notes = [t.get_text() for t in heat_map({name: 2.13 for block in many for name in block}, many, "t").axes[0].texts]
+    assert notes == ["all 2.13"] * 4
 
 
 @pytest.mark.parametrize("count", [3, 24, 30, 40])
@@ -370,7 +383,7 @@ def test_the_frontier_is_a_line_through_its_models() -> None:
 
 
 def test_losses_of_zero_or_less_are_on_the_edge_of_the_logarithmic_axis() -> None:
-    figure = frontier(make_points([0.5, 0.0, -0.2, 0.02, 0.005]), None, "t")
+    figure = frontier(make_points([0.5, 0.0, -0.002, 0.02, 0.005]), None, "t")
     floor, _ = figure.axes[0].get_ylim()
     assert 0 < floor < 0.005
     assert [bar[1] for bar in bars(figure)] == pytest.approx([0.5, floor, floor, 0.02, 0.005])
@@ -395,9 +408,10 @@ EQUAL = [0.0500 + 0.0004 * i for i in range(MOST_NAMED)]  # losses of models tha
         make_points([0.5, 0.02, 0.1]),
         [dataclasses.replace(p, nbytes=4e7 * 3**i) for i, p in enumerate(make_points([0.5, 0.2, 0.1]))],
         make_points([-0.1, -0.2]),
+        make_points([0.002, -0.008, -0.002]),
         make_points([0.0, 0.0], error=0.0),
     ],
-    ids=["one", "equal", "twelve equal", "about equal", "near", "far", "negative", "zero"],
+    ids=["one", "equal", "twelve equal", "about equal", "near", "far", "negative", "both", "zero"],
 )
 def test_points_stand_within_the_axes_and_ticks_too(points: list[Point]) -> None:
     axes = frontier(points, 269e6, "t").axes[0]
@@ -416,8 +430,10 @@ def test_points_stand_within_the_axes_and_ticks_too(points: list[Point]) -> None
 
 
 def test_the_axes_fit_the_numbers() -> None:
-    negative = frontier(make_points([-0.1, -0.2]), None, "t").axes[0]
-    assert negative.get_yscale() == "linear"
+    for losses in ([-0.1, -0.2], [0.002, -0.008], [0.0, 0.0]):
+        linear = frontier(make_points(losses), None, "t").axes[0]
+        assert linear.get_yscale() == "linear"
+        assert all(linear.get_ylim()[0] < loss < linear.get_ylim()[1] for loss in losses)
     wide = frontier([*make_points([0.1]), *make_points([0.1], nbytes=4e9)], None, "t").axes[0]
     assert wide.get_xscale() == "log"
     ticks = [label.get_text() for label in wide.get_xticklabels()]
@@ -431,12 +447,13 @@ def test_the_axes_fit_the_numbers() -> None:
     [
         [Point(i + 2, f"name-{i}", 50e6 + 1e6 * i, 0.1 * 0.8**i, 0.01, True, False) for i in range(5)],
         make_points([0.05] * 6, nbytes=45e6),
+        make_points([0.002, -0.008, -0.002, 0.0]),
         [
             dataclasses.replace(p, nbytes=45e6 + 1e6 * (i % 4), on_frontier=i < 4)
             for i, p in enumerate(make_points(EQUAL))
         ],
     ],
-    ids=["a falling line", "the same point", "equal sizes in groups"],
+    ids=["a falling line", "the same point", "around zero", "equal sizes in groups"],
 )
 def test_numbers_cover_no_points_no_lines_and_no_other_numbers(points: list[Point]) -> None:
     figure = frontier(points, None, "t")
@@ -462,7 +479,8 @@ def drawn_lines(axes: Axes) -> list[Any]:
     """The error bars, and the frontier piece by piece, as pairs of points."""
     bars = [segment for lines in axes.collections for segment in lines.get_segments()]
     best = max((np.asarray(one.get_xydata()) for one in axes.lines), key=len)
-    return [*bars, *pairwise(best)]
+    zero = [[(axes.get_xlim()[0], 0.0), (axes.get_xlim()[1], 0.0)]] if axes.get_yscale() == "linear" else []
+    return [*bars, *zero, *(pairwise(best) if len(best) > 2 else ())]
 
 
 @pytest.mark.parametrize("losses", [EQUAL, [0.5, 0.02, 0.1], [0.1], [0.0, 0.0], [-0.2, 0.01]])

@@ -75,12 +75,12 @@ def plan_cells(row: dict[str, Any]) -> list[str | Whole]:
 
 
 def widths(row: dict[str, Any]) -> str:
-    """'4 bits: 0-7; 2 bits: 8-29', '2+4 bits (rows: 75% on 2, 25% on 4)', or 'coded'."""
+    """'4 bits: 0-7', and on the next line '2 bits: 8-29'; '2+4 bits (rows: 75% on 2, 25% on 4)', or 'coded'."""
     if not row["rows"]:
         return "coded"
     places = sorted(row["blocks"].items(), key=lambda place: place[1])
     one = "+".join(row["rows"]) if len(places) < 2 else ""
-    text = f"{one} bits" if one else "; ".join(f"{bits} bits: {ranges(blocks)}" for bits, blocks in places)
+    text = f"{one} bits" if one else "\n".join(f"{bits} bits: {ranges(blocks)}" for bits, blocks in places)
     if not any("+" in bits for bits in (one, *row["blocks"])):
         return text
     shares = ", ".join(f"{share:.0%} on {bits}" for bits, share in row["rows"].items())

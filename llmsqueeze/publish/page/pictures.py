@@ -14,7 +14,10 @@ from llmsqueeze.publish.plots.points import about_equal, in_words, original_nbyt
 from llmsqueeze.publish.plots.sizes import Bar, size_bars, sizes_text
 
 MOST_BLOCKS = 1000  # no model has more; a file can claim any number
-ONE_SIZE = "All models have about the same size; they stand in the order of their loss, the best on top."
+ONE_SIZE = (
+    "All models have about the same size; they stand in the order of their loss, the best on top. Blue ones are on the "
+    "frontier: no other model here is both smaller and better."
+)
 SEVERAL_SIZES = (
     "Up is worse, left is smaller. The line is the frontier: no other model here is both smaller and better than a "
     "model on it."

@@ -36,6 +36,7 @@ MARGIN = 0.08  # of the size axis, on each side
 LONGEST = 90  # letters of a name in the key
 MOST_NAMED = 12  # with more models, only those on the frontier and this one have a number and a name
 LEAST_BAR = 1 / 3  # of its loss: the lowest end of an error bar for which the axis is extended
+NEGLIGIBLE = 0.02  # of the largest loss: a negative one beyond that wants a linear axis
 DIGIT, LINE = 5.6, 9.6  # the width of a digit and the height of a number in points
 MARK = 4.0  # half the size of a mark in points
 
@@ -44,8 +45,9 @@ def frontier(points: Sequence[Point], original: float | None, title: str) -> Fig
     """The loss of each model against its bytes, with error bars, and a line through those on the frontier. Numbers
     beside the points are their places in the comparison; the key below has the names.
 
-    `original`: the bytes of the original, which the label of the axis tells. If a loss is positive, the loss axis is
-    logarithmic, and losses of zero or less are triangles on its lower edge. There must be a point.
+    `original`: the bytes of the original, which the label of the axis tells. The loss axis is logarithmic if losses are
+    positive, and small ones of zero or less are triangles on its lower edge; else a dotted line is at zero. There must
+    be a point.
     """
     from matplotlib.figure import Figure
 
@@ -86,10 +88,13 @@ def _size_axis(axes: Axes, least: float, most: float) -> None:
 
 
 def _loss_axis(axes: Axes, points: Sequence[Point]) -> float:
-    """Makes the axis logarithmic if a loss is positive. Returns its lower edge, or minus infinity."""
+    """Makes the axis logarithmic if losses are positive, but for small ones. Returns its lower edge, or minus
+    infinity."""
     lows = [max(point.loss - point.error, LEAST_BAR * point.loss) for point in points if point.loss > 0]
-    if not lows:
+    most = max(point.loss for point in points)
+    if not lows or min(point.loss for point in points) < -NEGLIGIBLE * most:
         axes.margins(y=0.12)
+        axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
         return -math.inf
     log_axis(axes, min(lows), max(point.loss + point.error for point in points))
     return float(axes.get_ylim()[0])
@@ -135,12 +140,13 @@ def _number_points(figure: Figure, axes: Axes, points: Sequence[Point], named: S
         low, _, high = _bar(point, floor)
         bars += [(at(point.nbytes, low), at(point.nbytes, high))] if low < high else []
     best = sorted(spots[point.place] for point in points if point.on_frontier)
-    line = list(pairwise(best))
+    (left, right), zero = axes.get_xlim(), 0.0
+    lines = [*bars, *pairwise(best), *([(at(left, zero), at(right, zero))] if floor == -math.inf else [])]
     edges = axes.get_window_extent()
     inside = (edges.x0 * scale, edges.y0 * scale, edges.x1 * scale, edges.y1 * scale)
     texts = {str(point.place): spots[point.place] for point in named}
     sizes = [(DIGIT * len(text), LINE) for text in texts]
-    labels = place_labels(list(texts.values()), sizes, marks, [*bars, *line], inside)
+    labels = place_labels(list(texts.values()), sizes, marks, lines, inside)
     for (text, spot), label in zip(texts.items(), labels, strict=True):
         if label is not None:
             _write_number(axes, text, spot, label)

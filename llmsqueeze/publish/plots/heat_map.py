@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from llmsqueeze.publish.numbers import fixed, significant
-from llmsqueeze.publish.plots.figure import finish, style
+from llmsqueeze.publish.plots.figure import finish, log_ticks, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +24,7 @@ NUMBERED_BLOCKS, NUMBERED_KINDS = 40, 200  # with more, the numbers in the cells
 PAGE = 12.0  # inches that a page shows at full size on a screen of 1280 pixels
 LETTERS = 2.5  # the width of four digits and a point, in heights of the letters
 MISSING = "#d4d4d4"
+NOTE: dict[str, Any] = {"fontsize": 7, "color": "#666666"}
 
 
 @dataclass(frozen=True)
@@ -70,25 +71,30 @@ def heat_map(
     kinds, table = _table(values, blocks)
     rows, columns = len(kinds), len(blocks)
     with style():
-        beside = 0.9 + 0.08 * max(map(len, kinds))  # the names and the colours
+        beside = 1.4 + 0.08 * max(map(len, kinds))  # the names, what most cells of a row say, and the colours
         least, most = (0.27, 0.36) if columns <= NUMBERED_BLOCKS else (0.1, 0.2)
         cell = min(max(least, (PAGE - beside) / columns), most)
         width = max(6.0, beside + cell * columns)
         tall = min(0.34, 20 / rows)
-        hidden, numbered = unnumbered(table, scale), columns <= NUMBERED_BLOCKS and rows <= NUMBERED_KINDS
+        numbered = columns <= NUMBERED_BLOCKS and rows <= NUMBERED_KINDS
+        common = [_common(row, scale) for row in table]
         figure = Figure(figsize=(min(width, 40.0), max(2.4, 1.3 + tall * rows)), layout="constrained")
         axes = figure.add_subplot()
         mesh = _mesh(axes, table, scale, lines=1.0 if numbered else 0.4)
         _label(axes, kinds, columns, min(9.0, 0.8 * 72 * tall))
         if numbered:
-            _number(axes, mesh, table, scale, hidden, min(7.5, 0.7 * 72 * tall, 72 * cell / LETTERS))
+            _number(axes, mesh, table, scale, common, min(7.5, 0.7 * 72 * tall, 72 * cell / LETTERS))
+        if rows <= NUMBERED_KINDS:
+            _number_rows(axes, table, scale, common, numbered, min(7.5, 0.7 * 72 * tall))
         bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=max(8, 2 * rows), fraction=0.05)
         bar.set_label(scale.label)
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        if remarks := _remarks(table, scale, hidden, numbered):
-            note: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "fontsize": 7, "color": "#666666"}
-            axes.text(1.0, 1.02, remarks, **note)
+        if scale.logarithmic:
+            low, high = mesh.get_clim()
+            log_ticks(bar.ax.yaxis, decades=math.log10(high / low))
+        if any(value is None for row in table for value in row):
+            axes.text(1.0, 1.02, "grey: none, or not compressed", transform=axes.transAxes, ha="right", **NOTE)
         finish(figure, title)
     return figure
 
@@ -180,24 +186,28 @@ def colour_range(numbers: Sequence[float], scale: Scale) -> Normalize:
     return Normalize(low, max(max(numbers), low + scale.least_span))
 
 
-def unnumbered(table: Sequence[Sequence[float | None]], scale: Scale) -> str:
-    """The text of most cells, if more than half have the same: it is told once, and only the others have a number."""
-    texts = Counter(scale.text(value) for row in table for value in row if value is not None)
-    if not texts:
-        return ""
-    text, count = texts.most_common(1)[0]
-    return text if count > texts.total() / 2 and texts.total() > 1 else ""
+def _common(row: Sequence[float | None], scale: Scale) -> str:
+    """The text of most cells of a row, if half of them have the same: it is told once, and only the others have a
+    number."""
+    texts = Counter(scale.text(value) for value in row if value is not None)
+    text, count = texts.most_common(1)[0] if texts else ("", 0)
+    return text if count >= texts.total() / 2 and texts.total() > 1 else ""
 
 
-def _remarks(table: Sequence[Sequence[float | None]], scale: Scale, hidden: str, numbered: bool) -> str:
-    """What the cells without a number mean."""
-    missing = any(value is None for row in table for value in row)
-    remarks = ["grey: none, or not compressed"] if missing else []
-    if hidden and all(value is None or scale.text(value) == hidden for row in table for value in row):
-        remarks.insert(0, f"all cells: {hidden}")
-    elif hidden and numbered:
-        remarks.insert(0, f"cells without a number: {hidden}")
-    return ", ".join(remarks)
+def _number_rows(
+    axes: Axes,
+    table: Sequence[Sequence[float | None]],
+    scale: Scale,
+    common: Sequence[str],
+    numbered: bool,
+    size: float,
+) -> None:
+    """What all cells of a row say, or all without a number, at the end of the row."""
+    for y, (row, text) in enumerate(zip(table, common, strict=True)):
+        same = all(scale.text(value) == text for value in row if value is not None)
+        if text and (same or numbered):
+            place = len(row) + 0.2, y + 0.5
+            axes.text(*place, f"{'all' if same else 'else'} {text}", va="center", **NOTE | {"fontsize": size})
 
 
 def _label(axes: Axes, kinds: Sequence[str], columns: int, size: float) -> None:
@@ -216,14 +226,19 @@ def _label(axes: Axes, kinds: Sequence[str], columns: int, size: float) -> None:
 
 
 def _number(
-    axes: Axes, mesh: QuadMesh, table: Sequence[Sequence[float | None]], scale: Scale, hidden: str, size: float
+    axes: Axes,
+    mesh: QuadMesh,
+    table: Sequence[Sequence[float | None]],
+    scale: Scale,
+    common: Sequence[str],
+    size: float,
 ) -> None:
-    """The number in each cell whose text is not `hidden`, in black or in white, whichever has the higher contrast with
-    the cell's colour."""
+    """The number in each cell that does not say what most of its row do, in black or in white, whichever has the higher
+    contrast with the cell's colour."""
     colours = mesh.to_rgba(_values(table))
     for y, row in enumerate(table):
         for x, value in enumerate(row):
-            if value is not None and (text := scale.text(value)) != hidden:
+            if value is not None and (text := scale.text(value)) != common[y]:
                 red, green, blue = (_linear(float(channel)) for channel in colours[y, x, :3])
                 dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179  # equal contrast at this value (WCAG 2)
                 colour = "white" if dark else "black"

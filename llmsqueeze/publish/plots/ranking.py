@@ -79,3 +79,5 @@ def _loss_axis(axes: Axes, points: Sequence[Point]) -> None:
         return
     spare = MARGIN * (high - low) or 0.1 * abs(high) or 1e-3
     axes.set_xlim(low - spare, high + spare)
+    if low - spare < 0 < high + spare:
+        axes.axvline(0, color=GREY, linewidth=0.8, linestyle=":")
