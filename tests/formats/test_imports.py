@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
 from support import command, refused
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmsqueeze
 from llmsqueeze.formats.check import check
@@ -77,6 +81,119 @@ def test_what_was_written_meanwhile_is_removed_after_an_error_too(
 def test_a_model_that_is_not_quantized_needs_no_such_option(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
     message = refused("quantize", demo_of(1), *RTN, "--from-quantized", "--out", tmp_path / "out")
     assert "is not quantized; leave the option out" in message
+
+
+BLOCK = 64  # of fp8: rows and columns that share a scale
+
+
+def in_blocks(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As fine-grained fp8 stores a weight: its tensors by what their names end with, and what it is then."""
+    rows, cols = weight.shape
+    tiles = weight.float().reshape(rows // BLOCK, BLOCK, cols // BLOCK, BLOCK)
+    scale = tiles.abs().amax((1, 3)) / 448
+    codes = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    dense = (codes.float() * scale[:, None, :, None]).reshape(rows, cols)
+    return {"weight": codes.reshape(rows, cols), "weight_scale_inv": scale}, dense
+
+
+def by_rows(dtype: torch.dtype, largest: float, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As compressed-tensors stores a weight of 8 bits with a scale for each row."""
+    scale = (weight.float().abs().amax(1, keepdim=True) / largest).to(weight.dtype)
+    scaled = weight.float() / scale.float()
+    codes = (scaled if dtype.is_floating_point else scaled.round().clamp(-largest, largest)).to(dtype)
+    return {"weight": codes, "weight_scale": scale}, codes.float() * scale.float()
+
+
+def naive(form: str, kind: str) -> dict[str, Any]:
+    """A config of compressed-tensors for 8 bits of weights and of inputs."""
+    weights = {"num_bits": 8, "type": kind, "strategy": "channel", "symmetric": True, "dynamic": False}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": weights | {"strategy": "token", "dynamic": True},
+    }
+    about = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+    return about | {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+BY_HAND: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]]] = {
+    "fp8": (FP8, in_blocks),
+    "compressed-tensors fp8": (naive("float-quantized", "float"), partial(by_rows, torch.float8_e4m3fn, 448)),
+    "compressed-tensors int8": (naive("int-quantized", "int"), partial(by_rows, torch.int8, 127)),
+}
+
+
+def stored(folder: Path, out: Path, kind: str) -> dict[str, Tensor]:
+    """Writes the model as another tool stores it; what its linears are then."""
+    about, store = BY_HAND[kind]
+    shutil.copytree(folder, out)
+    write_config(out, about)
+    file = out / "model.safetensors"
+    tensors, dense = load_file(file), {}
+    for name in [name for name in tensors if ".layers." in name and tensors[name].ndim == 2]:
+        parts, dense[name] = store(tensors.pop(name))
+        tensors |= {name.removesuffix("weight") + end: part for end, part in parts.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return dense
+
+
+def write_config(folder: Path, about: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+
+
+def assert_taken(folder: Path, dense: dict[str, Tensor], out: Path) -> None:
+    """The folder is made dense, and rounded to 8 bits."""
+    code, _, stderr = command("quantize", folder, *RTN, "--from-quantized", "--no-verify", "--out", out)
+    assert code == 0, stderr
+    after = weights(out)
+    assert dense
+    for name, tensor in dense.items():
+        assert (after[name] - tensor).norm() <= 0.01 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_models_of_8_bits_of_other_tools(kind: str, demo_of: Callable[[int], Path], tmp_path: Path) -> None:
+    assert_taken(tmp_path / "in", stored(demo_of(1), tmp_path / "in", kind), tmp_path / "out")
+    assert "--from-quantized" in refused("quantize", tmp_path / "in", *RTN, "--out", tmp_path / "again")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_models_of_bitsandbytes(bits: int, demo_of: Callable[[int], Path], tmp_path: Path) -> None:
+    """Against bitsandbytes' own values, or the codes and scales of the file."""
+    how = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_pretrained(demo_of(1), quantization_config=how, device_map="cpu")
+    model.save_pretrained(tmp_path / "in")
+    for file in demo_of(1).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "in")
+    linears = {
+        name: module for name, module in model.named_modules() if ".layers." in name and hasattr(module, "weight")
+    }
+    linears = {name: module for name, module in linears.items() if module.weight.dtype in (torch.uint8, torch.int8)}
+    assert len(linears) == 7
+    if bits == 4:
+        dense = {n: dequantize_4bit(m.weight.data, m.weight.quant_state).float() for n, m in linears.items()}
+    else:
+        file = load_file(tmp_path / "in" / "model.safetensors")
+        dense = {n: file[f"{n}.weight"].float() * file[f"{n}.SCB"][:, None] / 127 for n in linears}
+    assert_taken(tmp_path / "in", {f"{name}.weight": value for name, value in dense.items()}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
+def test_what_transformers_cannot_open_is_one_line(
+    method: str, package: str, demo_of: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here without the packages that they need."""
+    for name in ("is_optimum_available", "is_gptqmodel_available"):
+        monkeypatch.setattr(f"transformers.quantizers.quantizer_{method}.{name}", lambda: False, raising=False)
+    shutil.copytree(demo_of(1), tmp_path / "in")
+    write_config(tmp_path / "in", {"quant_method": method, "bits": 4, "group_size": 64})
+    message = refused("quantize", tmp_path / "in", *RTN, "--from-quantized", "--out", tmp_path / "out")
+    assert "transformers cannot open" in message
+    assert package in message
+    assert "start from the original weights" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_codes_that_lie_padded() -> None:

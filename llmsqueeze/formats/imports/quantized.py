@@ -175,10 +175,10 @@ def _by_transformers(path: Path, trust_remote_code: bool) -> Any:
 
     config: Any = load_config(path, trust_remote_code)
     about = dict(getattr(config, "quantization_config", None) or {})
-    of_method: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(about.get("quant_method", ""), dict)
-    if "dequantize" in inspect.signature(of_method).parameters:
+    of_method: Any = AUTO_QUANTIZATION_CONFIG_MAPPING.get(about.get("quant_method", ""))
+    if of_method is not None and "dequantize" in inspect.signature(of_method).parameters:
         config.quantization_config = about | {"dequantize": True}
-    with foreign(UnsupportedError, f"transformers cannot open {path}"):
+    with foreign(UnsupportedError, f"transformers cannot open {path}", "or start from the original weights"):
         return auto_class(config).from_pretrained(
             path, config=config, dtype="auto", trust_remote_code=trust_remote_code
         )
@@ -212,4 +212,5 @@ def _dense(model: Any, path: Path) -> Any:
         if hasattr(model.config, name):
             delattr(model.config, name)
     model.hf_quantizer = None
+    model._weight_conversions = None  # else `save_pretrained` undoes what its quantizer did, and rounds again
     return model.to(dtype)
