@@ -5,7 +5,6 @@ If stderr is not a terminal, progress is a line a minute. What every step did is
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from llmsqueeze.cli.whole import CONTROL, Whole
 from llmsqueeze.progress import Progress
 from llmsqueeze.publish.numbers import shortened
 
@@ -47,9 +47,6 @@ STAGES = {
     "text": "perplexity, by batch",
     "tasks": "tasks, by lm-eval",
 }
-
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class PlainConsole(Console):
@@ -182,8 +179,12 @@ class TerminalProgress(Progress):
     def _print(self, text: str, style: str | None = None) -> None:
         if not self._quiet:
             with suppress(OSError, ValueError):  # a closed terminal, or one without these letters
-                self._console.print(text, style=style, markup=False)
+                self._console.print(Whole(text), style=style)
 
 
 def print_error(message: str) -> None:
-    console(stderr=True).print(f"error: {message}", style="red", markup=False, soft_wrap=not sys.stderr.isatty())
+    text = f"error: {message}"
+    if sys.stderr.isatty():
+        console(stderr=True).print(Whole(text), style="red")
+    else:
+        console(stderr=True).print(text, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from llmsqueeze.cli import console as consoles
 from llmsqueeze.cli.tables.plans import print_plan, widths
 from llmsqueeze.cli.tables.results import print_comparison, print_contents
-from llmsqueeze.cli.tables.whole import Facts, Whole, broken
+from llmsqueeze.cli.whole import Facts, Whole, broken
 from llmsqueeze.publish import numbers
 
 NAME = "model.language_model.layers.29.feed_forward.experts.127.gate_up_proj"
@@ -56,6 +56,16 @@ def test_a_long_path_in_a_summary_keeps_its_end(capsys: pytest.CaptureFixture[st
     told = capsys.readouterr().out
     assert path in "".join(told.split())
     assert "…" not in told
+
+
+def test_a_note_breaks_no_name(capsys: pytest.CaptureFixture[str]) -> None:
+    note = f"the weights of model.layers.0.mlp.up_proj and of {NAME} are\n   not in it"
+    consoles.TerminalProgress().note(note)
+    told = capsys.readouterr().err
+    assert max(map(len, told.splitlines())) <= 80
+    assert "model.layers.0.mlp.up_proj" in told
+    assert NAME in "".join(told.split())
+    assert "\n   not in it" in told, "lines of its own keep their beginning"
 
 
 def words_in_column(told: str, head: str, after: str) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.runs import format_and_why, predicted_increase, predicted_interval, rounded_beside
 from llmsqueeze.cli.tables.times import print_times
-from llmsqueeze.cli.tables.whole import Whole
+from llmsqueeze.cli.whole import Whole
 from llmsqueeze.publish.numbers import RANKINGS, by_score, code_widths, fixed, perplexity, ranges, size
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.runs import divergence
-from llmsqueeze.cli.tables.whole import Facts, Whole
+from llmsqueeze.cli.whole import Facts, Whole
 from llmsqueeze.publish.numbers import code_widths, fixed, ranges, size
 from llmsqueeze.publish.page.comparison import model_row, task_table
 from llmsqueeze.publish.page.verdict import verdict
@@ -179,5 +179,5 @@ def print_check(result: dict[str, Any]) -> None:
     for note in result["notes"]:
         table.add("note", note)
     out = console()
-    out.print(f"{result['folder']}: format {result['format']}, {result['state']}")
+    out.print(Whole(f"{result['folder']}: format {result['format']}, {result['state']}"))
     out.print(table)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from llmsqueeze.cli.console import console
 from llmsqueeze.cli.tables.times import print_times
-from llmsqueeze.cli.tables.whole import Facts, Whole
+from llmsqueeze.cli.whole import Facts, Whole
 from llmsqueeze.publish.numbers import (
     RANKINGS,
     by_score,

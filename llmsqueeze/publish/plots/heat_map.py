@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 NUMBERED_BLOCKS, NUMBERED_KINDS = 40, 200  # with more, the numbers in the cells would be too small to read
 PAGE = 12.0  # inches that a page shows at full size on a screen of 1280 pixels
-LETTERS = 2.5  # the width of four digits and a point, in heights of the letters
 MISSING = "#d4d4d4"
 NOTE: dict[str, Any] = {"fontsize": 7, "color": "#666666"}
 
@@ -83,7 +82,7 @@ def heat_map(
         mesh = _mesh(axes, table, scale, lines=1.0 if numbered else 0.4)
         _label(axes, kinds, columns, min(9.0, 0.8 * 72 * tall))
         if numbered:
-            _number(axes, mesh, table, scale, common, min(7.5, 0.7 * 72 * tall, 72 * cell / LETTERS))
+            _number(axes, mesh, table, scale, common, min(7.5, 0.7 * 72 * tall))
         if rows <= NUMBERED_KINDS:
             _number_rows(axes, table, scale, common, numbered, min(7.5, 0.7 * 72 * tall))
         bar = figure.colorbar(mesh, ax=axes, pad=0.015, aspect=max(8, 2 * rows), fraction=0.05)

@@ -1,5 +1,5 @@
-"""Text in a cell of a table that loses no letter: it is broken at spaces, and a long name behind a dot, a slash, a
-hyphen or an underscore."""
+"""Text for a terminal that loses no letter: it is broken at spaces, and a long name behind a dot, a slash, a hyphen or
+an underscore."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from llmsqueeze.cli.console import CONTROL
-
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PIECES = re.compile(r"[^./\\_\- ]*[./\\_\- ]*")  # of a text, each with what follows it
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A text for a cell; if the column is narrow, it takes several lines."""
+    """A plain text; in a narrow column it takes several lines."""
 
     text: str
 
@@ -43,7 +42,7 @@ def broken(text: str, width: int) -> list[str]:
     """The lines of at most `width` columns that the text takes: words stay whole if they fit, the pieces of longer
     ones if those do, and only a longer piece is cut. The lines joined are the text, but for spaces at their ends."""
     lines = [""]
-    for word in re.findall(r"\S+\s*", text):
+    for word in re.findall(r"\s*\S+\s*", text):
         if cell_len(lines[-1] + word.rstrip()) <= width:
             lines[-1] += word
             continue
