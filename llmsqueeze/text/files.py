@@ -14,7 +14,8 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze.errors import CalibrationError, first_line, foreign
+from llmsqueeze.errors import CalibrationError, foreign
+from llmsqueeze.errors import first_line as said_by
 from llmsqueeze.text.chat import conversation
 from llmsqueeze.text.data_sets import quiet
 from llmsqueeze.text.document import Text
@@ -81,7 +82,7 @@ def readable(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not text: byte {error.start} is not UTF-8") from error
     except (OSError, EOFError, ValueError, LZMAError, zlib.error) as error:
-        raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+        raise CalibrationError(f"cannot read {path}: {said_by(error)}") from error
 
 
 def read_plain(path: Path, enough: int | None) -> str:
@@ -135,7 +136,7 @@ def table_rows(path: Path, kind: str) -> Iterator[Row]:
     options: dict[str, Any] = {}
     if BUILDERS[kind] == "csv":  # 'NA' and 'None' in a table are words
         options = {"keep_default_na": False, "sep": "\t" if kind == ".tsv" else separator(path)}
-        if count := unnamed_columns(path, kind):
+        if count := unnamed_columns(first_line(path, kind)):
             options |= {"header": None, "names": [f"column {number}" for number in range(1, count + 1)]}
     with quiet(), foreign(CalibrationError, f"{path} cannot be read"):
         try:
@@ -154,17 +155,23 @@ def separator(path: Path) -> str:
     return next((one for one in ";\t|" if re.fullmatch(rf"{names}(?:{re.escape(one)}{names})+\s*", line)), ",")
 
 
-def unnamed_columns(path: Path, kind: str) -> int:
+def unnamed_columns(first: list[str]) -> int:
     """How many columns a table has whose first line does not name them; 0 if it does.
 
     It does if one of them is known; or if all are names by their looks, no two alike. One may be empty, as pandas
     leaves that of its index.
     """
-    with readable(path), opened(path) as file, foreign(CalibrationError, f"{path} cannot be read"):
-        lines = csv.reader(file, delimiter="\t" if kind == ".tsv" else separator(path))
-        first = next((line for line in lines if any(line)), [])
     looks = all(is_name(cell) for cell in first if cell) and len({*first}) == len(first)
     return 0 if looks or KNOWN & {*first} else len(first)
+
+
+def first_line(path: Path, kind: str) -> list[str]:
+    """The cells of the first line of a table. Raises CalibrationError for an empty file."""
+    with readable(path), opened(path) as file, foreign(CalibrationError, f"{path} cannot be read"):
+        lines = csv.reader(file, delimiter="\t" if kind == ".tsv" else separator(path))
+        if (first := next((line for line in lines if any(line)), None)) is None:
+            raise CalibrationError(f"{path} is empty")
+    return first
 
 
 def is_name(cell: str) -> bool:
@@ -173,11 +180,15 @@ def is_name(cell: str) -> bool:
 
 
 def note_on_header(path: Path) -> str:
-    """What a user should know of a table without names; empty if it has them, or is none."""
+    """What a user should know of the names of a table's columns: that it has none, or that they might be none; empty
+    if one is known, and for other files."""
     kind = ending(path)
-    count = unnamed_columns(path, kind) if BUILDERS.get(kind) == "csv" else 0
-    names = "column 1" if count == 1 else f"column 1 to column {count}"
-    return f"{path.name} has no line with the names of its columns: they are called {names}" if count else ""
+    if BUILDERS.get(kind) != "csv" or KNOWN & {*(first := first_line(path, kind))}:
+        return ""
+    if count := unnamed_columns(first):
+        names = "column 1" if count == 1 else f"column 1 to column {count}"
+        return f"{path.name} has no line with the names of its columns: they are called {names}"
+    return f"{path.name}: its first line, {', '.join(first)!r}, is taken for the names of its columns"
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -197,7 +208,7 @@ def json_rows(path: Path) -> Iterator[Row]:
             return
         except (ValueError, RecursionError) as error:  # lines under the name of a list, or a list in each line
             if (begins == "[" and "Extra data" not in str(error)) or "\n" not in content.strip():
-                raise CalibrationError(f"{path} is not JSON: {first_line(error)}") from error
+                raise CalibrationError(f"{path} is not JSON: {said_by(error)}") from error
     with readable(path), opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -216,9 +227,13 @@ def _rows_of(value: Any, path: Path) -> list[Row]:
 
 
 def _rows_of_columns(value: dict[str, Any]) -> list[Row]:
-    """The rows of a table that an object holds column by column, `{"text": ["one", "two"], "id": [1, 2]}`; none if it
-    is none."""
-    columns = {name: column for name, column in value.items() if isinstance(column, list)}
+    """The rows of a table that an object holds column by column: `{"text": ["one", "two"], "id": [1, 2]}`, or
+    `{"text": {"0": "one", "1": "two"}}` as pandas writes it; none if it is none."""
+    numbered = {
+        name: column for name, column in value.items() if isinstance(column, dict) and all(map(str.isdigit, column))
+    }
+    columns = {name: [*column.values()] for name, column in numbered.items()}
+    columns |= {name: column for name, column in value.items() if isinstance(column, list)}
     texts = any(isinstance(one, str) or conversation(one) for column in columns.values() for one in column[:1])
     if not texts or len(columns) < len(value) or len({len(column) for column in columns.values()}) != 1:
         return []

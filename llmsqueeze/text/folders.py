@@ -35,7 +35,8 @@ def read_folder(path: Path, config: str | None, split: str, named: bool, field: 
             return text_of(data[split_of(data, split, named, source)], source, field, enough)
         chosen = files[split_of(files, split, named, source)]
         text = text_of(rows_of(chosen, enough), source, field, enough)
-        return replace(text, notes=(*(note for file in chosen if (note := note_on_header(file))), *text.notes))
+        notes = [*map(note_on_header, chosen), "" if config else note_on_unread(path, files)]
+        return replace(text, notes=(*filter(None, notes), *text.notes))
 
 
 def files_by_split(builder: Any) -> dict[str, list[Path]] | None:
@@ -43,6 +44,18 @@ def files_by_split(builder: Any) -> dict[str, list[Path]] | None:
     files = {str(split): [Path(file) for file in names] for split, names in (builder.config.data_files or {}).items()}
     kinds = {ending(file) for names in files.values() for file in names}
     return files if kinds and kinds <= {*ROWS, *PLAIN} else None
+
+
+def note_on_unread(path: Path, files: Mapping[str, Sequence[Path]]) -> str:
+    """What a user should know of files of rows or text that datasets passes over: it takes those of one kind."""
+    read = {file.resolve() for names in files.values() for file in names}
+    kinds = {*ROWS, ".txt"}
+    seen = (name for name in path.rglob("*") if not any(part.startswith(".") for part in name.relative_to(path).parts))
+    unread = sorted(name.name for name in seen if ending(name) in kinds and name.resolve() not in read)
+    if not unread:
+        return ""
+    names = f"{unread[0]} is" if len(unread) == 1 else f"{unread[0]} and {len(unread) - 1} more are"
+    return f"of the folder {path.name} {names} not read: datasets takes the files of one kind"
 
 
 def rows_of(files: Sequence[Path], enough: int | None) -> Iterator[Row]:
