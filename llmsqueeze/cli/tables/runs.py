@@ -102,7 +102,8 @@ def rounded_beside(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if summary["towers"] is not None:
         yield "other towers", rounded(summary["towers"])
     if summary["embeddings"] is not None:
-        yield "embeddings, head", rounded(summary["embeddings"], "matrices")
+        ends = summary["embeddings"]
+        yield "embeddings, head", rounded(ends, "matrix" if ends["linears"] == 1 else "matrices")
 
 
 def next_command(summary: dict[str, Any]) -> str:
