@@ -16,7 +16,8 @@ from llmsqueeze.progress import Progress
 def export(
     folder: Annotated[str, typer.Argument(help="Folder that llmsqueeze wrote")],
     to: Annotated[
-        str, typer.Option(help="compressed-tensors (stock transformers, vLLM), dense (anything), peft or gguf-map.")
+        str,
+        typer.Option(help="compressed-tensors (stock transformers, vLLM), dense (anything), peft, gguf or gguf-map."),
     ],
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [dense: the model's own; peft: fp32]")] = None,
     bits: Annotated[
@@ -30,13 +31,17 @@ def export(
     adapter: Annotated[
         str | None, typer.Option(help="With dense: LoRA adapter (folder or Hub id) to merge into the weights.")
     ] = None,
-    out: Annotated[Path | None, written_to("Folder to write. [<folder>-<to>]")] = None,
+    gguf_base: Annotated[
+        Path | None,
+        typer.Option(help="With gguf: a GGUF file of the same model to put the weights in. [llama.cpp's converter]"),
+    ] = None,
+    out: Annotated[Path | None, written_to("Folder or file to write. [<folder>-<to>, <folder>.gguf]")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustCode = False,
     *,
     progress: Progress,
 ) -> Outcome:
-    """Write a compressed FOLDER in another format. Only coded weights are rounded again, for compressed-tensors."""
+    """Write a compressed FOLDER in another format. Only what it has no place for is rounded again, and that is said."""
     from llmsqueeze.cli.tables.runs import print_export
     from llmsqueeze.formats.export import export as export_folder
 
@@ -49,6 +54,7 @@ def export(
         bits=bits,
         group_size=group_size,
         adapter=adapter,
+        gguf_base=gguf_base,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=progress,

@@ -13,7 +13,7 @@ from llmsqueeze import parts
 from llmsqueeze.errors import CheckpointError, RecipeError, SqueezeError, UnsupportedError
 from llmsqueeze.files import ADAPTER_WEIGHTS, SIDECAR
 from llmsqueeze.formats.entries import DENSE, FORMATS, Entry, format_of
-from llmsqueeze.formats.exports import gguf, peft
+from llmsqueeze.formats.exports import gguf_map, peft
 from llmsqueeze.formats.inspection.damage import (
     CHANGED,
     COMPRESSED,
@@ -50,7 +50,7 @@ def check(folder: str, runtime: str | None = None, trust_remote_code: bool = Fal
             findings.notes.append(f"looked at the base; the adapter in {peft.ADAPTER} belongs to it")
             refuse_damaged([path / peft.ADAPTER / ADAPTER_WEIGHTS])
             path = path / peft.BASE
-        if recorded == gguf.FORMAT:
+        if recorded == gguf_map.FORMAT:
             raise UnsupportedError(
                 f"{path} holds a plan for llama.cpp and no weights; quantize.sh in it makes the model"
             )

@@ -1,9 +1,9 @@
 """The verb `export`: a compressed folder in another format, file by file.
 
 compressed-tensors: for stock transformers and vLLM. dense: an ordinary checkpoint, for every program that opens one.
-peft: as compressed-tensors, with the low-rank parts as a LoRA adapter beside it. gguf-map: no weights, but the plan in
-llama.cpp's words. Only coded weights are rounded again, and only for compressed-tensors; all other codes and scales
-stay as they are.
+peft: as compressed-tensors, with the low-rank parts as a LoRA adapter beside it. gguf: one file for llama.cpp.
+gguf-map: no weights, but the plan in llama.cpp's words. Only what a format has no place for is rounded again, and said;
+all other codes and scales stay as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmsqueeze.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SIDECAR, write_jso
 from llmsqueeze.formats import compressed_tensors, verify
 from llmsqueeze.formats.check import refuse_misfits
 from llmsqueeze.formats.entries import DENSE
-from llmsqueeze.formats.exports import gguf, peft
+from llmsqueeze.formats.exports import gguf, gguf_map, peft
 from llmsqueeze.formats.exports.conversion import (
     Conversion,
     Converted,
@@ -38,7 +38,7 @@ from llmsqueeze.parts import LowRank
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.values import choice
 
-EXPORTS = (compressed_tensors.METHOD, DENSE, peft.FORMAT, gguf.FORMAT)
+EXPORTS = (compressed_tensors.METHOD, DENSE, peft.FORMAT, gguf.FORMAT, gguf_map.FORMAT)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -51,6 +51,7 @@ def export(
     bits: int | None = None,
     group_size: int | None = None,
     adapter: str | None = None,
+    gguf_base: Path | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -59,20 +60,26 @@ def export(
 
     dtype (bf16, fp16, fp32): of dense weights (else the model's own) and adapters (else fp32). bits (else 4) and
     group_size (else the largest of 128, 64, 32 that fits): of the grid onto which coded weights are rounded for
-    compressed-tensors. adapter: folder or Hub id of a LoRA adapter that is merged into dense weights.
+    compressed-tensors. adapter: folder or Hub id of a LoRA adapter that is merged into dense weights. gguf_base: a GGUF
+    file of the same model, in which the compressed weights are replaced; None: llama.cpp's converter makes it.
     Raises UnsupportedError if a part would be lost, and names the first; RecipeError.
     """
     check_request(to, dtype)
     if adapter is not None and to != DENSE:
         raise RecipeError(f"--adapter applies to --to dense; {to} has no place for what it adds to a weight")
+    if gguf_base is not None and to != gguf.FORMAT:
+        raise RecipeError(f"--gguf-base applies to --to gguf, not to {to}")
     opened = open_compressed(folder, "export converts one that llmsqueeze wrote", trust_remote_code)
     refuse_misfits(opened)
     grid = grid_for(opened.entries, to == compressed_tensors.METHOD, bits, group_size)
     plan = conversion(opened, to, DTYPES[dtype] if dtype else None, grid, locate(adapter) if adapter else None)
-    out = out or opened.path.with_name(f"{opened.path.resolve().name}-{to}")
-    check_writable(out, overwrite)
+    out = out or opened.path.with_name(f"{opened.path.resolve().name}{'.' if to == gguf.FORMAT else '-'}{to}")
     notes, progress = Converted(), progress or Progress()
+    if to != gguf.FORMAT:
+        check_writable(out, overwrite)
     if to == gguf.FORMAT:
+        result = gguf.write_gguf(plan, out, gguf_base, overwrite, progress)
+    elif to == gguf_map.FORMAT:
         result = write_map(plan, out, overwrite)
     elif to == peft.FORMAT:
         result = write_adapted(plan, out, overwrite, notes, progress)
@@ -143,23 +150,23 @@ def write_map(plan: Conversion, out: Path, overwrite: bool) -> dict[str, Any]:
     model = plan.folder.model
     blocks = find_blocks(model)
     linears = [name for block in blocks for name in find_linears(model, block)]
-    names = gguf.tensor_names(model.config.model_type, len(blocks), linears)
-    types = {names[linear]: gguf.WHOLE for linear in linears}  # llama.cpp rounds what the map does not name
+    names = gguf_map.tensor_names(model.config.model_type, len(blocks), linears)
+    types = {names[linear]: gguf_map.WHOLE for linear in linears}  # llama.cpp rounds what the map does not name
     mapped = stored = 0.0  # bits
     for linear, entry in plan.entries.items():
         nbytes = sum(plan.folder.checkpoint.tensors[name].nbytes for name in entry.tensors)
-        types[names[linear]], bits = gguf.nearest_type(8 * nbytes / entry.numel, entry.shape[1])
+        types[names[linear]], bits = gguf_map.nearest_type(8 * nbytes / entry.numel, entry.shape[1])
         mapped, stored = mapped + bits * entry.numel, stored + 8 * nbytes
     original = str(plan.folder.record.get("model") or "original")
     with partial_folder(out) as folder:
-        (folder / gguf.MAP).write_text(gguf.tensor_type_file(types), encoding="utf-8")
-        (folder / "quantize.sh").write_text(gguf.script(original), encoding="utf-8")
-        write_json(folder / SIDECAR, plan.folder.record | {"format": gguf.FORMAT})
+        (folder / gguf_map.MAP).write_text(gguf_map.tensor_type_file(types), encoding="utf-8")
+        (folder / "quantize.sh").write_text(gguf_map.script(original), encoding="utf-8")
+        write_json(folder / SIDECAR, plan.folder.record | {"format": gguf_map.FORMAT})
         publish(folder, out, overwrite)
     return {
         "nbytes": 0,
         "types": {kind: sum(one == kind for one in types.values()) for kind in sorted(set(types.values()))},
-        "commands": gguf.commands(original),
+        "commands": gguf_map.commands(original),
         "bits_per_weight": round(mapped / plan.numel, 4),
         "bits_per_weight_before": round(stored / plan.numel, 4),
     }

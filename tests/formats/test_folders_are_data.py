@@ -15,7 +15,7 @@ import pytest
 from llmsqueeze.compress.forecast import trial
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import TEMPLATES, read_json, read_yaml, write_json
-from llmsqueeze.formats.exports import gguf
+from llmsqueeze.formats.exports import gguf_map as gguf
 from llmsqueeze.formats.exports.peft import how_to_load
 from llmsqueeze.formats.inspection import beside
 from llmsqueeze.formats.inspection.beside import copy, files_beside

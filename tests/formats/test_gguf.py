@@ -20,7 +20,7 @@ from llmsqueeze.compress.pipeline import compress_model as quantize
 from llmsqueeze.errors import UnsupportedError
 from llmsqueeze.formats.entries import read_entries
 from llmsqueeze.formats.export import export
-from llmsqueeze.formats.exports import gguf
+from llmsqueeze.formats.exports import gguf_map as gguf
 from llmsqueeze.model.checkpoint import open_checkpoint
 from llmsqueeze.model.skeleton import build_skeleton
 from llmsqueeze.recipe.resolve import make_recipe

@@ -148,12 +148,16 @@ def print_export(summary: dict[str, Any]) -> None:
     table = Facts()
     table.add("written to", summary["out"])
     table.add("format", f"{summary['target']}, {summary['linears']} compressed linears of {summary['model']}")
-    if summary["target"] == "gguf-map":
+    if summary["target"].startswith("gguf"):
         types = ", ".join(f"{count} x {kind}" for kind, count in summary["types"].items())
         table.add("types", types)
         bits = f"{fixed(summary['bits_per_weight'], 3)} bits per weight in llama.cpp's types"
-        table.add("size", f"{bits}, {fixed(summary['bits_per_weight_before'], 3)} here")
-    else:
+        table.add("size", f"{bits}, {fixed(summary['bits_per_weight_before'], 3)} in the folder")
+    if summary["target"] == "gguf":
+        table.add("", f"{size(summary['nbytes'])}, the folder {size(summary['nbytes_before'])}")
+        for text in about_gguf(summary):
+            table.add("", text)
+    elif summary["target"] != "gguf-map":
         table.add("size", f"{size(summary['nbytes'])}, was {size(summary['nbytes_before'])}")
         table.add("verified", "all read back from disk, equal bit by bit")
     if "rerounded" in summary:
@@ -169,6 +173,15 @@ def print_export(summary: dict[str, Any]) -> None:
     if summary["target"] == "gguf-map":
         out.print("llama.cpp rounds the original again with this map. The commands, which are also in quantize.sh:")
         out.print("\n".join(summary["commands"]), soft_wrap=True)
+
+
+def about_gguf(summary: dict[str, Any]) -> Iterator[str]:
+    """What is not in the file as it is in the folder."""
+    yield "opened again: every tensor is what was written, bit by bit"
+    if rounded := summary["rounded"]:
+        yield f"{len(rounded)} weights that no type holds are rounded to Q8_0, among them {rounded[0]}"
+    if left := summary["left_in_base"]:
+        yield f"{len(left)} weights stay as the base has them, among them {left[0]}"
 
 
 def reround_cost(summary: dict[str, Any]) -> str:

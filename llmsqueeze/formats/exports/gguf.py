@@ -1,84 +1,168 @@
-"""A plan for llama.cpp: for each linear, the llama.cpp type whose bits per weight are nearest to those of the folder.
+"""A compressed folder as a GGUF file that llama.cpp opens: the same codes and scales in its types.
 
-llama.cpp rounds the original itself, with its own types and importance matrix; the plan gives it only the bits of each
-linear. `llama-quantize --tensor-type-file` reads `pattern=type` pairs, separated by white space and without comments; a
-pattern is a regular expression over llama.cpp's tensor names, which the package `gguf` knows. Sizes of the types:
-blocks of 256 or 32 columns (`gguf.GGML_QUANT_SIZES`).
+Nothing is rounded again where a type holds it.
+
+The base has the metadata, the tokenizer and all other tensors: what llama.cpp's converter makes of the folder's dense
+weights, or a file that the user gives. What no type holds (outliers, low-rank factors, coded integers, two planes) is
+rounded to Q8_0, and counted. A weight that the base has nothing of stays as it is there, and is named.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from llmsqueeze.errors import UnsupportedError, nearest
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-# the types that llama-quantize offers for a single tensor; those of 256 columns are K- and I-types
-TYPES = ("IQ1_M", "IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
-SMALL_TYPES = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
-FORMAT = "gguf-map"
-MAP = "tensor-types.txt"
-WHOLE = "F16"
-BASE_TYPE = "Q4_K_M"  # of tensors that the map does not name; llama-quantize reads a map only beside a type that rounds
-NAME = "NAME-OF-THE-MODEL"
-SCRIPT = """\
-#!/bin/sh
-# usage: sh quantize.sh [FOLDER OF THE ORIGINAL]; needs llama.cpp's programs and a calibration.txt
-set -e
-"""
-# model types of transformers that have another name in llama.cpp
-SAME = {"mistral": "llama", "gpt_neox": "gptneox", "gemma3_text": "gemma3", "phi": "phi2", "command_r": "command-r"}
+from llmsqueeze import __version__, parts
+from llmsqueeze.errors import CheckpointError, OutputError
+from llmsqueeze.formats.entries import DENSE, read_parts
+from llmsqueeze.formats.exports.conversion import Conversion, Converted, write_folder
+from llmsqueeze.formats.gguf.base import Match, matches, open_base
+from llmsqueeze.formats.gguf.convert import converted, converter
+from llmsqueeze.formats.gguf.types import BLOCK, Q8_0, BlockType, Levels, encode, levels_of
+from llmsqueeze.formats.gguf.write import verify, write
+from llmsqueeze.parts import Grid
+from llmsqueeze.progress import Progress
+from llmsqueeze.quantizers.rtn import rtn
 
-
-def tensor_names(model_type: str, blocks: int, linears: list[str]) -> dict[str, str]:
-    """linear -> its weight's name in a GGUF file. Raises UnsupportedError if llama.cpp has no such model or tensor."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise UnsupportedError(
-            "llama.cpp's names come from the package gguf: pip install 'llmsqueeze[gguf]'"
-        ) from error
-    architectures: dict[str, Any] = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    name = SAME.get(model_type, model_type)
-    if name not in architectures:
-        raise UnsupportedError(f"llama.cpp has no architecture {model_type}{nearest(model_type, architectures)}")
-    table = gguf.get_tensor_name_map(architectures[name], blocks)
-    counterparts = {linear: table.get_name(linear) for linear in linears}
-    if lost := next((linear for linear, other in counterparts.items() if other is None), None):
-        raise UnsupportedError(f"{lost} has no counterpart in llama.cpp's {name}, which joins or renames it")
-    return {linear: f"{other}.weight" for linear, other in counterparts.items()}
+FORMAT = "gguf"
 
 
-def nearest_type(bits: float, cols: int) -> tuple[str, float]:
-    """The type whose bits per weight are nearest to `bits` for rows of `cols`, and those bits."""
-    import gguf
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor of the base that becomes one of ours. exact: whether its type holds what the folder has."""
 
-    sizes = {kind.name: (block, 8 * nbytes / block) for kind, (block, nbytes) in gguf.GGML_QUANT_SIZES.items()}
-    fitting = [(name, sizes[name][1]) for name in (*TYPES, *SMALL_TYPES, WHOLE) if cols % sizes[name][0] == 0]
-    return min(fitting, key=lambda one: abs(one[1] - bits))
-
-
-def tensor_type_file(types: Mapping[str, str]) -> str:
-    """The file's text; `types`: llama.cpp's tensor name -> type."""
-    return "".join(f"^{re.escape(name)}$={kind.lower()}\n" for name, kind in types.items())
+    weight: str
+    match: Match
+    type: BlockType
+    exact: bool
 
 
-def commands(model: str) -> list[str]:
-    """The commands that make a GGUF file of the original `model` by the map, with llama.cpp's programs."""
-    whole = WHOLE.lower()
-    quantize = ["llama-quantize", "--imatrix", "imatrix.gguf", "--tensor-type-file", MAP]
-    quantize += ["--token-embedding-type", whole, "--output-tensor-type", whole]
-    return [
-        shlex.join(["python", "convert_hf_to_gguf.py", model, "--outtype", whole, "--outfile", "original.gguf"]),
-        "llama-imatrix -m original.gguf -f calibration.txt -o imatrix.gguf",
-        shlex.join([*quantize, "original.gguf", "model.gguf", BASE_TYPE]),
-    ]
+def write_gguf(plan: Conversion, out: Path, base: Path | None, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """Writes the file `out`; returns its part of the summary.
+
+    Raises CheckpointError for a base of another model, UnsupportedError if the converter is missing or refuses.
+    """
+    check_file(out, overwrite)
+    with base_of(plan, base, out, progress) as file:
+        reader = open_base(file)
+        found = replacements(plan, reader)
+        if not found:
+            raise CheckpointError(f"{file} has no tensor like one of {plan.folder.path}: it is of another model")
+        types = Counter(one.type for one in found.values())
+        written = out.with_name(f".{out.name}.partial")
+        try:
+            blocks = {name: (one.type, partial(blocks_of, plan, one)) for name, one in found.items()}
+            nbytes = write(reader, blocks, about(plan), types.most_common(1)[0][0].file_type, written)
+            verify(written, reader, {name: partial(decoded, plan, one) for name, one in found.items()})
+            written.replace(out)
+        finally:
+            written.unlink(missing_ok=True)
+    linears = [one for one in found.values() if one.weight not in plan.ends]
+    numel, stored = (sum(of(plan.entries[one.weight].numel, one.type) for one in linears) for of in (_count, _bits))
+    matched = {one.weight for one in found.values()}
+    return {
+        "nbytes": nbytes,
+        "types": {kind.name: count for kind, count in types.items()},
+        "bits_per_weight": round(stored / numel, 4) if numel else None,
+        "bits_per_weight_before": plan.folder.record.get("bits_per_weight"),
+        "rounded": [one.weight for one in found.values() if not one.exact],
+        "left_in_base": [name for name in plan.entries if name not in matched],
+    }
 
 
-def script(model: str) -> str:
-    """`quantize.sh`, which runs the commands with the map beside it, on $1 if that is given. The name of the model
-    comes from a file, so it is nowhere but in quotes."""
-    lines = [line.replace(MAP, f'"$(dirname "$0")/{MAP}"').replace(NAME, '"$model"') for line in commands(NAME)]
-    return SCRIPT + "\n".join([f"model={shlex.quote(model)}", 'model="${1:-$model}"', *lines, ""])
+def _count(numel: int, _: BlockType) -> float:
+    return numel
+
+
+def _bits(numel: int, kind: BlockType) -> float:
+    return numel * kind.bits_per_weight
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """Raises OutputError unless the file may be written."""
+    if out.is_dir():
+        raise OutputError(f"{out} is a folder; --out names a file, such as {out.name}.gguf")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} exists already; choose another --out, or replace it with --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise OutputError(f"there is no folder {out.parent} for {out.name}")
+
+
+@contextmanager
+def base_of(plan: Conversion, given: Path | None, out: Path, progress: Progress) -> Iterator[Path]:
+    """The base in the context: the given file, or what the folder's dense weights are converted to, beside `out`."""
+    if given is not None:
+        if not given.is_file():
+            raise CheckpointError(f"there is no file {given} (--gguf-base)")
+        yield given
+        return
+    converter()  # that it is missing is told before anything is written
+    with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as folder:
+        dense, file = Path(folder) / "dense", Path(folder) / "base.gguf"
+        write_folder(replace(plan, format=DENSE), dense, False, Converted(), progress)
+        progress.note("llama.cpp's converter reads the dense weights")
+        converted(dense, file)
+        yield file
+
+
+def replacements(plan: Conversion, reader: Any) -> dict[str, Replaced]:
+    """Tensor of the base -> what it becomes."""
+    weights = {name: partial(dense_of, plan, name) for name in plan.entries}
+    found = matches(reader.tensors, weights, {name: entry.shape for name, entry in plan.entries.items()})
+    replaced: dict[str, Replaced] = {}
+    for name, match in found.items():
+        entry = plan.entries[name]
+        if entry.shape[1] % BLOCK:
+            continue
+        exact = levels_of(read_parts(plan.folder.checkpoint, entry), entry.shape)
+        kind = exact.type if exact is not None else None
+        replaced[match.tensor] = Replaced(name, match, kind or Q8_0, kind is not None)
+    return replaced
+
+
+def held(plan: Conversion, one: Replaced) -> Levels:
+    """The weight as its type holds it, its rows in the order of the base."""
+    entry = plan.entries[one.weight]
+    levels = levels_of(read_parts(plan.folder.checkpoint, entry), entry.shape) if one.exact else None
+    if levels is None:
+        rounded = rtn(dense_of(plan, one.weight), Grid(Q8_0.bits, BLOCK, True), torch.float16)
+        levels = Levels(rounded.codes.to(torch.int16) - (1 << (Q8_0.bits - 1)), rounded.scale)
+    if one.match.order is None:
+        return levels
+    return Levels(levels.levels[one.match.order], levels.scale[one.match.order])
+
+
+def blocks_of(plan: Conversion, one: Replaced) -> NDArray[np.uint8]:
+    """uint8 [rows, bytes of a row]."""
+    return encode(held(plan, one), one.type)
+
+
+def decoded(plan: Conversion, one: Replaced) -> Tensor:
+    """float32 [rows, cols], as llama.cpp has to decode it."""
+    return held(plan, one).dense()
+
+
+def dense_of(plan: Conversion, name: str) -> Tensor:
+    """float32 [rows, cols]."""
+    return parts.sum_of_parts(read_parts(plan.folder.checkpoint, plan.entries[name])).float()
+
+
+def about(plan: Conversion) -> dict[str, str]:
+    """Keys of ours in the file."""
+    record = plan.folder.record
+    told = {"version": __version__, "recipe": json.dumps(record.get("recipe", {}))}
+    if (predicted := record.get("predicted_loss_increase")) is not None:
+        told["predicted_loss_increase"] = f"{predicted:.6g}"
+    return {f"llmsqueeze.{name}": text for name, text in told.items()}
