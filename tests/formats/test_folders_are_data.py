@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import llmsqueeze
 from llmsqueeze.compress.forecast import trial
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.files import TEMPLATES, read_json, read_yaml, write_json
@@ -106,7 +107,7 @@ def test_the_trial_does_not_import_from_the_working_folder(monkeypatch: pytest.M
 
     assert trial.run_trial(job, Path("plan.yaml"), Progress()) == {}, "what fails is a note"
     assert started[0][1:3] == ["-P", "-c"]
-    assert started[0][4] == str(Path(trial.__file__).resolve().parents[2])
+    assert started[0][4] == str(Path(llmsqueeze.__file__).resolve().parents[1])
 
 
 @pytest.mark.parametrize(
