@@ -33,7 +33,7 @@ from llmsqueeze.recipe.values import flag
 from llmsqueeze.text.source import check_calibration
 
 DONE = ".done.json"  # in a folder that is to be distilled: the fingerprint and the summary of the run that wrote it
-DECIDES = {"method", "bits", "size", "max_ppl_increase", "max_kl", "target", "portable", "mix", "widths"}
+DECIDES = {"method", "bits", "size", "max_ppl_increase", "max_kl", "portable", "mix", "widths"}
 MOST_SAMPLES = 1024  # of text that distillation reads
 
 
@@ -60,7 +60,7 @@ def quantize(
     if plan is not None and others:
         raise RecipeError(f"--plan contradicts {', '.join(others)}: the plan has its own recipe")
     file = open_plan(plan) if plan is not None else None
-    if file is None and not settings.keys() & DECIDES:
+    if file is None and not settings.keys() & DECIDES and settings.get("target") in (None, "transformers", "vllm"):
         make_recipe(settings)  # what is wrong with them is told first
         more, note = processes.of_first(lambda: default(source, settings, pick_device(device)))
         settings = {**settings, **more}

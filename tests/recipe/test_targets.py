@@ -35,7 +35,7 @@ def test_what_a_target_implies(asked: dict[str, Any], expected: dict[str, Any]) 
     ("asked", "message"),
     [
         ({"target": "vllm", "portable": False}, "--native contradicts --for vllm: vLLM opens"),
-        ({"target": "llama.cpp", "bits": 3}, "--bits 3 contradicts --for llama.cpp: its converter reads"),
+        ({"target": "llama.cpp", "bits": 3}, "--bits 3 contradicts --for llama.cpp: export --to gguf holds"),
         ({"target": "llama.cpp", "size": "1GB"}, "--size 1000000000 contradicts --for llama.cpp"),
         ({"target": "smallest", "method": "gptq"}, "--method gptq contradicts --for smallest"),
         ({"target": "transformers", "bits": 3.5, "outliers": 0.01}, "--portable contradicts outliers"),

