@@ -56,6 +56,11 @@ def with_text(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((one for one in (evaluation, *limited(evaluation)) if one.get("text")), evaluation)
 
 
+def best_known(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The scores with a perplexity before and after: of all data, else the newest of a part; of all if none has it."""
+    return next((one for one in (evaluation, *limited(evaluation)) if perplexities(one)), evaluation)
+
+
 def has_baseline(evaluation: Mapping[str, Any]) -> bool:
     """Whether the original was measured, on a part of the data at least."""
     return any(map(baseline, (evaluation, *limited(evaluation))))

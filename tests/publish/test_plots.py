@@ -238,6 +238,9 @@ def test_the_curve_and_the_chosen_point() -> None:
     texts = " ".join(key_of(figure))
     assert "2.700 bits" in texts
     assert "+0.109 nats" in texts
+    assert not figure.legends[0].get_window_extent().overlaps(axes.get_window_extent()), "it covers no line"
+    assert all(axes.get_xlim()[0] <= tick <= axes.get_xlim()[1] for tick in ticks_of(axes.xaxis))
+    assert all(axes.get_ylim()[0] <= tick <= axes.get_ylim()[1] for tick in ticks_of(axes.yaxis))
     low, high = axes.get_ylim()
     assert low < 0.004 < 2.0 < high
 
@@ -536,7 +539,7 @@ def test_of_many_models_only_the_frontier_and_this_one_are_named() -> None:
     points[5] = dataclasses.replace(points[5], this=True)
     figure = frontier(points, None, "t")
     assert [text.get_text() for text in figure.axes[0].texts] == ["2", "7"]
-    assert key_of(figure) == ["frontier", "2  m0", "7  m5"]
+    assert key_of(figure) == ["frontier", "2  m0", "7  m5 (this folder)"]
 
 
 def test_the_models_of_a_comparison() -> None:

@@ -81,6 +81,8 @@ def test_scores_of_a_part_are_shown_as_such(folder: Path) -> None:
     assert "llmsqueeze eval" not in card, "the original was measured"
     assert "model-index" not in front_matter(card), "not for tables of the Hub"
     assert "Perplexity (limit 10) lower is better 6.244 9.500" in page
+    assert "perplexity +52.15 % (limit 10)." in page
+    assert "was 6.244 (limit 10)" in page
     assert "A limit is the number" in page
     assert "12,345 tokens" in page
     write_json(folder / "evaluation.json", EVALUATION | {"limited": {"10": part}})
@@ -89,6 +91,7 @@ def test_scores_of_a_part_are_shown_as_such(folder: Path) -> None:
     assert "piqa acc" in names
     assert [name for name in names if "limit" in name] == ["arc acc (limit 10)"], "only what was not measured whole"
     assert "9.500" not in model_card(folder)
+    assert "(limit 10)." not in page_of(folder)
 
 
 def test_of_several_parts_the_newest_is_shown() -> None:

@@ -10,7 +10,7 @@ from llmsqueeze.publish import numbers
 from llmsqueeze.publish.folder import Folder, mapping
 from llmsqueeze.publish.numbers import finite, fixed, percent, significant
 from llmsqueeze.publish.provenance import calibration, versions
-from llmsqueeze.publish.scores import perplexities
+from llmsqueeze.publish.scores import best_known, perplexities
 from llmsqueeze.recipe.methods import METHODS
 
 
@@ -24,24 +24,32 @@ def sentence(folder: Folder) -> str:
     smaller = "as large as before" if 0.99 < ratio < 1.01 else f"{significant(ratio, 2)}× smaller"
     if ratio <= 0.99:
         smaller = f"{significant(1 / ratio, 2)}× as large as before"
-    both = perplexities(folder.evaluation)
-    perplexity = f"perplexity {numbers.change(*both)}" if both else "perplexity not measured yet"
+    evaluation = best_known(folder.evaluation)
+    both = perplexities(evaluation)
+    perplexity = f"perplexity {numbers.change(*both)}{part(evaluation)}" if both else "perplexity not measured yet"
     return f"{subject}: {smaller}, {perplexity}"
+
+
+def part(evaluation: Mapping[str, Any]) -> str:
+    """' (limit 40)' if the scores are of a part of the data."""
+    limit = finite(evaluation.get("limit"))
+    return "" if limit is None else f" (limit {limit:g})"
 
 
 def figures(folder: Folder) -> list[tuple[str, str, str]]:
     """The numbers at the top: label, number, and its earlier value or its unit."""
-    both = perplexities(folder.evaluation)
-    codes, divergence = finite(folder.record.get("code_bits")), finite(folder.evaluation.get("kl_mean"))
+    evaluation = best_known(folder.evaluation)
+    both = perplexities(evaluation)
+    codes, divergence = finite(folder.record.get("code_bits")), finite(evaluation.get("kl_mean"))
     width = numbers.code_widths(codes) if codes else ""
     rows = [
         ("Size of all weights", numbers.size(folder.nbytes), f"was {numbers.size(folder.nbytes_original)}"),
         ("Bits per weight", fixed(folder.bits_per_weight, 2), width),
     ]
     if both:
-        rows.append(("Perplexity", numbers.perplexity(both[1]), f"was {numbers.perplexity(both[0])}"))
+        rows.append(("Perplexity", numbers.perplexity(both[1]), f"was {numbers.perplexity(both[0])}{part(evaluation)}"))
     if divergence is not None:
-        rows.append(("KL divergence", significant(divergence), "nats per token, from the original"))
+        rows.append(("KL divergence", significant(divergence), f"nats per token, from the original{part(evaluation)}"))
     return rows
 
 

@@ -62,7 +62,7 @@ def frontier(points: Sequence[Point], original: float | None, title: str) -> Fig
         best = sorted((point.nbytes, max(point.loss, floor)) for point in points if point.on_frontier)
         lines = axes.plot(*zip(*best, strict=True), color=BLUE, linewidth=1.4) if best else []
         marks = {point.place: _draw_point(axes, point, floor) for point in points}
-        names = [shortened(f"{point.place}  {point.name}", LONGEST) for point in named]
+        names = [shortened(point.title, LONGEST) for point in named]
         key(figure, [*lines, *(marks[p.place] for p in named)], [*(["frontier"] if lines else []), *names])
         finish(figure, title)
         only_ticks_within(axes)

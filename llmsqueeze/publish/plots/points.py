@@ -26,6 +26,11 @@ class Point:
     on_frontier: bool
     this: bool
 
+    @property
+    def title(self) -> str:
+        """'3  gptq, 3 bits: demo-3bit'."""
+        return f"{self.place}  {self.name}{' (this folder)' if self.this else ''}"
+
 
 def points_of(models: Sequence[Mapping[str, Any]]) -> list[Point]:
     """The models of a comparison, without the original and without those whose size or loss is unknown."""

@@ -49,7 +49,7 @@ def ranking(points: Sequence[Point], original: float | None, title: str) -> Figu
                 capsize=2,
                 elinewidth=0.8,
             )
-        axes.set_yticks(range(len(ordered)), labels=[shortened(f"{p.place}  {p.name}", LONGEST) for p in ordered])
+        axes.set_yticks(range(len(ordered)), labels=[shortened(point.title, LONGEST) for point in ordered])
         for label, point in zip(axes.get_yticklabels(), ordered, strict=True):
             label.set_parse_math(False)
             label.set_fontweight("bold" if point.this else "normal")
