@@ -18,12 +18,17 @@ XET_STATUS = re.compile(r"\((4\d\d) [A-Z]")
 
 @contextmanager
 def hub_errors(api: HfApi, repo: str, state: str = "") -> Iterator[None]:
-    """Turns errors of the Hub, the network and huggingface_hub's checks into a HubError; its line ends with `state`."""
+    """Turns errors of the Hub, the network and huggingface_hub's checks into a HubError; its line ends with `state`, as
+    does that of an interruption."""
     # huggingface_hub changed its HTTP library between versions; this name follows it
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         yield
+    except KeyboardInterrupt as error:
+        if state:
+            error.add_note(state)
+        raise
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise HubError(_explain(api, repo, error) + (f"; {state}" if state else "")) from error
 

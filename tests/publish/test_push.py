@@ -26,6 +26,7 @@ from hub_folder import (
     write_json,
 )
 from hub_server import Hub, serve
+from huggingface_hub import HfApi
 
 from llmsqueeze.formats.check import check
 from llmsqueeze.publish.card import model_card
@@ -234,6 +235,29 @@ def test_a_broken_connection_loses_nothing_and_the_next_push_goes_on(folder: Pat
     assert result[1].endswith(f"({nbytes:,} bytes), which the Hub had already\n")
     assert hub.large == {shard: (folder / shard).read_bytes() for shard in SHARDS}
     assert hub.inline["README.md"] == (folder / "README.md").read_bytes()
+
+
+def test_an_interrupted_push_says_that_the_same_command_goes_on(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, done = HfApi.preupload_lfs_files, list[str]()
+
+    def interrupted(api: HfApi, repo: str, additions: Any, **more: Any) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.extend(addition.path_in_repo for addition in additions)
+        upload(api, repo, additions, **more)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", interrupted)
+    code, stdout, stderr = run_push(folder, "alice/small", endpoint=hub.url)
+    assert (code, stdout) == (130, "")
+    said = " ".join(stderr.split())
+    assert "interrupted; the repository did not change, and the same command continues from there" in said
+    assert (hub.inline, hub.large, hub.commits) == ({}, {}, 0), "no card of weights that are not there"
+    monkeypatch.undo()
+    code, stdout, stderr = run_push(folder, "alice/small", "--json", endpoint=hub.url)
+    assert code == 0, stderr
+    assert json.loads(stdout)["there"] == done == [*SHARDS[:2]]
 
 
 def test_a_token_that_expires_loses_nothing_and_a_new_one_goes_on(folder: Path, hub: Hub) -> None:
