@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmsqueeze.formats import native
+from llmsqueeze.formats.imports.quantized import from_gguf, gguf_file
 from llmsqueeze.formats.load import load
 from llmsqueeze.memory import keep_freed
 from llmsqueeze.model.casting import compute_in
@@ -47,20 +49,26 @@ def open_model(
     progress: Progress | None = None,
     loader: Callable[..., PreTrainedModel] = load,
 ) -> OpenModel:
-    """Opens a folder or Hub id, compressed or not, with `loader`. dtype: one of `precision.DTYPES`.
+    """Opens a folder or Hub id, compressed or not, with `loader`, or a GGUF file, whose weights become dense float32
+    ones. dtype: one of `precision.DTYPES`.
 
     `progress` gets a note if the model computes in another dtype than it is stored in.
     """
     keep_freed()
     with redirect_stderr(StringIO()):  # progress bars of other libraries
-        model = loader(name, trust_remote_code=trust_remote_code, device_map={"": device})
+        if (file := gguf_file(Path(name).expanduser())) is not None:
+            model, tokenizer = from_gguf(file, torch.float32)
+            model = model.to(device).eval()
+        else:
+            model = loader(name, trust_remote_code=trust_remote_code, device_map={"": device})
+            tokenizer = load_tokenizer(locate(name), trust_remote_code)
     table: Any = model.get_input_embeddings()
     table.register_forward_pre_hook(lambda embeddings, args: check_ids(args[:1], embeddings.weight.shape[0]))
     stored = model.dtype
     chosen = computing_dtype(stored, device, dtype if takes_any_dtype(model) else "stored")
     if chosen != stored:
         compute_in(model, chosen)
-    opened = OpenModel(name, model, load_tokenizer(locate(name), trust_remote_code), chosen)
+    opened = OpenModel(name, model, tokenizer, chosen)
     if progress is not None and chosen != stored:
         reason = "which is faster here" if dtype == "auto" else "as asked"
         progress.note(f"the model is {dtype_name(stored)}, computed in {opened.computed_in}, {reason}")

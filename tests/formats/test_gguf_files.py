@@ -16,10 +16,12 @@ import torch
 from gguf.quants import dequantize
 from support import TEXT, command, refused, tensors_of
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import llmsqueeze
 from llmsqueeze.formats.gguf import base, types
 from llmsqueeze.formats.gguf.convert import TOKENIZER
+from llmsqueeze.formats.imports.quantized import from_gguf
 from llmsqueeze.parts import Affine, Grid
 from llmsqueeze.quantizers.rtn import rtn
 
@@ -110,8 +112,23 @@ def write_base(folder: Path, file: Path, change: Callable[[str, Tensor], Tensor]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_context_length(128)
-    writer.add_token_list(["a", "b"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, "ab", *(f"<{i}>" for i in range(len(letters) + 1, config["vocab_size"]))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
     writer.add_array("test.numbers", [1, 2, 3])
     writer.add_file_type(1)
     for name, tensor in tensors_of(folder).items():
@@ -188,7 +205,10 @@ def test_a_folder_becomes_a_file(
     assert found.keys() == before.keys()
     fields = base.open_base(tmp_path / "model.gguf").fields
     assert fields["test.numbers"].contents() == [1, 2, 3]
-    assert fields["tokenizer.ggml.tokens"].contents() == ["a", "b"]
+    tokens = (
+        base.open_base(file).fields["tokenizer.ggml.tokens"].contents() for file in (tmp_path / "model.gguf", gguf_base)
+    )
+    assert next(tokens) == next(tokens)
     assert fields["general.file_type"].contents() in [one.file_type for one in types.TYPES]
     assert json.loads(fields["llmsqueeze.recipe"].contents())["method"] == settings["method"]
     assert "exists already" in refused(*asked)
@@ -238,3 +258,27 @@ def test_the_converter_is_a_program_of_its_own(
     code, _, stderr = command(*asked)
     assert code == 0, stderr
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_is_measured_and_compressed(demo_of: Callable[[int], Path], gguf_base: Path, tmp_path: Path) -> None:
+    """Its logits are those of the folder that it was exported from, and what takes models takes it."""
+    llmsqueeze.quantize(str(demo_of(2)), **SETTINGS[0][0], out=tmp_path / "folder")
+    file = tmp_path / "model.gguf"
+    asked = ["export", tmp_path / "folder", "--to", "gguf", "--gguf-base", gguf_base, "--out", file]
+    assert command(*asked)[0] == 0
+    opened, _ = from_gguf(file, torch.float32)
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        expected = llmsqueeze.load(tmp_path / "folder", dtype=torch.float32)(ids).logits
+        assert torch.allclose(opened(ids).logits, expected, atol=1e-4)
+    text = tmp_path / "text.txt"
+    text.write_text("ab abba " * 60)
+    measured = ["--text", text, "--seq-len", 32, "--limit", 2, "--device", "cpu", "--json"]
+    code, stdout, stderr = command("eval", file, "--baseline", gguf_base, *measured)
+    assert code == 0, stderr
+    assert json.loads(stdout)["kl_mean"] > 0
+    code, stdout, stderr = command(
+        "quantize", file, "--method", "rtn", "--bits", 4, "--out", tmp_path / "again", "--json"
+    )
+    assert code == 0, stderr
+    assert json.loads(stdout)["made_from"].endswith("(GGUF, Q4_0 and F32)")

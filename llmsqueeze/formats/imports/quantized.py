@@ -145,14 +145,14 @@ def identity(path: Path) -> dict[str, Any]:
 def opened(path: Path, trust_remote_code: bool) -> tuple[Any, Any]:
     """The dense model, and its tokenizer if that is in the same file."""
     if (file := gguf_file(path)) is not None:
-        return _from_gguf(file)
+        return from_gguf(file, torch.bfloat16)
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} has no weights in safetensors")
     model = _by_load(path, trust_remote_code) or _by_transformers(path, trust_remote_code)
     if getattr(model, "hf_quantizer", None) is not None and not all_dense(model):
         with foreign(UnsupportedError, f"transformers cannot make {path} dense"):
             model = model.dequantize()
-    return _dense(model, path), None
+    return _dense(model, path, model.dtype if model.dtype in DTYPES else torch.bfloat16), None
 
 
 def _by_load(path: Path, trust_remote_code: bool) -> Any:
@@ -184,7 +184,9 @@ def _by_transformers(path: Path, trust_remote_code: bool) -> Any:
         )
 
 
-def _from_gguf(file: Path) -> tuple[Any, Any]:
+def from_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model of a GGUF file with dense weights, and its tokenizer. Raises UnsupportedError for one that transformers
+    do not open."""
     from transformers import AutoConfig, AutoTokenizer, GgufConfig
 
     with foreign(UnsupportedError, f"transformers cannot open {file}"):
@@ -192,8 +194,8 @@ def _from_gguf(file: Path) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(file.parent, **named)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
         how = GgufConfig(dequantize=True)
-        model = auto_class(config).from_pretrained(file.parent, **named, dtype=torch.bfloat16, quantization_config=how)
-    return _dense(model, file), tokenizer
+        model = auto_class(config).from_pretrained(file.parent, **named, dtype=dtype, quantization_config=how)
+    return _dense(model, file, dtype), tokenizer
 
 
 def all_dense(model: Any) -> bool:
@@ -203,11 +205,10 @@ def all_dense(model: Any) -> bool:
     return all(weight is not None and weight.is_floating_point() and weight.itemsize > 1 for weight in weights)
 
 
-def _dense(model: Any, path: Path) -> Any:
-    """The model in a dtype of 16 bits, without what its quantizer left. Raises UnsupportedError if it is not dense."""
+def _dense(model: Any, path: Path, dtype: torch.dtype) -> Any:
+    """The model in a dtype, without what its quantizer left. Raises UnsupportedError if it is not dense."""
     if not all_dense(model):
         raise UnsupportedError(f"transformers leave weights of {path} quantized; start from the original weights")
-    dtype = model.dtype if model.dtype in DTYPES else torch.bfloat16
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
