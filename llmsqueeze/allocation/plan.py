@@ -261,17 +261,24 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     weights = {name: _base_weight(skeleton, name, recipe) for name in planned_linears(skeleton, recipe.skip)}
     if not weights:
         raise RecipeError("--skip leaves no linear to compress")
+    if (recipe.code_embeddings or recipe.embeddings) and skeleton.is_enclosed:
+        option = "--code-embeddings" if recipe.code_embeddings else f"--embeddings {recipe.embeddings}"
+        raise RecipeError(f"{option} does not apply: this model is compressed as one block, with its embeddings in it")
     if recipe.code_embeddings:
         weights = {name: _to_be_coded(skeleton, name, end=True) for name in skeleton.ends} | weights
     why = why_native(recipe, skeleton, weights)
     if why and recipe.portable:
         raise RecipeError(f"--portable contradicts {why}")
     if why or recipe.portable is False:
-        towers = _tower_plans(skeleton) if recipe.rounds_towers else {}
-        ends = skeleton.ends if recipe.embeddings else []
-        rounded = {name: _rounded(skeleton, name, recipe.embeddings, end=True) for name in ends}
-        return Plan(weights, beside=towers | rounded)
+        return Plan(weights, beside=rounded_beside(skeleton, recipe))
     return Plan(weights, "compressed-tensors")
+
+
+def rounded_beside(skeleton: Skeleton, recipe: Recipe) -> dict[str, WeightPlan]:
+    """What is rounded to a fixed width beside the linears."""
+    towers = _tower_plans(skeleton) if recipe.rounds_towers else {}
+    ends = skeleton.ends if recipe.embeddings else []
+    return towers | {name: _rounded(skeleton, name, recipe.embeddings, end=True) for name in ends}
 
 
 def _tower_plans(skeleton: Skeleton) -> dict[str, WeightPlan]:

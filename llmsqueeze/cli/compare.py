@@ -53,6 +53,7 @@ def compare(
         from llmsqueeze.compress.several import quantize_each
         from llmsqueeze.model.original import Source
 
+        comparing.refuse_unreadable(model, given, progress)  # before hours of compression
         source = Source(model, trust_remote_code=given["trust_remote_code"])
         compared += quantize_each(source, **methods, device=given["device"], progress=progress)
     result = comparing.compare(model, compared, bnb_types=types, **given, progress=progress)

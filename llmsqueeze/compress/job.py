@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears
-from llmsqueeze.compress.decision.bend import bent
+from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears, rounded_beside
+from llmsqueeze.compress.decision.bend import bent, lowered
 from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.errors import RecipeError, UnsupportedError, first_line
 from llmsqueeze.files import ADAPTER_WEIGHTS
@@ -154,13 +154,28 @@ def open_job(
         )
     if find_towers(original.skeleton.model) and not any((original.path / name).exists() for name in PROCESSORS):
         progress.note(f"{original.path} has no processor ({PROCESSORS[0]}); the result will have none either")
+    recipe = within_budget(original.skeleton, recipe, progress)
     job = Job(original, recipe, base_plan(original.skeleton, recipe), device=device)
-    if recipe.bends:
-        recipe, note = bent(recipe, original.skeleton, job.kept_nbytes, job.nbytes_original)
-        progress.note(note)
-        job = job.asking(recipe)
     job = replace(job, recipe=with_products(recipe, progress, device))
     return with_text(job, progress) if (job.recipe.needs_text if text is None else text) else job
+
+
+def within_budget(skeleton: Skeleton, recipe: Recipe, progress: Progress) -> Recipe:
+    """The recipe with what its budget decides of the whole model: the option that bends, or the width of low rows."""
+    about = skeleton, kept_beside(skeleton, recipe), skeleton.stored_nbytes
+    if not recipe.bends:
+        return lowered(recipe, *about)
+    decided, note = bent(recipe, *about)
+    progress.note(note)
+    return decided
+
+
+def kept_beside(skeleton: Skeleton, recipe: Recipe) -> int:
+    """Bytes of all weights beside the linears, of those that are rounded too as they will be."""
+    beside = rounded_beside(skeleton, recipe)
+    replaced = (*planned_linears(skeleton, recipe.skip), *beside)
+    dense = sum(skeleton.nbytes(f"{name}.weight") for name in replaced)
+    return skeleton.stored_nbytes - dense + sum(weight.nbytes for weight in beside.values())
 
 
 def in_turn(skeleton: Skeleton, progress: Progress) -> Skeleton:

@@ -76,6 +76,8 @@ def plannable(settings: Mapping[str, Any], weights: bool) -> Recipe:
         raise RecipeError(
             "--weights none does not apply to --method coded, whose sizes must be measured: use --method budget"
         )
+    if (recipe.outliers or recipe.bends == "outliers") and not weights:
+        raise RecipeError(f"--weights none does not apply to outliers (--method {recipe.method}), which must be ranked")
     if recipe.bounded:
         raise RecipeError("a bound on quality needs compressed weights to measure: use it with `llmsqueeze quantize`")
     return recipe

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmsqueeze import __version__
 from llmsqueeze.compress.job import model_name, open_job
 from llmsqueeze.compress.quantize import quantize
 from llmsqueeze.files import SIDECAR, read_json_if_there, write_json
 from llmsqueeze.formats.folder import check_writable
-from llmsqueeze.model.original import Source
+from llmsqueeze.model.original import Source, locate
 from llmsqueeze.parallel import processes
 from llmsqueeze.progress import Progress
 from llmsqueeze.recipe.resolve import make_recipe
 from llmsqueeze.recipe.several import told_of
 
-RUNS = "runs.json"  # in the folder of folders: method -> the settings of the run that wrote its result
+RUNS = "runs.json"  # in the folder of folders: method -> what the run that wrote its result was of
 
 
 def quantize_each(
@@ -28,14 +29,16 @@ def quantize_each(
     overwrite: bool = False,
     progress: Progress,
 ) -> list[str]:
-    """A result of every method in `root`/<method>; returns the folders. One that the same settings made is left there.
+    """A result of every method in `root`/<method>; returns the folders. One of the same model, text and
+    settings is left there.
 
     Raises RecipeError for a budget that one of the methods cannot meet, and OutputError for a folder of another run,
     before any of them runs.
     """
     root = root or Path(f"{model_name(source)}-methods")
     runs = processes.of_first(lambda: read_json_if_there(root / RUNS))
-    about = {name: {"model": source.name, **own} for name, own in settings.items()}
+    origin = processes.of_first(lambda: origin_of(source))
+    about = {name: {**origin, "text": text_of(own), "settings": dict(own)} for name, own in settings.items()}
     there = {name for name in about if runs.get(name) == about[name] and (root / name / SIDECAR).exists()}
     missing = {name: own for name, own in settings.items() if overwrite or name not in there}
     for name, own in missing.items():
@@ -53,3 +56,23 @@ def quantize_each(
             runs[name] = about[name]
             write_json(root / RUNS, runs)
     return [str(root / name) for name in settings]
+
+
+def origin_of(source: Source) -> dict[str, Any]:
+    """What a result is of, beside its settings: the model's files, and the version."""
+    path = locate(source.model)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+    return {"model": source.name, "files": {file.name: _identity(file) for file in files}, "llmsqueeze": __version__}
+
+
+def text_of(settings: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The files of the calibration text, as far as it is in files."""
+    named = (one.rpartition(":")[0] or one for one in str(settings.get("calibration") or "").split(","))
+    whole = [Path(str(settings.get("calibration"))), *map(Path, named)]
+    return {str(file): _identity(file) for file in whole if file.is_file()}
+
+
+def _identity(file: Path) -> list[int]:
+    """Size and time of a file, which change when it is written again."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -110,6 +110,13 @@ def compare(
     }
 
 
+def refuse_unreadable(original: str, given: Mapping[str, Any], progress: Progress) -> None:
+    """Raises what `compare` raises for a text or tasks that cannot be read; given: its options."""
+    batch_size = batch_size_of(given["batch_size"])
+    find_tasks(given["tasks"], given["include_path"], given["limit"], batch_size, given["task_options"], progress)
+    choose_text(original, given["text"], required=not given["tasks"], protocol=given["protocol"])
+
+
 def measure_all(others: Sequence[Contender], harness: Harness) -> tuple[list[Measurement], list[str]]:
     """The measurements, and the error of each model that did not open. Raises UnsupportedError if none opens."""
     measurements: list[Measurement] = []

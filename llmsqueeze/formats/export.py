@@ -153,7 +153,7 @@ def write_map(plan: Conversion, out: Path, overwrite: bool) -> dict[str, Any]:
     names = gguf_map.tensor_names(model.config.model_type, len(blocks), linears)
     types = {names[linear]: gguf_map.WHOLE for linear in linears}  # llama.cpp rounds what the map does not name
     mapped = stored = 0.0  # bits
-    for linear, entry in plan.entries.items():
+    for linear, entry in ((name, entry) for name, entry in plan.entries.items() if name not in plan.ends):
         nbytes = sum(plan.folder.checkpoint.tensors[name].nbytes for name in entry.tensors)
         types[names[linear]], bits = gguf_map.nearest_type(8 * nbytes / entry.numel, entry.shape[1])
         mapped, stored = mapped + bits * entry.numel, stored + 8 * nbytes

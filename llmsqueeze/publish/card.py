@@ -119,7 +119,6 @@ def _sizes(folder: Folder) -> str:
     before, after = int(folder.nbytes_original or 0), folder.nbytes
     share = f" ({100 * after / before:.1f} % of the original)" if before else ""
     codes = finite(folder.record.get("code_bits"))
-    others = "norms" if folder.ends or folder.recipe.get("code_embeddings") else "embeddings, norms"
     rows = [
         ("All weights", exact_size(before), exact_size(after) + share),
         ("Bits per weight, everything counted", "", fixed(folder.bits_per_weight, 2)),
@@ -131,7 +130,7 @@ def _sizes(folder: Folder) -> str:
     return (
         f"{table(('', 'Original', 'This model'), rows)}\n\n"
         f"The bits per weight count all data of the {folder.weights:,} weights in the quantized linear layers: codes, "
-        f"scales, zero points, outliers and their positions. The other layers ({others}) are unchanged. They "
+        f"scales, zero points, outliers and their positions. The other layers ({folder.unchanged}) are unchanged. They "
         "count in the bytes, but not in the bits per weight."
     )
 

@@ -63,6 +63,11 @@ class Folder:
         return not self.entries
 
     @property
+    def unchanged(self) -> str:
+        """What is as in the original, in words."""
+        return "norms" if self.ends or self.recipe.get("code_embeddings") else "embeddings, norms"
+
+    @property
     def blocks(self) -> int:
         """The number of decoder blocks, 0 if unknown."""
         counts = (finite(self.checkpoint.config.get(key)) for key in BLOCK_COUNTS)

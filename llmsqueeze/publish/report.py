@@ -62,6 +62,7 @@ def report_page(folder: Folder) -> str:
     scores = score_rows(folder.evaluation)
     return render(
         "report.html",
+        unchanged=folder.unchanged,
         title=f"{folder.name}: {story.sentence(folder)}",
         folder=folder,
         sentence=story.sentence(folder),

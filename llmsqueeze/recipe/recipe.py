@@ -33,9 +33,10 @@ class Recipe:
 
     bits: an int is the width of the codes, a float the average over the compressed weights; None if the budget is a
     size, a bound or a share of rows. A method without grids has the neutral values of the grid's options. group_size:
-    open if nobody asked for one (`group_size_open`): then it bends to the model (`fitted`). low_bits and high_bits: 0
-    if the method has one width. embeddings: width of rounded embeddings and head, 0 if they are not. Empty tuples and
-    strings stand for options that the method does not use.
+    open if nobody asked for one (`group_size_open`): then it bends to the model (`fitted`). low_bits and high_bits:
+    0 if the method has one width; the low one is open likewise (`low_bits_open`), to a budget. embeddings: width of
+    rounded embeddings and head, 0 if they are not. Empty tuples and strings stand for options that the method does
+    not use.
     """
 
     method: str
@@ -81,6 +82,7 @@ class Recipe:
     products: str
     skip: tuple[str, ...]
     group_size_open: bool = dataclasses.field(default=False, compare=False)
+    low_bits_open: bool = dataclasses.field(default=False, compare=False)
 
     @property
     def entry(self) -> Method:
@@ -218,7 +220,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """YAML keys and values of the settings that apply; `make_recipe` makes the same recipe of it."""
-        left_out = {"group_size_open", *self.unused(), *({"high_bits"} if self.mix else ())}
+        left_out = {"group_size_open", "low_bits_open", *self.unused(), *({"high_bits"} if self.mix else ())}
         left_out |= {"group_size"} if self.group_sizes else set()
         values = {name: value for name, value in vars(self).items() if name not in left_out and self._has(name)}
         kept = {name: value for name, value in values.items() if value not in (None, "", ())}

@@ -14,6 +14,7 @@ from llmsqueeze.recipe.recipe import Recipe
 from llmsqueeze.recipe.targets import against_target, with_target
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+OPEN = {"group_size_open", "low_bits_open"}  # fields of a recipe that are no options
 GROUP_SIZES = (128, 64, 32)  # that a default may take
 
 
@@ -94,8 +95,12 @@ def filled(given: Mapping[str, Any], entry: Method) -> Recipe:
     neutral |= {"embeddings": 0}
     neutral |= {"all_experts": False, "vision": "dense", "pack_documents": True}
     neutral |= {"calibration": None, "size": None, "max_ppl_increase": None, "max_kl": None}
-    settings: dict[str, Any] = {name: values.get(name, neutral.get(name)) for name in names - {"group_size_open"}}
-    return Recipe(**settings, group_size_open="group_size" not in given)
+    settings: dict[str, Any] = {name: values.get(name, neutral.get(name)) for name in names - OPEN}
+    return Recipe(
+        **settings,
+        group_size_open="group_size" not in given,
+        low_bits_open=not {"low_bits", "mix"} & given.keys() and not isinstance(given.get("bits"), int),
+    )
 
 
 def _two_widths(values: Mapping[str, Any], given: Mapping[str, Any], entry: Method) -> dict[str, Any]:

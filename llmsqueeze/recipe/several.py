@@ -33,8 +33,9 @@ def settings_of_each(
         raise RecipeError(
             "--methods needs one budget for all: --bits 2.6, the average with everything counted, or --size"
         )
-    if wrong := next((name for name in ("method", "bits", "size") if name in common), None):
-        raise RecipeError(f"the recipe names a {wrong}, which --methods, --bits and --size decide here")
+    decided = ("method", "bits", "size", *(["lorc_rank"] if LORC in names else []))
+    if wrong := next((name for name in decided if name in common), None):
+        raise RecipeError(f"the recipe names {wrong}, which --methods, --bits and --size decide here")
     budget = {"size": check_nbytes("size", size)} if bits is None else {"bits": float(check_bits("bits", bits))}
     settings = {name: {**common, **budget, **_of_method(name)} for name in names}
     for name, own in settings.items():

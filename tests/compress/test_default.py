@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from support import FAST, command
 
+from llmsqueeze.allocation.plan import base_plan
 from llmsqueeze.compress.decision.default import ROOM, chosen
-from llmsqueeze.compress.decision.target import uniform_nbytes
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.model.original import Source
 from llmsqueeze.progress import Progress
@@ -24,7 +24,7 @@ def job(demo_of: Callable[[int], Path]) -> Job:
 
 
 def test_the_most_bits_that_fit(job: Job) -> None:
-    four, three = (job.kept_nbytes + uniform_nbytes(job.plan, job.recipe, width) for width in (4, 3))
+    four, three = (job.kept_nbytes + base_plan(job.skeleton, make_recipe({"bits": width})).nbytes for width in (4, 3))
 
     def with_room(nbytes: float) -> dict[str, Any]:
         return chosen(job, {}, int(nbytes / ROOM) + 1)[0]
@@ -37,6 +37,11 @@ def test_the_most_bits_that_fit(job: Job) -> None:
     assert three - 16 < smaller["size"] < three
     assert with_room(job.kept_nbytes) == {"bits": 3}, "not even coded weights fit"
     assert chosen(job, {}, None)[0] == {"bits": 4}
+    factors = job.asking(make_recipe({"lorc_rank": 4}))
+    assert chosen(factors, {"lorc_rank": 4}, int(four / ROOM) + 1)[0] != {"bits": 4}, "factors count"
+    groups = chosen(job, {"group_size": 64}, int(job.kept_nbytes / ROOM))
+    assert groups[0] == {"bits": 3}
+    assert "--method coded with --size goes lower" in groups[1]
 
 
 def test_it_is_said_and_written(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import command, refused, tensors_of
+from transformers import XLMConfig, XLMWithLMHeadModel
 
 import llmsqueeze
 from llmsqueeze.parts import Grid
@@ -86,3 +87,30 @@ def test_one_of_two_decides_them(demo_of: Callable[[int], Path]) -> None:
     assert "--code-embeddings contradicts --embeddings 8" in refused(*asked, "--code-embeddings")
     asked[-1] = 5
     assert "--embeddings is 5; choose from 8, 4" in refused(*asked)
+
+
+def test_exports_have_them_dense(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
+    asked = ["--method", "rtn", "--bits", 4, "--embeddings", 8, "--out", tmp_path / "folder"]
+    assert command("quantize", demo_of(1), *asked)[0] == 0
+    for to in ("compressed-tensors", "gguf-map"):
+        code, _, stderr = command("export", tmp_path / "folder", "--to", to, "--out", tmp_path / to)
+        assert code == 0, stderr
+    exported, folder = llmsqueeze.load(tmp_path / "compressed-tensors"), llmsqueeze.load(tmp_path / "folder")
+    assert exported.model.embed_tokens.weight.equal(folder.model.embed_tokens.weight)
+
+
+def test_a_model_of_one_block_keeps_them(tmp_path: Path) -> None:
+    config = XLMConfig(vocab_size=626, emb_dim=32, n_layers=2, n_heads=2, causal=True, bos_index=1, eos_index=2)
+    XLMWithLMHeadModel(config).save_pretrained(tmp_path / "model")
+    asked = [
+        "quantize",
+        tmp_path / "model",
+        "--bits",
+        3.0,
+        "--calibration",
+        "demo",
+        "--out",
+        tmp_path / "out",
+    ]
+    for options in (["--method", "gptq", "--embeddings", 8], ["--method", "coded", "--code-embeddings"]):
+        assert "this model is compressed as one block" in refused(*asked, *options)

@@ -33,6 +33,10 @@ def test_methods_at_equal_bytes(demo_of: Callable[[int], Path], tmp_path: Path) 
     assert [Path(row["model"]).name for row in json.loads(stdout)["models"][1:]] == ["gwq", "rtn"]
     assert "is there, by the same settings" in " ".join(stderr.split())
     assert written == {name: (tmp_path / "all" / name / "llmsqueeze.json").stat().st_mtime_ns for name in METHODS}
+    with text.open("a") as file:
+        file.write("The end.")
+    assert "exists already" in refused(*asked), "results of another text are not taken"
+    assert "nowhere.txt" in refused(*[tmp_path / "nowhere.txt" if one is text else one for one in asked])
     asked[asked.index(3.2)] = 3.4
     assert "gwq: " in (told := refused(*asked))
     assert "exists already" in told
@@ -44,9 +48,10 @@ def test_methods_at_equal_bytes(demo_of: Callable[[int], Path], tmp_path: Path) 
         (["--methods", "gqw", "--bits", 3.0], "unknown method 'gqw'; did you mean 'gwq'?"),
         (["--methods", "rtn,rtn", "--bits", 3.0], "--methods names rtn twice"),
         (["--methods", ",", "--bits", 3.0], "--methods is empty"),
+        (["--methods", "rtn", "--bits", 3.0, "--text", "nowhere.txt"], "no text file nowhere.txt"),
         (["--methods", "rtn"], "--methods needs one budget for all"),
         (["--methods", "rtn", "--bits", 3.0, "--size", "1GB"], "--methods needs one budget for all"),
-        (["--methods", "coded,gwq", "--bits", 2.05], "gwq: --bits 2.05 is too small"),
+        (["--methods", "coded,gwq", "--bits", 2.05, "--text", "demo"], "gwq: --bits 2.05 is too small"),
         (["--bits", 3.0], "--bits is for --methods, and none is named"),
     ],
     ids=str,

@@ -200,6 +200,8 @@ def format_and_why(summary: dict[str, Any]) -> str:
     text = f"{summary['format']}, not portable ({summary['why_native']})"
     if summary["predicted_portable"] is not None:
         return f"{text}\n{costs(summary['predicted_portable'], predicted)}; --portable takes the former"
+    if summary["method"] != "budget":
+        return text
     return f"{text}\nthe cost of --portable was not measured; `llmsqueeze plan --portable` measures it"
 
 

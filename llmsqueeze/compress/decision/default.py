@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmsqueeze.compress.decision.target import uniform_nbytes
 from llmsqueeze.compress.job import Job, open_job
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.formats.imports.quantized import gguf_file
@@ -45,7 +45,8 @@ def default(source: Source, settings: Mapping[str, Any], device: torch.device) -
 def chosen(job: Job, settings: Mapping[str, Any], memory: int | None) -> tuple[dict[str, Any], str]:
     """`default` for a model that is open and so many bytes of memory; None if nobody knows how many."""
     room = math.inf if memory is None else int(ROOM * memory)
-    sizes = {width: job.kept_nbytes + uniform_nbytes(job.plan, job.recipe, width) for width in WIDTHS}
+    plans = {width: job.asking(replace(job.recipe, bits=width)).plan for width in WIDTHS}
+    sizes = {width: job.kept_nbytes + plan.nbytes for width, plan in plans.items()}
     begins = "no method and no size are named: "
     for width, nbytes in sizes.items():
         if nbytes <= room:
@@ -56,6 +57,6 @@ def chosen(job: Job, settings: Mapping[str, Any], memory: int | None) -> tuple[d
     why = f"3 bits take {sizes[3] / 1e9:.3g} GB, and the memory is {memory / 1e9:.3g} GB"
     try:
         job.asking(make_recipe({**settings, **smaller})).target()
-    except RecipeError as error:
-        return {"bits": 3}, f"{begins}descent with 3 bits, though no result fits here: {why}, and {error}"
+    except RecipeError:
+        return {"bits": 3}, f"{begins}descent with 3 bits, though {why}; --method coded with --size goes lower"
     return smaller, f"{begins}coded, {room / 1e9:.3g} GB: {why}; --bits 3 for descent with 3 bits, which others open"

@@ -10,8 +10,6 @@ from llmsqueeze.allocation.plan import Plan, Rows, recipe_grid
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe.recipe import Recipe
 
-NARROWEST = 2  # bits of the codes of a method whose budget bends one option
-
 
 def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original: int) -> int:
     """Bytes that the linears of `plan` may take; UNBOUNDED if the recipe names no budget.
@@ -19,26 +17,35 @@ def target_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original:
     `kept_nbytes`: all weights beside them. Raises RecipeError for a budget that no plan can meet, naming the smallest,
     before anything is measured.
     """
-    if recipe.size is not None:
-        target = recipe.size - kept_nbytes
-    elif recipe.average_bits is not None:
-        target = int(recipe.average_bits * plan.numel / 8)
-    elif recipe.budget_width is not None:
-        target = uniform_nbytes(plan, recipe, recipe.budget_width)
-    else:
-        return UNBOUNDED
-    asked = asked_budget(recipe)
-    if recipe.size is not None and recipe.size >= nbytes_original:
-        raise RecipeError(f"{asked} is no less than the original's {nbytes_original}: there is nothing to do")
-    smallest = narrowest(plan, recipe)
-    if smallest.nbytes > target:
-        bare = "steps and tables alone" if recipe.decides == "steps" else f"{smallest.code_bits:g}-bit codes everywhere"
-        raise RecipeError(
-            f"{asked} is too small: with {bare} the linears take "
-            f"{smallest.bits_per_weight:.3f} bits per weight, everything counted, and all weights "
-            f"{kept_nbytes + smallest.nbytes} bytes, of which {kept_nbytes} stay as they are"
-        )
+    target = asked_nbytes(recipe, plan, kept_nbytes, nbytes_original)
+    if target != UNBOUNDED and (smallest := narrowest(plan, recipe)).nbytes > target:
+        raise too_small(recipe, smallest, kept_nbytes)
     return target
+
+
+def asked_nbytes(recipe: Recipe, plan: Plan, kept_nbytes: int, nbytes_original: int) -> int:
+    """`target_nbytes`, whether a plan can meet it or not. Raises RecipeError for a size that asks for nothing."""
+    if recipe.size is not None:
+        if recipe.size >= nbytes_original:
+            raise RecipeError(
+                f"{asked_budget(recipe)} is no less than the original's {nbytes_original}: there is nothing to do"
+            )
+        return recipe.size - kept_nbytes
+    if recipe.average_bits is not None:
+        return int(recipe.average_bits * plan.numel / 8)
+    if recipe.budget_width is not None:
+        return uniform_nbytes(plan, recipe, recipe.budget_width)
+    return UNBOUNDED
+
+
+def too_small(recipe: Recipe, smallest: Plan, kept_nbytes: int) -> RecipeError:
+    """The error for a budget that not even the smallest plan meets."""
+    bare = "steps and tables alone" if recipe.decides == "steps" else f"{smallest.code_bits:g}-bit codes everywhere"
+    return RecipeError(
+        f"{asked_budget(recipe)} is too small: with {bare} the linears take {smallest.bits_per_weight:.3f} bits per "
+        f"weight, everything counted, and all weights {kept_nbytes + smallest.nbytes} bytes, of which {kept_nbytes} "
+        "stay as they are"
+    )
 
 
 def asked_budget(recipe: Recipe) -> str:
@@ -58,11 +65,6 @@ def narrowest(plan: Plan, recipe: Recipe) -> Plan:
     if recipe.decides == "steps":
         weights = plan.weights.items()
         return plan.having({n: replace(w, coded_nbytes=coded.least_nbytes(w.shape)) for n, w in weights})
-    if recipe.bends:
-        whole_rows = recipe.bends == "group_size"
-        recipe = replace(recipe, bits=NARROWEST, group_size=-1 if whole_rows else recipe.group_size)
-        ranks = 1 if recipe.bends == "lorc_rank" else recipe.rank
-        plan = plan.having({n: replace(w, rank=ranks) for n, w in plan.weights.items()})
     if recipe.decides != "options":
         grids = [recipe_grid(recipe, recipe.code_bits)]
     else:

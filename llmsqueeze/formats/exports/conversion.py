@@ -126,11 +126,11 @@ def converted_config(plan: Conversion) -> dict[str, Any]:
     config = {key: value for key, value in plan.folder.checkpoint.config.items() if key != "quantization_config"}
     if plan.format == DENSE:
         return config | ({"dtype": parts.dtype_name(plan.dtype)} if plan.dtype else {})
-    entries = dict(plan.entries)
+    entries = {name: entry for name, entry in plan.entries.items() if name not in plan.ends}
     if plan.format == peft.FORMAT:
         entries = {name: without_factors(entry) for name, entry in entries.items()}
     if plan.grid is not None:
-        entries = {name: on_grid(entry, plan.grid) for name, entry in entries.items() if name not in plan.ends}
+        entries = {name: on_grid(entry, plan.grid) for name, entry in entries.items()}
     refuse_loss(plan, entries)
     grids = {name: (spec_grid(entry.specs[0]), entry.shape[1]) for name, entry in entries.items()}
     ignored, experts = all_linears(plan.folder.model) - set(entries), expert_linears(plan.folder.model)

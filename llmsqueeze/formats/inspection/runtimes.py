@@ -34,7 +34,7 @@ def add_obstacles(folder: Folder, findings: Findings) -> None:
     if towers := folder.record.get("towers"):
         findings.notes.append(f"{len(towers)} linears of other towers and projectors are at 8 bits (--vision rtn8)")
     if ends := folder.record.get("embeddings"):
-        findings.notes.append(f"{' and '.join(ends)} are rounded too (--embeddings)")
+        findings.notes.append(f"rounded too (--embeddings): {', '.join(ends)}")
     if folder.format == native.METHOD:
         reasons = {compressed_tensors.lost(entry.shape, entry.specs) or "" for entry in folder.entries.values()}
         kinds = sorted(reasons - {""})

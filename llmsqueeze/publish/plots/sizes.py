@@ -51,7 +51,7 @@ def size_bars(bars: Sequence[Bar]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(lambda nbytes, _: round_size(nbytes))
         if any(bar.kept is not None for bar in bars):
-            names = ["compressed linears", "unchanged: embeddings, norms, skipped linears"]
+            names = ["compressed linears", "all other tensors"]
             key(figure, [Patch(color=BLUE), Patch(color=GREY)], names)
         finish(figure, "")
         only_ticks_within(axes)
