@@ -1,6 +1,6 @@
 """Files that were tampered with: does every command end as ours?
 
-    python evals/fuzz.py [--cases 2000] [--kinds config plan ...] [--seed 0]
+    python evals/fuzz.py [--cases 2000] [--kinds config plan ...] [--seed 0] [--out FILE.json]
 
 A valid folder (or plan, profile, recipe, text) is changed in one to three places: types, signs, sizes, names, missing,
 doubled, deep; or a bit of a shard flips. The change is harmless by itself. A forked child then runs a command in
@@ -33,6 +33,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gguf_model
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file, save_file
@@ -264,6 +265,42 @@ def text(base: Base, work: Path, rng: random.Random) -> Case:
     return file, quantize_with(base.original, work, *more)
 
 
+def gguf_file(base: Base, work: Path, rng: random.Random) -> Case:
+    """A GGUF file: numbers and bytes of its head changed, or cut; measured, compressed, or taken as a base."""
+    whole = base.scratch / "model.gguf"
+    if not whole.exists():
+        gguf_model.write(base.original, whole)
+    content = bytearray(whole.read_bytes())
+    head = len(content) - sum(file.stat().st_size for file in base.original.glob("*.safetensors"))
+    for _ in range(rng.randint(1, 3)):
+        at = rng.choice([8, 16, rng.randrange(head), rng.randrange(head) // 4 * 4])
+        width = rng.choice([1, 4, 8])
+        content[at : at + width] = rng.choice([0, 1, 255, 2**31, 2**62, rng.randrange(2**63)]).to_bytes(8, "little")[
+            :width
+        ]
+    if rng.random() < 0.15:
+        del content[rng.randrange(len(content)) :]
+    file = work / "model.gguf"
+    file.write_bytes(content)
+    text = work / "text.txt"
+    text.write_text("ab abba " * 40)
+    commands = [
+        ["eval", str(file), "--text", str(text), "--limit", "1", "--seq-len", "16", "--device", "cpu"],
+        ["quantize", str(file), "--method", "rtn", "--bits", "4", "--out", str(work / "out")],
+        [
+            "export",
+            str(base.folder("portable")),
+            "--to",
+            "gguf",
+            "--gguf-base",
+            str(file),
+            "--out",
+            str(work / "o.gguf"),
+        ],
+    ]
+    return file, rng.choice(commands)
+
+
 KINDS: dict[str, Callable[[Base, Path, random.Random], Case]] = {
     "config.json": of_original(lambda folder, rng: in_json(folder / "config.json", rng)),
     "quantization_config, native": of_folder(
@@ -286,6 +323,7 @@ KINDS: dict[str, Callable[[Base, Path, random.Random], Case]] = {
     "profile": of_plan("profile.safetensors"),
     "recipe": recipe,
     "calibration text": text,
+    "gguf": gguf_file,
     "tokenizer": of_original(
         lambda folder, rng: in_json(folder / rng.choice(["tokenizer.json", "tokenizer_config.json"]), rng),
         *("--bits", 4, "--samples", 2, "--seq-len", 16, "--calibration", "demo", "--importance", "lim", "--method"),
