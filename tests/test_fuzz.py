@@ -13,11 +13,14 @@ SEED, CASES, FEW = 7, 20, 5  # of each kind
 
 
 def script() -> Any:
-    spec = spec_from_file_location("evals_fuzz", Path(__file__).parents[1] / "evals" / "fuzz.py")
+    folder = Path(__file__).parents[1] / "evals"
+    spec = spec_from_file_location("evals_fuzz", folder / "fuzz.py")
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(folder)  # as for a script
+        spec.loader.exec_module(module)
     return module
 
 
