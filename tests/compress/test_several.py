@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,12 @@ METHODS = ["rtn", "gwq", "lorc", "dbllm", "layerwise", "mixllm", "coded"]
 
 
 def test_methods_at_equal_bytes(demo_of: Callable[[int], Path], tmp_path: Path) -> None:
+    model = shutil.copytree(demo_of(2), tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("Tom had a small dog. The dog ran home. " * 40)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps({"seq_len": 32}))
-    asked = ["compare", demo_of(2), "--methods", ",".join(METHODS), "--bits", 3.2, "--recipe", recipe, "--samples", 2]
+    asked = ["compare", model, "--methods", ",".join(METHODS), "--bits", 3.2, "--recipe", recipe, "--samples", 2]
     asked += ["--calibration", text, "--text", text, "--seq-len", 32, "--limit", 2, "--out", tmp_path / "all", "--json"]
     code, stdout, stderr = command(*asked)
     assert code == 0, stderr
@@ -33,6 +36,11 @@ def test_methods_at_equal_bytes(demo_of: Callable[[int], Path], tmp_path: Path) 
     assert [Path(row["model"]).name for row in json.loads(stdout)["models"][1:]] == ["gwq", "rtn"]
     assert "is there, by the same settings" in " ".join(stderr.split())
     assert written == {name: (tmp_path / "all" / name / "llmsqueeze.json").stat().st_mtime_ns for name in METHODS}
+    weights = model / "model.safetensors"
+    os.utime(weights, (0, 0))
+    assert "exists already" in refused(*asked), "results of other weights are not taken"
+    shutil.copy2(demo_of(2) / "model.safetensors", weights)
+    assert command(*asked)[0] == 0
     with text.open("a") as file:
         file.write("The end.")
     assert "exists already" in refused(*asked), "results of another text are not taken"

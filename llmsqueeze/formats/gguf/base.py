@@ -24,8 +24,7 @@ from torch import Tensor
 from llmsqueeze.errors import CheckpointError, UnsupportedError, first_line
 
 PROJECTIONS = 24
-SAME_WEIGHT = 0.7  # relative distance of two sums of columns; those of unrelated weights are about 1.4 apart
-SAME_ROW = 0.9  # relative distance of two weights, row by row in the order that was found
+SAME_WEIGHT = 0.9  # relative distance of two weights in the order that was found; unrelated ones are 1.4 apart
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def matches(
         own = weight.sum(dim=0)
         apart = [_distance(sums[one.name], own) for one in candidates]
         nearest = candidates[int(np.argmin(apart))]
-        if min(apart) < SAME_WEIGHT and (match := in_order(weight, dense(nearest), nearest.name)) is not None:
+        if (match := in_order(weight, dense(nearest), nearest.name)) is not None:
             matched[name] = match
             taken.add(nearest.name)
     return matched
@@ -100,9 +99,9 @@ def in_order(weight: Tensor, other: Tensor, name: str) -> Match | None:
     moved = not torch.equal(order, torch.arange(len(order)))
     if moved and len(order.unique()) == len(order):
         turned = _distance(other, weight[order])
-        if turned < min(straight, SAME_ROW):
+        if turned < min(straight, SAME_WEIGHT):
             return Match(name, order, turned)
-    return Match(name, None, straight) if straight < SAME_ROW else None
+    return Match(name, None, straight) if straight < SAME_WEIGHT else None
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
