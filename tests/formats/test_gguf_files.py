@@ -224,6 +224,8 @@ def test_bases_that_cannot_be(demo_of: Callable[[int], Path], gguf_base: Path, t
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf_base.read_bytes()[:-4096])
     assert "cannot be read as a GGUF file" in refused(*asked, cut)
+    cut.write_bytes(gguf_base.read_bytes().replace(b"gpt2", b"\xffpt2", 1))
+    assert "cannot be read as a GGUF file: 'utf-8' codec can't decode" in refused(*asked, cut)
     cut.write_bytes(b"GGUF")
     assert "cannot be read as a GGUF file" in refused(*asked, cut)
     assert "--gguf-base applies to --to gguf" in refused(

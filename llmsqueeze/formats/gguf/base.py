@@ -46,7 +46,9 @@ def open_base(file: Path) -> Any:
         raise UnsupportedError("GGUF files need the package gguf: pip install 'llmsqueeze[gguf]'") from error
     try:
         reader = GGUFReader(str(file))
-    except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        for field in reader.fields.values():
+            field.contents()  # texts are decoded here and not before
+    except (OSError, ValueError, KeyError, IndexError) as error:  # the second is also that of a text in no UTF-8
         raise CheckpointError(f"{file} cannot be read as a GGUF file: {first_line(error)}") from error
     if reader.byte_order != "I":
         raise CheckpointError(f"{file} is a big-endian GGUF file; llama.cpp's converter writes little-endian ones")
