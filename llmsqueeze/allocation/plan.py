@@ -177,11 +177,6 @@ class Plan:
         return {name: weight for name, weight in self.beside.items() if weight.end}
 
     @property
-    def beside_nbytes(self) -> int:
-        """Bytes of everything stored for what is rounded beside the budget."""
-        return sum(weight.nbytes for weight in self.beside.values())
-
-    @property
     def numel(self) -> int:
         return sum(weight.numel for weight in self.weights.values())
 
@@ -270,11 +265,11 @@ def base_plan(skeleton: Skeleton, recipe: Recipe) -> Plan:
     if why and recipe.portable:
         raise RecipeError(f"--portable contradicts {why}")
     if why or recipe.portable is False:
-        return Plan(weights, beside=rounded_beside(skeleton, recipe))
+        return Plan(weights, beside=plans_beside(skeleton, recipe))
     return Plan(weights, "compressed-tensors")
 
 
-def rounded_beside(skeleton: Skeleton, recipe: Recipe) -> dict[str, WeightPlan]:
+def plans_beside(skeleton: Skeleton, recipe: Recipe) -> dict[str, WeightPlan]:
     """What is rounded to a fixed width beside the linears."""
     towers = _tower_plans(skeleton) if recipe.rounds_towers else {}
     ends = skeleton.ends if recipe.embeddings else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.allocation.plan import Plan, base_plan, planned_linears, rounded_beside
+from llmsqueeze.allocation.plan import Plan, WeightPlan, base_plan, planned_linears, plans_beside
 from llmsqueeze.compress.decision.bend import bent, lowered
 from llmsqueeze.compress.decision.target import target_nbytes
 from llmsqueeze.errors import RecipeError, UnsupportedError, first_line
@@ -88,9 +88,7 @@ class Job:
     @property
     def kept_nbytes(self) -> int:
         """Bytes of all weights beside the planned linears, of those that are rounded too as they will be."""
-        replaced = (*self.plan.weights, *self.plan.beside)
-        dense = sum(self.skeleton.nbytes(f"{name}.weight") for name in replaced)
-        return self.nbytes_original - dense + self.plan.beside_nbytes
+        return kept_nbytes(self.skeleton, self.plan.weights, self.plan.beside)
 
     @property
     def nbytes_original(self) -> int:
@@ -162,7 +160,8 @@ def open_job(
 
 def within_budget(skeleton: Skeleton, recipe: Recipe, progress: Progress) -> Recipe:
     """The recipe with what its budget decides of the whole model: the option that bends, or the width of low rows."""
-    about = skeleton, kept_beside(skeleton, recipe), skeleton.stored_nbytes
+    linears = planned_linears(skeleton, recipe.skip)
+    about = skeleton, kept_nbytes(skeleton, linears, plans_beside(skeleton, recipe)), skeleton.stored_nbytes
     if not recipe.bends:
         return lowered(recipe, *about)
     decided, note = bent(recipe, *about)
@@ -170,11 +169,9 @@ def within_budget(skeleton: Skeleton, recipe: Recipe, progress: Progress) -> Rec
     return decided
 
 
-def kept_beside(skeleton: Skeleton, recipe: Recipe) -> int:
-    """Bytes of all weights beside the linears, of those that are rounded too as they will be."""
-    beside = rounded_beside(skeleton, recipe)
-    replaced = (*planned_linears(skeleton, recipe.skip), *beside)
-    dense = sum(skeleton.nbytes(f"{name}.weight") for name in replaced)
+def kept_nbytes(skeleton: Skeleton, planned: Iterable[str], beside: Mapping[str, WeightPlan]) -> int:
+    """Bytes of all weights but the planned ones, of those that are rounded beside them as they will be."""
+    dense = sum(skeleton.nbytes(f"{name}.weight") for name in (*planned, *beside))
     return skeleton.stored_nbytes - dense + sum(weight.nbytes for weight in beside.values())
 
 

@@ -15,7 +15,7 @@ from llmsqueeze.compress.forecast.room import bytes_needed
 from llmsqueeze.compress.forecast.trial import run_trial
 from llmsqueeze.compress.job import Job, model_name, open_job
 from llmsqueeze.compress.reuse import rows_by, stored_or_measured
-from llmsqueeze.compress.summary import portability, rounded_beside
+from llmsqueeze.compress.summary import counts_beside, portability
 from llmsqueeze.errors import OutputError, RecipeError
 from llmsqueeze.formats.imports.quantized import as_dense
 from llmsqueeze.measure.profile import Profile
@@ -107,8 +107,8 @@ def at_length(job: Job, profile: Profile, decision: Decision) -> dict[str, Any]:
         "rows": table(decision, job.skeleton.linears, job.skeleton.outer, profile),
         "block_scores": decision.block_scores,
         **portability(job, decision),
-        "towers": rounded_beside(job, job.plan.towers),
-        "embeddings": rounded_beside(job, job.plan.ends),
+        "towers": counts_beside(job, job.plan.towers),
+        "embeddings": counts_beside(job, job.plan.ends),
         "curve": curve(job.plan, job.recipe, profile) if decision.predicted is not None else [],
         "blocks": job.skeleton.linears,
         "weights": {name: 8 * plan.nbytes_of(name) / weight.numel for name, weight in plan.weights.items()},

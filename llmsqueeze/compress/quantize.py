@@ -60,12 +60,7 @@ def quantize(
     if plan is not None and others:
         raise RecipeError(f"--plan contradicts {', '.join(others)}: the plan has its own recipe")
     file = open_plan(plan) if plan is not None else None
-    if file is None and not settings.keys() & DECIDES and settings.get("target") in (None, "transformers", "vllm"):
-        make_recipe(settings)  # what is wrong with them is told first
-        more, note = processes.of_first(lambda: default(source, settings, pick_device(device)))
-        settings = {**settings, **more}
-        progress.note(note)
-    recipe = file.recipe if file is not None else make_recipe(settings)
+    recipe = file.recipe if file is not None else make_recipe(with_default(source, settings, device, progress))
     folder, target = out or folder_name(source, recipe), {"target": settings.get("target")}
     check_writable(folder, overwrite)
     if recipe.needs_text or recipe.distill_steps:
@@ -88,6 +83,16 @@ def quantize(
         result = run(job, folder, decision, measured, *how)
     # with all that was read before
     return result | target | {"seconds": round(time.monotonic() - start, 3), "time": stopwatch.measured()}
+
+
+def with_default(source: Source, settings: Mapping[str, Any], device: str, progress: Progress) -> Mapping[str, Any]:
+    """The settings, with what fits the memory here if they decide neither method nor size."""
+    if settings.keys() & DECIDES or settings.get("target") not in (None, "transformers", "vllm"):
+        return settings
+    make_recipe(settings)  # what is wrong with them is told first
+    more, note = processes.of_first(lambda: default(source, settings, pick_device(device)))
+    progress.note(note)
+    return {**settings, **more}
 
 
 def with_measurements(job: Job, profile: Path | None, progress: Progress) -> tuple[Job, Profile | None]:

@@ -112,8 +112,8 @@ def summarize(
         **opened.as_dict(),
         **portability(job, decision),
         experts=record.experts(by_weight.get("tokens", {})),
-        towers=rounded_beside(job, job.plan.towers),
-        embeddings=rounded_beside(job, job.plan.ends),
+        towers=counts_beside(job, job.plan.towers),
+        embeddings=counts_beside(job, job.plan.ends),
         unreached=len(set(planned) - set(seen)) if job.recipe.needs_moments else 0,
         left_out=left_out(job),
         ends_nbytes=sum(job.skeleton.nbytes(f"{n}.weight") for n in job.skeleton.ends if n not in changed),
@@ -128,7 +128,7 @@ def made_from(job: Job) -> str:
     return " ".join(filter(None, [source.read_from and f"{source.name} ({source.read_from})", merged]))
 
 
-def rounded_beside(job: Job, weights: Mapping[str, WeightPlan]) -> dict[str, int] | None:
+def counts_beside(job: Job, weights: Mapping[str, WeightPlan]) -> dict[str, int] | None:
     """`towers` and `embeddings` of a summary."""
     if not weights:
         return None

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from llmsqueeze.cli.console import console
-from llmsqueeze.cli.tables.runs import format_and_why, predicted_increase, predicted_interval, rounded_beside
+from llmsqueeze.cli.tables.runs import about_beside, format_and_why, predicted_increase, predicted_interval
 from llmsqueeze.cli.tables.times import print_times
 from llmsqueeze.cli.whole import Whole
 from llmsqueeze.publish.numbers import RANKINGS, by_score, code_widths, fixed, perplexity, ranges, size
@@ -32,7 +32,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         f"{fixed(plan['bits_per_weight'], 3)} bits per weight, all data counted{widths}; "
         f"all weights {size(plan['nbytes'])} ({plan['nbytes']} bytes), were {size(plan['nbytes_original'])}"
     )
-    for label, text in rounded_beside(plan):
+    for label, text in about_beside(plan):
         out.print(f"{label}: {text}")
     for key, unit in (("dual", "% of their rows dual-binary"), ("rank", "ranks on average")):
         if any(row[key] for row in rows):

@@ -87,7 +87,7 @@ def more_about(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (share := summary["ends_nbytes"] / summary["nbytes"]) > MUCH_AT_ENDS:
         how = "--embeddings 8 or 4 rounds them, --method coded --code-embeddings codes them"
         yield "", f"{share:.0%} of it are embeddings and head, which stay as they are ({how})"
-    yield from rounded_beside(summary)
+    yield from about_beside(summary)
     if (rest := summary["left_out"]) is not None:
         yield "left out", f"{rest['tensors']} tensors ({size(rest['nbytes'])}) that the model does not use"
     if summary["made_from"]:
@@ -97,7 +97,7 @@ def more_about(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"blocks by {RANKINGS[ranking].name}", f"{by_score(ranking, scores, SHOWN_BLOCKS)}{rest}"
 
 
-def rounded_beside(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def about_beside(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is rounded beside the linears that a budget of bits counts."""
     if summary["towers"] is not None:
         yield "other towers", rounded(summary["towers"])
